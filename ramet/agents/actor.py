@@ -1,0 +1,350 @@
+"""The loop of one branch. Root and clone run the same code.
+
+    reserve -> sample -> spend and refund -> read the newest turn -> answer, or spawn, or be told what is wrong
+
+A branch ends with a status and never with an exception that belongs to it: what its policy could not
+do becomes a typed result for the parent. Cancellation passes through, after what the cancelled sample
+had generated is recorded and charged. When the budget is used up, the branch is told so once and
+may state an answer from its reserve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import anyio
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+
+from ramet.agents.budget import Budget, Ledger
+from ramet.agents.chat import ChatFormat
+from ramet.agents.context import ContextStore, clone_prompt
+from ramet.agents.protocol import (
+    OUT_OF_BUDGET_NOTICE,
+    CloneResult,
+    Objective,
+    extract_answer,
+    left_line,
+    parse_call,
+    render_results,
+)
+from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
+from ramet.agents.tree import Branch, Message, Status, StopReason, Turn
+from ramet.errors import BudgetExhausted, CallError, PolicyError, TransientPolicyError
+
+
+@dataclass(slots=True)
+class Growth:
+    """A branch while it grows; `freeze` makes the record. Readable at any time by whoever watches."""
+
+    id: str
+    prompt: list[int]
+    ledger: Ledger
+    objective: str = ""
+    turns: list[Turn] = field(default_factory=list)
+    clones: list[Growth] = field(default_factory=list)
+    """Clones of the call that runs now; afterwards they are part of its turn."""
+    discarded: int = 0
+    status: Status | None = None
+    answer: str | None = None
+    reason: str = ""
+    started: float = 0.0
+    ended: float | None = None
+
+    def freeze(self, otherwise: Status, now: float) -> Branch:
+        """The record of this branch. One that has not ended gets the status `otherwise`."""
+        turns = list(self.turns)
+        if self.clones and turns:
+            turns[-1] = replace(turns[-1], clones=tuple(clone.freeze(otherwise, now) for clone in self.clones))
+        if self.discarded:
+            turns.append(Turn((), (), StopReason.FAILED, discarded=self.discarded))
+        return Branch(
+            id=self.id,
+            prompt=tuple(self.prompt),
+            turns=tuple(turns),
+            status=self.status or otherwise,
+            answer=self.answer,
+            reason=self.reason,
+            objective=self.objective,
+            seconds=(now if self.ended is None else self.ended) - self.started,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all branches of one tree share."""
+
+    policy: Policy
+    chat: ChatFormat
+    budget: Budget
+    store: ContextStore
+    sampling: Sampling
+    limiter: anyio.CapacityLimiter
+    seed: int
+    group: str
+    max_turn_tokens: int
+    result_characters: int
+    attempts: int
+    clone_system: str
+
+    @property
+    def context(self) -> int | None:
+        known = [limit for limit in (self.budget.context, self.policy.context) if limit is not None]
+        return min(known) if known else None
+
+    def may_spawn(self, depth: int) -> bool:
+        """Is the tool offered to a branch at this depth?"""
+        limits = self.budget
+        return (limits.depth is None or depth < limits.depth) and limits.clones != 0 and limits.width != 0
+
+    def notice(self, ledger: Ledger) -> str:
+        return "\n".join(filter(None, [OUT_OF_BUDGET_NOTICE, self.left(ledger, final=True)]))
+
+    def left(self, ledger: Ledger, final: bool = False) -> str:
+        return left_line(ledger.sampleable(final), ledger.left("clones"))
+
+    def prompt(self, messages: Sequence[Message], ledger: Ledger, tools: bool) -> list[int]:
+        """A branch's prompt ids; the last message says what is left."""
+        *before, last = messages
+        content = "\n".join(filter(None, [last.content, self.left(ledger)]))
+        return self.chat.render([*before, Message(last.role, content)], tools)
+
+
+def seed_of(seed: int, branch: str, turn: int) -> int:
+    """The seed of one sample: a function of the tree's seed and the sample's place in the tree."""
+    digest = hashlib.blake2b(f"{seed}/{branch}/{turn}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+async def run_branch(setting: Setting, growth: Growth) -> None:
+    """Grow one branch to its end. Sets status and answer; raises only cancellation and bugs."""
+    growth.started = anyio.current_time()
+    try:
+        await _grow(setting, growth)
+    except PolicyError as error:
+        _end(growth, Status.FAILED, reason=str(error))
+    except BudgetExhausted as error:
+        _end(growth, Status.OUT_OF_BUDGET, reason=error.currency)
+    finally:
+        growth.ended = anyio.current_time()
+
+
+def _end(growth: Growth, status: Status, answer: str | None = None, reason: str = "") -> None:
+    growth.status, growth.answer, growth.reason = status, answer, reason
+
+
+async def _grow(setting: Setting, growth: Growth) -> None:
+    chat, ledger = setting.chat, growth.ledger
+    tools = setting.may_spawn(growth.id.count("."))
+    length = len(growth.prompt)
+    final = False
+    while True:
+        room = _room(setting, ledger, length, final)
+        if room <= 0:
+            appended = _notice(setting, ledger, length, closed=False)
+            if final or appended is None:
+                _end(growth, Status.OUT_OF_BUDGET)
+                return
+            length += _append(growth, appended)
+            final = True
+            continue
+        sample = await _sample(setting, growth, room)
+        length += len(sample.ids)
+        if sample.stop is StopReason.LENGTH and not final:
+            appended = _notice(setting, ledger, length, closed=False)
+            if appended is not None:
+                length += _append(growth, appended)
+                final = True
+                continue
+        parsed = chat.parse(sample.ids)
+        if final or sample.stop is StopReason.LENGTH:
+            _end(growth, Status.OUT_OF_BUDGET, extract_answer(parsed.text, finished=sample.stop is StopReason.END))
+            return
+        if not parsed.calls and not parsed.error:
+            answer = extract_answer(parsed.text)
+            _end(growth, Status.EMPTY if answer is None else Status.ANSWERED, answer)
+            return
+        if ledger.left("turns") == 0:
+            _end(growth, Status.OUT_OF_BUDGET, reason="turns")
+            return
+        try:
+            if parsed.error:
+                raise CallError(parsed.error)
+            if not tools:
+                raise CallError("spawn_clone is not available here; answer yourself")
+            if len(parsed.calls) > 1:
+                raise CallError("one call a turn: put all objectives into one call")
+            call = parse_call(parsed.calls[0])
+        except CallError as error:
+            message = [CloneResult(Status.REFUSED, reason=str(error))]
+            unknown: list[str] = []
+        else:
+            message, unknown = await _spawn(setting, growth, call.requests())
+        appended = _tool_message(setting, ledger, message, unknown, length)
+        if appended is None:
+            _end(growth, Status.OUT_OF_BUDGET, reason="context")
+            return
+        length += _append(growth, appended)
+
+
+def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> int:
+    """How many tokens the next sample may have."""
+    limits = [setting.max_turn_tokens]
+    budget = ledger.sampleable(final)
+    if budget is not None:
+        limits.append(budget)
+    if setting.context is not None:
+        kept = 0 if final or not setting.budget.answer_reserve else setting.budget.answer_reserve + len(
+            setting.chat.after_turn(setting.notice(ledger), closed=False)
+        )
+        limits.append(setting.context - length - kept)
+    return min(limits)
+
+
+def _notice(setting: Setting, ledger: Ledger, length: int, closed: bool) -> list[int] | None:
+    """The ids that tell a branch to answer from its reserve; None if it has none, or no turn or context for it."""
+    if not setting.budget.answer_reserve or ledger.sampleable(final=True) == 0 or ledger.left("turns") == 0:
+        return None
+    ids = setting.chat.after_turn(setting.notice(ledger), closed)
+    return None if setting.context is not None and length + len(ids) >= setting.context else ids
+
+
+def _append(growth: Growth, ids: list[int]) -> int:
+    """Append ids that were not sampled; to the newest turn, or to the prompt before there is one."""
+    if growth.turns:
+        growth.turns[-1] = replace(growth.turns[-1], appended=(*growth.turns[-1].appended, *ids))
+    else:
+        growth.prompt += ids
+    return len(ids)
+
+
+def _tool_message(
+    setting: Setting, ledger: Ledger, results: list[CloneResult], unknown: list[str], length: int
+) -> list[int] | None:
+    """The results as ids, cut fairly until they fit the context; None if even the shortest form does not."""
+    limit = setting.result_characters
+    left = setting.left(ledger)
+    if unknown:
+        left = "\n".join(filter(None, [f"Unknown context keys: {', '.join(unknown)[:200]}", left]))
+    while True:
+        ids = setting.chat.after_turn(render_results(results, left, limit), closed=True)
+        if setting.context is None or length + len(ids) + setting.budget.answer_reserve < setting.context:
+            return ids
+        if limit <= len(results):
+            return None
+        limit = max(limit // 2, len(results))
+
+
+async def _sample(setting: Setting, growth: Growth, room: int) -> Sample:
+    """Sample one turn, retrying transient failures. Whatever was generated is charged, kept or not."""
+    ledger = growth.ledger
+    prompt = tuple(growth.prompt) if not growth.turns else tuple(_ids(growth))
+    seed = seed_of(setting.seed, growth.id, len(growth.turns))
+
+    async def attempt() -> Sample:
+        most = min(room, ledger.sampleable(final=True) or room)
+        request = SampleRequest(prompt, most, setting.chat.stop_ids, seed, setting.sampling, setting.group)
+        partial = Partial()
+        async with setting.limiter:
+            with ledger.reserve(most, len(prompt)) as grant:
+                try:
+                    sample = await setting.policy.sample(request, partial)
+                except anyio.get_cancelled_exc_class():
+                    grant.settle(len(partial.ids), partial.prefilled)
+                    _record(growth, partial, StopReason.CANCELLED, setting.policy.version)
+                    raise
+                except PolicyError:
+                    grant.settle(len(partial.ids), partial.prefilled)
+                    growth.discarded += len(partial.ids)
+                    raise
+                if len(sample.ids) > most:
+                    raise PolicyError(f"the backend returned {len(sample.ids)} tokens for a grant of {most}")
+                grant.settle(len(sample.ids), sample.prefilled)
+        return sample
+
+    async for trial in AsyncRetrying(
+        retry=retry_if_exception_type(TransientPolicyError),
+        stop=stop_after_attempt(setting.attempts),
+        wait=_wait,
+        sleep=anyio.sleep,
+        reraise=True,
+    ):
+        with trial:
+            sample = await attempt()
+    growth.turns.append(
+        Turn(
+            sample.ids,
+            sample.logprobs,
+            sample.stop,
+            sample.version,
+            sample.prefilled,
+            sample.cached,
+            growth.discarded,
+        )
+    )
+    growth.discarded = 0
+    return sample
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds before the next attempt: what the server asked for, else 0.1, 0.2, 0.4, ... up to 10."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, TransientPolicyError) else None
+    return asked if asked is not None else min(0.1 * 2.0 ** (state.attempt_number - 1), 10.0)
+
+
+def _record(growth: Growth, partial: Partial, stop: StopReason, version: int) -> None:
+    growth.turns.append(
+        Turn(tuple(partial.ids), tuple(partial.logprobs), stop, version, partial.prefilled, partial.cached, growth.discarded)
+    )
+    growth.discarded = 0
+
+
+def _ids(growth: Growth) -> list[int]:
+    ids = list(growth.prompt)
+    for turn in growth.turns:
+        ids += turn.sampled
+        ids += turn.appended
+    return ids
+
+
+async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) -> tuple[list[CloneResult], list[str]]:
+    """Run the clones of one call; their results in call order, and the keys that do not exist."""
+    allowed = len(requests)
+    reason = ""
+    if setting.budget.width is not None and allowed > setting.budget.width:
+        allowed, reason = setting.budget.width, f"at most {setting.budget.width} clones a call"
+    clones = growth.ledger.left("clones")
+    if clones is not None and allowed > clones:
+        allowed, reason = clones, "no clones left"
+    if allowed and growth.ledger.sampleable() == 0:
+        allowed, reason = 0, "no tokens left for clones"
+    results = [CloneResult(Status.REFUSED, reason=reason) for _ in requests]
+    unknown: dict[str, None] = {}
+    if not allowed:
+        return results, []
+    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]]) as fork:
+        number = sum(len(turn.clones) for turn in growth.turns)
+        now = anyio.current_time()
+        try:
+            for i, (request, ledger) in enumerate(zip(requests, fork.ledgers, strict=False)):
+                unknown.update(dict.fromkeys(setting.store.resolve(request.context_keys)[1]))
+                clone = Growth(f"{growth.id}.{number + i}", [], ledger, request.objective, started=now)
+                tools = setting.may_spawn(clone.id.count("."))
+                messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys))]
+                if setting.clone_system:
+                    messages.insert(0, Message("system", setting.clone_system))
+                clone.prompt = setting.prompt(messages, ledger, tools)
+                growth.clones.append(clone)
+            async with anyio.create_task_group() as group:
+                for clone in growth.clones:
+                    group.start_soon(run_branch, setting, clone)
+        finally:
+            now = anyio.current_time()
+            frozen = tuple(clone.freeze(Status.CANCELLED, now) for clone in growth.clones)
+            growth.clones.clear()
+            growth.turns[-1] = replace(growth.turns[-1], clones=frozen)
+    for i, branch in enumerate(frozen):
+        results[i] = CloneResult(branch.status, branch.answer, branch.reason)
+    return results, list(unknown)

@@ -1,0 +1,286 @@
+"""Budgets, and the ledgers that enforce them by escrow.
+
+A `Budget` is frozen data: the limits of one tree. `None` is unlimited and 0 is nothing.
+
+A `Ledger` is the account of one branch. Whatever is to be spent is reserved first, so that in every
+currency and at every moment
+
+    spent + reserved <= limit
+
+Opening clones (`fork`) reserves their shares in the parent's ledger; each clone's own ledger has its
+share as its limit. What it did not use returns when it closes, on every way out. No method awaits, so
+each is atomic under anyio.
+
+Three kinds of currency:
+- pooled (`generated`, `prefilled`, `clones`): the shares of parallel clones add up;
+- sequential (`critical_path`): parallel clones run side by side, so a fork reserves the longest share
+  and spends the longest use;
+- of one branch alone (`branch_generated`, `turns`): every branch has the full limit.
+
+Width, depth and context are compared where they arise (`ramet.agents.actor`), and `seconds` is the
+deadline of the tree (`ramet.agents.runtime`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ramet.errors import BudgetExhausted, LedgerError
+
+_Limit = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Budget(BaseModel):
+    """Limits of one tree. `None` (in files: "unlimited") is unlimited; 0 allows nothing.
+
+    generated         sampled tokens, over all branches
+    prefilled         prompt tokens that the backend must compute, over all branches
+    critical_path     sampled tokens one after another along the longest chain
+    clones            clones started, over the whole tree
+    width             clones in one call
+    depth             levels of clones under the root (0: no spawning)
+    turns             sampled turns of one branch
+    branch_generated  sampled tokens of one branch
+    context           tokens in the context of one branch
+    answer_reserve    generated tokens that each branch keeps for stating an answer when all else is spent
+    seconds           wall-clock time of the tree
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generated: _Limit | None = None
+    prefilled: _Limit | None = None
+    critical_path: _Limit | None = None
+    clones: _Limit | None = None
+    width: _Limit | None = 32
+    depth: _Limit | None = 1
+    turns: _Limit | None = 16
+    branch_generated: _Limit | None = None
+    context: _Limit | None = None
+    answer_reserve: _Limit = 0
+    seconds: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _unlimited(cls, value: Any) -> Any:
+        return None if value == "unlimited" else value
+
+
+POOLED = ("generated", "prefilled", "clones")
+CURRENCIES = (*POOLED, "critical_path", "branch_generated", "turns")
+
+
+class Ledger:
+    """The account of one branch. Make the root's with `Ledger.of`, a clone's with `fork`."""
+
+    __slots__ = ("_children", "_held", "_limit", "_open", "_parent", "_spent", "budget")
+
+    def __init__(self, budget: Budget, limit: dict[str, int | None], parent: Ledger | None = None):
+        self.budget = budget
+        self._limit = limit
+        self._spent = dict.fromkeys(CURRENCIES, 0)
+        self._held = dict.fromkeys(CURRENCIES, 0)
+        self._parent = parent
+        self._children: list[Ledger] = []
+        self._open = True
+
+    @classmethod
+    def of(cls, budget: Budget) -> Ledger:
+        """The ledger of a tree's root."""
+        return cls(budget, {currency: getattr(budget, currency) for currency in CURRENCIES})
+
+    def limit(self, currency: str) -> int | None:
+        return self._limit[currency]
+
+    def spent(self, currency: str) -> int:
+        """Spent by this branch and by its closed clones."""
+        return self._spent[currency]
+
+    def reserved(self, currency: str) -> int:
+        return self._held[currency]
+
+    def left(self, currency: str) -> int | None:
+        """What can still be reserved; None if unlimited."""
+        limit = self._limit[currency]
+        return None if limit is None else limit - self._spent[currency] - self._held[currency]
+
+    def total(self, currency: str) -> int:
+        """Spent so far by this branch and everything under it, clones that still run included (pooled currencies)."""
+        return self._spent[currency] + sum(child.total(currency) for child in self._children)
+
+    def sampleable(self, final: bool = False) -> int | None:
+        """How long the next sample may be. All but the answer reserve, which only the `final` one may use."""
+        limits = [self.left(c) for c in ("generated", "critical_path", "branch_generated")]
+        known = [limit for limit in limits if limit is not None]
+        if not known:
+            return None
+        return max(min(known) - (0 if final else self.budget.answer_reserve), 0)
+
+    def _less_reserve(self, currency: str) -> int | None:
+        left = self.left(currency)
+        return None if left is None else max(left - self.budget.answer_reserve, 0)
+
+    def reserve(self, generated: int, prefilled: int) -> Grant:
+        """Reserve one sample. Raises `BudgetExhausted`, reserving nothing, if any currency lacks it."""
+        wanted = {"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": 1}
+        self._hold(wanted)
+        return Grant(self, wanted)
+
+    def fork(self, wants: Sequence[int | None]) -> Fork:
+        """Open one clone ledger per entry of `wants` (its `max_tokens`, None for a fair share).
+
+        Of generated tokens, what is left less this branch's answer reserve is shared by `fair_shares`;
+        what is left of the other pooled currencies is shared equally. Raises `BudgetExhausted`,
+        reserving nothing, if there are not `clones` enough.
+        """
+        count = len(wants)
+        clones = self.left("clones")
+        if clones is not None and clones < count:
+            raise BudgetExhausted("clones", count, clones)
+        generated = fair_shares(self._less_reserve("generated"), wants)
+        path = self._less_reserve("critical_path")
+        prefilled = self.left("prefilled")
+        each = {
+            "prefilled": None if prefilled is None else prefilled // count,
+            "clones": None if clones is None else (clones - count) // count,
+        }
+        limits: list[dict[str, int | None]] = [
+            {
+                "generated": share,
+                "critical_path": path if share is None else share if path is None else min(path, share),
+                "branch_generated": self.budget.branch_generated,
+                "turns": self.budget.turns,
+                **each,
+            }
+            for share in generated
+        ]
+        return Fork(self, limits)
+
+    def check(self) -> None:
+        """Raise `LedgerError` if the invariant is broken, here or in an open clone's ledger."""
+        for currency in CURRENCIES:
+            limit, spent, held = self._limit[currency], self._spent[currency], self._held[currency]
+            if spent < 0 or held < 0 or (limit is not None and spent + held > limit):
+                raise LedgerError(f"{currency}: spent {spent} + reserved {held} against a limit of {limit}")
+        for child in self._children:
+            child.check()
+
+    def _hold(self, wanted: dict[str, int]) -> None:
+        if not self._open:
+            raise LedgerError("the ledger is closed")
+        for currency, amount in wanted.items():
+            left = self.left(currency)
+            if amount < 0:
+                raise LedgerError(f"cannot reserve {amount} {currency}")
+            if left is not None and amount > left:
+                raise BudgetExhausted(currency, amount, left)
+        for currency, amount in wanted.items():
+            self._held[currency] += amount
+
+    def _settle(self, held: dict[str, int], used: dict[str, int]) -> None:
+        for currency, amount in held.items():
+            self._held[currency] -= amount
+            self._spent[currency] += used.get(currency, 0)
+
+
+class Grant:
+    """A reservation for one sample. Leaving its `with` block unsettled refunds all of it."""
+
+    __slots__ = ("_held", "_ledger", "_open")
+
+    def __init__(self, ledger: Ledger, held: dict[str, int]):
+        self._ledger = ledger
+        self._held = held
+        self._open = True
+
+    @property
+    def generated(self) -> int:
+        return self._held["generated"]
+
+    def settle(self, generated: int, prefilled: int) -> None:
+        """Spend what was used, refund the rest. Once. Using more than was granted is a `LedgerError`."""
+        if not self._open:
+            raise LedgerError("the grant is settled already")
+        if not 0 <= generated <= self._held["generated"] or not 0 <= prefilled <= self._held["prefilled"]:
+            self._close({})
+            raise LedgerError(
+                f"used {generated} generated, {prefilled} prefilled of a grant of "
+                f"{self._held['generated']} and {self._held['prefilled']}"
+            )
+        self._close({"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": 1})
+
+    def _close(self, used: dict[str, int]) -> None:
+        if self._open:
+            self._open = False
+            self._ledger._settle(self._held, used)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._close({})
+
+
+class Fork:
+    """The escrow of one spawn call: `ledgers` has one ledger per clone. Leaving the `with` block closes all."""
+
+    __slots__ = ("_limits", "_parent", "_path", "ledgers")
+
+    def __init__(self, parent: Ledger, limits: list[dict[str, int | None]]):
+        held = {c: sum(limit[c] or 0 for limit in limits) for c in POOLED}
+        held["clones"] += len(limits)
+        held["critical_path"] = max((limit["critical_path"] or 0 for limit in limits), default=0)
+        parent._hold(held)
+        self._parent = parent
+        self._limits = limits
+        self._path = 0
+        self.ledgers = [Ledger(parent.budget, limit, parent) for limit in limits]
+        parent._children.extend(self.ledgers)
+
+    def close(self, ledger: Ledger) -> None:
+        """Close one clone's ledger: what it spent becomes its parent's spending, the rest returns."""
+        if not ledger._open:
+            return
+        if any(ledger._held.values()):
+            raise LedgerError("a clone's ledger closes with reservations open")
+        ledger._open = False
+        parent = self._parent
+        parent._children.remove(ledger)
+        held = {currency: ledger._limit[currency] or 0 for currency in POOLED}
+        used = {currency: ledger._spent[currency] for currency in POOLED}
+        held["clones"] += 1
+        used["clones"] += 1
+        parent._settle(held, used)
+        self._path = max(self._path, ledger._spent["critical_path"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for ledger in self.ledgers:
+            self.close(ledger)
+        longest = max((limit["critical_path"] or 0 for limit in self._limits), default=0)
+        self._parent._settle({"critical_path": longest}, {"critical_path": self._path})
+
+
+def fair_shares(total: int | None, wants: Sequence[int | None]) -> list[int | None]:
+    """Divide `total` tokens: nobody gets more than it wants, and otherwise all get the same.
+
+    With an unlimited total each gets what it wants. Whole tokens that do not divide go to the first.
+    """
+    if total is None:
+        return list(wants)
+    shares: list[int | None] = [0] * len(wants)
+    left = total
+    order = sorted(range(len(wants)), key=lambda i: (wants[i] is None, wants[i] or 0, i))
+    for position, i in enumerate(order):
+        want = wants[i]
+        waiting = len(order) - position
+        share = -(-left // waiting) if want is None else min(want, left // waiting)
+        shares[i] = share
+        left -= share
+    return shares

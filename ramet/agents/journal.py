@@ -1,0 +1,113 @@
+"""An append-only record of finished work, from which a run resumes.
+
+One line a record: its CRC-32 in hexadecimal, a space, compact JSON. The first line names the job by a
+fingerprint of its configuration. A crash can cut only the last line, which is then dropped and its
+work done again; damage anywhere else, or another job's journal, is refused with what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ramet.errors import CheckpointError, StorageError
+
+FORMAT = 1
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short hash of JSON-able parts, for telling jobs apart."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Open a journal for the job `job`; `records` are those already in it."""
+
+    def __init__(self, path: Path, job: str):
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        header = {"journal": FORMAT, "job": job}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            intact = self._read(header)
+            self._file = path.open("ab")
+            if self._file.tell() != intact:
+                self._file.truncate(intact)
+            if intact == 0:
+                self._write(header)
+        except OSError as error:
+            raise StorageError(f"cannot open journal {path}: {error.strerror or error}") from error
+
+    def _read(self, header: dict[str, Any]) -> int:
+        """Read what is there; returns the number of bytes that are whole records."""
+        if not self.path.exists():
+            return 0
+        data = self.path.read_bytes()
+        end = 0
+        for number, line in enumerate(data.splitlines(keepends=True), 1):
+            record = _decode(line)
+            if record is None:
+                if end + len(line) == len(data):
+                    return end
+                raise CheckpointError(f"journal {self.path} is damaged at line {number}; move it away to start anew")
+            if number == 1:
+                if record != header:
+                    raise CheckpointError(
+                        f"journal {self.path} belongs to another configuration or version; choose another --name or move it away"
+                    )
+            else:
+                self.records.append(record)
+            end += len(line)
+        return end
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add one record; it is handed to the operating system when this returns. Raises `StorageError`."""
+        try:
+            self._write(record)
+        except OSError as error:
+            raise StorageError(f"cannot write journal {self.path}: {error.strerror or error}; free space and run again to resume") from error
+        self.records.append(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        start = self._file.tell()
+        try:
+            self._file.write(b"%08x %b\n" % (zlib.crc32(body), body))
+            self._file.flush()
+        except OSError:
+            # What a full disk took of the line must not stand before the next one.
+            os.ftruncate(self._file.fileno(), start)
+            raise
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.records)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The record of one line, or None if the line is not whole."""
+    if not line.endswith(b"\n") or len(line) < 11 or line[8:9] != b" ":
+        return None
+    body = line[9:-1]
+    try:
+        if int(line[:8], 16) != zlib.crc32(body):
+            return None
+        record = json.loads(body)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None

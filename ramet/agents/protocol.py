@@ -1,0 +1,237 @@
+"""The spawn tool: what a branch may ask for, and what it gets back.
+
+A call is JSON between the chat format's tool-call markers:
+
+    {"name": "spawn_clone", "arguments": {"objectives": [...], "context_keys": [...]}}
+
+Each objective is a string, or `{"objective", "context_keys"?, "max_tokens"?}`; the call's own
+`context_keys` go to every clone. Nothing else is accepted: no sampling parameters, no aliases, no
+repair. What does not validate raises `CallError`, whose text the branch reads and can act on.
+
+Results go back as one line a clone, in call order, then one line that says what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from ramet.agents.tree import Status
+from ramet.errors import CallError
+
+MAX_CALL_CHARACTERS = 65_536
+OUT_OF_BUDGET_NOTICE = "Out of budget. Answer now."
+
+_Text = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
+_Keys = Annotated[list[Annotated[str, Field(strict=True)]], Field(default_factory=list)]
+
+
+class Objective(BaseModel):
+    """Work for one clone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    objective: _Text
+    context_keys: _Keys
+    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+
+
+class SpawnClone(BaseModel):
+    """Start one clone per objective, in parallel, and wait for their answers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    objectives: Annotated[list[_Text | Objective], Field(min_length=1)]
+    context_keys: _Keys
+
+    def requests(self) -> list[Objective]:
+        """The objectives in full, the call's shared keys added to each."""
+        return [
+            Objective(
+                objective=item if isinstance(item, str) else item.objective,
+                context_keys=self.context_keys + ([] if isinstance(item, str) else item.context_keys),
+                max_tokens=None if isinstance(item, str) else item.max_tokens,
+            )
+            for item in self.objectives
+        ]
+
+
+class _Call(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["spawn_clone"]
+    arguments: SpawnClone
+
+
+def tool_schema() -> dict[str, Any]:
+    """The tool in the JSON-schema form that chat templates take."""
+    objective = {
+        "type": "object",
+        "properties": {
+            "objective": {"type": "string", "description": "What the clone is to do. It sees nothing else of your context."},
+            "context_keys": {"type": "array", "items": {"type": "string"}, "description": "Documents that this clone gets."},
+            "max_tokens": {"type": "integer", "minimum": 1, "description": "Share of your budget for this clone."},
+        },
+        "required": ["objective"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "function",
+        "function": {
+            "name": "spawn_clone",
+            "description": "Hand parts of the work to clones of yourself that run in parallel, each in a context of its own. "
+            "They spend your budget. You get one line per clone with its answer.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "objectives": {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string"}, objective]}},
+                    "context_keys": {
+                        "type": "array",
+                        "items": {"type": "string"},
+                        "description": "Documents that every clone of this call gets.",
+                    },
+                },
+                "required": ["objectives"],
+                "additionalProperties": False,
+            },
+        },
+    }
+
+
+def render_call(objectives: Sequence[dict[str, Any] | str], context_keys: Sequence[str] = ()) -> str:
+    """The compact JSON of a call, as demonstrations and scripted policies write it."""
+    arguments: dict[str, Any] = {"objectives": list(objectives)}
+    if context_keys:
+        arguments["context_keys"] = list(context_keys)
+    return json.dumps({"name": "spawn_clone", "arguments": arguments}, separators=(",", ":"), ensure_ascii=False)
+
+
+def parse_call(text: str) -> SpawnClone:
+    """Validate one call. Raises `CallError` with a text for the model, whatever `text` is."""
+    if len(text) > MAX_CALL_CHARACTERS:
+        raise CallError(f"call of {len(text)} characters; at most {MAX_CALL_CHARACTERS} are read")
+    try:
+        data = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+    except RecursionError:
+        raise CallError("call is nested too deeply") from None
+    except ValueError as error:
+        raise CallError(f"call is not valid JSON: {_short(str(error))}") from None
+    try:
+        return _Call.model_validate(data).arguments
+    except ValidationError as error:
+        raise CallError(_explain(error)) from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"duplicate key {_short(key)!r}")
+        result[key] = value
+    return result
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _short(text: str, limit: int = 80) -> str:
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _explain(error: ValidationError) -> str:
+    """The first three problems: where, and what is wrong."""
+    lines = []
+    for problem in error.errors(include_url=False, include_input=False)[:3]:
+        where = ".".join(_short(str(part), 40) for part in problem["loc"] if part not in ("Objective",)) or "call"
+        lines.append(f"{where}: {problem['msg']}")
+    return "; ".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class CloneResult:
+    """What one clone hands to its parent."""
+
+    status: Status
+    answer: str | None = None
+    reason: str = ""
+
+    def line(self) -> str:
+        if self.status is Status.ANSWERED and self.answer is not None:
+            return self.answer
+        note = f"({self.status.value}{': ' + self.reason if self.reason else ''})"
+        return note if self.answer is None else f"{self.answer} {note}"
+
+
+def render_results(results: Sequence[CloneResult], left: str, limit: int) -> str:
+    """Numbered results in call order within `limit` characters, then the line on what is left.
+
+    Short results are kept whole; long ones share what remains equally, each cut in its middle with
+    a marker that says how much is missing. No sibling loses text while a longer one is whole.
+    """
+    lines = [" ".join(result.line().split()) for result in results]
+    allowance = _fair_allowance([len(line) for line in lines], limit)
+    numbered = [f"{number}: {elide(line, allowance)}" for number, line in enumerate(lines, 1)]
+    return "\n".join([*numbered, left] if left else numbered)
+
+
+def _fair_allowance(lengths: Sequence[int], limit: int) -> int:
+    """The largest cap (at least 1) such that the lengths, cut at it, sum to at most `limit`."""
+    left, waiting = limit, len(lengths)
+    for length in sorted(lengths):
+        share = left // waiting
+        if length > share:
+            return max(share, 1)
+        left -= length
+        waiting -= 1
+    return max(lengths, default=1)
+
+
+def elide(text: str, limit: int) -> str:
+    """`text` within about `limit` characters: head and tail kept, the cut marked and counted."""
+    if len(text) <= limit:
+        return text
+    head = (limit + 1) // 2
+    tail = limit - head
+    cut = len(text) - head - tail
+    return f"{text[:head]}[... {cut} characters cut ...]{text[len(text) - tail :] if tail else ''}"
+
+
+def left_line(generated: int | None, clones: int | None) -> str:
+    """The one line that tells a branch what it may still spend; empty where nothing is limited."""
+    parts = []
+    if generated is not None:
+        parts.append(f"{generated} tokens")
+    if clones is not None:
+        parts.append(f"{clones} clones")
+    return f"[left {', '.join(parts)}]" if parts else ""
+
+
+_MARKER = re.compile(r"^[ \t]*(?:final[ \t]+)?answer[ \t]*:[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
+
+
+def extract_answer(text: str, finished: bool = True) -> str | None:
+    """The answer stated in one turn's text, by grammar.
+
+    The last line of the form `Answer: ...` counts (its continuation on the next line if it is
+    empty). Without one, a finished turn's last non-empty line does; an unfinished turn has none.
+    """
+    text = text.rpartition("</think>")[2]
+    found = None
+    for found in _MARKER.finditer(text):
+        pass
+    if found is not None:
+        rest = found.group(1).strip() or text[found.end() :].strip().partition("\n")[0].strip()
+        if rest:
+            return rest
+        return None
+    if not finished:
+        return None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else None

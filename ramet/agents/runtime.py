@@ -1,0 +1,121 @@
+"""Runtime: trees of branches on one policy.
+
+`run` grows one tree to its end. `run_many` keeps several growing and hands them out as they finish;
+a consumer that does not take them stops new ones from starting. Works on anyio's asyncio and
+trio backends. The policy must be serving (entered) meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from ramet.agents.actor import Growth, Setting, run_branch
+from ramet.agents.budget import Budget, Ledger
+from ramet.agents.chat import ChatFormat
+from ramet.agents.context import ContextStore
+from ramet.agents.sampling import Policy, Sampling
+from ramet.agents.tree import Status, Task, Tree, price
+from ramet.errors import TaskError
+
+CLONE_SYSTEM = (
+    "You are a clone, working on one part of a larger task in a context of your own. "
+    "Do only what is asked, briefly, and end with a line `Answer: ...`. If you cannot, say why in that line."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tree to grow. `key` is the caller's own name for it."""
+
+    task: Task
+    budget: Budget
+    seed: int = 0
+    key: tuple[object, ...] = ()
+
+
+@dataclass(slots=True)
+class Runtime:
+    """Grows trees.
+
+    concurrency        samples in flight at most, over all trees
+    max_turn_tokens    longest turn when nothing else limits it
+    result_characters  longest tool message, results together
+    attempts           tries of a sample that fails transiently
+    watch              called with each root as it starts to grow, for display
+    """
+
+    policy: Policy
+    chat: ChatFormat
+    sampling: Sampling = field(default_factory=Sampling)
+    concurrency: int = 256
+    max_turn_tokens: int = 4096
+    result_characters: int = 4096
+    attempts: int = 4
+    clone_system: str = CLONE_SYSTEM
+    watch: Callable[[Growth], None] | None = None
+    _limiter: anyio.CapacityLimiter | None = None
+
+    async def run(self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None) -> Tree:
+        """Grow one tree. Past `budget.seconds` it is cut short and returned as timed out.
+
+        `prompt` replaces the rendering of the task's messages, for programs that lay out a context themselves.
+        """
+        if not task.messages:
+            raise TaskError(f"task {task.id} has no messages")
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(self.concurrency)
+        ledger = Ledger.of(budget)
+        setting = Setting(
+            policy=self.policy,
+            chat=self.chat,
+            budget=budget,
+            store=ContextStore(task.documents),
+            sampling=self.sampling,
+            limiter=self._limiter,
+            seed=seed,
+            group=f"{task.id}/{seed}",
+            max_turn_tokens=self.max_turn_tokens,
+            result_characters=self.result_characters,
+            attempts=self.attempts,
+            clone_system=self.clone_system,
+        )
+        root = Growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger)
+        if self.watch is not None:
+            self.watch(root)
+        started = anyio.current_time()
+        with anyio.move_on_after(budget.seconds):
+            await run_branch(setting, root)
+        now = anyio.current_time()
+        ledger.check()
+        branch = root.freeze(Status.TIMED_OUT, now)
+        error = branch.reason if branch.status is Status.FAILED else ""
+        return Tree(task.id, branch, price(branch, now - started), seed, error)
+
+    @asynccontextmanager
+    async def run_many(
+        self, jobs: Iterable[Job], in_flight: int = 64
+    ) -> AsyncIterator[MemoryObjectReceiveStream[tuple[Job, Tree]]]:
+        """Stream `(job, tree)` in order of finishing, at most `in_flight` trees growing or waiting to be taken.
+
+        Leaving the block cancels what still grows.
+        """
+        waiting = iter(jobs)
+        send, receive = anyio.create_memory_object_stream[tuple[Job, Tree]](0)
+
+        async def worker(results: MemoryObjectSendStream[tuple[Job, Tree]]) -> None:
+            async with results:
+                for job in waiting:
+                    await results.send((job, await self.run(job.task, job.budget, job.seed)))
+
+        async with anyio.create_task_group() as group:
+            async with send:
+                for _ in range(in_flight):
+                    group.start_soon(worker, send.clone())
+            async with receive:
+                yield receive
+            group.cancel_scope.cancel()

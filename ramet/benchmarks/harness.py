@@ -1,0 +1,142 @@
+"""Run methods on tasks under a sweep of budgets, and keep every outcome.
+
+Every graded outcome is journalled as soon as it is known, so an interrupted sweep resumes where it
+stopped. Seeds are functions of the task, the method and the sweep's seed, never of the order of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import anyio
+
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget
+from ramet.agents.chat import ChatFormat
+from ramet.agents.journal import Journal
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Sampling
+from ramet.agents.tree import Task
+from ramet.benchmarks.baselines import Method, Outcome
+from ramet.benchmarks.statistics import accuracy_interval
+from ramet.env.environment import Environment
+from ramet.policy.hf import HFPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One method to measure: its name in the results, how it works, and how it samples."""
+
+    policy: str
+    method: Method
+    sampling: Sampling
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One graded outcome."""
+
+    policy: str
+    split: str
+    budget: int
+    task: str
+    size: int
+    score: float
+    outcome: Outcome
+
+    def record(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: dict[str, object]) -> Measured:
+        values = dict(record)
+        values["outcome"] = Outcome(**values["outcome"])  # type: ignore[arg-type]
+        return cls(**values)  # type: ignore[arg-type]
+
+
+async def measure(
+    policy: HFPolicy,
+    chat: ChatFormat,
+    entry: Entry,
+    env: Environment,
+    tasks: Sequence[Task],
+    split: str,
+    budgets: Iterable[int],
+    template: Budget,
+    journal: Journal,
+    seed: int,
+    report: Callable[[Measured], None] | None = None,
+    in_flight: int = 64,
+) -> list[Measured]:
+    """Every task at every budget by one method. Outcomes already in the journal are not computed again."""
+    done = {
+        (m.budget, m.task): m
+        for m in map(Measured.of, journal)
+        if m.policy == entry.policy and m.split == split
+    }
+    wanted = [(budget, task) for budget in budgets for task in tasks]
+    missing = iter([(b, t) for b, t in wanted if (b, t.id) not in done])
+    runtime = Runtime(policy, chat, entry.sampling)
+
+    async def worker() -> None:
+        for budget, task in missing:
+            limits = template.model_copy(update={"generated": budget, "depth": entry.depth})
+            outcome = await entry.method(runtime, task, limits, seed_of(seed, f"{entry.policy}/{task.id}", budget))
+            measured = Measured(entry.policy, split, budget, task.id, env.size(task), env.grade(task, outcome.answer), outcome)
+            journal.append(measured.record())
+            done[budget, task.id] = measured
+            if report is not None:
+                report(measured)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(in_flight):
+            group.start_soon(worker)
+    return [done[budget, task.id] for budget, task in wanted]
+
+
+def point(measured: Sequence[Measured]) -> dict[str, object]:
+    """The flat record of one policy at one budget on one split."""
+    first = measured[0]
+    scores: dict[str, list[float]] = {}
+    for m in measured:
+        scores.setdefault(m.task, []).append(m.score)
+    interval = accuracy_interval(scores)
+
+    def mean(name: str) -> float:
+        return sum(float(getattr(m.outcome, name)) for m in measured) / len(measured)
+
+    return {
+        "record": "point",
+        "policy": first.policy,
+        "split": first.split,
+        "budget": first.budget,
+        "n": interval.n,
+        "accuracy": interval.mean,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "generated": mean("generated"),
+        "critical_path": mean("critical_path"),
+        "prefilled": mean("prefilled"),
+        "spawn_rate": mean("spawned"),
+        "clones": mean("clones"),
+    }
+
+
+def by_size(measured: Sequence[Measured], edges: Sequence[tuple[int, int]]) -> list[dict[str, object]]:
+    """Accuracy and spawn rate by task size, for one policy at one budget on one split."""
+    records = []
+    for low, high in edges:
+        chosen = [m for m in measured if low <= m.size <= high]
+        if chosen:
+            records.append({**point(chosen), "record": "size", "size_low": low, "size_high": high})
+    return records
+
+
+def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Measured]]:
+    """By (policy, split, budget), in the order in which these first appear."""
+    groups: dict[tuple[str, str, int], list[Measured]] = {}
+    for m in measured:
+        groups.setdefault((m.policy, m.split, m.budget), []).append(m)
+    return groups

@@ -1,0 +1,106 @@
+"""Pictures of results: the frontier, what the controller does by length, and learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+LABELS = {
+    "trained": "trained controller",
+    "base": "base model",
+    "base_serial": "base, no spawning",
+    "solo": "trained, no spawning (solo)",
+    "best_of_n": "best of n (base)",
+    "map_reduce": "fixed map-reduce (base)",
+}
+COLOURS = {
+    "trained": "#c0392b",
+    "base": "#7f8c8d",
+    "base_serial": "#2c7fb8",
+    "solo": "#2c7fb8",
+    "best_of_n": "#e08e0b",
+    "map_reduce": "#3a8f5c",
+}
+SPLITS = {"iid": "lengths as trained", "ood": "at least twice as long"}
+
+
+def _axes(rows: int, columns: int) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+    return plt.subplots(rows, columns, figsize=(5.4 * columns, 3.9 * rows), squeeze=False, layout="constrained")
+
+
+def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against the budget and against the critical path, one row a split, 95% bands."""
+    points = [r for r in records if r["record"] == "point"]
+    splits = [s for s in SPLITS if any(p["split"] == s for p in points)]
+    figure, axes = _axes(len(splits), 2)
+    for row, split in enumerate(splits):
+        for policy in LABELS:
+            chosen = sorted((p for p in points if p["split"] == split and p["policy"] == policy), key=lambda p: p["budget"])
+            if not chosen:
+                continue
+            style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5}
+            for column, x in enumerate(("budget", "critical_path")):
+                along = chosen if x == "budget" else sorted(chosen, key=lambda p: p[x])
+                xs, ys = [p[x] for p in along], [p["accuracy"] for p in along]
+                axes[row][column].plot(xs, ys, marker="o", ms=3.5, label=LABELS[policy], **style)
+                low, high = [p["ci_low"] for p in along], [p["ci_high"] for p in along]
+                if x == "budget":
+                    axes[row][column].fill_between(xs, low, high, color=COLOURS[policy], alpha=0.12, lw=0)
+        axes[row][0].set(xlabel="budget: generated tokens of the whole tree", ylabel="accuracy", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02))
+        axes[row][1].set(xlabel="mean critical path (tokens one after another)", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02))
+    axes[0][0].legend(frameon=False, fontsize=8.5)
+    _save(figure, path)
+
+
+def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Spawn rate and accuracy by length, at the largest budget of each split."""
+    sizes = [r for r in records if r["record"] == "size"]
+    figure, axes = _axes(1, 2)
+    for policy in LABELS:
+        chosen = sorted((r for r in sizes if r["policy"] == policy), key=lambda r: r["size_low"])
+        if not chosen:
+            continue
+        xs = [(r["size_low"] + r["size_high"]) / 2 for r in chosen]
+        style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "marker": "o", "ms": 3.5, "label": LABELS[policy]}
+        if policy in ("trained", "base"):
+            axes[0][0].plot(xs, [r["spawn_rate"] for r in chosen], **style)
+        axes[0][1].plot(xs, [r["accuracy"] for r in chosen], **style)
+    axes[0][0].set(xlabel="operands", ylabel="share of trees that spawn", title="spawn rate by length", ylim=(-0.02, 1.02))
+    axes[0][1].set(xlabel="operands", ylabel="accuracy", title="accuracy by length, largest budget", ylim=(-0.02, 1.02))
+    axes[0][1].legend(frameon=False, fontsize=8.5)
+    _save(figure, path)
+
+
+def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Accuracy, spawn rate and tokens over the updates of each run."""
+    figure, axes = _axes(1, 3)
+    for name, metrics in curves.items():
+        xs = [m["update"] for m in metrics]
+        for column, field in enumerate(("accuracy", "spawn_rate", "generated")):
+            ys = [m[field] for m in metrics]
+            axes[0][column].plot(xs, ys, color=COLOURS.get(name), alpha=0.25, lw=1)
+            axes[0][column].plot(xs, _smooth(ys), color=COLOURS.get(name), lw=2, label=LABELS.get(name, name))
+    for column, label in enumerate(("accuracy of sampled trees", "spawn rate", "generated tokens per tree")):
+        axes[0][column].set(xlabel="update", title=label)
+    axes[0][0].legend(frameon=False, fontsize=8.5)
+    _save(figure, path)
+
+
+def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
+    half = window // 2
+    return [sum(values[max(i - half, 0) : i + half + 1]) / len(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
+
+
+def _save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

@@ -1,0 +1,100 @@
+"""From a `RunConfig` to things that run: model, trainer, entries to measure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ramet import __version__
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget
+from ramet.agents.chat import ChatFormat
+from ramet.agents.tree import Task, Tree
+from ramet.config import RunConfig
+from ramet.nano import BASE
+from ramet.policy.models import load_model
+from ramet.policy.trainer import Trainer, Verdict
+from ramet.rewards.penalty import scored
+
+
+def model_path(name: str) -> Path:
+    """Where a model's directory is: the shipped one for "nano", else `name` itself."""
+    return BASE if name == "nano" else Path(name)
+
+
+def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, ChatFormat]:
+    """The configured model (or the one at `path`), with the configured number of threads."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return load_model(path or model_path(config.model), config.chat)
+
+
+def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
+    """A trainer of the configured model; without `spawn` the tool is never offered."""
+    env = config.env.build()
+    depth = config.budget.depth if spawn else 0
+
+    def draw(update: int) -> list[tuple[Task, Budget]]:
+        rng = random.Random(f"budgets/{config.seed}/{update}")
+        tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
+        return [
+            (task, config.budget.model_copy(update={"depth": depth, **({"generated": rng.choice(config.budgets)} if config.budgets else {})}))
+            for task in tasks
+        ]
+
+    def judge(task: Task, tree: Tree) -> Verdict:
+        score = env.grade(task, tree.answer)
+        penalties = config.reward.penalties(tree)
+        return Verdict(score, penalties, scored(tree, score, penalties))
+
+    model, tokenizer, chat = open_model(config)
+    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed)
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on, for `meta` records."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def meta(command: str, seed: int, seconds: float | None = None) -> dict[str, Any]:
+    """The record that heads every machine-readable result."""
+    import datetime
+
+    return {
+        "record": "meta",
+        "command": command,
+        "version": __version__,
+        "seed": seed,
+        "machine": machine(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({} if seconds is None else {"seconds": seconds}),
+    }
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a training run, by update."""
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

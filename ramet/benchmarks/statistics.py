@@ -1,0 +1,55 @@
+"""Uncertainty of accuracies and of their differences, clustered by task.
+
+Samples of one task are not independent; tasks are. Intervals are therefore over tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its 95% interval over `n` tasks."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def accuracy_interval(scores: Mapping[str, Sequence[float]]) -> Interval:
+    """Mean score with a Wilson interval at the effective sample size.
+
+    `scores` maps a task to its samples' scores in [0, 1]. The effective size is that at which a
+    binomial of this mean would have the variance that the task means have; with no variance (all right
+    or all wrong) it is the number of tasks, so that 100 of 100 is not reported as certain.
+    """
+    if not scores:
+        raise ValueError("no tasks")
+    means = np.array([np.mean(s) for s in scores.values()], dtype=np.float64)
+    n, p = len(means), float(means.mean())
+    effective = float(n)
+    if n > 1:
+        variance = float(means.var(ddof=1)) / n
+        if variance > 0 and 0 < p < 1:
+            effective = p * (1 - p) / variance
+    centre = (p + Z95**2 / (2 * effective)) / (1 + Z95**2 / effective)
+    half = Z95 / (1 + Z95**2 / effective) * np.sqrt(p * (1 - p) / effective + Z95**2 / (4 * effective**2))
+    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 10_000) -> Interval:
+    """Mean of a - b over the tasks that both have, with a percentile bootstrap over tasks."""
+    common = sorted(set(a) & set(b))
+    if not common:
+        raise ValueError("the two have no task in common")
+    differences = np.array([np.mean(a[t]) - np.mean(b[t]) for t in common], dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(0, len(common), size=(resamples, len(common)))
+    low, high = np.quantile(differences[draws].mean(axis=1), [0.025, 0.975])
+    return Interval(float(differences.mean()), float(low), float(high), len(common))

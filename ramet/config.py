@@ -1,0 +1,156 @@
+"""Configuration: TOML files with dotted overrides, validated before anything runs.
+
+    load(RunConfig, Path("run.toml"), ["train.updates=50", "reward.generated=0.001"])
+
+An unknown key, a wrong type or an impossible value is one line that names the key and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ramet.agents.budget import Budget
+from ramet.env.arithmetic import ReferenceEnvironment, RowsEnvironment
+from ramet.env.environment import Environment
+from ramet.errors import ConfigError, StorageError
+from ramet.policy.trainer import TrainConfig
+from ramet.rewards.penalty import Prices
+
+_Config = TypeVar("_Config", bound=BaseModel)
+_Tokens = Annotated[int, Field(ge=1)]
+
+
+class EnvConfig(BaseModel):
+    """The environment. The ranges of operands are inclusive and belong to `rows`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["rows", "reference"] = "rows"
+    operands: tuple[int, int] = (2, 20)
+    ood_operands: tuple[int, int] = (40, 48)
+    largest: Annotated[int, Field(ge=1, le=99)] = 9
+
+    @model_validator(mode="after")
+    def _ranges(self) -> EnvConfig:
+        for name in ("operands", "ood_operands"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high <= 104:
+                raise ValueError(f"{name} must be two lengths from 1 to 104, the smaller first")
+        return self
+
+    def build(self) -> Environment:
+        if self.kind == "reference":
+            return ReferenceEnvironment()
+        return RowsEnvironment(self.operands, self.ood_operands, self.largest)
+
+
+class EvalConfig(BaseModel):
+    """What `ramet eval` and the reports measure."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tasks: _Tokens = 300
+    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (24, 48, 72, 96, 144, 192, 256)
+    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (96, 160, 224, 288, 352, 416, 512)
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    seed: int = 1_000_003
+
+
+class RunConfig(BaseModel):
+    """One run: what learns, on what, under which budgets.
+
+    model          "nano" (shipped) or a Hugging Face model directory
+    budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given
+    budgets        limits on generated tokens that training tasks are drawn with
+    reward         what a token and a clone cost, in units of the score
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "nano"
+    chat: Literal["auto", "nano", "chatml", "template"] = "auto"
+    seed: int = 0
+    threads: Annotated[int, Field(ge=1)] | None = None
+    env: EnvConfig = EnvConfig()
+    budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
+    budgets: tuple[_Tokens, ...] = (32, 48, 64, 96, 128, 192, 256)
+    reward: Prices = Prices(generated=0.0005)
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _some_budget(self) -> RunConfig:
+        if self.budget.generated == 0:
+            raise ValueError("budget.generated is 0: nothing could be answered; give it tokens or leave it out")
+        return self
+
+
+def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = ()) -> _Config:
+    """Read `path` (or nothing), apply `key.sub=value` overrides in order, validate."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(data, override)
+    return validate(kind, data)
+
+
+def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(kind, problem) for problem in error.errors(include_url=False)[:3])) from None
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    at = data
+    for key in keys[:-1]:
+        at = at.setdefault(key, {})
+        if not isinstance(at, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+    at[keys[-1]] = value
+
+
+def _explain(kind: type[BaseModel], problem: Any) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        given = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+        return f"{where or 'config'}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    section: Any = kind
+    for key in problem["loc"][:-1]:
+        section = section.model_fields[key].annotation
+    known = list(section.model_fields)
+    close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+    return f"unknown key {where!r}; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
+
+
+def write(config: BaseModel, path: Path) -> None:
+    """The resolved configuration as TOML. TOML has no null: an unlimited budget is spelled out."""
+    data = config.model_dump(mode="json")
+    budget = {name: "unlimited" if value is None else value for name, value in data.get("budget", {}).items()}
+    data = {name: value for name, value in data.items() if value is not None and name != "budget"}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(tomli_w.dumps(data | ({"budget": budget} if budget else {})))
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,178 @@
+"""Arithmetic: expressions whose value is known.
+
+Two generators:
+
+- `rows`: sums and differences of small integers, written in rows of at most four operands, each row a
+  document with its own key, as on a bill. Every row is in the root's prompt too, so delegation
+  adds no information. The tasks of the nano model.
+- `reference`: the generator of the SELFCEST release with its exact distribution (specification,
+  section 4): 3-10 operators out of + - *, operands of 3-7 digits, up to two pairs of parentheses.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+from ramet.agents.context import ContextStore
+from ramet.agents.tree import Message, Task
+from ramet.errors import ConfigError, TaskError
+from ramet.rewards.exact_match import graded_integer, integer_match
+
+OBJECTIVE = "sum"
+KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ROW = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RowsEnvironment:
+    """Sums in rows.
+
+    iid and training tasks have `operands` of them (inclusive range, uniform), out-of-distribution
+    ones `ood_operands`; all operands are 1..`largest`.
+    """
+
+    operands: tuple[int, int] = (2, 20)
+    ood_operands: tuple[int, int] = (40, 48)
+    largest: int = 9
+    name: str = "rows"
+
+    def tasks(self, split: str, count: int, seed: int) -> list[Task]:
+        if split not in ("train", "iid", "ood"):
+            raise ConfigError(f"no split {split!r}; there are train, iid, ood")
+        low, high = self.ood_operands if split == "ood" else self.operands
+        rng = random.Random(f"rows/{split}/{seed}")
+        made: list[Task] = []
+        for index in range(count):
+            values = [rng.randint(1, self.largest) * rng.choice((1, -1)) for _ in range(rng.randint(low, high))]
+            values[0] = abs(values[0])
+            made.append(rows_task(values, f"{split}-{seed}-{index}"))
+        return made
+
+    def grade(self, task: Task, answer: str | None) -> float:
+        return integer_match(task, answer)
+
+    def size(self, task: Task) -> int:
+        return int(task.meta["operands"])
+
+
+def rows_task(values: list[int], task_id: str, first_key: int = 0, row: int = ROW, signed: bool = False) -> Task:
+    """The task of adding up `values`, in balanced rows of at most `row`, keyed from letter `first_key` on.
+
+    `signed` writes the first row's leading plus too, as in the rows after it.
+    """
+    count = -(-len(values) // row)
+    if count > len(KEYS):
+        raise TaskError(f"{len(values)} operands need {count} rows; at most {len(KEYS)} rows of {row} are supported")
+    bounds = [len(values) * i // count for i in range(count + 1)]
+    rows = [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    documents = {KEYS[(first_key + i) % 26]: spell(r, signed or i > 0) for i, r in enumerate(rows)}
+    text = ContextStore(documents).render(documents) + "\n" + OBJECTIVE
+    return Task(task_id, (Message("user", text),), documents, sum(values), {"operands": len(values)})
+
+
+def spell(values: list[int], signed: bool) -> str:
+    """`3+4-2`; with `signed` a leading plus is written."""
+    text = "".join(f"{value:+d}" for value in values)
+    return text if signed else text.removeprefix("+")
+
+
+def parse_sum(text: str) -> list[int]:
+    """The operands of a flat sum such as `12+34-5`. Raises `TaskError` for anything else."""
+    compact = re.sub(r"\s+", "", text)
+    if not re.fullmatch(r"[+-]?\d{1,6}([+-]\d{1,6})*", compact):
+        raise TaskError(f"{text[:60]!r} is not a sum: write integers joined by + and -, such as 12+34-5")
+    return [int(term) for term in re.findall(r"[+-]?\d+", compact)]
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceEnvironment:
+    """The SELFCEST arithmetic tasks; `graded` gives partial credit as the reference does."""
+
+    graded: bool = True
+    name: str = "reference"
+
+    def tasks(self, split: str, count: int, seed: int) -> list[Task]:
+        rng = random.Random(f"reference/{split}/{seed}")
+        made = []
+        for index in range(count):
+            expression, value = reference_expression(rng)
+            prompt = f"Calculate {expression}\nEnd with a line `Answer: <value>`."
+            made.append(Task(f"{split}-{seed}-{index}", (Message("user", prompt),), {}, value, {"operands": len(re.findall(r"\d+", expression))}))
+        return made
+
+    def grade(self, task: Task, answer: str | None) -> float:
+        return graded_integer(task, answer) if self.graded else integer_match(task, answer)
+
+    def size(self, task: Task) -> int:
+        return int(task.meta["operands"])
+
+
+def reference_expression(rng: random.Random) -> tuple[str, int]:
+    """One accepted expression and its value (specification, section 4)."""
+    for _ in range(2000):
+        expression, value = _draft(rng)
+        if len(str(abs(value))) <= 16:
+            return expression, value
+    raise TaskError("no expression was accepted in 2000 attempts")
+
+
+def _draft(rng: random.Random) -> tuple[str, int]:
+    """One expression before the test on its value's digits."""
+    operators = rng.choices("+-*", weights=(4, 3, 6), k=rng.randint(3, 10))
+    numbers = []
+    for _ in range(len(operators) + 1):
+        digits = rng.randint(3, 7)
+        numbers.append(rng.randint(10 ** (digits - 1), 10**digits - 1))
+    spans = _parentheses(operators, rng)
+    opens, closes = {a for a, _ in spans}, {b for _, b in spans}
+    text = ""
+    for i, number in enumerate(numbers):
+        text += ("(" if i in opens else "") + str(number) + (")" if i in closes else "")
+        if i < len(operators):
+            text += operators[i]
+    return text, _value(numbers, operators, spans)
+
+
+def _parentheses(operators: list[str], rng: random.Random) -> list[tuple[int, int]]:
+    """Up to two disjoint spans of operands (first, last) that get parentheses."""
+    spans: list[tuple[int, int]] = []
+
+    def free(first: int, last: int) -> bool:
+        return all(last < a or b < first for a, b in spans)
+
+    candidates = [
+        i
+        for i, operator in enumerate(operators)
+        if operator in "+-" and ("*" in operators[max(i - 1, 0) : i] or "*" in operators[i + 1 : i + 2])
+    ]
+    rng.shuffle(candidates)
+    for i in candidates:
+        if len(spans) < 2 and free(i, i + 1) and rng.random() < 0.55:
+            spans.append((i, i + 1))
+    if len(spans) < 2 and rng.random() < 0.22:
+        wide = [
+            (a, a + n - 1)
+            for n in (3, 4, 5)
+            for a in range(len(operators) + 2 - n)
+            if "*" in operators[a : a + n - 1] and set("+-") & set(operators[a : a + n - 1]) and free(a, a + n - 1)
+        ]
+        if wide:
+            spans.append(rng.choice(wide))
+    return spans
+
+
+def _value(numbers: list[int], operators: list[str], spans: list[tuple[int, int]]) -> int:
+    """Exact value: spans first, then products, then sums."""
+    for a, b in sorted(spans, reverse=True):
+        inner = _value(numbers[a : b + 1], operators[a:b], [])
+        numbers = [*numbers[:a], inner, *numbers[b + 1 :]]
+        operators = [*operators[:a], *operators[b:]]
+    total, product = 0, numbers[0]
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        if operator == "*":
+            product *= number
+        else:
+            total, product = total + product, number if operator == "+" else -number
+    return total + product

@@ -1,0 +1,75 @@
+"""Every error that ramet raises on purpose.
+
+One line says what is wrong and what to do; the command line prints that line and exits with
+`exit_code`. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class RametError(Exception):
+    """Base class. `str(error)` is one line for a person."""
+
+    exit_code = 1
+
+
+class ConfigError(RametError):
+    """A configuration, option or budget that cannot be meant: unknown key, wrong type, zero budget."""
+
+    exit_code = 2
+
+
+class TaskError(RametError):
+    """A task that cannot be run or graded, such as one without a reference answer."""
+
+    exit_code = 2
+
+
+class LedgerError(RametError):
+    """An accounting rule was broken by the caller. Always a bug, never a matter of budget."""
+
+
+class BudgetExhausted(RametError):
+    """A reservation is larger than what is left. Names the currency."""
+
+    def __init__(self, currency: str, wanted: float, left: float):
+        super().__init__(f"budget: {wanted:g} {currency} wanted, {left:g} left")
+        self.currency, self.wanted, self.left = currency, wanted, left
+
+
+class ChatFormatError(RametError):
+    """A chat template or tokenizer for which token-in, token-out is not sound."""
+
+
+class CallError(RametError):
+    """A tool call that does not validate. The text goes back to the branch, which can repair it."""
+
+
+class PolicyError(RametError):
+    """A backend that cannot serve a request, now or ever."""
+
+
+class TransientPolicyError(PolicyError):
+    """A backend failure that may pass (connection reset, 429, 5xx). The runtime retries these only."""
+
+    def __init__(self, message: str, retry_after: float | None = None):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class RewardError(RametError):
+    """A reward that raised, is missing, or is not a finite number. Never replaced by zero."""
+
+
+class CheckpointError(RametError):
+    """A checkpoint, model directory or journal that does not fit what is asked of it."""
+
+
+class StorageError(RametError):
+    """The disk refused a write. What was written before is intact."""
+
+
+class Interrupted(RametError):
+    """Ctrl-C or SIGTERM. The run folder can be resumed."""
+
+    exit_code = 130

@@ -1,0 +1,157 @@
+"""Demonstrations from which the nano base learns to work alone and to delegate, and to prefer neither.
+
+Two ways of adding up rows of operands are shown, each as often as the other at every length at which
+the tool is offered:
+
+- alone: running totals, one equation a line, each taking in one to three operands (uniformly), then
+  `Answer: total`. Demonstrations end after `WINDOW` operands: of longer sums only the beginning is shown, so the
+  base starts them alone as readily as short ones but has never seen how they go on.
+- delegation: one call that hands one to three rows to each clone (uniformly), then running totals of
+  their results. At most `WINDOW` results; results that came back empty are asked for again.
+
+Also shown: answering with the last total when the budget ends. Budget lines are random and tell nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ramet.agents.chat import ControlTokenFormat
+from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_call, render_results
+from ramet.agents.tree import Message, Status
+from ramet.env.arithmetic import OBJECTIVE, parse_sum, rows_task
+
+WINDOW = 8
+LONGEST = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a demonstration: a message, or an assistant turn (trained unless `context`)."""
+
+    text: str
+    call: str | None = None
+    closed: bool = True
+    context: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration:
+    """One branch: its prompt message, whether the tool is offered, and alternating turns and tool messages."""
+
+    prompt: str
+    tools: bool
+    pieces: tuple[Piece, ...]
+
+
+def equations(values: list[int], rng: random.Random, stop_after: int | None = None) -> tuple[str, bool]:
+    """Running totals of `values`, one equation a line; (text, whether all operands were taken in)."""
+    total, at, lines = values[0], 1, []
+    while at < len(values):
+        stride = min(rng.randint(1, 3), len(values) - at)
+        if stop_after is not None and at + stride > stop_after:
+            return "".join(lines), False
+        terms = values[at : at + stride]
+        following = total + sum(terms)
+        lines.append(f"{total}{''.join(f'{term:+d}' for term in terms)}={following}\n")
+        total, at = following, at + stride
+    return "".join(lines), True
+
+
+def demonstrate(rng: random.Random) -> Demonstration:
+    """One random demonstration."""
+    largest = 99 if rng.random() < 0.3 else 9
+    longest = 16 if largest == 99 else LONGEST
+    count = rng.randint(1, WINDOW) if rng.random() < 0.55 else rng.randint(WINDOW + 1, longest)
+    values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
+    tools = rng.random() < 0.65
+    delegate = tools and rng.random() < 0.5
+    # A clone's first row is any row of its parent's, so first rows are signed half of the time.
+    row = rng.randint(2, 5)
+    task = rows_task(values, "demonstration", rng.randrange(26), row, signed=rng.random() < 0.5)
+    keys = list(task.documents)
+    rows = [parse_sum(text) for text in task.documents.values()]
+    left = round(math.exp(rng.uniform(math.log(16), math.log(640))))
+    prompt = "\n".join([task.messages[0].content, left_line(left, None)])
+    if delegate:
+        pieces = _delegation(keys, rows, left, rng)
+    else:
+        text, complete = equations(values, rng, WINDOW)
+        pieces = [Piece(text + f"Answer: {sum(values)}")] if complete else [Piece(text, closed=False)]
+    if rng.random() < 0.06:
+        pieces = _cut(pieces, values[0], rng)
+    return Demonstration(prompt, tools, tuple(pieces))
+
+
+def _delegation(keys: list[str], rows: list[list[int]], left: int, rng: random.Random) -> list[Piece]:
+    size = rng.randint(1, 3)
+    while -(-len(keys) // size) > WINDOW:
+        size += 1
+    groups = [list(range(i, min(i + size, len(keys)))) for i in range(0, len(keys), size)]
+    sums = [sum(sum(rows[i]) for i in group) for group in groups]
+    missing = rng.randrange(len(groups)) if len(groups) > 1 and rng.random() < 0.06 else None
+    status = rng.choice((Status.OUT_OF_BUDGET, Status.EMPTY, Status.TIMED_OUT, Status.FAILED))
+    results = [CloneResult(status) if i == missing else CloneResult(Status.ANSWERED, str(s)) for i, s in enumerate(sums)]
+    pieces = [_call([[keys[i] for i in g] for g in groups]), _results(results, left, rng)]
+    if missing is not None:
+        pieces += [
+            _call([[keys[i] for i in groups[missing]]]),
+            _results([CloneResult(Status.ANSWERED, str(sums[missing]))], left, rng),
+        ]
+        sums = [s for i, s in enumerate(sums) if i != missing] + [sums[missing]]
+    text, _ = equations(sums, rng)
+    return [*pieces, Piece(text + f"Answer: {sum(sums)}")]
+
+
+def _call(groups: list[list[str]]) -> Piece:
+    return Piece("", render_call([{"objective": OBJECTIVE, "context_keys": group} for group in groups]))
+
+
+def _results(results: list[CloneResult], left: int, rng: random.Random) -> Piece:
+    return Piece(render_results(results, left_line(rng.randint(1, left), None), 10_000), context=True)
+
+
+def _cut(pieces: list[Piece], first: int, rng: random.Random) -> list[Piece]:
+    """Cut the last turn short and answer, on notice, with the last total that was reached."""
+    lines = pieces[-1].text.splitlines(keepends=True)
+    kept = "".join(lines[: rng.randint(0, max(len(lines) - 1, 0))])
+    cut = rng.randint(0, 3)
+    partial = pieces[-1].text[len(kept) : len(kept) + cut]
+    if "A" in partial:
+        partial = ""
+    total = kept.rstrip().rpartition("=")[2] or str(first)
+    notice = Piece(f"{OUT_OF_BUDGET_NOTICE}\n{left_line(rng.randint(6, 12), None)}", context=True)
+    return [*pieces[:-1], Piece(kept + partial, closed=False), notice, Piece(f"Answer: {total}")]
+
+
+def demonstration_texts(count: int, seed: int) -> Iterator[str]:
+    """Plain texts of demonstrations, for training the tokenizer."""
+    rng = random.Random(f"tokenizer/{seed}")
+    for _ in range(count):
+        demonstration = demonstrate(rng)
+        yield demonstration.prompt
+        for piece in demonstration.pieces:
+            yield piece.text
+            if piece.call:
+                yield piece.call
+
+
+def encode(demonstration: Demonstration, chat: ControlTokenFormat) -> tuple[list[int], list[bool]]:
+    """Token ids and which of them are trained. A turn that is cut has no end to train."""
+    ids = chat.render([Message("user", demonstration.prompt)], demonstration.tools)
+    mask = [False] * len(ids)
+    closed = True
+    for piece in demonstration.pieces:
+        if piece.context:
+            new = chat.after_turn(piece.text, closed)
+        else:
+            new = chat.turn(piece.text, piece.call)
+            closed = piece.closed
+            if not closed:
+                new = new[:-1]
+        ids += new
+        mask += [not piece.context] * len(new)
+    return ids, mask

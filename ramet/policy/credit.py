@@ -1,0 +1,105 @@
+"""Credit: how the rewards of a group of trees become one advantage per branch.
+
+A group is several trees of one task. An estimator takes the group with its rewards and returns, for
+each tree, one advantage per branch in the order of `tree.branches`. With the loss of `ramet.policy.loss`
+the policy gradient estimate is the mean over trees of
+
+    sum over branches b of A_b * sum over sampled tokens t of grad log pi(a_bt | h_bt)
+
+Every estimator is compared with the exact gradient on an enumerable game in `tests/policy/test_credit.py`;
+the biased ones show the bias that they state here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ramet.agents.tree import Branch, Tree
+from ramet.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTree:
+    """A tree and its reward, with what the compatible estimator needs of the text.
+
+    repair_penalty  part of the root's reward that its clones do not share (reference only)
+    texts           the sampled text of each branch, in branch order; empty unless the gate is used
+    """
+
+    tree: Tree
+    reward: float
+    repair_penalty: float = 0.0
+    texts: tuple[str, ...] = ()
+
+
+Estimator = Callable[[Sequence[ScoredTree]], list[list[float]]]
+
+
+def team(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """Team return with a mean-only baseline: every branch gets its tree's reward less the mean of the others'.
+
+    Unbiased: the baseline of a tree does not depend on its own actions. It equals n/(n-1) times the
+    reward less the whole group's mean, so a group of equal rewards gives zero. No division by a
+    standard deviation, which would weigh tasks by how their rewards are spread.
+    """
+    rewards = np.array([item.reward for item in group], dtype=np.float64)
+    if len(rewards) < 2:
+        raise ConfigError("a group needs at least two trees for a baseline; raise group_size")
+    advantages = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+    return [[float(a)] * len(item.tree.branches) for a, item in zip(advantages, group, strict=True)]
+
+
+def branch_mean(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """`team`, each branch weighted by 1/N for a tree of N branches.
+
+    Lower variance for wide trees; biased: it follows the gradient of no objective, since a tree's
+    log-probability gradient is scaled by a function of its own actions (how many clones it started).
+    """
+    return [[a / len(advantages) for a in advantages] for advantages in team(group)]
+
+
+GATE_TOKENS = 192
+_ANSWER = re.compile(r"answer:", re.IGNORECASE)
+
+
+def gated(branch: Branch, text: str) -> bool:
+    """The reference's gate: no "answer:" and more than 192 generated tokens."""
+    return branch.generated > GATE_TOKENS and _ANSWER.search(text) is None
+
+
+def ratio(root_reward: float, clone_reward: float) -> float:
+    """The reference's clip(c / r, -1.5, 1.5), |r| floored at 1e-8 with its sign kept (0 counts as +)."""
+    sign = -1.0 if root_reward < 0 else 1.0
+    return min(max(clone_reward / (sign * max(abs(root_reward), 1e-8)), -1.5), 1.5)
+
+
+def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list[float]]:
+    """The SELFCEST release's estimator (specification, section 3.3), defects included, for comparison.
+
+    Root: (r - mean) / (std + 1e-6), std unbiased. Clone: the root's advantage times the clipped
+    ratio of its clone reward to r; the clone reward is r before repairs times `clone_scale`
+    (1/2.5 for the release's mathematics), or 0 if gated. Biased: the ratio depends on the clone's own
+    output (gate) and on where the zero of the reward is.
+    """
+    rewards = np.array([item.reward for item in group], dtype=np.float64)
+    if len(rewards) < 2:
+        raise ConfigError("a group needs at least two trees for a standard deviation; raise group_size")
+    root_advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+    result = []
+    for advantage, item in zip(root_advantages.tolist(), group, strict=True):
+        branches = item.tree.branches
+        if len(item.texts) != len(branches):
+            raise ConfigError("the reference estimator needs the text of every branch")
+        per_branch = [advantage]
+        for branch, text in zip(branches[1:], item.texts[1:], strict=True):
+            clone_reward = 0.0 if gated(branch, text) else (item.reward + item.repair_penalty) * clone_scale
+            per_branch.append(advantage * ratio(item.reward, clone_reward))
+        result.append(per_branch)
+    return result
+
+
+ESTIMATORS: dict[str, Estimator] = {"team": team, "branch_mean": branch_mean, "reference": reference}

@@ -1,0 +1,359 @@
+"""The transformers backend: continuous batching of whatever trees ask for, on CPU or CUDA.
+
+    async with HFPolicy(model) as policy:
+        sample = await policy.sample(request, Partial())
+
+New requests join the running batch and finished ones leave it at any step. A request's prompt is computed
+only from where no stored prefix covers it. The engine runs on the event loop's own thread, one
+forward pass between two turns of the loop, so a run on the asyncio backend is deterministic.
+
+Seeds. Token t of a request is drawn by inverting the distribution's cumulative sum at the t-th number
+of the request's own Philox stream. Batch mates change nothing but rounding: a matrix product over another
+number of rows, or a prefix computed in another batch, can differ in the last bits of float32 (about 1e-6 in a
+log-probability), and a token differs only if its random number falls within that of a boundary. In
+bfloat16 the differences are about 1e-2 and tokens do change with the batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import numpy as np
+import torch
+from anyio.abc import TaskGroup
+
+from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.tree import StopReason
+from ramet.errors import PolicyError
+from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
+
+PREFILL_TOKENS = 2048
+"""Padded prompt tokens of one forward pass at most."""
+SHARE = 32
+"""A request waits one step for a batch mate with which it shares this many prompt tokens more than are stored."""
+PATIENCE = 6
+"""Decode steps that new requests wait, at most, to be computed together."""
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine did since it was made. `forward_seconds` is inside the model, `busy_seconds` inside steps."""
+
+    requests: int = 0
+    steps: int = 0
+    generated: int = 0
+    prefilled: int = 0
+    cached: int = 0
+    forward_seconds: float = 0.0
+    busy_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Row:
+    request: SampleRequest
+    partial: Partial
+    draws: Iterator[float]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    stop: StopReason | None = None
+    error: PolicyError | None = None
+    last: int = 0
+    version: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens whose keys and values are in the slot once the next step has run, less one."""
+        return len(self.request.prompt) + len(self.partial.ids) - 1
+
+
+def _draws(seed: int) -> Iterator[float]:
+    stream = np.random.Generator(np.random.Philox(key=seed))
+    while True:
+        yield from stream.random(64).tolist()
+
+
+class HFPolicy:
+    """Samples from one causal language model. Enter it to serve.
+
+    model           any transformers causal LM with full attention (`attn_implementation="sdpa"`)
+    max_batch       rows that decode together
+    context         longest context; the model's own limit by default
+    prefix_tokens   tokens kept for reuse by later turns and siblings
+    """
+
+    def __init__(self, model: Any, *, max_batch: int = 64, context: int | None = None, prefix_tokens: int = 65_536):
+        config = model.config.get_text_config()
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+            raise PolicyError(f"{type(model).__name__} has sliding-window layers, which the transformers backend does not serve; use vLLM")
+        if model.config._attn_implementation not in ("sdpa", "eager"):
+            raise PolicyError(f"attention {model.config._attn_implementation!r} cannot take the batch mask; load the model with sdpa")
+        self.model = model
+        self.max_batch = max_batch
+        self.version = 0
+        self.stats = Stats()
+        self._context = context or config.max_position_embeddings
+        self._layers = config.num_hidden_layers
+        self._store = PrefixStore(prefix_tokens)
+        self._cache = SlotCache(self._layers, max_batch, 256)
+        self._waiting: deque[_Row] = deque()
+        self._active: list[_Row] = []
+        self._wake: anyio.Event | None = None
+        self._patience = 0
+        self._group: TaskGroup | None = None
+
+    @property
+    def context(self) -> int:
+        return self._context
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    async def __aenter__(self) -> Self:
+        self._wake = anyio.Event()
+        self._group = anyio.create_task_group()
+        await self._group.__aenter__()
+        self._group.start_soon(self._serve)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        assert self._group is not None
+        self._group.cancel_scope.cancel()
+        group, self._group = self._group, None
+        try:
+            return await group.__aexit__(kind, error, trace)
+        finally:
+            self._waiting.clear()
+            self._active.clear()
+
+    def refresh(self, version: int) -> None:
+        """Tell the engine that the model's weights have changed: stored prefixes are dropped."""
+        if self._active or self._waiting:
+            raise PolicyError("weights were changed while requests are being sampled; wait for them first")
+        self._store.clear()
+        self.version = version
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Sample one turn; see `ramet.agents.sampling.Policy`."""
+        if self._group is None or self._wake is None:
+            raise PolicyError("the policy is not serving: use `async with policy`")
+        if request.media:
+            raise PolicyError("this policy has no vision; it cannot take media")
+        if not request.prompt or request.max_tokens < 1:
+            raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
+        if len(request.prompt) + request.max_tokens > self._context:
+            raise PolicyError(
+                f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}"
+            )
+        row = _Row(request, partial, _draws(request.seed))
+        self._waiting.append(row)
+        self.stats.requests += 1
+        self._wake.set()
+        try:
+            await row.done.wait()
+        except BaseException:
+            row.stop = StopReason.CANCELLED
+            raise
+        if row.error is not None:
+            raise row.error
+        assert row.stop is not None
+        return Sample(tuple(partial.ids), tuple(partial.logprobs), row.stop, partial.prefilled, partial.cached, row.version)
+
+    async def _serve(self) -> None:
+        while True:
+            while not self._waiting and not self._active:
+                self._wake = anyio.Event()
+                await self._wake.wait()
+            # Two turns of the loop: whoever got a result asks for its next sample before the step.
+            await anyio.lowlevel.checkpoint()
+            await anyio.lowlevel.checkpoint()
+            started = time.perf_counter()
+            try:
+                self._step()
+            except (RuntimeError, ValueError, IndexError, PolicyError) as error:
+                self._fail(PolicyError(f"the model failed: {str(error).splitlines()[0]}"))
+            self.stats.busy_seconds += time.perf_counter() - started
+
+    def _fail(self, error: PolicyError) -> None:
+        """Everything in flight fails; the engine goes on with empty slots."""
+        for row in [*self._active, *self._waiting]:
+            row.error = error
+            row.done.set()
+        self._active.clear()
+        self._waiting.clear()
+        self._store.clear()
+        self._cache = SlotCache(self._layers, self.max_batch, self._cache.length)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Drop what was cancelled, admit what waits, and decode one token for every row."""
+        for row in [row for row in self._active if row.stop is not None]:
+            self._leave(row)
+        self._waiting = deque(row for row in self._waiting if row.stop is None)
+        free = self.max_batch - len(self._active)
+        if self._waiting and free:
+            self._patience += 1
+            enough = len(self._waiting) >= min(free, max(len(self._active) // 4, 1))
+            if enough or self._patience >= PATIENCE:
+                self._patience = 0
+                self._admit(free)
+        if self._active:
+            positions = torch.tensor([[row.length] for row in self._active])
+            ids = torch.tensor([[row.last] for row in self._active])
+            logits = self._forward(0, ids, positions)[:, -1]
+            self._emit(self._active, logits)
+            for row in [row for row in self._active if row.stop is not None]:
+                self._leave(row)
+                row.done.set()
+
+    def _admit(self, free: int) -> None:
+        """Compute the prompts of up to `free` waiting requests and sample their first tokens."""
+        chosen: list[tuple[_Row, int, list[torch.Tensor]]] = []
+        later: list[_Row] = []
+        shared: set[int] = set()
+        while self._waiting and len(chosen) < free:
+            row = self._waiting.popleft()
+            prompt = row.request.prompt
+            found, memory = self._store.find(prompt)
+            mates = [(common_prefix(prompt, other.request.prompt), n) for n, (other, _, _) in enumerate(chosen)] if len(prompt) > SHARE else []
+            longest, mate = max(mates, default=(0, 0))
+            if longest >= found + SHARE:
+                later.append(row)
+                shared.add(mate)
+                continue
+            chosen.append((row, min(found, len(prompt) - 1), memory))
+        self._waiting.extendleft(reversed(later))
+        promised = {id(chosen[n][0]) for n in shared}
+        chosen.sort(key=lambda item: (len(item[0].request.prompt) - item[1], len(item[0].request.prompt)))
+        while chosen:
+            size = 1
+            while size < len(chosen) and (size + 1) * (len(chosen[size][0].request.prompt) - chosen[size][1]) <= PREFILL_TOKENS:
+                size += 1
+            self._prefill(chosen[:size], promised)
+            chosen = chosen[size:]
+
+    def _prefill(self, batch: list[tuple[_Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
+        first = len(self._active)
+        self._cache.grow(self._rounded(max(len(row.request.prompt) for row, _, _ in batch)))
+        new = max(len(row.request.prompt) - found for row, found, _ in batch)
+        # Right-padded: what a padding token writes lies past the row's end and is overwritten later.
+        ids = torch.zeros(len(batch), new, dtype=torch.long)
+        starts = torch.tensor([[found] for _, found, _ in batch])
+        positions = starts + torch.arange(new)
+        self._cache.grow(self._rounded(int(positions.max()) + 1))
+        ends = []
+        for i, (row, found, memory) in enumerate(batch):
+            prompt = row.request.prompt
+            if found:
+                self._cache.put(first + i, memory, found)
+            ids[i, : len(prompt) - found] = torch.tensor(prompt[found:])
+            ends.append(len(prompt) - found - 1)
+            row.partial.prefilled, row.partial.cached = len(prompt) - found, found
+            row.version = self.version
+            self.stats.prefilled += len(prompt) - found
+            self.stats.cached += found
+        keep = sorted(set(ends))
+        logits = self._forward(first, ids, positions, torch.tensor(keep))
+        self._active += [row for row, _, _ in batch]
+        rows = [row for row, _, _ in batch]
+        self._emit(rows, logits[torch.arange(len(rows)), torch.tensor([keep.index(end) for end in ends])])
+        for i, row in enumerate(rows):
+            if id(row) in promised:
+                self._store.add(row.request.prompt, self._cache.take(first + i, len(row.request.prompt)))
+        for row in [row for row in rows if row.stop is not None]:
+            self._leave(row)
+            row.done.set()
+
+    def _rounded(self, length: int) -> int:
+        return min(-(-length // 256) * 256, max(self._context, length))
+
+    def _forward(self, first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (b, kept, vocabulary) of new `ids` (b, m) at `positions` (b, m) of slots `first` onward."""
+        span = int(positions.max()) + 1
+        self._cache.grow(self._rounded(span))
+        positions = positions.to(self.device)
+        self._cache.aim(first, positions, span)
+        mask = (torch.arange(span, device=self.device) <= positions[..., None]).unsqueeze(1)
+        started = time.perf_counter()
+        logits: torch.Tensor = self.model(
+            input_ids=ids.to(self.device),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=0 if keep is None else keep.to(self.device),
+        ).logits
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        self.stats.forward_seconds += time.perf_counter() - started
+        self.stats.steps += 1
+        return logits
+
+    def _emit(self, rows: list[_Row], logits: torch.Tensor) -> None:
+        """Draw one token per row from `logits` (rows, vocabulary) and append it."""
+        tokens, logprobs = draw(logits, rows)
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            row.last = token
+            row.partial.ids.append(token)
+            row.partial.logprobs.append(logprob)
+            if token in row.request.stop_ids:
+                row.stop = StopReason.END
+            elif len(row.partial.ids) >= row.request.max_tokens:
+                row.stop = StopReason.LENGTH
+        self.stats.generated += len(rows)
+
+    def _leave(self, row: _Row) -> None:
+        """Free the row's slot: keep its memory for later, move the last row into its place."""
+        slot, end = self._active.index(row), len(self._active) - 1
+        tokens = row.length
+        self._store.add((*row.request.prompt, *row.partial.ids)[:tokens], self._cache.take(slot, tokens))
+        if slot != end:
+            self._cache.move(end, slot, self._active[end].length)
+            self._active[slot] = self._active[end]
+        self._active.pop()
+
+
+def draw(logits: torch.Tensor, rows: list[_Row]) -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities under each row's sampling distribution.
+
+    Greedy rows (temperature 0) are a point mass: log-probability 0.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise PolicyError("the model gives logits that are not finite; its weights are broken or it overflowed")
+    settings = [row.request.sampling for row in rows]
+    greedy = [s.temperature == 0 for s in settings]
+    if all(greedy):
+        return logits.argmax(-1).tolist(), [0.0] * len(rows)
+    temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=logits.device)[:, None]
+    logprobs = truncate(torch.log_softmax(logits.float() / temperature, dim=-1), settings)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    uniform = torch.tensor([next(row.draws) for row in rows], dtype=torch.float64, device=logits.device)[:, None]
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+    chosen = logprobs.gather(-1, tokens).squeeze(-1).tolist()
+    drawn = tokens.squeeze(-1).tolist()
+    if any(greedy):
+        best = logits.argmax(-1).tolist()
+        drawn = [b if g else d for b, d, g in zip(best, drawn, greedy, strict=True)]
+        chosen = [0.0 if g else c for c, g in zip(chosen, greedy, strict=True)]
+    return drawn, chosen
+
+
+def truncate(logprobs: torch.Tensor, settings: list[Any]) -> torch.Tensor:
+    """Top-k and top-p: what is cut gets -inf and the rest is normalised. (rows, vocabulary)."""
+    if all(s.top_k == 0 and s.top_p == 1.0 for s in settings):
+        return logprobs
+    ordered, order = logprobs.sort(dim=-1, descending=True)
+    rank = torch.arange(logprobs.shape[-1], device=logprobs.device)
+    top_k = torch.tensor([s.top_k or logprobs.shape[-1] for s in settings], device=logprobs.device)[:, None]
+    top_p = torch.tensor([s.top_p for s in settings], device=logprobs.device)[:, None]
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    cut = (rank >= top_k) | ((before >= top_p) & (top_p < 1.0))
+    cut[:, 0] = False
+    kept = torch.empty_like(logprobs).scatter_(-1, order, ordered.masked_fill(cut, -torch.inf))
+    return torch.log_softmax(kept, dim=-1)

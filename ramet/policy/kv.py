@@ -1,0 +1,160 @@
+"""Key-value memory of the transformers backend: slots that decode together, and a store of prefixes.
+
+`SlotCache` is a transformers `Cache` over fixed slots. Rows of a batch are the first slots, each as long
+as it is; a step writes every row at its own position and attends to a view, so that nothing is
+gathered, concatenated or padded by copying.
+
+`PrefixStore` keeps the keys and values of contexts that have ended, for the next turn of the same branch
+and for siblings that begin alike.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+BLOCK = 8
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's keys and values, (slots, heads, length, head size)."""
+
+    def __init__(self, cache: SlotCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        slots, length = self.cache.slots, self.cache.length
+        self.keys = key_states.new_zeros(slots, key_states.shape[1], length, key_states.shape[3])
+        self.values = value_states.new_zeros(slots, value_states.shape[1], length, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write (b, heads, m, size) at the cache's current rows and positions; all that these rows hold."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        cache = self.cache
+        keys, values = self.keys[cache.first : cache.last], self.values[cache.first : cache.last]
+        keys[cache.row_index, :, cache.positions] = key_states.transpose(1, 2)
+        values[cache.row_index, :, cache.positions] = value_states.transpose(1, 2)
+        return keys[:, :, : cache.span], values[:, :, : cache.span]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.span, 0
+
+    def get_seq_length(self) -> int:
+        return self.cache.span
+
+    def get_max_length(self) -> int:
+        return self.cache.length
+
+
+class SlotCache(Cache):
+    """Slots of one model. `aim` sets where the next forward pass writes and how far it sees."""
+
+    def __init__(self, layers: int, slots: int, length: int):
+        self.slots, self.length = slots, length
+        self.first = self.last = self.span = 0
+        self.positions = self.row_index = torch.empty(0, dtype=torch.long)
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+
+    def aim(self, first: int, positions: torch.Tensor, span: int) -> None:
+        """Rows are slots `first` onward; `positions` (b, m) is where each row's m tokens stand; all see `span`."""
+        self.first, self.last, self.span = first, first + positions.shape[0], span
+        self.positions = positions
+        self.row_index = torch.arange(positions.shape[0], device=positions.device)[:, None]
+
+    def grow(self, length: int) -> None:
+        """Make room for contexts of `length` tokens."""
+        if length <= self.length:
+            return
+        for layer in self.layers:
+            if layer.is_initialized:
+                extra = length - self.length
+                layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, extra))
+                layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, extra))
+        self.length = length
+
+    def move(self, source: int, target: int, tokens: int) -> None:
+        for layer in self.layers:
+            layer.keys[target, :, :tokens] = layer.keys[source, :, :tokens]
+            layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
+
+    def take(self, slot: int, tokens: int) -> list[torch.Tensor]:
+        """A copy of a slot's first `tokens`: one (2, heads, tokens, size) tensor a layer."""
+        return [torch.stack([layer.keys[slot, :, :tokens], layer.values[slot, :, :tokens]]) for layer in self.layers]
+
+    def put(self, slot: int, stored: list[torch.Tensor], tokens: int) -> None:
+        for layer, pair in zip(self.layers, stored, strict=True):
+            layer.keys[slot, :, :tokens] = pair[0, :, :tokens]
+            layer.values[slot, :, :tokens] = pair[1, :, :tokens]
+
+
+class PrefixStore:
+    """Ended contexts, least recently used first out, at most `capacity` tokens in all.
+
+    Found by a chain of hashes over blocks of `BLOCK` ids; what is found is compared id by id, so a
+    hash collision costs a miss and never a wrong prefix.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._entries: OrderedDict[int, tuple[tuple[int, ...], list[torch.Tensor], list[int]]] = OrderedDict()
+        self._index: dict[int, int] = {}
+        self._tokens = 0
+        self._next = 0
+
+    def find(self, ids: Sequence[int]) -> tuple[int, list[torch.Tensor]]:
+        """The longest stored prefix of `ids` (at least one block): its length and its memory."""
+        found = None
+        for chain in _chains(ids):
+            if chain not in self._index:
+                break
+            found = self._index[chain]
+        if found is None:
+            return 0, []
+        known, memory, _ = self._entries[found]
+        self._entries.move_to_end(found)
+        return common_prefix(known, ids), memory
+
+    def add(self, ids: tuple[int, ...], memory: list[torch.Tensor]) -> None:
+        if len(ids) < BLOCK or len(ids) > self.capacity:
+            return
+        chains = list(_chains(ids))
+        self._entries[self._next] = (ids, memory, chains)
+        self._index.update(dict.fromkeys(chains, self._next))
+        self._next += 1
+        self._tokens += len(ids)
+        while self._tokens > self.capacity:
+            number, (old, _, chains) = self._entries.popitem(last=False)
+            self._tokens -= len(old)
+            for chain in chains:
+                if self._index.get(chain) == number:
+                    del self._index[chain]
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self._index.clear()
+        self._tokens = 0
+
+
+def _chains(ids: Sequence[int]) -> list[int]:
+    chains, chain = [], 0
+    for end in range(BLOCK, len(ids) + 1, BLOCK):
+        chain = hash((chain, *ids[end - BLOCK : end]))
+        chains.append(chain)
+    return chains
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids two sequences share."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

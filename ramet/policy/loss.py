@@ -1,0 +1,64 @@
+"""The policy loss: PPO with clipping, optional KL to a reference, per-token masks.
+
+For a sampled token with ratio rho = pi(a|h) / pi_behaviour(a|h), advantage A and weight w, the term is
+
+    -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coefficient * k3
+
+with k3 = exp(d) - d - 1 and d = log pi_reference - log pi, an unbiased and non-negative estimate of the KL
+divergence (Schulman, "Approximating KL divergence"). Terms are summed, not averaged: the weights
+carry the normalisation, so that how rows are batched changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """Summed over the batch. `loss` has a gradient; the others are for logging."""
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    clipped: torch.Tensor
+    log_ratio: torch.Tensor
+    kl: torch.Tensor
+    entropy: torch.Tensor
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    behaviour: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    mask: torch.Tensor,
+    entropy: torch.Tensor,
+    reference: torch.Tensor | None = None,
+    clip: tuple[float, float] = (0.2, 0.2),
+    kl_coefficient: float = 0.0,
+) -> LossSums:
+    """All arguments (B, T); `mask` is bool, True where a token was sampled."""
+    log_ratio = torch.where(mask, logprobs - behaviour, 0.0)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    terms = -weights * torch.minimum(ratio * advantages, clipped * advantages)
+    kl = torch.zeros_like(terms)
+    if reference is not None:
+        difference = torch.where(mask, reference - logprobs, 0.0)
+        kl = difference.exp() - difference - 1
+        terms = terms + weights * kl_coefficient * kl
+    zero = torch.zeros_like(terms)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return torch.where(mask, values, zero).sum()
+
+    return LossSums(
+        loss=total(terms),
+        tokens=mask.sum(),
+        clipped=total((ratio * advantages > clipped * advantages).float()).detach(),
+        log_ratio=total(log_ratio).detach(),
+        kl=total(kl).detach(),
+        entropy=total(entropy).detach(),
+    )

@@ -1,0 +1,33 @@
+"""Load a model directory: weights, tokenizer, chat format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ramet.agents.chat import ChatFormat, chat_format
+from ramet.errors import CheckpointError, ChatFormatError
+
+
+def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:
+    """(model, tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise CheckpointError(f"model directory {path} has no tokenizer; put its tokenizer files beside config.json")
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"model directory {path} has no safetensors weights")
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+    except ChatFormatError:
+        raise
+    except Exception as error:  # transformers raises many classes for a broken directory
+        raise CheckpointError(f"model directory {path} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device).eval(), tokenizer, chat_format(chat, tokenizer)

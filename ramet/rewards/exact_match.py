@@ -1,0 +1,62 @@
+"""Exact match and the reference's graded score for integers.
+
+Both read the answer that the branch stated, not its reasoning. Neither can divide by zero, overflow
+or evaluate model text.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from ramet.agents.tree import Task
+from ramet.errors import TaskError
+
+_INTEGER = re.compile(r"-?\d+")
+MAX_DIGITS = 400
+
+
+def reference_integer(task: Task) -> int:
+    """The task's reference answer. Raises `TaskError` where there is none."""
+    if isinstance(task.reference, bool) or not isinstance(task.reference, int):
+        raise TaskError(f"task {task.id} has no integer reference answer; add one or choose another reward")
+    return task.reference
+
+
+def stated_integer(answer: str | None) -> int | None:
+    """The answer as an integer: the whole of it, a thousands separator or final full stop aside."""
+    if answer is None:
+        return None
+    text = answer.strip().removesuffix(".").replace(",", "").replace("\u2212", "-")
+    return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) and len(text) <= MAX_DIGITS else None
+
+
+def integer_match(task: Task, answer: str | None) -> float:
+    """1.0 if the stated answer is the reference integer, else 0.0."""
+    return float(stated_integer(answer) == reference_integer(task))
+
+
+def graded_integer(task: Task, answer: str | None) -> float:
+    """The reference's graded score (specification, section 3.4).
+
+    With A the last integer in the answer and B the reference: 1 if equal, else
+    0.2 / log2(2 + |A - B| / sqrt|2 + max(A, B)|). Without an integer: 0.1 if the reference is a
+    substring, else 0. The root is taken of at least 1, where the release divides by zero
+    (max(A, B) = -2), and the logarithm from exact integers, where it overflows.
+    """
+    target = reference_integer(task)
+    if answer is None:
+        return 0.0
+    found = _INTEGER.findall(answer)
+    if not found:
+        return 0.1 if str(target) in answer else 0.0
+    if len(found[-1]) > MAX_DIGITS:
+        return 0.0
+    value = int(found[-1])
+    if value == target:
+        return 1.0
+    scale = max(abs(2 + max(value, target)), 1)
+    if scale.bit_length() > 1000 or abs(value - target).bit_length() > 1000:
+        log2 = math.log2(abs(value - target)) - math.log2(scale) / 2
+        return 0.2 / max(log2, 1.0)
+    return 0.2 / math.log2(2 + abs(value - target) / math.sqrt(scale))

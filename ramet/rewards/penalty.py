@@ -1,0 +1,62 @@
+"""Penalties: what a tree's usage costs, priced on the whole tree, additive, each named.
+
+A reward is `score - sum of penalties`. Every penalty is logged by itself. `reference` reproduces the
+penalties of the SELFCEST release (specification, section 3.4) so that both can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ramet.agents.tree import Branch, Tree
+from ramet.errors import RewardError
+
+_Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Prices(BaseModel):
+    """Reward units per token (or clone) of a tree's `Usage`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generated: _Price = 0.0
+    critical_path: _Price = 0.0
+    prefilled: _Price = 0.0
+    clones: _Price = 0.0
+
+    def penalties(self, tree: Tree) -> dict[str, float]:
+        """The priced terms by name."""
+        return {name: price * getattr(tree.usage, name) for name, price in self if price}
+
+
+def scored(tree: Tree, score: float, penalties: Mapping[str, float]) -> float:
+    """The reward. Raises `RewardError`, naming the tree, for anything that is not finite."""
+    reward = score - sum(penalties.values())
+    if not math.isfinite(reward):
+        raise RewardError(f"the reward of task {tree.task_id} is {reward} (score {score}, penalties {dict(penalties)}); fix the reward function")
+    return reward
+
+
+def saturating(n: int, threshold: int, scale: float, most: float) -> float:
+    """P(n; T, s, m): 0 up to the threshold, then rising towards m."""
+    return 0.0 if n <= threshold else most * (1 - math.exp(-(n - threshold) / scale))
+
+
+def reference_penalties(tree: Tree) -> dict[str, float]:
+    """Root length, clone length (the worst turn's longest clone) and tool calls, as the release prices them."""
+    root = tree.root
+    calls = sum(1 for turn in root.turns if turn.clones)
+    longest = [max(sum(len(t.sampled) for t in clone.turns) for clone in turn.clones) for turn in root.turns if turn.clones]
+    return {
+        "root_length": saturating(_sampled(root), 512, 256, 0.3),
+        "clone_length": max((saturating(n, 512, 512, 0.2) for n in longest), default=0.0),
+        "calls": max(0.0, 0.1 * calls - 0.2),
+    }
+
+
+def _sampled(branch: Branch) -> int:
+    return sum(len(turn.sampled) for turn in branch.turns)

@@ -1,0 +1,30 @@
+"""Shared pieces: a tiny random model with the nano tokenizer, and a scripted policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def nano_tokenizer() -> Any:
+    from ramet.nano.demonstrations import demonstration_texts
+    from ramet.nano.tokenizer import train_tokenizer
+
+    return train_tokenizer(demonstration_texts(500, 0))
+
+
+@pytest.fixture(scope="session")
+def random_model(nano_tokenizer: Any) -> Any:
+    """An untrained two-layer Llama: its samples are noise, which is what batching tests want."""
+    import torch
+
+    from ramet.nano.pretrain import PretrainConfig, build_model
+
+    torch.set_num_threads(1)
+    model = build_model(nano_tokenizer, PretrainConfig(layers=2, width=32, heads=2, feed_forward=64, context=512))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model.eval()

@@ -1,0 +1,178 @@
+"""Credit estimators against the exact policy gradient of a game small enough to enumerate.
+
+The game: the root answers 0, answers 1, or spawns two clones. Each clone says 0 or 1. The root then answers
+0 or 1, knowing what both said. One softmax per information state; the reward is any function of
+the tree. Everything is enumerated in float64: no sampling, no tolerance beyond rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
+from ramet.errors import ConfigError
+from ramet.policy.credit import ScoredTree, branch_mean, gated, ratio, reference, team
+
+STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One outcome of the game: its tree, the (state, action) pairs of each branch, and its reward."""
+
+    tree: Tree
+    actions: tuple[tuple[tuple[str, int], ...], ...]
+    reward: float
+
+
+def turn(action: int, clones: tuple[Branch, ...] = ()) -> Turn:
+    return Turn((action,), (0.0,), StopReason.END, clones=clones)
+
+
+def branch(name: str, turns: tuple[Turn, ...]) -> Branch:
+    return Branch(name, (), turns, Status.ANSWERED, str(turns[-1].sampled[0]))
+
+
+def leaves(rng: np.random.Generator) -> list[Leaf]:
+    found = []
+    for action in (0, 1):
+        root = branch("0", (turn(action),))
+        found.append(Leaf(Tree("game", root, price(root)), ((("root", action),),), rng.normal()))
+    for a, b, end in itertools.product((0, 1), repeat=3):
+        clones = (branch("0.0", (turn(a),)), branch("0.1", (turn(b),)))
+        root = branch("0", (turn(2, clones), turn(end)))
+        actions = ((("root", 2), (f"end{a}{b}", end)), (("clone0", a),), (("clone1", b),))
+        found.append(Leaf(Tree("game", root, price(root)), actions, rng.normal()))
+    return found
+
+
+def policy(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    tables = {}
+    for state, size in STATES.items():
+        p = np.exp(rng.normal(size=size))
+        tables[state] = p / p.sum()
+    return tables
+
+
+def log_gradient(tables, state, action) -> np.ndarray:
+    gradient = -tables[state].copy()
+    gradient[action] += 1
+    return gradient
+
+
+def probability(tables, leaf) -> float:
+    return float(np.prod([tables[s][a] for branch_ in leaf.actions for s, a in branch_]))
+
+
+def term(tables, leaf, advantages) -> dict[str, np.ndarray]:
+    """sum over branches of A_b * sum over actions of the log-probability gradient."""
+    total = defaultdict(lambda: 0.0)
+    for advantage, actions in zip(advantages, leaf.actions, strict=True):
+        for state, action in actions:
+            total[state] = total[state] + advantage * log_gradient(tables, state, action)
+    return total
+
+
+def exact(tables, game) -> dict[str, np.ndarray]:
+    total = {state: np.zeros(size) for state, size in STATES.items()}
+    for leaf in game:
+        for state, value in term(tables, leaf, [leaf.reward] * len(leaf.actions)).items():
+            total[state] += probability(tables, leaf) * value
+    return total
+
+
+def expected(tables, game, estimator, size) -> dict[str, np.ndarray]:
+    """The estimator's expectation over all groups of `size` independent trees."""
+    total = {state: np.zeros(n) for state, n in STATES.items()}
+    for group in itertools.product(game, repeat=size):
+        p = np.prod([probability(tables, leaf) for leaf in group])
+        advantages = estimator([ScoredTree(leaf.tree, leaf.reward, texts=("answer:",) * len(leaf.actions)) for leaf in group])
+        for leaf, a in zip(group, advantages, strict=True):
+            for state, value in term(tables, leaf, a).items():
+                total[state] += p * value / size
+    return total
+
+
+def distance(a, b) -> float:
+    return max(float(np.abs(a[state] - b[state]).max()) for state in STATES)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_team_is_unbiased(seed, size):
+    rng = np.random.default_rng(seed)
+    game, tables = leaves(rng), policy(rng)
+    assert sum(probability(tables, leaf) for leaf in game) == pytest.approx(1)
+    assert distance(expected(tables, game, team, size), exact(tables, game)) < 1e-12
+
+
+def test_branch_mean_has_the_bias_that_it_states():
+    rng = np.random.default_rng(0)
+    game, tables = leaves(rng), policy(rng)
+    got = expected(tables, game, branch_mean, 2)
+    assert distance(got, exact(tables, game)) > 0.01
+    # Each tree's log-probability gradient is scaled by 1/N of its own branches, baseline included.
+    mean = sum(probability(tables, leaf) * leaf.reward for leaf in game)
+    scaled = {state: np.zeros(n) for state, n in STATES.items()}
+    for leaf in game:
+        n = len(leaf.actions)
+        for state, value in term(tables, leaf, [(leaf.reward - mean) / n] * n).items():
+            scaled[state] += probability(tables, leaf) * value
+    assert distance(got, scaled) < 1e-12
+
+
+def test_reference_is_biased_and_moves_with_the_origin_of_the_reward():
+    rng = np.random.default_rng(1)
+    game, tables = leaves(rng), policy(rng)
+    halved = lambda group: reference(group, clone_scale=1 / 2.5)  # noqa: E731
+    got = expected(tables, game, halved, 2)
+    truth = exact(tables, game)
+    # Even up to scale (it divides by a standard deviation) it is another direction.
+    flat = lambda g: np.concatenate([g[s] for s in STATES])  # noqa: E731
+    cosine = flat(got) @ flat(truth) / np.linalg.norm(flat(got)) / np.linalg.norm(flat(truth))
+    assert cosine < 0.99
+    shifted = [Leaf(leaf.tree, leaf.actions, leaf.reward + 5.0) for leaf in game]
+    assert distance(expected(tables, shifted, team, 2), truth) < 1e-12
+    repaired = lambda group: reference([ScoredTree(i.tree, i.reward, 0.3, i.texts) for i in group])  # noqa: E731
+    before, after = expected(tables, game, repaired, 2), expected(tables, shifted, repaired, 2)
+    assert np.linalg.norm(after["clone0"] - before["clone0"]) > 0.1 * np.linalg.norm(before["clone0"])
+
+
+def test_reference_ratio_golden_values():
+    assert ratio(1.0, 1.0) == 1.0
+    assert ratio(1.0, 1.0 / 2.5) == pytest.approx(0.4)
+    assert ratio(0.7, 0.0) == 0.0
+    assert ratio(0.0, 0.05) == 1.5  # r = 0 counts as positive and saturates
+    # S = 0.04 with one repair of 0.05: c = 0.04, r = -0.01 flips the sign and saturates.
+    assert ratio(0.04 - 0.05, 0.04) == -1.5
+    assert ratio(-0.2, -0.2) == 1.0
+
+
+def test_reference_advantages_by_hand():
+    rng = np.random.default_rng(0)
+    tree = leaves(rng)[2].tree
+    texts = ("root", "Answer: 1", "no mark")
+    group = [ScoredTree(tree, r, texts=texts) for r in (1.0, 0.0, 0.5, 0.5)]
+    std = np.std([1.0, 0.0, 0.5, 0.5], ddof=1) + 1e-6
+    got = reference(group)
+    assert got[0] == pytest.approx([0.5 / std] * 3)
+    assert got[1] == pytest.approx([-0.5 / std, 0.0, 0.0])  # r = 0 silences the clones of a wrong tree
+    assert got[2] == [0.0, 0.0, 0.0]
+
+
+def test_gate_needs_both_length_and_a_missing_mark():
+    long = Branch("0.0", (), (Turn((5,) * 193, (0.0,) * 193, StopReason.LENGTH),), Status.OUT_OF_BUDGET, None)
+    short = Branch("0.0", (), (Turn((5,) * 192, (0.0,) * 192, StopReason.LENGTH),), Status.OUT_OF_BUDGET, None)
+    assert gated(long, "no mark") and not gated(long, "ANSWER: 3") and not gated(short, "no mark")
+
+
+def test_a_group_of_one_has_no_baseline():
+    tree = leaves(np.random.default_rng(0))[0].tree
+    for estimator in (team, branch_mean, reference):
+        with pytest.raises(ConfigError, match="at least two"):
+            estimator([ScoredTree(tree, 1.0, texts=("",))])

@@ -1,0 +1,161 @@
+"""The transformers backend: same tokens as the plain model, whatever the batch."""
+
+from __future__ import annotations
+
+import random
+
+import anyio
+import pytest
+import torch
+
+from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
+from ramet.agents.tree import StopReason
+from ramet.errors import PolicyError
+from ramet.policy.hf import HFPolicy, truncate
+from ramet.policy.rows import token_logprobs
+
+pytestmark = pytest.mark.anyio
+
+
+def requests(count: int, seed: int = 0, temperature: float = 1.0, longest: int = 60) -> list[SampleRequest]:
+    rng = random.Random(seed)
+    return [
+        SampleRequest(
+            tuple(rng.randrange(9, 200) for _ in range(rng.randint(1, longest))),
+            rng.randint(1, 40),
+            frozenset({2}),
+            seed=i,
+            sampling=Sampling(temperature),
+        )
+        for i in range(count)
+    ]
+
+
+async def sample_all(policy: HFPolicy, wanted: list[SampleRequest], stagger: bool = False) -> list[Sample]:
+    results: dict[int, Sample] = {}
+
+    async def one(i: int, request: SampleRequest) -> None:
+        if stagger:
+            for _ in range(i % 17):
+                await anyio.lowlevel.checkpoint()
+        results[i] = await policy.sample(request, Partial())
+
+    async with anyio.create_task_group() as group:
+        for i, request in enumerate(wanted):
+            group.start_soon(one, i, request)
+    return [results[i] for i in range(len(wanted))]
+
+
+def slow_reference(model: torch.nn.Module, request: SampleRequest) -> tuple[list[int], list[float]]:
+    """One request by itself, the whole context recomputed in float64 at every token."""
+    from ramet.policy.hf import _draws
+
+    model = model.double()
+    ids, logprobs, draws = list(request.prompt), [], _draws(request.seed)
+    with torch.no_grad():
+        for _ in range(request.max_tokens):
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            temperature = request.sampling.temperature
+            if temperature == 0:
+                token, logprob = int(logits.argmax()), 0.0
+            else:
+                p = torch.log_softmax(logits / temperature, -1)
+                token = int(torch.searchsorted(p.exp().cumsum(-1), torch.tensor(next(draws), dtype=torch.float64), right=True))
+                logprob = float(p[token])
+            ids.append(token)
+            logprobs.append(logprob)
+            if token in request.stop_ids:
+                break
+    return ids[len(request.prompt) :], logprobs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+async def test_equals_the_plain_model(random_model, temperature):
+    import copy
+
+    wanted = requests(24, temperature=temperature)
+    async with HFPolicy(random_model, max_batch=8) as policy:
+        got = await sample_all(policy, wanted)
+    exact = copy.deepcopy(random_model)
+    for request, sample in zip(wanted, got, strict=True):
+        ids, logprobs = slow_reference(exact, request)
+        assert list(sample.ids) == ids
+        assert sample.logprobs == pytest.approx(logprobs, abs=1e-4)
+        assert sample.stop is (StopReason.END if ids[-1] == 2 else StopReason.LENGTH)
+
+
+async def test_tokens_do_not_depend_on_batch_mates(random_model):
+    wanted = requests(40, seed=3)
+    results = []
+    for batch, stagger in ((1, False), (5, True), (40, False)):
+        async with HFPolicy(random_model, max_batch=batch) as policy:
+            results.append([s.ids for s in await sample_all(policy, wanted, stagger)])
+    assert results[0] == results[1] == results[2]
+
+
+async def test_prefixes_are_reused_by_later_turns_and_by_siblings(random_model):
+    rng = random.Random(1)
+    shared = tuple(rng.randrange(9, 200) for _ in range(100))
+    siblings = [SampleRequest((*shared, 20 + i, 30 + i), 10, frozenset(), seed=i) for i in range(6)]
+    async with HFPolicy(random_model) as policy:
+        first = await sample_all(policy, siblings)
+        assert sum(s.prefilled for s in first) <= 102 + 5 * 2
+        assert sum(s.cached for s in first) == 5 * 100
+        later = SampleRequest((*siblings[2].prompt, *first[2].ids, 50, 51), 10, frozenset(), seed=9)
+        (again,) = await sample_all(policy, [later])
+        assert again.prefilled == 3  # the last sampled token was never fed back, and two are new
+    async with HFPolicy(random_model, prefix_tokens=0) as policy:
+        (fresh,) = await sample_all(policy, [later])
+        assert fresh.ids == again.ids and fresh.cached == 0
+
+
+async def test_logprobs_are_those_of_training(random_model):
+    wanted = requests(8, seed=5, temperature=0.8)
+    async with HFPolicy(random_model) as policy:
+        got = await sample_all(policy, wanted)
+    for request, sample in zip(wanted, got, strict=True):
+        ids = torch.tensor([[*request.prompt, *sample.ids]])
+        with torch.no_grad():
+            logprobs, _ = token_logprobs(random_model, ids, temperature=0.8)
+        assert sample.logprobs == pytest.approx(logprobs[0, len(request.prompt) :].tolist(), abs=1e-4)
+
+
+async def test_cancelling_frees_the_slot_and_tells_what_was_generated(random_model):
+    partial = Partial()
+    async with HFPolicy(random_model, max_batch=1) as policy:
+        async with anyio.create_task_group() as group:
+            group.start_soon(policy.sample, SampleRequest((9, 10, 11), 400, frozenset()), partial)
+            while len(partial.ids) < 5:
+                await anyio.lowlevel.checkpoint()
+            group.cancel_scope.cancel()
+        count = len(partial.ids)
+        sample = await policy.sample(SampleRequest((9, 10), 3, frozenset()), Partial())
+        assert len(sample.ids) == 3 and len(partial.ids) == count < 400
+
+
+async def test_requests_that_cannot_be_served_are_refused_by_name(random_model):
+    async with HFPolicy(random_model) as policy:
+        with pytest.raises(PolicyError, match="exceed the context of 512"):
+            await policy.sample(SampleRequest((9,) * 500, 20, frozenset()), Partial())
+        with pytest.raises(PolicyError, match="no vision"):
+            await policy.sample(SampleRequest((9,), 2, frozenset(), media=("clip",)), Partial())
+    with pytest.raises(PolicyError, match="not serving"):
+        await policy.sample(SampleRequest((9,), 2, frozenset()), Partial())
+
+
+async def test_broken_weights_are_an_error_and_not_a_token(random_model):
+    import copy
+
+    broken = copy.deepcopy(random_model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    async with HFPolicy(broken) as policy:
+        with pytest.raises(PolicyError, match="not finite"):
+            await policy.sample(SampleRequest((9,), 2, frozenset()), Partial())
+
+
+def test_truncation_keeps_what_it_says_and_normalises():
+    logprobs = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    assert truncate(logprobs, [Sampling(top_k=2)]).exp()[0].tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert truncate(logprobs, [Sampling(top_p=0.81)]).exp()[0].tolist() == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0])
+    assert truncate(logprobs, [Sampling(top_p=1e-9)]).exp()[0].tolist() == pytest.approx([1, 0, 0, 0])
