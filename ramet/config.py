@@ -7,9 +7,10 @@ An unknown key, a wrong type or an impossible value is one line that names the k
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -92,9 +93,11 @@ class RunConfig(BaseModel):
         return self
 
 
-def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = ()) -> _Config:
-    """Read `path` (or nothing), apply `key.sub=value` overrides in order, validate."""
-    data: dict[str, Any] = {}
+def load(
+    kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> _Config:
+    """Read `path` (without one, `defaults`), apply `key.sub=value` overrides in order, validate."""
+    data: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
     if path is not None:
         try:
             data = tomllib.loads(path.read_text())

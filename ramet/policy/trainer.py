@@ -69,7 +69,7 @@ class TrainConfig(BaseModel):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     estimator: Literal["team", "branch_mean", "reference"] = "team"
     length_scale: _Count = 64
-    batch_tokens: _Count = 2048
+    batch_tokens: _Count = 1024
     checkpoint_every: _Count = 20
     max_batch: _Count = 64
 

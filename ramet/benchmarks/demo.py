@@ -1,0 +1,85 @@
+"""`ramet demo`: measure, train, watch, measure again; at most ten minutes on two cores.
+
+Interrupt it whenever you like: the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import anyio
+from rich.console import Console
+from rich.rule import Rule
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.sampling import Sampling
+from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, run_training, tree_entry
+from ramet.benchmarks.report import write_report
+from ramet.benchmarks.reproduce import pictures, summary
+from ramet.benchmarks.session import meta, model_path, open_model, read_metrics
+from ramet.benchmarks.show import bill, branch_view, grow_live, write_json
+from ramet.config import RunConfig, validate
+from ramet.policy.hf import HFPolicy
+
+console = Console()
+
+DEMO: dict[str, Any] = {
+    "train": {"updates": 60, "checkpoint_every": 5},
+    "eval": {"tasks": 120, "budgets": [64, 128, 224], "ood_budgets": [256, 384, 512]},
+}
+
+
+def run_demo(directory: Path, seed: int) -> None:
+    """The whole demonstration in `directory`."""
+    started = time.perf_counter()
+    config = validate(RunConfig, {"seed": seed, **DEMO})
+    claim_folder(directory, config)
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"))) as journal:
+        console.print(Rule("1. the base model, deciding for itself and without spawning"))
+        entries = [tree_entry("base", config, True), tree_entry("base_serial", config, False)]
+        measured = run_measuring(config, model_path(config.model), entries, ("iid",), journal, "measuring")
+        print_points(summary(measured))
+        console.print(Rule("2. reinforcement learning from one global reward"))
+        trainer = run_training(config, directory / "trained", True, "training")
+        final = trainer.checkpoints / f"step-{config.train.updates:06d}"
+        console.print(Rule("3. one tree of clones on a held-out problem"))
+        tree = show_tree(config, final)
+        console.print(Rule("4. the trained model beside the base"))
+        measured += run_measuring(config, final, [tree_entry("trained", config, True)], ("iid",), journal, "measuring")
+    records = [meta("demo", seed, time.perf_counter() - started), *summary(measured)]
+    write_json(directory / "demo.json", records)
+    pictures(records, {"trained": read_metrics(directory / "trained")}, directory)
+    write_report(
+        directory / "report.html",
+        "ramet demo",
+        "The base model decided at random between working alone and delegating. Reinforcement learning taught it when.",
+        records,
+        [directory / name for name in ("frontier.png", "behaviour.png", "learning.png")],
+        tree,
+    )
+    print_points(records)
+    console.print(f"[bold]done in {time.perf_counter() - started:.0f} seconds.[/] Open {directory / 'report.html'}; pictures, metrics, checkpoints and demo.json lie beside it")
+
+
+def show_tree(config: RunConfig, model: Path) -> str:
+    """Grow one long held-out problem live; returns the tree as text."""
+    weights, _, chat = open_model(config, model)
+    env = config.env.build()
+    task = max(env.tasks("iid", 20, config.eval.seed + 1), key=env.size)
+    budget = config.budget.model_copy(update={"generated": max(config.eval.budgets)})
+
+    async def main() -> Any:
+        async with HFPolicy(weights) as policy:
+            return await grow_live(policy, chat, task, budget, config.seed, Sampling(temperature=config.eval.temperature))
+
+    tree = anyio.run(main)
+    recorder = Console(record=True, width=100, file=io.StringIO())
+    for target in (console, recorder):
+        target.print(task.messages[-1].content)
+        target.print(branch_view(tree.root, chat))
+        target.print(f"answer {tree.answer}, which is {'right' if env.grade(task, tree.answer) == 1.0 else f'wrong: it is {task.reference}'}")
+        target.print(bill(tree, budget))
+    return str(recorder.export_text())

@@ -1,0 +1,77 @@
+"""`ramet doctor`: what is installed, what works, what to install for what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from pathlib import Path
+
+import anyio
+from rich.console import Console
+from rich.table import Table
+
+from ramet.benchmarks.session import meta
+from ramet.benchmarks.show import resolve, write_json
+from ramet.errors import RametError
+
+console = Console()
+
+PARTS = (
+    ("torch", "torch", "sampling and training", "pip install torch==2.13.0"),
+    ("transformers", "transformers", "models and tokenizers", "pip install 'transformers>=5.15,<5.24'"),
+    ("anyio", "anyio", "the runtime", "pip install anyio"),
+    ("trio", "trio", "the runtime's second backend, and tests", "pip install 'ramet[dev]'"),
+    ("tensorboard", "tensorboard", "learning curves in TensorBoard", "pip install tensorboard"),
+    ("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
+)
+
+
+def _nano_works() -> str:
+    """Sample from the shipped model, for real."""
+    from ramet.agents.budget import Budget
+    from ramet.agents.runtime import Runtime
+    from ramet.agents.sampling import Sampling
+    from ramet.env.arithmetic import rows_task
+    from ramet.policy.hf import HFPolicy
+    from ramet.policy.models import load_model
+
+    model, _, chat = load_model(resolve("nano"))
+
+    async def main() -> str:
+        async with HFPolicy(model) as policy:
+            tree = await Runtime(policy, chat, Sampling(temperature=0)).run(rows_task([3, 4], "doctor"), Budget(generated=64, depth=0))
+        return f"3+4 -> {tree.answer} in {tree.usage.generated} tokens"
+
+    return anyio.run(main)
+
+
+def run_doctor(out: Path | None) -> None:
+    """Print the table; raise if something that the base install needs does not work."""
+    table = Table("what", "state", "for")
+    records = [meta("doctor", 0)]
+    broken = []
+
+    def note(what: str, ok: bool, state: str, purpose: str) -> None:
+        table.add_row(what, f"[green]{state}[/]" if ok else f"[red]{state}[/]", purpose)
+        records.append({"record": "check", "what": what, "ok": ok, "state": state})
+
+    note("python", sys.version_info >= (3, 11), sys.version.split()[0], "3.11 or newer")
+    for module, package, purpose, remedy in PARTS:
+        found = importlib.util.find_spec(module) is not None
+        note(package, found, importlib.metadata.version(package) if found else f"missing: {remedy}", purpose)
+        if not found and package != "trio":
+            broken.append(package)
+    import torch
+
+    note("CUDA", True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU", "larger models")
+    try:
+        note("nano model", True, _nano_works(), "ramet demo, run, train, eval")
+    except (RametError, RuntimeError, OSError) as error:
+        note("nano model", False, str(error), "ramet demo, run, train, eval")
+        broken.append("nano model")
+    console.print(table)
+    if out is not None:
+        write_json(out, records)
+    if broken:
+        raise RametError(f"not working: {', '.join(broken)}; the table says what to do")

@@ -1,0 +1,225 @@
+"""The jobs behind the command line: train, measure, make and describe the nano model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import anyio
+from rich.console import Console
+from rich.table import Table
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.sampling import Sampling
+from ramet.benchmarks import baselines, progress
+from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
+from ramet.benchmarks.plots import LABELS
+from ramet.benchmarks.session import make_trainer, meta, open_model
+from ramet.benchmarks.show import resolve, write_json
+from ramet.config import RunConfig, write
+from ramet.errors import ConfigError
+from ramet.policy.hf import HFPolicy
+from ramet.policy.trainer import Trainer
+
+console = Console()
+SIZES = ((2, 4), (5, 8), (9, 12), (13, 16), (17, 20), (40, 48))
+
+
+def claim_folder(directory: Path, config: RunConfig) -> None:
+    """Make the run folder this configuration's; refuse one that holds another."""
+    path = directory / "config.toml"
+    if path.exists():
+        held = path.read_text()
+        draft = directory / ".config.draft"
+        write(config, draft)
+        new = draft.read_text()
+        draft.unlink()
+        if held != new:
+            raise ConfigError(f"{directory} holds a run with another configuration or seed; choose another --name or remove it")
+    else:
+        write(config, path)
+
+
+def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) -> Trainer:
+    """Train in `directory`, resuming what is there, with a progress bar."""
+    trainer = make_trainer(config, directory, spawn)
+    done = trainer.resume()
+    if 0 < done < config.train.updates:
+        console.print(f"{label}: resuming after update {done}")
+    if done < config.train.updates:
+        with progress.training(label, config.train.updates, done) as report:
+            anyio.run(trainer.train, report)
+    return trainer
+
+
+def run_measuring(
+    config: RunConfig, model: Path, entries: Sequence[Entry], splits: Sequence[str], journal: Journal, label: str
+) -> list[Measured]:
+    """Measure entries that share one model, on held-out tasks of each split."""
+    weights, _, chat = open_model(config, model)
+    env = config.env.build()
+
+    async def main() -> list[Measured]:
+        found: list[Measured] = []
+        async with HFPolicy(weights, max_batch=config.train.max_batch) as policy:
+            for split in splits:
+                budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
+                tasks = env.tasks(split, config.eval.tasks, config.eval.seed)
+                for entry in entries:
+                    with progress.measuring(f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)) as report:
+                        known = {(m.policy, m.split, m.budget, m.task) for m in map(Measured.of, journal)}
+                        report(sum((entry.policy, split, b, t.id) in known for b in budgets for t in tasks))
+                        found += await measure(
+                            policy, chat, entry, env, tasks, split, budgets, config.budget, journal, config.eval.seed, lambda _: report(1)  # noqa: B023
+                        )
+        return found
+
+    return anyio.run(main)
+
+
+def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
+    """The model deciding by itself, with the tool or without."""
+    return Entry(policy, baselines.tree, Sampling(temperature=config.eval.temperature), (config.budget.depth or 8) if spawn else 0)
+
+
+def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """One record per policy, split and budget, and by size at each split's largest budget."""
+    groups = grouped(measured)
+    records = [point(ms) for ms in groups.values()]
+    largest = {(policy, split): max(b for p, s, b in groups if (p, s) == (policy, split)) for policy, split, _ in groups}
+    for (policy, split), budget in largest.items():
+        records += by_size(groups[policy, split, budget], SIZES)
+    return records
+
+
+def print_points(records: Sequence[dict[str, Any]]) -> None:
+    """Accuracy with its interval, tokens, critical path and spawn rate, a table a split."""
+    points = [r for r in records if r["record"] == "point"]
+    for split in dict.fromkeys(p["split"] for p in points):
+        shown = Table("policy", "budget", "accuracy", "95%", "generated", "critical path", "spawns", title=f"{split} ({points[0]['n']} tasks a point)")
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for p in points:
+            if p["split"] == split:
+                shown.add_row(
+                    LABELS.get(p["policy"], p["policy"]),
+                    str(p["budget"]),
+                    f"{p['accuracy']:.3f}",
+                    f"{p['ci_low']:.3f}-{p['ci_high']:.3f}",
+                    f"{p['generated']:.0f}",
+                    f"{p['critical_path']:.0f}",
+                    f"{p['spawn_rate']:.0%}",
+                )
+        console.print(shown)
+
+
+def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+    """`ramet train`: train, then measure the final weights; everything resumes."""
+    claim_folder(directory, config)
+    trainer = run_training(config, directory, spawn, "training")
+    final = trainer.checkpoints / f"step-{config.train.updates:06d}"
+    with Journal(directory / "evaluation.jsonl", fingerprint(config.model_dump(mode="json"), spawn)) as journal:
+        entry = tree_entry("trained" if spawn else "solo", config, spawn)
+        measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
+    records = [meta("train", config.seed), *result_records(measured)]
+    write_json(directory / "evaluation.json", records)
+    print_points(records)
+    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
+    if out is not None:
+        write_json(out, records)
+
+
+def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+    """`ramet eval`: one policy over the sweep of budgets."""
+    claim_folder(directory, config)
+    path = resolve(policy)
+    name = "base" if policy == "nano" else "trained"
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), str(path.resolve()), spawn)) as journal:
+        entry = tree_entry(name if spawn else ("base_serial" if policy == "nano" else "solo"), config, spawn)
+        measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
+    records = [meta("eval", config.seed), *result_records(measured)]
+    write_json(directory / "results.json", records)
+    print_points(records)
+    if out is not None:
+        write_json(out, records)
+
+
+def list_models() -> None:
+    """`ramet models list`."""
+    path = resolve("nano")
+    recipe = json.loads((path / "pretrain.json").read_text())
+    size = (path / "model.safetensors").stat().st_size / 2**20
+    console.print(f"nano: {recipe['layers']}-layer Llama of width {recipe['width']}, {size:.1f} MiB, adds up rows of small integers; shipped")
+
+
+def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -> None:
+    """`ramet models train-nano`: the shipped recipe, from a seed."""
+    from dataclasses import replace
+
+    from ramet.nano.pretrain import PretrainConfig, pretrain, save
+
+    config = PretrainConfig(seed=seed) if steps is None else replace(PretrainConfig(seed=seed), steps=steps)
+    if (out / "config.json").exists():
+        raise ConfigError(f"{out} holds a model already; choose another --out or remove it")
+    started = time.perf_counter()
+    with progress.measuring("train-nano", config.steps) as report:
+        last = 0
+
+        def tell(step: int, loss: float, rate: float) -> None:
+            nonlocal last
+            report(step + 1 - last)
+            last = step + 1
+            if not progress.console.is_terminal:
+                console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
+
+        tokenizer, model = pretrain(config, tell)
+    save(tokenizer, model, config, out)
+    console.print(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
+    accuracy_by_length(str(out), 100, seed, json_out)
+
+
+def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> None:
+    """`ramet models accuracy`: by number of operands, sampled greedily with ample budget, alone and offered the tool."""
+    from ramet.agents.budget import Budget
+    from ramet.agents.runtime import Job, Runtime
+    from ramet.env.arithmetic import RowsEnvironment
+    from ramet.policy.models import load_model
+    from ramet.rewards.exact_match import integer_match
+
+    weights, _, chat = load_model(resolve(model))
+    lengths = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 32, 48)
+
+    async def main() -> list[dict[str, Any]]:
+        records = []
+        async with HFPolicy(weights) as policy:
+            for length in lengths:
+                record: dict[str, Any] = {"record": "length", "operands": length, "n": tasks}
+                drawn = RowsEnvironment((length, length)).tasks("iid", tasks, seed)
+                for name, depth, temperature in (("alone", 0, 0.0), ("alone_sampled", 0, 1.0), ("offered", 1, 1.0)):
+                    budget = Budget(generated=640, depth=depth, answer_reserve=8, context=weights.config.max_position_embeddings)
+                    runtime = Runtime(policy, chat, Sampling(temperature=temperature))
+                    right = spawned = right_spawned = 0
+                    async with runtime.run_many([Job(task, budget, i) for i, task in enumerate(drawn)]) as trees:
+                        async for job, tree in trees:
+                            good = integer_match(job.task, tree.answer) == 1.0
+                            right += good
+                            spawned += tree.spawned
+                            right_spawned += good and tree.spawned
+                    record[name] = right / tasks
+                    if depth:
+                        record["spawn_rate"] = spawned / tasks
+                        record["accuracy_if_spawned"] = right_spawned / spawned if spawned else None
+                records.append(record)
+        return records
+
+    records = anyio.run(main)
+    shown = Table("operands", "alone, greedy", "alone, sampled", "offered the tool, sampled", "spawns", "accuracy if it spawns", title=f"{model}: {tasks} tasks a length")
+    for r in records:
+        spawned = "" if r["accuracy_if_spawned"] is None else f"{r['accuracy_if_spawned']:.2f}"
+        shown.add_row(str(r["operands"]), f"{r['alone']:.2f}", f"{r['alone_sampled']:.2f}", f"{r['offered']:.2f}", f"{r['spawn_rate']:.2f}", spawned)
+    console.print(shown)
+    if out is not None:
+        write_json(out, [meta("models accuracy", seed), *records])

@@ -1,0 +1,172 @@
+"""A tree on the terminal: live while it grows, and with its bill when it is done."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import anyio
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree as View
+
+from ramet.agents.actor import Growth
+from ramet.agents.budget import Budget
+from ramet.agents.chat import ChatFormat
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Sampling
+from ramet.agents.tree import Branch, Status, Task, Tree
+from ramet.benchmarks.session import meta, model_path
+from ramet.env.arithmetic import parse_sum, rows_task
+from ramet.errors import CheckpointError, ConfigError, PolicyError, StorageError
+from ramet.policy.hf import HFPolicy
+from ramet.policy.models import load_model
+from ramet.rewards.exact_match import integer_match
+
+console = Console()
+_COLOURS = {Status.ANSWERED: "green", Status.EMPTY: "yellow", Status.OUT_OF_BUDGET: "yellow", Status.CANCELLED: "red"}
+
+
+def branch_view(branch: Branch, chat: ChatFormat, parent: View | None = None) -> View:
+    """What a branch said, turn by turn, its clones under the turn that started them."""
+    colour = _COLOURS.get(branch.status, "red")
+    title = "root" if "." not in branch.id else f"clone {branch.id.partition('.')[2]}"
+    answer = f" [bold]{escape(branch.answer)}[/]" if branch.answer is not None else ""
+    label = f"[bold cyan]{title}[/] [dim]{branch.generated} tokens[/] → [{colour}]{branch.status.value}[/]{answer}"
+    view = View(label) if parent is None else parent.add(label)
+    for turn in branch.turns:
+        if turn.sampled:
+            view.add(Text(_clean(chat.text(turn.sampled))))
+        for clone in turn.clones:
+            branch_view(clone, chat, view)
+    return view
+
+
+def _clean(text: str) -> str:
+    return text.replace("<|end|>", "").strip()
+
+
+def growth_view(root: Growth, chat: ChatFormat, task: Task, limit: int | None) -> Group:
+    """The same while it grows: branches with their tokens, and the budget draining."""
+    view = View(f"[bold]{escape(task.messages[-1].content)}[/]")
+    _add_growth(view, root, chat)
+    spent = root.ledger.total("generated")
+    if limit is None:
+        return Group(view, Text(f"{spent} tokens generated"))
+    left = max(limit - spent, 0)
+    bar = "█" * round(40 * left / limit)
+    return Group(view, Text.from_markup(f"budget [green]{bar:<40}[/] {left} of {limit} tokens left"))
+
+
+def _add_growth(view: View, growth: Growth, chat: ChatFormat) -> None:
+    state = growth.status.value if growth.status else "…"
+    node = view.add(f"[cyan]{growth.id}[/] [dim]{growth.ledger.total('generated')} tokens[/] {state} [bold]{escape(growth.answer or '')}[/]")
+    for turn in growth.turns:
+        node.add(Text(_clean(chat.text(turn.sampled)), style="dim"))
+        for branch in turn.clones:
+            node.add(Text(f"{branch.id} → {branch.answer or branch.status.value}", style="green"))
+    for clone in growth.clones:
+        _add_growth(node, clone, chat)
+
+
+def bill(tree: Tree, budget: Budget) -> Table:
+    """What the tree cost, beside its limits."""
+    table = Table("", "used", "limit", title="bill")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    usage = tree.usage
+    for name, limit in (
+        ("generated tokens", budget.generated),
+        ("critical path", budget.critical_path),
+        ("prefilled tokens", budget.prefilled),
+        ("clones", budget.clones),
+    ):
+        used = getattr(usage, {"generated tokens": "generated", "prefilled tokens": "prefilled", "critical path": "critical_path"}.get(name, name))
+        table.add_row(name, str(used), "" if limit is None else str(limit))
+    table.add_row("prompt tokens reused", str(usage.cached), "")
+    table.add_row("seconds", f"{usage.seconds:.2f}", "" if budget.seconds is None else f"{budget.seconds:g}")
+    return table
+
+
+async def grow_live(policy: HFPolicy, chat: ChatFormat, task: Task, budget: Budget, seed: int, sampling: Sampling) -> Tree:
+    """Grow one tree and draw it as it grows."""
+    roots: list[Growth] = []
+    runtime = Runtime(policy, chat, sampling, watch=roots.append)
+    result: list[Tree] = []
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        async with anyio.create_task_group() as group:
+
+            async def grow() -> None:
+                result.append(await runtime.run(task, budget, seed))
+                group.cancel_scope.cancel()
+
+            group.start_soon(grow)
+            while True:
+                if roots:
+                    live.update(growth_view(roots[0], chat, task, budget.generated), refresh=True)
+                await anyio.sleep(0.05)
+    return result[0]
+
+
+def run_one(expression: str, policy: str, generated: int, depth: int, temperature: float, seed: int, out: Path | None) -> None:
+    """`ramet run`: one expression, its tree, its answer, its bill."""
+    if generated < 1:
+        raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
+    values = parse_sum(expression)
+    task = rows_task(values, "run")
+    model, _, chat = load_model(resolve(policy))
+    budget = Budget(generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings))
+    engine = HFPolicy(model)
+
+    async def main() -> Tree:
+        async with engine:
+            return await grow_live(engine, chat, task, budget, seed, Sampling(temperature=temperature))
+
+    tree = anyio.run(main)
+    if tree.root.status is Status.FAILED:
+        raise PolicyError(tree.error)
+    console.print(Text(task.messages[-1].content, style="bold"))
+    console.print(branch_view(tree.root, chat))
+    right = integer_match(task, tree.answer) == 1.0
+    verdict = "[green]right[/]" if right else f"[red]wrong[/]: it is {task.reference}"
+    console.print(f"answer [bold]{escape(tree.answer or 'none')}[/] ({verdict})")
+    console.print(bill(tree, budget))
+    if out is not None:
+        record = {
+            "record": "tree", "answer": tree.answer, "reference": task.reference, "correct": right,
+            "status": tree.root.status.value, **asdict(tree.usage),
+        }  # fmt: skip
+        write_json(out, [meta("run", seed), record])
+
+
+def resolve(policy: str) -> Path:
+    """A model directory from a name, a directory, or a run folder (its last checkpoint)."""
+    from ramet.policy.checkpoint import latest_checkpoint
+
+    path = model_path(policy)
+    if not path.exists():
+        raise CheckpointError(f"there is no model {policy!r}: give nano, a model directory or a run folder")
+    if not (path / "config.json").exists():
+        for folder in (path / "trained" / "checkpoints", path / "checkpoints"):
+            found = latest_checkpoint(folder)
+            if found is not None:
+                return found
+    return path
+
+
+def write_json(path: Path, records: list[dict[str, Any]]) -> None:
+    """A list of flat records, written whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(path.name + ".draft")
+        draft.write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+

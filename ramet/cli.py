@@ -1,0 +1,275 @@
+"""The command line: `ramet demo | run | train | eval | reproduce | bench | models | doctor`.
+
+Every command prints one line and exits with a status other than 0 when its job was not done. Heavy imports
+stand in the commands that need them, so that `ramet --help` is quick.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ramet import __version__
+from ramet.errors import ConfigError, RametError
+
+app = typer.Typer(
+    help="A language model that learns to delegate to clones of itself under one budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench = typer.Typer(help="Measure this machine. Example: ramet bench sampling --json sampling.json", no_args_is_help=True)
+models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+app.add_typer(models, name="models")
+console = Console(stderr=True)
+
+_Config = Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/learning.md")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in the run.")]
+_Json = Annotated[Path | None, typer.Option("--json", help="Write machine-readable results there.")]
+_Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
+
+
+@app.callback()
+def _root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False) -> None:
+    """`main` reads --debug before the parser does; it stands here to be listed in the help."""
+
+
+def _run_config(config: Path | None, overrides: list[str] | None, seed: int | None, default: dict[str, Any] | None = None) -> Any:
+    from ramet.config import RunConfig, load
+
+    given = list(overrides or [])
+    if seed is not None:
+        given.append(f"seed={seed}")
+    return load(RunConfig, config, given, default)
+
+
+@app.command()
+def demo(
+    seed: _Seed = 0,
+    runs: _Out = Path("runs"),
+    name: Annotated[str, typer.Option(help="Name of the run folder.")] = "demo",
+) -> None:
+    """Measure the base, train it to delegate, watch one tree, measure again. At most ten minutes on two cores.
+
+    Example: ramet demo
+    """
+    from ramet.benchmarks.demo import run_demo
+
+    run_demo(runs / name, seed or 0)
+
+
+@app.command()
+def run(
+    expression: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7".')],
+    policy: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
+    budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
+    depth: Annotated[int, typer.Option(help="Levels of clones; 0: no spawning.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: _Seed = 0,
+    json: _Json = None,
+) -> None:
+    """Solve one problem and print the tree, the answer and the bill.
+
+    Example: ramet run --policy nano "3+4-2+7-9+5+8-1+6+2"
+    """
+    from ramet.benchmarks.show import run_one
+
+    run_one(expression, policy, budget, depth, temperature, seed or 0, json)
+
+
+@app.command()
+def train(
+    config: _Config = None,
+    set_: _Set = None,
+    seed: _Seed = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default the config's name.")] = None,
+    runs: _Out = Path("runs"),
+    spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
+    json: _Json = None,
+) -> None:
+    """Train a policy by reinforcement learning. Run again to resume.
+
+    Example: ramet train --config examples/nano.toml --seed 1
+    """
+    from ramet.benchmarks.jobs import train_job
+
+    train_job(_run_config(config, set_, seed), runs / (name or (config.stem if config else "train")), spawn, json)
+
+
+@app.command("eval")
+def evaluate(
+    policy: Annotated[str, typer.Option(help="nano, a model directory, or a run folder (its last checkpoint).")] = "nano",
+    config: _Config = None,
+    set_: _Set = None,
+    seed: _Seed = None,
+    name: Annotated[str, typer.Option(help="Name of the run folder.")] = "eval",
+    runs: _Out = Path("runs"),
+    spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
+    json: _Json = None,
+) -> None:
+    """Measure a policy on held-out tasks over a sweep of budgets. Run again to resume.
+
+    Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
+    """
+    from ramet.benchmarks.jobs import eval_job
+
+    eval_job(policy, _run_config(config, set_, seed), runs / name, spawn, json)
+
+
+@app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(help="nano")] = "nano",
+    config: _Config = None,
+    set_: _Set = None,
+    seed: _Seed = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
+    runs: _Out = Path("runs"),
+) -> None:
+    """Run the full comparison that the README shows, from the shipped base. Run again to resume.
+
+    Example: ramet reproduce nano --seed 1
+    """
+    from ramet.benchmarks.reproduce import NANO, reproduce_nano
+
+    if what != "nano":
+        raise ConfigError(f"there is nothing called {what!r} to reproduce; there is nano")
+    reproduce_nano(_run_config(config, set_, seed, NANO), runs / (name or "nano"))
+
+
+@bench.command("sampling")
+def bench_sampling(
+    model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
+    requests: Annotated[int, typer.Option(min=8, help="Requests of the workload.")] = 512,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; backends take turns within each.")] = 3,
+    seed: _Seed = 0,
+    json: _Json = None,
+) -> None:
+    """Sampling throughput on ragged tree workloads beside `model.generate`, in one run.
+
+    Example: ramet bench sampling --json sampling.json
+    """
+    from ramet.benchmarks.sampling import bench_sampling as bench_
+
+    bench_(model, requests, repeats, seed or 0, json)
+
+
+@models.command("list")
+def models_list() -> None:
+    """Print the shipped models."""
+    from ramet.benchmarks.jobs import list_models
+
+    list_models()
+
+
+@models.command("train-nano")
+def models_train_nano(
+    out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("runs/nano-base"),
+    seed: _Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps than the shipped recipe, for a trial.")] = None,
+    json: _Json = None,
+) -> None:
+    """Train the nano base from generated demonstrations, and measure it by length.
+
+    Example: ramet models train-nano --out runs/nano-base
+    """
+    from ramet.benchmarks.jobs import train_nano
+
+    train_nano(out, seed or 0, steps, json)
+
+
+@models.command("accuracy")
+def models_accuracy(
+    model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks per length.")] = 200,
+    seed: _Seed = 0,
+    json: _Json = None,
+) -> None:
+    """Accuracy of a nano-type model by length: alone, and when it spawns.
+
+    Example: ramet models accuracy --tasks 100
+    """
+    from ramet.benchmarks.jobs import accuracy_by_length
+
+    accuracy_by_length(model, tasks, seed or 0, json)
+
+
+@app.command()
+def doctor(json: _Json = None) -> None:
+    """Say what is installed, what works, and what to install for what is missing.
+
+    Example: ramet doctor
+    """
+    from ramet.benchmarks.doctor import run_doctor
+
+    run_doctor(json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit status."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except BaseException as error:
+        cause = _cause(error)
+        if debug and not isinstance(cause, SystemExit):
+            raise
+        sys.exit(_report(cause))
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error inside exception groups, which task groups raise; an interrupt before all."""
+    if isinstance(error, BaseExceptionGroup):
+        inner = [_cause(e) for e in error.exceptions]
+        return next((e for e in inner if isinstance(e, KeyboardInterrupt)), inner[0])
+    return error
+
+
+def _report(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        console.print("[yellow]interrupted[/]; what was done is kept: run the same command again to resume")
+        return 130
+    if isinstance(error, RametError):
+        console.print(f"[red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    show = getattr(error, "show", None)
+    if show is not None:  # a usage error of the command line parser
+        show()
+        return int(getattr(error, "exit_code", 2))
+    if isinstance(error, OSError):
+        console.print(f"[red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        return 1
+    console.print(f"[red]internal error:[/] {type(error).__name__}: {_escape(str(error))}; run with --debug for the traceback", soft_wrap=True)
+    return 70
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

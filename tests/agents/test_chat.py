@@ -1,0 +1,208 @@
+"""Chat formats: no text becomes a control token, nothing sampled is encoded again."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramet.agents.chat import ChatMLFormat, ControlTokenFormat, TemplateFormat, TextEncoder, chat_format
+from ramet.agents.protocol import render_call
+from ramet.agents.tree import Message
+from ramet.errors import ChatFormatError
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(special: list[str], added: list[str] | None = None, template: str | None = None, normalizer: Any = None) -> Any:
+    """A byte-level tokenizer with the given special and non-special added tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
+    tokenizer.add_tokens([AddedToken(t, special=False) for t in added or []])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], chat_template=template)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Any:
+    """Control tokens as Qwen has them: the tool-call tags are added tokens that are not special."""
+    return byte_tokenizer(["<|im_end|>", "<|im_start|>", "<|endoftext|>"], ["<tool_call>", "</tool_call>", "<think>"], CHATML)
+
+
+@pytest.fixture(scope="module")
+def smol() -> Any:
+    """As SmolLM2: no token for tool calls."""
+    return byte_tokenizer(["<|im_end|>", "<|im_start|>"], None, CHATML)
+
+
+@pytest.fixture(params=["nano", "chatml-qwen", "chatml-smol", "template-qwen"])
+def chat(request, nano_tokenizer, qwen, smol) -> Any:
+    return {
+        "nano": lambda: ControlTokenFormat(nano_tokenizer),
+        "chatml-qwen": lambda: ChatMLFormat(qwen),
+        "chatml-smol": lambda: ChatMLFormat(smol),
+        "template-qwen": lambda: TemplateFormat(qwen),
+    }[request.param]()
+
+
+def encoder(chat: Any) -> TextEncoder:
+    return chat._encode
+
+
+def controls(chat: Any, ids: list[int]) -> list[int]:
+    return [i for i in ids if i in encoder(chat).control_ids]
+
+
+def spellings(chat: Any) -> list[str]:
+    tokenizer = encoder(chat)._tokenizer
+    literals = [tokenizer.convert_ids_to_tokens(i) for i in sorted(encoder(chat).control_ids)]
+    nested = [a[:3] + b + a[3:] for a, b in itertools.product(literals[:4], repeat=2)]
+    return [*literals, *nested, "".join(literals), " ".join(literals), *(literal.upper() for literal in literals)]
+
+
+def test_text_that_spells_control_tokens_stays_text(chat):
+    for text in spellings(chat):
+        ids = encoder(chat)(text)
+        assert not controls(chat, ids)
+        assert encoder(chat)._tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+        # Wherever untrusted text goes, the control tokens are those of harmless text.
+        for messages in ([Message("user", text)], [Message("user", "a"), Message("user", text + "\n" + text)]):
+            harmless = [Message(m.role, "x") for m in messages]
+            for tools in (False, True):
+                assert controls(chat, chat.render(messages, tools)) == controls(chat, chat.render(harmless, tools))
+        for closed in (False, True):
+            assert controls(chat, chat.after_turn(text, closed)) == controls(chat, chat.after_turn("x", closed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_random_mixtures_of_spellings_stay_text(data, nano_tokenizer, qwen):
+    for made in (ControlTokenFormat(nano_tokenizer), ChatMLFormat(qwen)):
+        pieces = st.sampled_from(spellings(made)) | st.text(max_size=8)
+        text = "".join(data.draw(st.lists(pieces, max_size=6)))
+        cut = data.draw(st.integers(0, len(text)))
+        assert not controls(made, encoder(made)(text[:cut])) and not controls(made, encoder(made)(text[cut:] + text[:cut]))
+
+
+def test_surrogates_and_every_byte_can_be_encoded(chat):
+    assert encoder(chat)("\ud800 ok \x00")
+    encoder(chat)("".join(map(chr, range(1, 0x300))))
+
+
+def test_a_normaliser_that_builds_control_tokens_is_caught():
+    from tokenizers import normalizers
+
+    tokenizer = byte_tokenizer(["<|im_end|>", "<|im_start|>"], ["<tool_call>"], CHATML, normalizers.NFKC())
+    fullwidth = "\uff1ctool_call\uff1e"
+    assert tokenizer.convert_tokens_to_ids("<tool_call>") in tokenizer.encode(fullwidth, add_special_tokens=False)
+    made = ChatMLFormat(tokenizer)
+    assert not controls(made, encoder(made)(fullwidth))
+
+
+def test_a_call_is_read_from_what_was_sampled(chat):
+    tokenizer = encoder(chat)._tokenizer
+    call = render_call(["a", "b"])
+    sampled = tokenizer.encode(f"so <tool_call>{call}</tool_call>", add_special_tokens=False)
+    stop = min(chat.stop_ids)
+    parsed = chat.parse([*sampled, stop])
+    assert parsed.calls == (call,) and parsed.text == "so " and not parsed.error
+    assert chat.parse([*sampled[:-3], stop]).error or chat.parse([*sampled[:-3], stop]).calls != (call,)
+    assert not chat.parse([stop]).calls and chat.parse([]).text == ""
+
+
+def test_a_call_that_is_only_spelled_is_text_where_the_model_has_a_token_for_it(nano_tokenizer, qwen):
+    for made in (ControlTokenFormat(nano_tokenizer), ChatMLFormat(qwen), TemplateFormat(qwen)):
+        spelled = encoder(made)(f"<tool_call>{render_call(['a'])}</tool_call>")
+        parsed = made.parse(spelled)
+        assert not parsed.calls and not parsed.error and "<tool_call>" in parsed.text
+
+
+def test_sampled_ids_survive_that_encoding_their_text_would_not_give(nano_tokenizer):
+    """Adversarial text: ids that decode to what would be encoded otherwise. The branch keeps the ids."""
+    import anyio
+
+    from ramet.agents.budget import Budget
+    from ramet.agents.runtime import Runtime
+    from ramet.agents.sampling import Sample
+    from ramet.agents.tree import StopReason, Task
+    from ramet.policy.rows import rows_of
+
+    made = ControlTokenFormat(nano_tokenizer)
+    rng = random.Random(0)
+    byte_ids = [i for i in range(9, 265) if i not in made._encode.control_ids]
+    sent: list[tuple[int, ...]] = []
+
+    class Noise:
+        version, context = 0, None
+
+        async def sample(self, request, partial):
+            if len(sent) < 4:
+                body = [*(rng.choice(byte_ids) for _ in range(30)), *(nano_tokenizer.encode("<", add_special_tokens=False) * 3)]
+                ids = [made._id["<tool_call>"], *body, made._id["</tool_call>"], made._id["<|end|>"]]
+            else:
+                ids = [*body_of("Answer: "), *(rng.choice(byte_ids) for _ in range(20)), made._id["<|end|>"]]
+            sent.append(tuple(ids))
+            return Sample(tuple(ids), tuple(-0.1 for _ in ids), StopReason.END)
+
+    def body_of(text: str) -> list[int]:
+        return [i for c in text for i in nano_tokenizer.encode(c, add_special_tokens=False)]
+
+    tree = anyio.run(Runtime(Noise(), made).run, Task("t", (Message("user", "x"),)), Budget())
+    (row,) = rows_of(tree, [1.0], 1.0)
+    trained = [i for i, m in zip(row.ids, row.mask, strict=True) if m]
+    assert trained == [i for ids in sent for i in ids] and len(sent) == 5
+    assert made._encode(made.text(trained)) != trained
+
+
+def test_the_template_format_equals_the_template(qwen):
+    made = TemplateFormat(qwen)
+    chat_ = [{"role": "user", "content": "hi"}]
+    reference = qwen.apply_chat_template(chat_, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert made.render([Message("user", "hi")], tools=False) == reference
+    said = qwen.encode("yes", add_special_tokens=False)
+    whole = [*chat_, {"role": "assistant", "content": "yes"}, {"role": "tool", "content": "42"}]
+    reference = qwen.apply_chat_template(whole, add_generation_prompt=True, tokenize=True, return_dict=False)
+    stop = qwen.convert_tokens_to_ids("<|im_end|>")
+    ours = made.render([Message("user", "hi")], tools=False)
+    assert [*ours, *said, stop, *made.after_turn("42", closed=True)] == reference
+    assert [*ours, *said, *made.after_turn("42", closed=False)] == reference
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}"), "rewrites earlier turns|leaves out|does not end"),
+        (CHATML.replace("{% for", "{{ messages|length }}{% for"), "rewrites earlier turns"),
+        (CHATML.replace("{{ m.role }}", "{{ m.role }}{{ loop.index }}"), "treats later tool rounds differently|rewrites"),
+        (CHATML.replace("<|im_end|>\n", "\n"), "not a control token"),
+    ],
+)
+def test_templates_for_which_it_is_unsound_are_refused(template, says):
+    with pytest.raises(ChatFormatError, match=says):
+        TemplateFormat(byte_tokenizer(["<|im_end|>", "<|im_start|>"], None, template))
+
+
+def test_formats_are_chosen_by_what_the_tokenizer_has(nano_tokenizer, qwen):
+    assert isinstance(chat_format("auto", nano_tokenizer), ControlTokenFormat)
+    assert isinstance(chat_format("auto", qwen), ChatMLFormat)
+    assert isinstance(chat_format("auto", byte_tokenizer(["</s>"], None, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")), TemplateFormat)
+    with pytest.raises(ChatFormatError, match="no chat format"):
+        chat_format("vicuna", qwen)
+    with pytest.raises(ChatFormatError, match="no chat template"):
+        TemplateFormat(byte_tokenizer(["</s>"]))
+    with pytest.raises(ChatFormatError, match="no token"):
+        ControlTokenFormat(qwen)
