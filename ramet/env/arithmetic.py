@@ -81,7 +81,7 @@ def spell(values: list[int], signed: bool) -> str:
 def parse_sum(text: str) -> list[int]:
     """The operands of a flat sum such as `12+34-5`. Raises `TaskError` for anything else."""
     compact = re.sub(r"\s+", "", text)
-    if not re.fullmatch(r"[+-]?\d{1,6}([+-]\d{1,6})*", compact):
+    if not re.fullmatch(r"[+-]?\d{1,6}([+-]\d{1,6})*", compact, re.ASCII):
         raise TaskError(f"{text[:60]!r} is not a sum: write integers joined by + and -, such as 12+34-5")
     return [int(term) for term in re.findall(r"[+-]?\d+", compact)]
 
@@ -127,12 +127,10 @@ def _draft(rng: random.Random) -> tuple[str, int]:
         numbers.append(rng.randint(10 ** (digits - 1), 10**digits - 1))
     spans = _parentheses(operators, rng)
     opens, closes = {a for a, _ in spans}, {b for _, b in spans}
-    text = ""
+    pieces: list[str] = []
     for i, number in enumerate(numbers):
-        text += ("(" if i in opens else "") + str(number) + (")" if i in closes else "")
-        if i < len(operators):
-            text += operators[i]
-    return text, _value(numbers, operators, spans)
+        pieces += ["("] * (i in opens) + [str(number)] + [")"] * (i in closes) + operators[i : i + 1]
+    return " ".join(pieces), _value(numbers, operators, spans)
 
 
 def _parentheses(operators: list[str], rng: random.Random) -> list[tuple[int, int]]:
@@ -152,14 +150,11 @@ def _parentheses(operators: list[str], rng: random.Random) -> list[tuple[int, in
         if len(spans) < 2 and free(i, i + 1) and rng.random() < 0.55:
             spans.append((i, i + 1))
     if len(spans) < 2 and rng.random() < 0.22:
-        wide = [
-            (a, a + n - 1)
-            for n in (3, 4, 5)
-            for a in range(len(operators) + 2 - n)
-            if "*" in operators[a : a + n - 1] and set("+-") & set(operators[a : a + n - 1]) and free(a, a + n - 1)
-        ]
-        if wide:
-            spans.append(rng.choice(wide))
+        count = min(rng.randint(3, 5), len(operators) + 1)
+        first = rng.randint(0, len(operators) + 1 - count)
+        inside = set(operators[first : first + count - 1])
+        if "*" in inside and inside & {"+", "-"} and free(first, first + count - 1):
+            spans.append((first, first + count - 1))
     return spans
 
 

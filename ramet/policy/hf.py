@@ -279,7 +279,9 @@ class HFPolicy:
         self._cache.grow(self._rounded(span))
         positions = positions.to(self.device)
         self._cache.aim(first, positions, span)
-        mask = (torch.arange(span, device=self.device) <= positions[..., None]).unsqueeze(1)
+        # Additive, not bool: the CPU kernel turns a bool mask into this one anyhow, once a layer.
+        hidden = (torch.arange(span, device=self.device) > positions[..., None]).unsqueeze(1)
+        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device).masked_fill_(hidden, torch.finfo(self.model.dtype).min)
         started = time.perf_counter()
         logits: torch.Tensor = self.model(
             input_ids=ids.to(self.device),

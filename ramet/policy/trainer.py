@@ -71,7 +71,7 @@ class TrainConfig(BaseModel):
     length_scale: _Count = 64
     batch_tokens: _Count = 1024
     checkpoint_every: _Count = 20
-    max_batch: _Count = 64
+    max_batch: _Count = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ class Trainer:
         ]
         runtime = Runtime(self.policy, self.chat, Sampling(temperature=self.config.temperature))
         trees: dict[tuple[object, ...], Tree] = {}
-        async with runtime.run_many(jobs, in_flight=self.config.max_batch) as finished:
+        async with runtime.run_many(jobs, in_flight=4 * self.config.max_batch) as finished:
             async for job, tree in finished:
                 if tree.root.status is Status.FAILED:
                     raise PolicyError(f"task {job.task.id} failed: {tree.error}")
