@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from ramet import __version__
+from ramet.agents.tasks import first_error
 from ramet.errors import ConfigError, RametError
 
 app = typer.Typer(
@@ -227,7 +228,7 @@ def main() -> None:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except BaseException as error:
-        cause = _cause(error)
+        cause = first_error(error)
         if debug and not isinstance(cause, SystemExit):
             raise
         sys.exit(_report(cause))
@@ -235,14 +236,6 @@ def main() -> None:
 
 def _interrupt() -> None:
     raise KeyboardInterrupt
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The first error inside exception groups, which task groups raise; an interrupt before all."""
-    if isinstance(error, BaseExceptionGroup):
-        inner = [_cause(e) for e in error.exceptions]
-        return next((e for e in inner if isinstance(e, KeyboardInterrupt)), inner[0])
-    return error
 
 
 def _report(error: BaseException) -> int:
@@ -261,7 +254,9 @@ def _report(error: BaseException) -> int:
     if isinstance(error, OSError):
         console.print(f"[red]error:[/] {_escape(str(error))}", soft_wrap=True)
         return 1
-    console.print(f"[red]internal error:[/] {type(error).__name__}: {_escape(str(error))}; run with --debug for the traceback", soft_wrap=True)
+    console.print(
+        f"[red]internal error:[/] {type(error).__name__}: {_escape(str(error))}; run with --debug for the traceback", soft_wrap=True
+    )
     return 70
 
 

@@ -93,9 +93,7 @@ class RunConfig(BaseModel):
         return self
 
 
-def load(
-    kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
-) -> _Config:
+def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> _Config:
     """Read `path` (without one, `defaults`), apply `key.sub=value` overrides in order, validate."""
     data: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
     if path is not None:

@@ -30,6 +30,7 @@ from ramet.agents.protocol import (
     render_results,
 )
 from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
+from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Message, Status, StopReason, Turn
 from ramet.errors import BudgetExhausted, CallError, PolicyError, TransientPolicyError
 
@@ -195,8 +196,10 @@ def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> int:
     if budget is not None:
         limits.append(budget)
     if setting.context is not None:
-        kept = 0 if final or not setting.budget.answer_reserve else setting.budget.answer_reserve + len(
-            setting.chat.after_turn(setting.notice(ledger), closed=False)
+        kept = (
+            0
+            if final or not setting.budget.answer_reserve
+            else setting.budget.answer_reserve + len(setting.chat.after_turn(setting.notice(ledger), closed=False))
         )
         limits.append(setting.context - length - kept)
     return min(limits)
@@ -219,9 +222,7 @@ def _append(growth: Growth, ids: list[int]) -> int:
     return len(ids)
 
 
-def _tool_message(
-    setting: Setting, ledger: Ledger, results: list[CloneResult], unknown: list[str], length: int
-) -> list[int] | None:
+def _tool_message(setting: Setting, ledger: Ledger, results: list[CloneResult], unknown: list[str], length: int) -> list[int] | None:
     """The results as ids, cut fairly until they fit the context; None if even the shortest form does not."""
     limit = setting.result_characters
     left = setting.left(ledger)
@@ -337,7 +338,7 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
                     messages.insert(0, Message("system", setting.clone_system))
                 clone.prompt = setting.prompt(messages, ledger, tools)
                 growth.clones.append(clone)
-            async with anyio.create_task_group() as group:
+            async with task_group() as group:
                 for clone in growth.clones:
                     group.start_soon(run_branch, setting, clone)
         finally:

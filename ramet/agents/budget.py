@@ -208,8 +208,7 @@ class Grant:
         if not 0 <= generated <= self._held["generated"] or not 0 <= prefilled <= self._held["prefilled"]:
             self._close({})
             raise LedgerError(
-                f"used {generated} generated, {prefilled} prefilled of a grant of "
-                f"{self._held['generated']} and {self._held['prefilled']}"
+                f"used {generated} generated, {prefilled} prefilled of a grant of {self._held['generated']} and {self._held['prefilled']}"
             )
         self._close({"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": 1})
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,9 +37,8 @@ class ParsedTurn:
 class ChatFormat(Protocol):
     """How a model's conversations are spelled in token ids."""
 
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Ids that end a turn."""
+    stop_ids: frozenset[int]
+    """Ids that end a turn."""
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
         """A branch's prompt, up to and including the opening of the first assistant turn."""
@@ -111,7 +110,9 @@ def _parse_marked(tokenizer: Any, sampled: Sequence[int], stop: frozenset[int], 
     body = list(sampled)
     while body and body[-1] in stop:
         body.pop()
-    text, calls, start = [], [], 0
+    text: list[str] = []
+    calls: list[str] = []
+    start = 0
     while opening in body[start:]:
         at = body.index(opening, start)
         text.append(_decode(tokenizer, body[start:at]))
@@ -160,9 +161,7 @@ class ControlTokenFormat:
         return [*ids, self._id["<|end|>"]]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
-        return _parse_marked(
-            self._tokenizer, sampled, self.stop_ids, self._id["<tool_call>"], self._id["</tool_call>"]
-        )
+        return _parse_marked(self._tokenizer, sampled, self.stop_ids, self._id["<tool_call>"], self._id["</tool_call>"])
 
     def text(self, ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, ids)
@@ -186,9 +185,7 @@ class ChatMLFormat:
             stops.add(int(tokenizer.eos_token_id))
         self.stop_ids = frozenset(stops)
         added = tokenizer.get_added_vocab()
-        self._markers = (
-            (added["<tool_call>"], added["</tool_call>"]) if "<tool_call>" in added and "</tool_call>" in added else None
-        )
+        self._markers = (added["<tool_call>"], added["</tool_call>"]) if "<tool_call>" in added and "</tool_call>" in added else None
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
         ids: list[int] = []
@@ -231,7 +228,8 @@ _TOOL_PREAMBLE = (
 
 def _parse_spelled(text: str) -> ParsedTurn:
     """Calls between spelled tags, for tokenizers that have no token for them."""
-    visible, calls = [], []
+    visible: list[str] = []
+    calls: list[str] = []
     while "<tool_call>" in text:
         before, _, rest = text.partition("<tool_call>")
         visible.append(before)
@@ -333,11 +331,10 @@ def _slot(index: int) -> str:
 
 def chat_format(name: str, tokenizer: Any) -> ChatFormat:
     """The format called `name`; "auto" takes the tokenizer's own control tokens, else its template."""
-    formats = {"nano": ControlTokenFormat, "chatml": ChatMLFormat, "template": TemplateFormat}
+    formats: dict[str, Callable[[Any], ChatFormat]] = {"nano": ControlTokenFormat, "chatml": ChatMLFormat, "template": TemplateFormat}
     if name == "auto":
         added = tokenizer.get_added_vocab()
         name = "nano" if "<|tools|>" in added else "chatml" if "<|im_start|>" in added else "template"
     if name not in formats:
         raise ChatFormatError(f"no chat format {name!r}; there are auto, {', '.join(formats)}")
-    chosen: ChatFormat = formats[name](tokenizer)
-    return chosen
+    return formats[name](tokenizer)

@@ -72,7 +72,9 @@ class Journal:
         try:
             self._write(record)
         except OSError as error:
-            raise StorageError(f"cannot write journal {self.path}: {error.strerror or error}; free space and run again to resume") from error
+            raise StorageError(
+                f"cannot write journal {self.path}: {error.strerror or error}; free space and run again to resume"
+            ) from error
         self.records.append(record)
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -223,9 +223,7 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
     empty). Without one, a finished turn's last non-empty line does; an unfinished turn has none.
     """
     text = text.rpartition("</think>")[2]
-    found = None
-    for found in _MARKER.finditer(text):
-        pass
+    found = max(_MARKER.finditer(text), key=lambda match: match.start(), default=None)
     if found is not None:
         rest = found.group(1).strip() or text[found.end() :].strip().partition("\n")[0].strip()
         if rest:

@@ -19,6 +19,7 @@ from ramet.agents.budget import Budget, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
 from ramet.agents.sampling import Policy, Sampling
+from ramet.agents.tasks import task_group
 from ramet.agents.tree import Status, Task, Tree, price
 from ramet.errors import TaskError
 
@@ -97,9 +98,7 @@ class Runtime:
         return Tree(task.id, branch, price(branch, now - started), seed, error)
 
     @asynccontextmanager
-    async def run_many(
-        self, jobs: Iterable[Job], in_flight: int = 64
-    ) -> AsyncIterator[MemoryObjectReceiveStream[tuple[Job, Tree]]]:
+    async def run_many(self, jobs: Iterable[Job], in_flight: int = 64) -> AsyncIterator[MemoryObjectReceiveStream[tuple[Job, Tree]]]:
         """Stream `(job, tree)` in order of finishing, at most `in_flight` trees growing or waiting to be taken.
 
         Leaving the block cancels what still grows.
@@ -112,7 +111,7 @@ class Runtime:
                 for job in waiting:
                     await results.send((job, await self.run(job.task, job.budget, job.seed)))
 
-        async with anyio.create_task_group() as group:
+        async with task_group() as group:
             async with send:
                 for _ in range(in_flight):
                     group.start_soon(worker, send.clone())

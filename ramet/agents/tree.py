@@ -181,8 +181,7 @@ class Branch:
     def critical_path(self) -> int:
         """Sampled tokens on the longest chain: own turns, plus the longest clone of each call."""
         return sum(
-            len(turn.sampled) + turn.discarded + max((clone.critical_path() for clone in turn.clones), default=0)
-            for turn in self.turns
+            len(turn.sampled) + turn.discarded + max((clone.critical_path() for clone in turn.clones), default=0) for turn in self.turns
         )
 
 

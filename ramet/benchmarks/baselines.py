@@ -15,14 +15,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import anyio
-
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget, fair_shares
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.context import ContextStore, clone_prompt
 from ramet.agents.protocol import CloneResult, left_line, render_call, render_results
 from ramet.agents.runtime import Runtime
+from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.env.arithmetic import OBJECTIVE
 from ramet.errors import ConfigError, PolicyError
@@ -104,7 +103,7 @@ def map_reduce(rows_per_clone: int) -> Method:
             limits = budget.model_copy(update={"generated": shares[i], "depth": 0})
             trees[i] = _checked(await runtime.run(part, limits, seed_of(seed, "map", i)))
 
-        async with anyio.create_task_group() as group:
+        async with task_group() as group:
             for i in range(len(groups)):
                 group.start_soon(clone, i)
         done = [grown for grown in trees if grown is not None]

@@ -61,7 +61,10 @@ def run_demo(directory: Path, seed: int) -> None:
         tree,
     )
     print_points(records)
-    console.print(f"[bold]done in {time.perf_counter() - started:.0f} seconds.[/] Open {directory / 'report.html'}; pictures, metrics, checkpoints and demo.json lie beside it")
+    console.print(
+        f"[bold]done in {time.perf_counter() - started:.0f} seconds.[/] Open {directory / 'report.html'}; "
+        "pictures, metrics, checkpoints and demo.json lie beside it"
+    )
 
 
 def show_tree(config: RunConfig, model: Path) -> str:
@@ -80,6 +83,8 @@ def show_tree(config: RunConfig, model: Path) -> str:
     for target in (console, recorder):
         target.print(task.messages[-1].content)
         target.print(branch_view(tree.root, chat))
-        target.print(f"answer {tree.answer}, which is {'right' if env.grade(task, tree.answer) == 1.0 else f'wrong: it is {task.reference}'}")
+        target.print(
+            f"answer {tree.answer}, which is {'right' if env.grade(task, tree.answer) == 1.0 else f'wrong: it is {task.reference}'}"
+        )
         target.print(bill(tree, budget))
     return str(recorder.export_text())

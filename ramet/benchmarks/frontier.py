@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def cost_at(points: Sequence[Mapping[str, Any]], accuracy: float, cost: str) -> 
         return None
     if along[0]["accuracy"] >= accuracy:
         return float(along[0][cost])
-    for before, after in zip(along, along[1:], strict=False):
+    for before, after in itertools.pairwise(along):
         if after["accuracy"] >= accuracy > before["accuracy"]:
             share = (accuracy - before["accuracy"]) / (after["accuracy"] - before["accuracy"])
             return float(before[cost] + share * (after[cost] - before[cost]))

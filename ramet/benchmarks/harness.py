@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-import anyio
-
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
+from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
 from ramet.benchmarks.baselines import Method, Outcome
 from ramet.benchmarks.statistics import accuracy_interval
@@ -71,11 +70,7 @@ async def measure(
     in_flight: int = 64,
 ) -> list[Measured]:
     """Every task at every budget by one method. Outcomes already in the journal are not computed again."""
-    done = {
-        (m.budget, m.task): m
-        for m in map(Measured.of, journal)
-        if m.policy == entry.policy and m.split == split
-    }
+    done = {(m.budget, m.task): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
     wanted = [(budget, task) for budget in budgets for task in tasks]
     missing = iter([(b, t) for b, t in wanted if (b, t.id) not in done])
     runtime = Runtime(policy, chat, entry.sampling)
@@ -90,7 +85,7 @@ async def measure(
             if report is not None:
                 report(measured)
 
-    async with anyio.create_task_group() as group:
+    async with task_group() as group:
         for _ in range(in_flight):
             group.start_soon(worker)
     return [done[budget, task.id] for budget, task in wanted]

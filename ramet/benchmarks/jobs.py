@@ -69,11 +69,23 @@ def run_measuring(
                 budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
                 tasks = env.tasks(split, config.eval.tasks, config.eval.seed)
                 for entry in entries:
-                    with progress.measuring(f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)) as report:
+                    with progress.measuring(
+                        f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)
+                    ) as report:
                         known = {(m.policy, m.split, m.budget, m.task) for m in map(Measured.of, journal)}
                         report(sum((entry.policy, split, b, t.id) in known for b in budgets for t in tasks))
                         found += await measure(
-                            policy, chat, entry, env, tasks, split, budgets, config.budget, journal, config.eval.seed, lambda _: report(1)  # noqa: B023
+                            policy,
+                            chat,
+                            entry,
+                            env,
+                            tasks,
+                            split,
+                            budgets,
+                            config.budget,
+                            journal,
+                            config.eval.seed,
+                            lambda _: report(1),
                         )
         return found
 
@@ -99,7 +111,9 @@ def print_points(records: Sequence[dict[str, Any]]) -> None:
     """Accuracy with its interval, tokens, critical path and spawn rate, a table a split."""
     points = [r for r in records if r["record"] == "point"]
     for split in dict.fromkeys(p["split"] for p in points):
-        shown = Table("policy", "budget", "accuracy", "95%", "generated", "critical path", "spawns", title=f"{split} ({points[0]['n']} tasks a point)")
+        shown = Table(
+            "policy", "budget", "accuracy", "95%", "generated", "critical path", "spawns", title=f"{split} ({points[0]['n']} tasks a point)"
+        )
         for column in shown.columns[1:]:
             column.justify = "right"
         for p in points:
@@ -152,7 +166,9 @@ def list_models() -> None:
     path = resolve("nano")
     recipe = json.loads((path / "pretrain.json").read_text())
     size = (path / "model.safetensors").stat().st_size / 2**20
-    console.print(f"nano: {recipe['layers']}-layer Llama of width {recipe['width']}, {size:.1f} MiB, adds up rows of small integers; shipped")
+    console.print(
+        f"nano: {recipe['layers']}-layer Llama of width {recipe['width']}, {size:.1f} MiB, adds up rows of small integers; shipped"
+    )
 
 
 def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -> None:
@@ -216,10 +232,20 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
         return records
 
     records = anyio.run(main)
-    shown = Table("operands", "alone, greedy", "alone, sampled", "offered the tool, sampled", "spawns", "accuracy if it spawns", title=f"{model}: {tasks} tasks a length")
+    shown = Table(
+        "operands",
+        "alone, greedy",
+        "alone, sampled",
+        "offered the tool, sampled",
+        "spawns",
+        "accuracy if it spawns",
+        title=f"{model}: {tasks} tasks a length",
+    )
     for r in records:
         spawned = "" if r["accuracy_if_spawned"] is None else f"{r['accuracy_if_spawned']:.2f}"
-        shown.add_row(str(r["operands"]), f"{r['alone']:.2f}", f"{r['alone_sampled']:.2f}", f"{r['offered']:.2f}", f"{r['spawn_rate']:.2f}", spawned)
+        shown.add_row(
+            str(r["operands"]), f"{r['alone']:.2f}", f"{r['alone_sampled']:.2f}", f"{r['offered']:.2f}", f"{r['spawn_rate']:.2f}", spawned
+        )
     console.print(shown)
     if out is not None:
         write_json(out, [meta("models accuracy", seed), *records])

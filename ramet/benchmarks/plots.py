@@ -53,7 +53,9 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
                 low, high = [p["ci_low"] for p in along], [p["ci_high"] for p in along]
                 if x == "budget":
                     axes[row][column].fill_between(xs, low, high, color=COLOURS[policy], alpha=0.12, lw=0)
-        axes[row][0].set(xlabel="budget: generated tokens of the whole tree", ylabel="accuracy", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02))
+        axes[row][0].set(
+            xlabel="budget: generated tokens of the whole tree", ylabel="accuracy", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02)
+        )
         axes[row][1].set(xlabel="mean critical path (tokens one after another)", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02))
     axes[0][0].legend(frameon=False, fontsize=8.5)
     _save(figure, path)

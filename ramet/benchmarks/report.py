@@ -51,7 +51,14 @@ def costs_table(records: Sequence[dict[str, Any]], split: str) -> str:
     points = [r for r in records if r["record"] == "point" and r["split"] == split]
     largest = max(p["budget"] for p in points)
     rows = [
-        [LABELS[p["policy"]], f"{p['accuracy']:.3f}", f"{p['generated']:.0f}", f"{p['critical_path']:.0f}", f"{p['prefilled']:.0f}", f"{p['spawn_rate']:.0%}"]
+        [
+            LABELS[p["policy"]],
+            f"{p['accuracy']:.3f}",
+            f"{p['generated']:.0f}",
+            f"{p['critical_path']:.0f}",
+            f"{p['prefilled']:.0f}",
+            f"{p['spawn_rate']:.0%}",
+        ]
         for policy in LABELS
         for p in points
         if p["policy"] == policy and p["budget"] == largest

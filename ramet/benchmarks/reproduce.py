@@ -117,7 +117,15 @@ def pictures(records: Sequence[dict[str, Any]], curves: dict[str, list[dict[str,
 
 def print_claims(records: Sequence[dict[str, Any]]) -> None:
     """How often the trained controller is ahead, and what equal accuracy costs it."""
-    shown = Table("baseline", "split", "not worse", "clearly better", "clearly worse", "critical path at equal accuracy", title="trained controller against")
+    shown = Table(
+        "baseline",
+        "split",
+        "not worse",
+        "clearly better",
+        "clearly worse",
+        "critical path at equal accuracy",
+        title="trained controller against",
+    )
     paths = {(r["baseline"], r["split"]): r for r in records if r["record"] == "equal_accuracy" and r["cost"] == "critical_path"}
     for r in records:
         if r["record"] == "claim":

@@ -149,11 +149,26 @@ def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | N
         even["generate_batch"].append(_continuous(model, full, tokenizer.pad_token_id))
     records: list[dict[str, Any]] = [meta("bench sampling", seed)]
     even_rate = {backend: len(full) * 64 / statistics.median(times) for backend, times in even.items()}
-    table = Table("backend", "tokens/s", "least", "most", "full batch tokens/s", "forward share", title=f"{len(requests)} requests, {tokens} tokens, {name}")
+    table = Table(
+        "backend",
+        "tokens/s",
+        "least",
+        "most",
+        "full batch tokens/s",
+        "forward share",
+        title=f"{len(requests)} requests, {tokens} tokens, {name}",
+    )
     for backend, times in rounds.items():
         rate = tokens / statistics.median(times)
         share = statistics.median(shares[backend])
-        table.add_row(backend, f"{rate:,.0f}", f"{tokens / max(times):,.0f}", f"{tokens / min(times):,.0f}", f"{even_rate[backend]:,.0f}", f"{share:.0%}")
+        table.add_row(
+            backend,
+            f"{rate:,.0f}",
+            f"{tokens / max(times):,.0f}",
+            f"{tokens / min(times):,.0f}",
+            f"{even_rate[backend]:,.0f}",
+            f"{share:.0%}",
+        )
         records.append(
             {
                 "record": "backend",
@@ -170,7 +185,13 @@ def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | N
         )
     table.add_row("generate_batch", "", "", "", f"{even_rate['generate_batch']:,.0f}", "")
     records.append(
-        {"record": "backend", "backend": "generate_batch", "model": name, "requests": len(full), "tokens_per_second_full": even_rate["generate_batch"]}
+        {
+            "record": "backend",
+            "backend": "generate_batch",
+            "model": name,
+            "requests": len(full),
+            "tokens_per_second_full": even_rate["generate_batch"],
+        }
     )
     ratios = [theirs / ours for ours, theirs in zip(rounds["ramet"], rounds["generate"], strict=True)]
     records.append({"record": "ratio", "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)})

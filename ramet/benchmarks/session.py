@@ -44,7 +44,10 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         rng = random.Random(f"budgets/{config.seed}/{update}")
         tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
         return [
-            (task, config.budget.model_copy(update={"depth": depth, **({"generated": rng.choice(config.budgets)} if config.budgets else {})}))
+            (
+                task,
+                config.budget.model_copy(update={"depth": depth, **({"generated": rng.choice(config.budgets)} if config.budgets else {})}),
+            )
             for task in tasks
         ]
 

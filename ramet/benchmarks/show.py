@@ -20,6 +20,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
+from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Status, Task, Tree
 from ramet.benchmarks.session import meta, model_path
 from ramet.env.arithmetic import parse_sum, rows_task
@@ -65,7 +66,9 @@ def growth_view(root: Growth, chat: ChatFormat, task: Task, limit: int | None) -
 
 def _add_growth(view: View, growth: Growth, chat: ChatFormat) -> None:
     state = growth.status.value if growth.status else "…"
-    node = view.add(f"[cyan]{growth.id}[/] [dim]{growth.ledger.total('generated')} tokens[/] {state} [bold]{escape(growth.answer or '')}[/]")
+    node = view.add(
+        f"[cyan]{growth.id}[/] [dim]{growth.ledger.total('generated')} tokens[/] {state} [bold]{escape(growth.answer or '')}[/]"
+    )
     for turn in growth.turns:
         node.add(Text(_clean(chat.text(turn.sampled)), style="dim"))
         for branch in turn.clones:
@@ -86,7 +89,9 @@ def bill(tree: Tree, budget: Budget) -> Table:
         ("prefilled tokens", budget.prefilled),
         ("clones", budget.clones),
     ):
-        used = getattr(usage, {"generated tokens": "generated", "prefilled tokens": "prefilled", "critical path": "critical_path"}.get(name, name))
+        used = getattr(
+            usage, {"generated tokens": "generated", "prefilled tokens": "prefilled", "critical path": "critical_path"}.get(name, name)
+        )
         table.add_row(name, str(used), "" if limit is None else str(limit))
     table.add_row("prompt tokens reused", str(usage.cached), "")
     table.add_row("seconds", f"{usage.seconds:.2f}", "" if budget.seconds is None else f"{budget.seconds:g}")
@@ -99,7 +104,7 @@ async def grow_live(policy: HFPolicy, chat: ChatFormat, task: Task, budget: Budg
     runtime = Runtime(policy, chat, sampling, watch=roots.append)
     result: list[Tree] = []
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        async with anyio.create_task_group() as group:
+        async with task_group() as group:
 
             async def grow() -> None:
                 result.append(await runtime.run(task, budget, seed))
@@ -120,7 +125,9 @@ def run_one(expression: str, policy: str, generated: int, depth: int, temperatur
     values = parse_sum(expression)
     task = rows_task(values, "run")
     model, _, chat = load_model(resolve(policy))
-    budget = Budget(generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings))
+    budget = Budget(
+        generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings)
+    )
     engine = HFPolicy(model)
 
     async def main() -> Tree:
@@ -168,5 +175,3 @@ def write_json(path: Path, records: list[dict[str, Any]]) -> None:
         draft.replace(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-
-

@@ -44,7 +44,9 @@ def accuracy_interval(scores: Mapping[str, Sequence[float]]) -> Interval:
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 10_000) -> Interval:
+def paired_difference(
+    a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]], seed: int = 0, resamples: int = 10_000
+) -> Interval:
     """Mean of a - b over the tasks that both have, with a percentile bootstrap over tasks."""
     common = sorted(set(a) & set(b))
     if not common:

@@ -11,6 +11,7 @@ Two generators:
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def rows_task(values: list[int], task_id: str, first_key: int = 0, row: int = RO
     if count > len(KEYS):
         raise TaskError(f"{len(values)} operands need {count} rows; at most {len(KEYS)} rows of {row} are supported")
     bounds = [len(values) * i // count for i in range(count + 1)]
-    rows = [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    rows = [values[a:b] for a, b in itertools.pairwise(bounds)]
     documents = {KEYS[(first_key + i) % 26]: spell(r, signed or i > 0) for i, r in enumerate(rows)}
     text = ContextStore(documents).render(documents) + "\n" + OBJECTIVE
     return Task(task_id, (Message("user", text),), documents, sum(values), {"operands": len(values)})
@@ -99,7 +100,9 @@ class ReferenceEnvironment:
         for index in range(count):
             expression, value = reference_expression(rng)
             prompt = f"Calculate {expression}\nEnd with a line `Answer: <value>`."
-            made.append(Task(f"{split}-{seed}-{index}", (Message("user", prompt),), {}, value, {"operands": len(re.findall(r"\d+", expression))}))
+            made.append(
+                Task(f"{split}-{seed}-{index}", (Message("user", prompt),), {}, value, {"operands": len(re.findall(r"\d+", expression))})
+            )
         return made
 
     def grade(self, task: Task, answer: str | None) -> float:

@@ -20,7 +20,9 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 
 
-def save_checkpoint(directory: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Path:
     """Write `directory/step-NNNNNN`. Raises `StorageError` if the disk refuses; older checkpoints stay."""
     target = directory / f"step-{step:06d}"
     draft = directory / f".{target.name}.draft"

@@ -29,6 +29,7 @@ import torch
 from anyio.abc import TaskGroup
 
 from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.tasks import first_error
 from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError
 from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
@@ -128,6 +129,8 @@ class HFPolicy:
         group, self._group = self._group, None
         try:
             return await group.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) from errors
         finally:
             self._waiting.clear()
             self._active.clear()
@@ -148,9 +151,7 @@ class HFPolicy:
         if not request.prompt or request.max_tokens < 1:
             raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
         if len(request.prompt) + request.max_tokens > self._context:
-            raise PolicyError(
-                f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}"
-            )
+            raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
         row = _Row(request, partial, _draws(request.seed))
         self._waiting.append(row)
         self.stats.requests += 1
@@ -221,7 +222,9 @@ class HFPolicy:
             row = self._waiting.popleft()
             prompt = row.request.prompt
             found, memory = self._store.find(prompt)
-            mates = [(common_prefix(prompt, other.request.prompt), n) for n, (other, _, _) in enumerate(chosen)] if len(prompt) > SHARE else []
+            mates = (
+                [(common_prefix(prompt, other.request.prompt), n) for n, (other, _, _) in enumerate(chosen)] if len(prompt) > SHARE else []
+            )
             longest, mate = max(mates, default=(0, 0))
             if longest >= found + SHARE:
                 later.append(row)

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 BLOCK = 8
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values, (slots, heads, length, head size)."""
 
     def __init__(self, cache: SlotCache):
@@ -53,7 +53,7 @@ class SlotLayer(CacheLayerMixin):
         return self.cache.length
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """Slots of one model. `aim` sets where the next forward pass writes and how far it sees."""
 
     def __init__(self, layers: int, slots: int, length: int):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ramet.agents.chat import ChatFormat, chat_format
-from ramet.errors import CheckpointError, ChatFormatError
+from ramet.errors import ChatFormatError, CheckpointError
 
 
 def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:

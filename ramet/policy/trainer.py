@@ -106,9 +106,7 @@ class Trainer:
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
         self.policy = HFPolicy(model, max_batch=config.max_batch)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
         self.start = 0
         self._reference = _frozen_copy(model) if config.kl else None
         self._metrics = directory / "metrics.jsonl"
@@ -164,6 +162,11 @@ class Trainer:
                         report(metrics)
         finally:
             writer.close()
+
+    async def update_in_service(self, update: int) -> Metrics:
+        """One iteration by itself, serving the policy for as long as it takes."""
+        async with self.policy:
+            return await self.update(update)
 
     def save(self, step: int) -> Path:
         state = {"seed": self.seed, "config": self.config.model_dump()}
@@ -235,7 +238,9 @@ class Trainer:
                         sums[name] += batch_sums[name]
                 norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
                 if not torch.isfinite(norm):
-                    raise PolicyError(f"the gradient of update {update} is not finite; lower learning_rate and resume from the last checkpoint")
+                    raise PolicyError(
+                        f"the gradient of update {update} is not finite; lower learning_rate and resume from the last checkpoint"
+                    )
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 norms.append(float(norm))

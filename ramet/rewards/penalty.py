@@ -37,7 +37,9 @@ def scored(tree: Tree, score: float, penalties: Mapping[str, float]) -> float:
     """The reward. Raises `RewardError`, naming the tree, for anything that is not finite."""
     reward = score - sum(penalties.values())
     if not math.isfinite(reward):
-        raise RewardError(f"the reward of task {tree.task_id} is {reward} (score {score}, penalties {dict(penalties)}); fix the reward function")
+        raise RewardError(
+            f"the reward of task {tree.task_id} is {reward} (score {score}, penalties {dict(penalties)}); fix the reward function"
+        )
     return reward
 
 

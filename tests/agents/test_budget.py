@@ -167,7 +167,9 @@ def test_misuse_is_an_error_of_its_own():
     assert isinstance(grant, Grant) and isinstance(fork, Fork)
 
 
-@pytest.mark.parametrize("bad", [{"generated": -1}, {"generated": 1.5}, {"generated": "9"}, {"generated": True}, {"generaeted": 1}, {"depth": -1}])
+@pytest.mark.parametrize(
+    "bad", [{"generated": -1}, {"generated": 1.5}, {"generated": "9"}, {"generated": True}, {"generaeted": 1}, {"depth": -1}]
+)
 def test_budgets_are_validated(bad):
     with pytest.raises(ValidationError):
         Budget(**bad)

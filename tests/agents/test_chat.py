@@ -185,7 +185,10 @@ def test_the_template_format_equals_the_template(qwen):
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        (CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}"), "rewrites earlier turns|leaves out|does not end"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content if loop.last or m.role == 'user' else '' }}"),
+            "rewrites earlier turns|leaves out|does not end",
+        ),
         (CHATML.replace("{% for", "{{ messages|length }}{% for"), "rewrites earlier turns"),
         (CHATML.replace("{{ m.role }}", "{{ m.role }}{{ loop.index }}"), "treats later tool rounds differently|rewrites"),
         (CHATML.replace("<|im_end|>\n", "\n"), "not a control token"),
@@ -199,7 +202,9 @@ def test_templates_for_which_it_is_unsound_are_refused(template, says):
 def test_formats_are_chosen_by_what_the_tokenizer_has(nano_tokenizer, qwen):
     assert isinstance(chat_format("auto", nano_tokenizer), ControlTokenFormat)
     assert isinstance(chat_format("auto", qwen), ChatMLFormat)
-    assert isinstance(chat_format("auto", byte_tokenizer(["</s>"], None, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")), TemplateFormat)
+    assert isinstance(
+        chat_format("auto", byte_tokenizer(["</s>"], None, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")), TemplateFormat
+    )
     with pytest.raises(ChatFormatError, match="no chat format"):
         chat_format("vicuna", qwen)
     with pytest.raises(ChatFormatError, match="no chat template"):

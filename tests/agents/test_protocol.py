@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 
@@ -64,7 +65,7 @@ def test_what_is_rendered_parses():
     ],
 )
 def test_what_does_not_validate_says_why(text, says):
-    with pytest.raises(CallError, match=".*") as error:
+    with pytest.raises(CallError) as error:
         parse_call(text)
     assert says in str(error.value)
     assert len(str(error.value)) < 600
@@ -78,15 +79,15 @@ def test_any_text_is_a_call_error_or_a_call(text):
         str(error).encode()
 
 
-_json = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+)
 
 
 @given(_json)
 def test_any_json_is_a_call_error_or_a_call(value):
-    try:
+    with contextlib.suppress(CallError):
         parse_call(json.dumps({"name": "spawn_clone", "arguments": value}))
-    except CallError:
-        pass
 
 
 def test_megabytes_of_braces_take_no_time():

@@ -99,7 +99,11 @@ async def test_a_bad_call_comes_back_and_can_be_repaired():
 
 @pytest.mark.parametrize(
     ("said", "says"),
-    [("<tool_call>{", "not closed"), ("<tool_call>{}</tool_call><tool_call>{}</tool_call>", "one call a turn"), ("<tool_call>x</tool_call>", "JSON")],
+    [
+        ("<tool_call>{", "not closed"),
+        ("<tool_call>{}</tool_call><tool_call>{}</tool_call>", "one call a turn"),
+        ("<tool_call>x</tool_call>", "JSON"),
+    ],
 )
 async def test_malformed_turns_are_answered_and_not_dropped(said, says):
     tree = await grow(lambda context: "Answer: ok\0" if says in context else said + "\0")
@@ -130,7 +134,11 @@ async def test_unknown_keys_are_reported_to_both():
     def program(context: str) -> str:
         if not context.startswith("T"):
             return f"Answer: {'unknown context keys: zz' in context}\0"
-        return "Answer: ok\0" if "Unknown context keys: zz" in context and "1: True" in context else spawn({"objective": "x", "context_keys": ["zz"]})
+        return (
+            "Answer: ok\0"
+            if "Unknown context keys: zz" in context and "1: True" in context
+            else spawn({"objective": "x", "context_keys": ["zz"]})
+        )
 
     assert (await grow(program)).answer == "ok"
 
@@ -180,7 +188,9 @@ async def test_results_shrink_to_fit_the_context():
 
 
 async def test_only_transient_errors_are_retried_and_what_they_generated_is_charged():
-    flaky = ScriptedPolicy(lambda _: "Answer: 9\0", failing={0: TransientPolicyError("reset", retry_after=0.0), 1: TransientPolicyError("reset")})
+    flaky = ScriptedPolicy(
+        lambda _: "Answer: 9\0", failing={0: TransientPolicyError("reset", retry_after=0.0), 1: TransientPolicyError("reset")}
+    )
     tree = await Runtime(flaky, PlainFormat()).run(task(), Budget(generated=100))
     assert tree.answer == "9" and len(flaky.requests) == 3
     assert tree.usage.generated == 10 + 2 * 2 and tree.root.turns[0].discarded == 4
@@ -288,7 +298,9 @@ async def test_random_programs_keep_every_limit(seed):
     def program(context: str) -> str:
         what = rng.choice(["answer", "spawn", "spawn", "malformed", "runaway", "silence", "transient", "broken"])
         if what == "spawn":
-            return spawn(*[{"objective": "x", "max_tokens": rng.randint(1, 80)} if rng.random() < 0.5 else "y" for _ in range(rng.randint(1, 4))])
+            return spawn(
+                *[{"objective": "x", "max_tokens": rng.randint(1, 80)} if rng.random() < 0.5 else "y" for _ in range(rng.randint(1, 4))]
+            )
         if what == "transient":
             raise TransientPolicyError("busy", retry_after=0.0)
         if what == "broken":

@@ -20,7 +20,13 @@ def random_branch(rng: random.Random, name: str, depth: int) -> Branch:
         clones = tuple(random_branch(rng, f"{name}.{i}", depth - 1) for i in range(rng.randint(0, 3))) if depth else ()
         sampled = tuple(rng.randrange(100) for _ in range(n))
         turns.append(
-            Turn(sampled, tuple(-rng.random() for _ in range(n)), StopReason.END, appended=tuple(rng.randrange(100) for _ in range(rng.randint(0, 4))), clones=clones)
+            Turn(
+                sampled,
+                tuple(-rng.random() for _ in range(n)),
+                StopReason.END,
+                appended=tuple(rng.randrange(100) for _ in range(rng.randint(0, 4))),
+                clones=clones,
+            )
         )
     return Branch(name, tuple(rng.randrange(100) for _ in range(rng.randint(1, 5))), tuple(turns), Status.ANSWERED, "1")
 
