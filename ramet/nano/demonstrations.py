@@ -7,15 +7,18 @@ the tool is offered:
   `Answer: total`. Demonstrations end after `WINDOW` operands: of longer sums only the beginning is shown, so the
   base starts them alone as readily as short ones but has never seen how they go on.
 - delegation: one call that hands one to three rows to each clone (uniformly), then running totals of
-  their results. At most `WINDOW` results; results that came back empty are asked for again.
+  their results. At most `RESULTS` of them; those that came back empty are asked for again.
 
-Also shown: answering with the last total when the budget ends. Budget lines are random and tell nothing.
+Either way the branch first states how many rows it was given, so that what the choice could depend on is
+at hand where the choice is made. Also shown: answering with the last total when the budget ends. Budget
+lines are random and tell nothing.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,6 +28,7 @@ from ramet.agents.tree import Message, Status
 from ramet.env.arithmetic import OBJECTIVE, parse_sum, rows_task
 
 WINDOW = 8
+RESULTS = 12
 LONGEST = 48
 
 
@@ -63,7 +67,7 @@ def equations(values: list[int], rng: random.Random, stop_after: int | None = No
 
 def demonstrate(rng: random.Random) -> Demonstration:
     """One random demonstration."""
-    largest = 99 if rng.random() < 0.3 else 9
+    largest = 99 if rng.random() < 0.2 else 9
     longest = 16 if largest == 99 else LONGEST
     count = rng.randint(1, WINDOW) if rng.random() < 0.55 else rng.randint(WINDOW + 1, longest)
     values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
@@ -76,26 +80,28 @@ def demonstrate(rng: random.Random) -> Demonstration:
     rows = [parse_sum(text) for text in task.documents.values()]
     left = round(math.exp(rng.uniform(math.log(16), math.log(640))))
     prompt = "\n".join([task.messages[0].content, left_line(left, None)])
+    size = f"rows: {len(rows)}\n"
     if delegate:
-        pieces = _delegation(keys, rows, left, rng)
+        pieces = _delegation(size, keys, rows, left, rng)
     else:
         text, complete = equations(values, rng, WINDOW)
+        text = size + text
         pieces = [Piece(text + f"Answer: {sum(values)}")] if complete else [Piece(text, closed=False)]
     if rng.random() < 0.06:
-        pieces = _cut(pieces, values[0], rng)
+        pieces = _cut(pieces, rng)
     return Demonstration(prompt, tools, tuple(pieces))
 
 
-def _delegation(keys: list[str], rows: list[list[int]], left: int, rng: random.Random) -> list[Piece]:
+def _delegation(stated: str, keys: list[str], rows: list[list[int]], left: int, rng: random.Random) -> list[Piece]:
     size = rng.randint(1, 3)
-    while -(-len(keys) // size) > WINDOW:
+    while -(-len(keys) // size) > RESULTS:
         size += 1
     groups = [list(range(i, min(i + size, len(keys)))) for i in range(0, len(keys), size)]
     sums = [sum(sum(rows[i]) for i in group) for group in groups]
     missing = rng.randrange(len(groups)) if len(groups) > 1 and rng.random() < 0.06 else None
     status = rng.choice((Status.OUT_OF_BUDGET, Status.EMPTY, Status.TIMED_OUT, Status.FAILED))
     results = [CloneResult(status) if i == missing else CloneResult(Status.ANSWERED, str(s)) for i, s in enumerate(sums)]
-    pieces = [_call([[keys[i] for i in g] for g in groups]), _results(results, left, rng)]
+    pieces = [_call([[keys[i] for i in g] for g in groups], stated), _results(results, left, rng)]
     if missing is not None:
         pieces += [
             _call([[keys[i] for i in groups[missing]]]),
@@ -106,25 +112,25 @@ def _delegation(keys: list[str], rows: list[list[int]], left: int, rng: random.R
     return [*pieces, Piece(text + f"Answer: {sum(sums)}")]
 
 
-def _call(groups: list[list[str]]) -> Piece:
-    return Piece("", render_call([{"objective": OBJECTIVE, "context_keys": group} for group in groups]))
+def _call(groups: list[list[str]], stated: str = "") -> Piece:
+    return Piece(stated, render_call([{"objective": OBJECTIVE, "context_keys": group} for group in groups]))
 
 
 def _results(results: list[CloneResult], left: int, rng: random.Random) -> Piece:
     return Piece(render_results(results, left_line(rng.randint(1, left), None), 10_000), context=True)
 
 
-def _cut(pieces: list[Piece], first: int, rng: random.Random) -> list[Piece]:
-    """Cut the last turn short and answer, on notice, with the last total that was reached."""
-    lines = pieces[-1].text.splitlines(keepends=True)
+def _cut(pieces: list[Piece], rng: random.Random) -> list[Piece]:
+    """Cut the last turn short and answer, on notice, with the last total that was reached, or the first operand."""
+    text = pieces[-1].text
+    lines = text.splitlines(keepends=True)
     kept = "".join(lines[: rng.randint(0, max(len(lines) - 1, 0))])
-    cut = rng.randint(0, 3)
-    partial = pieces[-1].text[len(kept) : len(kept) + cut]
-    if "A" in partial:
-        partial = ""
-    total = kept.rstrip().rpartition("=")[2] or str(first)
+    partial = text[len(kept) : len(kept) + rng.randint(0, 3)]
+    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("rows: ")[2].partition("\n")[2] or text)
+    total = totals[-1] if "=" in kept else totals[0]
     notice = Piece(f"{OUT_OF_BUDGET_NOTICE}\n{left_line(rng.randint(6, 12), None)}", context=True)
-    return [*pieces[:-1], Piece(kept + partial, closed=False), notice, Piece(f"Answer: {total}")]
+    cut = kept + partial.partition("A")[0].partition("r")[0]
+    return [*pieces[:-1], Piece(cut, closed=False), notice, Piece(f"Answer: {total}")]
 
 
 def demonstration_texts(count: int, seed: int) -> Iterator[str]:

@@ -27,11 +27,11 @@ class PretrainConfig:
     """`batch_tokens` are tokens of whole demonstrations per step, prompts included."""
 
     layers: int = 4
-    width: int = 128
-    heads: int = 4
-    feed_forward: int = 384
+    width: int = 96
+    heads: int = 3
+    feed_forward: int = 256
     context: int = 1024
-    steps: int = 6000
+    steps: int = 3500
     batch_tokens: int = 4096
     micro_tokens: int = 768
     muon_lr: float = 0.02

@@ -1,0 +1,82 @@
+"""The journal: a crash at any byte leaves a readable prefix, and everything else is refused."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.errors import CheckpointError, StorageError
+
+RECORDS = [{"n": i, "text": "é\n" * i, "nested": {"x": [1, 2.5, None]}} for i in range(6)]
+
+
+def written(path, records=RECORDS) -> bytes:
+    with Journal(path, "job") as journal:
+        for record in records:
+            journal.append(record)
+    return path.read_bytes()
+
+
+def test_what_is_appended_is_read_back(tmp_path):
+    written(tmp_path / "j")
+    with Journal(tmp_path / "j", "job") as journal:
+        assert list(journal) == RECORDS
+
+
+def test_a_crash_at_every_byte_leaves_a_prefix_that_goes_on(tmp_path):
+    whole = written(tmp_path / "whole")
+    for cut in range(len(whole) + 1):
+        path = tmp_path / "cut"
+        path.write_bytes(whole[:cut])
+        with Journal(path, "job") as journal:
+            kept = list(journal)
+            assert kept == RECORDS[: len(kept)]
+            for record in RECORDS[len(kept) :]:
+                journal.append(record)
+        assert path.read_bytes() == whole
+
+
+def test_damage_in_the_middle_is_refused_by_line(tmp_path):
+    whole = bytearray(written(tmp_path / "j"))
+    lines = bytes(whole).splitlines(keepends=True)
+    at = len(lines[0]) + len(lines[1]) + 12
+    whole[at] ^= 1
+    (tmp_path / "j").write_bytes(bytes(whole))
+    with pytest.raises(CheckpointError, match="damaged at line 3; move it away"):
+        Journal(tmp_path / "j", "job")
+
+
+def test_another_jobs_journal_is_refused_and_left_alone(tmp_path):
+    before = written(tmp_path / "j")
+    with pytest.raises(CheckpointError, match="another configuration or version"):
+        Journal(tmp_path / "j", "other")
+    assert (tmp_path / "j").read_bytes() == before
+
+
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path, monkeypatch):
+    with Journal(tmp_path / "j", "job") as journal:
+        journal.append(RECORDS[1])
+        real = journal._file
+
+        class Full:
+            def write(self, data: bytes) -> int:
+                real.write(data[:7])
+                real.flush()
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            def __getattr__(self, name):
+                return getattr(real, name)
+
+        journal._file = Full()
+        with pytest.raises(StorageError, match="No space left on device; free space"):
+            journal.append(RECORDS[2])
+        journal._file = real
+        journal.append(RECORDS[3])
+    with Journal(tmp_path / "j", "job") as journal:
+        assert list(journal) == [RECORDS[1], RECORDS[3]]
+
+
+def test_fingerprints_tell_configurations_apart():
+    assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})

@@ -1,0 +1,123 @@
+"""Every method stays within its budget and counts what it spent; votes and splits are what they say."""
+
+from __future__ import annotations
+
+import anyio
+import pytest
+import torch
+
+from ramet.agents.budget import Budget
+from ramet.agents.journal import Journal
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
+from ramet.agents.tree import StopReason
+from ramet.benchmarks import baselines
+from ramet.benchmarks.baselines import best_of_n, map_reduce, tree
+from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
+from ramet.env.arithmetic import RowsEnvironment
+from ramet.errors import ConfigError
+from ramet.nano import BASE
+from ramet.policy.hf import HFPolicy
+from ramet.policy.models import load_model
+
+ENV = RowsEnvironment((2, 12))
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.set_num_threads(1)
+    return load_model(BASE)
+
+
+@pytest.mark.parametrize("method", [tree, best_of_n, map_reduce(1), map_reduce(3)])
+@pytest.mark.parametrize("generated", [1, 9, 30, 120])
+def test_every_method_keeps_its_budget(base, method, generated):
+    model, _, chat = base
+    spent: list[int] = []
+
+    class Counting(HFPolicy):
+        async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+            sample = await super().sample(request, partial)
+            spent.append(len(sample.ids))
+            return sample
+
+    async def main() -> None:
+        async with Counting(model) as policy:
+            for task in ENV.tasks("iid", 4, 1):
+                spent.clear()
+                outcome = await method(Runtime(policy, chat), task, Budget(generated=generated, answer_reserve=8, context=768), 3)
+                assert outcome.generated == sum(spent) <= generated
+                assert outcome.critical_path <= outcome.generated
+                again = await method(Runtime(policy, chat), task, Budget(generated=generated, answer_reserve=8, context=768), 3)
+                assert (again.answer, again.generated) == (outcome.answer, outcome.generated)
+
+    anyio.run(main)
+
+
+class Says:
+    """A policy that says prepared things in turn."""
+
+    version, context = 0, None
+
+    def __init__(self, chat, texts):
+        self.turns = [tuple(chat.turn(text)) for text in texts]
+
+    async def sample(self, request, partial):
+        ids = self.turns.pop(0)[: request.max_tokens]
+        return Sample(ids, (0.0,) * len(ids), StopReason.END if ids[-1] in request.stop_ids else StopReason.LENGTH)
+
+
+def vote(base, texts, generated):
+    _, _, chat = base
+    task = ENV.tasks("iid", 1, 0)[0]
+    return anyio.run(best_of_n, Runtime(Says(chat, texts), chat), task, Budget(generated=generated), 0)
+
+
+def test_best_of_n_takes_the_most_frequent_and_on_ties_the_earliest(base):
+    _, _, chat = base
+    each = len(chat.turn("Answer: 7"))
+    assert vote(base, ["Answer: 7", "Answer: 8", "Answer: 8"], 3 * each).answer == "8"
+    tied = vote(base, ["Answer: 7", "Answer: 8"], 2 * each)
+    assert (tied.answer, tied.generated, tied.critical_path) == ("7", 2 * each, each)
+    cut = vote(base, ["Answer: 7", "Answer: 9"], each + 2)
+    assert (cut.answer, cut.generated) == ("7", each + 2)
+
+
+def test_best_of_n_needs_a_limit(base):
+    _, _, chat = base
+    with pytest.raises(ConfigError, match="needs a limit"):
+        anyio.run(best_of_n, Runtime(Says(chat, []), chat), ENV.tasks("iid", 1, 0)[0], Budget(), 0)
+
+
+def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
+    model, _, chat = base
+    tasks = ENV.tasks("iid", 5, 0)
+    entry = Entry("base", baselines.tree, Sampling(temperature=1.0), 1)
+
+    class Stop(Exception):
+        pass
+
+    async def run(path, stop_after: int | None = None) -> list[Measured]:
+        count = 0
+
+        def report(_: Measured) -> None:
+            nonlocal count
+            count += 1
+            if count == stop_after:
+                raise Stop
+
+        with Journal(path, "job") as journal:
+            async with HFPolicy(model) as policy:
+                return await measure(policy, chat, entry, ENV, tasks, "iid", [30, 90], Budget(answer_reserve=8, context=768), journal, 0, report)
+
+    whole = anyio.run(run, tmp_path / "whole")
+    with pytest.raises(Stop):
+        anyio.run(run, tmp_path / "cut", 4)
+    resumed = anyio.run(run, tmp_path / "cut")
+    assert [m.record() for m in resumed] == [m.record() for m in whole]
+    with Journal(tmp_path / "cut", "job") as journal:
+        assert sorted((r["budget"], r["task"]) for r in journal) == sorted((m.budget, m.task) for m in whole)
+    groups = grouped(whole)
+    record = point(groups["base", "iid", 90])
+    assert record["n"] == 5 and 0 <= record["ci_low"] <= record["accuracy"] <= record["ci_high"] <= 1
+    assert sum(r["n"] for r in by_size(whole[:5], [(2, 6), (7, 12)])) == 5

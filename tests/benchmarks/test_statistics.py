@@ -1,0 +1,74 @@
+"""Intervals: known values, coverage by simulation, clusters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ramet.benchmarks.frontier import claims, cost_at, equal_accuracy
+from ramet.benchmarks.statistics import accuracy_interval, paired_difference
+
+
+def scores(values) -> dict[str, list[float]]:
+    return {str(i): list(np.atleast_1d(v).astype(float)) for i, v in enumerate(values)}
+
+
+def test_one_sample_a_task_is_the_wilson_interval():
+    # 81 of 263 by Wilson's formula: 0.2553 to 0.3662 (Newcombe 1998, table I).
+    interval = accuracy_interval(scores([1] * 81 + [0] * 182))
+    assert (interval.mean, interval.n) == (pytest.approx(81 / 263), 263)
+    assert (interval.low, interval.high) == (pytest.approx(0.2553, abs=6e-4), pytest.approx(0.3662, abs=6e-4))
+
+
+def test_all_right_is_not_certain():
+    interval = accuracy_interval(scores([1] * 100))
+    assert interval.mean == 1.0 and interval.high == 1.0 and 0.95 < interval.low < 0.97
+    assert accuracy_interval(scores([0])).high > 0.7
+
+
+def test_copies_of_a_sample_add_no_certainty():
+    rng = np.random.default_rng(0)
+    once = rng.random(200) < 0.3
+    narrow, wide = accuracy_interval(scores(once)), accuracy_interval({str(i): [float(v)] * 10 for i, v in enumerate(once)})
+    assert (narrow.low, narrow.high) == (pytest.approx(wide.low), pytest.approx(wide.high))
+
+
+def test_coverage_of_both_intervals():
+    rng = np.random.default_rng(1)
+    held = held_difference = 0
+    rounds = 300
+    for _ in range(rounds):
+        p = rng.beta(2, 2, size=80)
+        a = {str(i): list((rng.random(3) < q).astype(float)) for i, q in enumerate(p)}
+        b = {str(i): list((rng.random(3) < q * 0.8).astype(float)) for i, q in enumerate(p)}
+        interval = accuracy_interval(a)
+        held += interval.low <= 0.5 <= interval.high
+        difference = paired_difference(a, b, resamples=400)
+        held_difference += difference.low <= 0.1 <= difference.high
+    assert held / rounds > 0.91 and held_difference / rounds > 0.90
+
+
+def test_pairing_is_by_task():
+    a, b = {"x": [1.0], "y": [0.0], "only a": [1.0]}, {"y": [0.0], "x": [0.0]}
+    difference = paired_difference(a, b)
+    assert difference.mean == 0.5 and difference.n == 2
+    assert paired_difference(a, b) == paired_difference(a, b)
+    with pytest.raises(ValueError, match="no task in common"):
+        paired_difference({"x": [1.0]}, {"y": [1.0]})
+
+
+def test_cost_at_equal_accuracy():
+    points = [{"accuracy": 0.2, "critical_path": 10}, {"accuracy": 0.6, "critical_path": 30}, {"accuracy": 0.5, "critical_path": 40}]
+    assert cost_at(points, 0.4, "critical_path") == pytest.approx(20)
+    assert cost_at(points, 0.1, "critical_path") == 10 and cost_at(points, 0.7, "critical_path") is None
+    ours = [{**p, "policy": "trained", "split": "iid", "generated": 1} for p in points]
+    theirs = [{"accuracy": 0.4, "critical_path": 50, "generated": 1, "policy": "solo", "split": "iid"}]
+    path = next(r for r in equal_accuracy([*ours, *theirs]) if r["cost"] == "critical_path")
+    assert path["ratio"] == pytest.approx(0.4)
+
+
+def test_claims_count_what_the_intervals_say():
+    rows = [(0.1, 0.05, 0.2), (0.0, -0.1, 0.1), (-0.2, -0.3, -0.1)]
+    compared = [{"baseline": "solo", "split": "iid", "difference": d, "ci_low": a, "ci_high": b} for d, a, b in rows]
+    (claim,) = claims(compared)
+    assert (claim["not_worse"], claim["clearly_better"], claim["clearly_worse"], claim["budgets"]) == (2, 1, 1, 3)
