@@ -34,8 +34,8 @@ class EnvConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["rows", "reference"] = "rows"
-    operands: tuple[int, int] = (2, 20)
-    ood_operands: tuple[int, int] = (40, 48)
+    operands: tuple[int, int] = (2, 16)
+    ood_operands: tuple[int, int] = (32, 40)
     largest: Annotated[int, Field(ge=1, le=99)] = 9
 
     @model_validator(mode="after")
@@ -58,8 +58,8 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: _Tokens = 300
-    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (24, 48, 72, 96, 144, 192, 256)
-    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (96, 160, 224, 288, 352, 416, 512)
+    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (24, 48, 72, 96, 128, 160, 224)
+    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (128, 192, 256, 320, 384, 448, 512)
     temperature: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 1_000_003
 
@@ -81,9 +81,9 @@ class RunConfig(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None = None
     env: EnvConfig = EnvConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
-    budgets: tuple[_Tokens, ...] = (32, 48, 64, 96, 128, 192, 256)
-    reward: Prices = Prices(generated=0.0005)
-    train: TrainConfig = TrainConfig()
+    budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256)
+    reward: Prices = Prices(generated=0.001, clones=0.01)
+    train: TrainConfig = TrainConfig(temperature=0.5)
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")

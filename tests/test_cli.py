@@ -69,7 +69,11 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
     command = ["train", "--config", "tiny.toml", "--seed", "3", "--name"]
     assert ramet(*command, "whole", cwd=tmp_path).returncode == 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "ramet.cli", *command, "cut"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "ramet.cli", *command, "cut"],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     metrics = tmp_path / "runs" / "cut" / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):

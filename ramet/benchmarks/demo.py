@@ -27,8 +27,8 @@ from ramet.policy.hf import HFPolicy
 console = Console()
 
 DEMO: dict[str, Any] = {
-    "train": {"updates": 60, "checkpoint_every": 5},
-    "eval": {"tasks": 120, "budgets": [64, 128, 224], "ood_budgets": [256, 384, 512]},
+    "train": {"updates": 80, "checkpoint_every": 5, "temperature": 0.5},
+    "eval": {"tasks": 120, "budgets": [48, 96, 192]},
 }
 
 

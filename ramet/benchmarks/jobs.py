@@ -25,7 +25,7 @@ from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 
 console = Console()
-SIZES = ((2, 4), (5, 8), (9, 12), (13, 16), (17, 20), (40, 48))
+SIZES = ((2, 4), (5, 8), (9, 12), (13, 16), (32, 36), (37, 40))
 
 
 def claim_folder(directory: Path, config: RunConfig) -> None:

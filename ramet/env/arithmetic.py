@@ -34,8 +34,8 @@ class RowsEnvironment:
     ones `ood_operands`; all operands are 1..`largest`.
     """
 
-    operands: tuple[int, int] = (2, 20)
-    ood_operands: tuple[int, int] = (40, 48)
+    operands: tuple[int, int] = (2, 16)
+    ood_operands: tuple[int, int] = (32, 40)
     largest: int = 9
     name: str = "rows"
 

@@ -9,9 +9,9 @@ the tool is offered:
 - delegation: one call that hands one to three rows to each clone (uniformly), then running totals of
   their results. At most `RESULTS` of them; those that came back empty are asked for again.
 
-Either way the branch first states how many rows it was given, so that what the choice could depend on is
-at hand where the choice is made. Also shown: answering with the last total when the budget ends. Budget
-lines are random and tell nothing.
+A branch that has the tool first states how many rows it was given and what it may spend, so that what the
+choice could depend on is at hand where the choice is made. Also shown: answering with the last total when
+the budget ends. Budgets are random and tell nothing.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def demonstrate(rng: random.Random) -> Demonstration:
     rows = [parse_sum(text) for text in task.documents.values()]
     left = round(math.exp(rng.uniform(math.log(16), math.log(640))))
     prompt = "\n".join([task.messages[0].content, left_line(left, None)])
-    size = f"rows: {len(rows)}\n"
+    size = f"rows: {len(rows)}, left: {left}\n" if tools else ""
     if delegate:
         pieces = _delegation(size, keys, rows, left, rng)
     else:
@@ -126,7 +126,7 @@ def _cut(pieces: list[Piece], rng: random.Random) -> list[Piece]:
     lines = text.splitlines(keepends=True)
     kept = "".join(lines[: rng.randint(0, max(len(lines) - 1, 0))])
     partial = text[len(kept) : len(kept) + rng.randint(0, 3)]
-    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("rows: ")[2].partition("\n")[2] or text)
+    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("\n")[2] if text.startswith("rows") else text)
     total = totals[-1] if "=" in kept else totals[0]
     notice = Piece(f"{OUT_OF_BUDGET_NOTICE}\n{left_line(rng.randint(6, 12), None)}", context=True)
     cut = kept + partial.partition("A")[0].partition("r")[0]

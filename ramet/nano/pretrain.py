@@ -31,7 +31,7 @@ class PretrainConfig:
     heads: int = 3
     feed_forward: int = 256
     context: int = 1024
-    steps: int = 3500
+    steps: int = 3000
     batch_tokens: int = 4096
     micro_tokens: int = 768
     muon_lr: float = 0.02

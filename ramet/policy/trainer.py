@@ -55,12 +55,12 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     updates: _Count = 100
-    tasks: Annotated[int, Field(ge=1)] = 16
+    tasks: Annotated[int, Field(ge=1)] = 32
     group_size: Annotated[int, Field(ge=2)] = 8
     minibatches: _Count = 2
     epochs: _Count = 1
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
-    warmup: Annotated[int, Field(ge=0)] = 5
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup: Annotated[int, Field(ge=0)] = 10
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     clip_low: Annotated[float, Field(gt=0)] = 0.2
@@ -106,7 +106,7 @@ class Trainer:
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
         self.policy = HFPolicy(model, max_batch=config.max_batch)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.start = 0
         self._reference = _frozen_copy(model) if config.kl else None
         self._metrics = directory / "metrics.jsonl"

@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ramet.agents.tree import Branch, Tree
 from ramet.errors import RewardError
 
+PRICED = ("generated", "critical_path", "prefilled", "clones")
 _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Prices(BaseModel):
-    """Reward units per token (or clone) of a tree's `Usage`."""
+    """Reward units per token (or clone) of a tree's `Usage`.
+
+    The preset "reference" adds the SELFCEST release's penalties.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: Literal["none", "reference"] = "none"
     generated: _Price = 0.0
     critical_path: _Price = 0.0
     prefilled: _Price = 0.0
@@ -30,7 +35,8 @@ class Prices(BaseModel):
 
     def penalties(self, tree: Tree) -> dict[str, float]:
         """The priced terms by name."""
-        return {name: price * getattr(tree.usage, name) for name, price in self if price}
+        priced = {name: getattr(self, name) * getattr(tree.usage, name) for name in PRICED if getattr(self, name)}
+        return priced | (reference_penalties(tree) if self.preset == "reference" else {})
 
 
 def scored(tree: Tree, score: float, penalties: Mapping[str, float]) -> float:

@@ -108,7 +108,9 @@ def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
 
         with Journal(path, "job") as journal:
             async with HFPolicy(model) as policy:
-                return await measure(policy, chat, entry, ENV, tasks, "iid", [30, 90], Budget(answer_reserve=8, context=768), journal, 0, report)
+                return await measure(
+                    policy, chat, entry, ENV, tasks, "iid", [30, 90], Budget(answer_reserve=8, context=768), journal, 0, report
+                )
 
     whole = anyio.run(run, tmp_path / "whole")
     with pytest.raises(Stop):

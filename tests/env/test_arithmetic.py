@@ -82,8 +82,8 @@ def test_tasks_are_a_function_of_their_arguments_and_splits_differ():
     assert env.tasks("iid", 20, 3) == env.tasks("iid", 20, 3)
     assert env.tasks("iid", 20, 3)[:5] == env.tasks("iid", 5, 3)
     assert env.tasks("iid", 20, 3) != env.tasks("train", 20, 3) != env.tasks("train", 20, 4)
-    assert {env.size(t) for t in env.tasks("ood", 200, 0)} == set(range(40, 49))
-    assert {env.size(t) for t in env.tasks("train", 400, 0)} == set(range(2, 21))
+    assert {env.size(t) for t in env.tasks("ood", 200, 0)} == set(range(32, 41))
+    assert {env.size(t) for t in env.tasks("train", 400, 0)} == set(range(2, 17))
     with pytest.raises(ConfigError, match="no split"):
         env.tasks("test", 1, 0)
 

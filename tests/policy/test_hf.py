@@ -120,6 +120,19 @@ async def test_logprobs_are_those_of_training(random_model):
         assert sample.logprobs == pytest.approx(logprobs[0, len(request.prompt) :].tolist(), abs=1e-4)
 
 
+async def test_bfloat16_gives_finite_logprobs_close_to_float32(random_model):
+    import copy
+
+    wanted = requests(8, seed=2)
+    async with HFPolicy(copy.deepcopy(random_model).bfloat16()) as policy:
+        got = await sample_all(policy, wanted)
+    for request, sample in zip(wanted, got, strict=True):
+        ids = torch.tensor([[*request.prompt, *sample.ids]])
+        with torch.no_grad():
+            logprobs, _ = token_logprobs(random_model, ids)
+        assert sample.logprobs == pytest.approx(logprobs[0, len(request.prompt) :].tolist(), abs=0.3)
+
+
 async def test_cancelling_frees_the_slot_and_tells_what_was_generated(random_model):
     partial = Partial()
     async with HFPolicy(random_model, max_batch=1) as policy:

@@ -192,3 +192,5 @@ def test_reference_penalties_take_the_worst_turns_longest_clone():
     )
     got = reference_penalties(Tree("t", root, price(root)))
     assert got == pytest.approx({"root_length": 0.190, "clone_length": 0.126, "calls": 0.1}, abs=5e-4)
+    tree = Tree("t", root, price(root))
+    assert Prices(preset="reference", clones=0.5).penalties(tree) == {**got, "clones": 0.5 * 4}
