@@ -47,6 +47,8 @@ class Growth:
     clones: list[Growth] = field(default_factory=list)
     """Clones of the call that runs now; afterwards they are part of its turn."""
     discarded: int = 0
+    discarded_prefilled: int = 0
+    """What failed attempts at the next turn have cost so far."""
     status: Status | None = None
     answer: str | None = None
     reason: str = ""
@@ -58,8 +60,8 @@ class Growth:
         turns = list(self.turns)
         if self.clones and turns:
             turns[-1] = replace(turns[-1], clones=tuple(clone.freeze(otherwise, now) for clone in self.clones))
-        if self.discarded:
-            turns.append(Turn((), (), StopReason.FAILED, discarded=self.discarded))
+        if self.discarded or self.discarded_prefilled:
+            turns.append(Turn((), (), StopReason.FAILED, discarded=self.discarded, discarded_prefilled=self.discarded_prefilled))
         return Branch(
             id=self.id,
             prompt=tuple(self.prompt),
@@ -150,7 +152,9 @@ async def _grow(setting: Setting, growth: Growth) -> None:
             length += _append(growth, appended)
             final = True
             continue
-        sample = await _sample(setting, growth, room)
+        sample = await _sample(setting, growth, room, final)
+        if sample is None:
+            continue
         length += len(sample.ids)
         if sample.stop is StopReason.LENGTH and not final:
             appended = _notice(setting, ledger, length, closed=False)
@@ -184,8 +188,12 @@ async def _grow(setting: Setting, growth: Growth) -> None:
             message, unknown = await _spawn(setting, growth, call.requests())
         appended = _tool_message(setting, ledger, message, unknown, length)
         if appended is None:
-            _end(growth, Status.OUT_OF_BUDGET, reason="context")
-            return
+            # No room for the results; there is for being told to answer without them.
+            appended = _notice(setting, ledger, length, closed=True)
+            if appended is None:
+                _end(growth, Status.OUT_OF_BUDGET, reason="context")
+                return
+            final = True
         length += _append(growth, appended)
 
 
@@ -196,13 +204,14 @@ def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> int:
     if budget is not None:
         limits.append(budget)
     if setting.context is not None:
-        kept = (
-            0
-            if final or not setting.budget.answer_reserve
-            else setting.budget.answer_reserve + len(setting.chat.after_turn(setting.notice(ledger), closed=False))
-        )
-        limits.append(setting.context - length - kept)
+        limits.append(setting.context - length - (0 if final else _ending(setting, ledger)))
     return min(limits)
+
+
+def _ending(setting: Setting, ledger: Ledger) -> int:
+    """Tokens of context that a branch keeps for being told to answer, and answering."""
+    reserve = setting.budget.answer_reserve
+    return reserve + len(setting.chat.after_turn(setting.notice(ledger), closed=False)) if reserve else 0
 
 
 def _notice(setting: Setting, ledger: Ledger, length: int, closed: bool) -> list[int] | None:
@@ -230,21 +239,27 @@ def _tool_message(setting: Setting, ledger: Ledger, results: list[CloneResult], 
         left = "\n".join(filter(None, [f"Unknown context keys: {', '.join(unknown)[:200]}", left]))
     while True:
         ids = setting.chat.after_turn(render_results(results, left, limit), closed=True)
-        if setting.context is None or length + len(ids) + setting.budget.answer_reserve < setting.context:
+        if setting.context is None or length + len(ids) + _ending(setting, ledger) < setting.context:
             return ids
         if limit <= len(results):
             return None
         limit = max(limit // 2, len(results))
 
 
-async def _sample(setting: Setting, growth: Growth, room: int) -> Sample:
-    """Sample one turn, retrying transient failures. Whatever was generated is charged, kept or not."""
+async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> Sample | None:
+    """Sample one turn, retrying transient failures. Whatever was generated is charged, kept or not.
+
+    None if failed attempts have used up what this turn could have had.
+    """
     ledger = growth.ledger
-    prompt = tuple(growth.prompt) if not growth.turns else tuple(_ids(growth))
+    prompt = tuple(_ids(growth))
     seed = seed_of(setting.seed, growth.id, len(growth.turns))
 
-    async def attempt() -> Sample:
-        most = min(room, ledger.sampleable(final=True) or room)
+    async def attempt() -> Sample | None:
+        left = ledger.sampleable(final)
+        most = room if left is None else min(room, left)
+        if most < 1:
+            return None
         request = SampleRequest(prompt, most, setting.chat.stop_ids, seed, setting.sampling, setting.group)
         partial = Partial()
         async with setting.limiter:
@@ -253,17 +268,29 @@ async def _sample(setting: Setting, growth: Growth, room: int) -> Sample:
                     sample = await setting.policy.sample(request, partial)
                 except anyio.get_cancelled_exc_class():
                     grant.settle(len(partial.ids), partial.prefilled)
-                    _record(growth, partial, StopReason.CANCELLED, setting.policy.version)
+                    _record(
+                        growth,
+                        Sample(
+                            tuple(partial.ids),
+                            tuple(partial.logprobs),
+                            StopReason.CANCELLED,
+                            partial.prefilled,
+                            partial.cached,
+                            setting.policy.version,
+                        ),
+                    )
                     raise
                 except PolicyError:
-                    grant.settle(len(partial.ids), partial.prefilled)
+                    grant.settle(len(partial.ids), partial.prefilled, turns=0)
                     growth.discarded += len(partial.ids)
+                    growth.discarded_prefilled += partial.prefilled
                     raise
                 if len(sample.ids) > most:
                     raise PolicyError(f"the backend returned {len(sample.ids)} tokens for a grant of {most}")
                 grant.settle(len(sample.ids), sample.prefilled)
         return sample
 
+    sample = None
     async for trial in AsyncRetrying(
         retry=retry_if_exception_type(TransientPolicyError),
         stop=stop_after_attempt(setting.attempts),
@@ -273,18 +300,8 @@ async def _sample(setting: Setting, growth: Growth, room: int) -> Sample:
     ):
         with trial:
             sample = await attempt()
-    growth.turns.append(
-        Turn(
-            sample.ids,
-            sample.logprobs,
-            sample.stop,
-            sample.version,
-            sample.prefilled,
-            sample.cached,
-            growth.discarded,
-        )
-    )
-    growth.discarded = 0
+    if sample is not None:
+        _record(growth, sample)
     return sample
 
 
@@ -295,11 +312,20 @@ def _wait(state: RetryCallState) -> float:
     return asked if asked is not None else min(0.1 * 2.0 ** (state.attempt_number - 1), 10.0)
 
 
-def _record(growth: Growth, partial: Partial, stop: StopReason, version: int) -> None:
+def _record(growth: Growth, sample: Sample) -> None:
     growth.turns.append(
-        Turn(tuple(partial.ids), tuple(partial.logprobs), stop, version, partial.prefilled, partial.cached, growth.discarded)
+        Turn(
+            sample.ids,
+            sample.logprobs,
+            sample.stop,
+            sample.version,
+            sample.prefilled,
+            sample.cached,
+            growth.discarded,
+            growth.discarded_prefilled,
+        )
     )
-    growth.discarded = 0
+    growth.discarded = growth.discarded_prefilled = 0
 
 
 def _ids(growth: Growth) -> list[int]:
@@ -319,13 +345,15 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
     clones = growth.ledger.left("clones")
     if clones is not None and allowed > clones:
         allowed, reason = clones, "no clones left"
-    if allowed and growth.ledger.sampleable() == 0:
+    if allowed and not growth.ledger.can_fork():
         allowed, reason = 0, "no tokens left for clones"
     results = [CloneResult(Status.REFUSED, reason=reason) for _ in requests]
     unknown: dict[str, None] = {}
     if not allowed:
         return results, []
-    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]]) as fork:
+    # The parent reads its own context again afterwards, and results that may be as long.
+    keep = 2 * len(_ids(growth))
+    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]], keep) as fork:
         number = sum(len(turn.clones) for turn in growth.turns)
         now = anyio.current_time()
         try:

@@ -126,16 +126,22 @@ class Ledger:
 
     def reserve(self, generated: int, prefilled: int) -> Grant:
         """Reserve one sample. Raises `BudgetExhausted`, reserving nothing, if any currency lacks it."""
-        wanted = {"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": 1}
+        sampled = dict.fromkeys(("generated", "critical_path", "branch_generated"), generated)
+        wanted = {**sampled, "prefilled": prefilled, "turns": 1}
         self._hold(wanted)
         return Grant(self, wanted)
 
-    def fork(self, wants: Sequence[int | None]) -> Fork:
+    def can_fork(self) -> bool:
+        """Is there a generated token that a clone could have?"""
+        return 0 not in (self._less_reserve("generated"), self._less_reserve("critical_path"))
+
+    def fork(self, wants: Sequence[int | None], keep_prefilled: int = 0) -> Fork:
         """Open one clone ledger per entry of `wants` (its `max_tokens`, None for a fair share).
 
         Of generated tokens, what is left less this branch's answer reserve is shared by `fair_shares`;
-        what is left of the other pooled currencies is shared equally. Raises `BudgetExhausted`,
-        reserving nothing, if there are not `clones` enough.
+        what is left of the other pooled currencies is shared equally, prefilled tokens less
+        `keep_prefilled`, which the branch needs to go on. Raises `BudgetExhausted`, reserving nothing,
+        if there are not `clones` enough.
         """
         count = len(wants)
         clones = self.left("clones")
@@ -145,7 +151,7 @@ class Ledger:
         path = self._less_reserve("critical_path")
         prefilled = self.left("prefilled")
         each = {
-            "prefilled": None if prefilled is None else prefilled // count,
+            "prefilled": None if prefilled is None else max(prefilled - keep_prefilled, 0) // count,
             "clones": None if clones is None else (clones - count) // count,
         }
         limits: list[dict[str, int | None]] = [
@@ -201,8 +207,11 @@ class Grant:
     def generated(self) -> int:
         return self._held["generated"]
 
-    def settle(self, generated: int, prefilled: int) -> None:
-        """Spend what was used, refund the rest. Once. Using more than was granted is a `LedgerError`."""
+    def settle(self, generated: int, prefilled: int, turns: int = 1) -> None:
+        """Spend what was used, refund the rest. Once. Using more than was granted is a `LedgerError`.
+
+        `turns` is 0 for an attempt that failed and gave no turn.
+        """
         if not self._open:
             raise LedgerError("the grant is settled already")
         if not 0 <= generated <= self._held["generated"] or not 0 <= prefilled <= self._held["prefilled"]:
@@ -210,7 +219,8 @@ class Grant:
             raise LedgerError(
                 f"used {generated} generated, {prefilled} prefilled of a grant of {self._held['generated']} and {self._held['prefilled']}"
             )
-        self._close({"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": 1})
+        sampled = dict.fromkeys(("generated", "critical_path", "branch_generated"), generated)
+        self._close({**sampled, "prefilled": prefilled, "turns": turns})
 
     def _close(self, used: dict[str, int]) -> None:
         if self._open:

@@ -192,15 +192,20 @@ class ChatMLFormat:
         if tools:
             system = "\n\n".join(message.content for message in messages if message.role == "system")
             messages = [m for m in messages if m.role != "system"]
-            ids += self._opening("system") + self._encode((system + "\n\n" if system else "") + _TOOL_PREAMBLE) + self._closing()
+            ids += [
+                *self._opening("system"),
+                *self._encode(system + "\n\n" if system else ""),
+                *self._trusted(_TOOL_PREAMBLE),
+                *self._closing(),
+            ]
         for message in messages:
             ids += self._opening(message.role) + self._encode(message.content) + self._closing()
         return ids + self._opening("assistant")
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
         end = [] if closed else [self._end]
-        response = f"<tool_response>\n{text}\n</tool_response>"
-        return [*end, *self._newline, *self._opening("user"), *self._encode(response), *self._closing(), *self._opening("assistant")]
+        response = [*self._trusted("<tool_response>\n"), *self._encode(text), *self._trusted("\n</tool_response>")]
+        return [*end, *self._newline, *self._opening("user"), *response, *self._closing(), *self._opening("assistant")]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         if self._markers is not None:
@@ -209,6 +214,11 @@ class ChatMLFormat:
 
     def text(self, ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, ids)
+
+    def _trusted(self, text: str) -> list[int]:
+        """Our own text, in which tags that the tokenizer knows are those tokens: what the model is to copy."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def _opening(self, role: str) -> list[int]:
         return [self._start, *self._encode(role + "\n")]
@@ -260,6 +270,11 @@ class TemplateFormat:
             self._render([Message("user", "u"), Message("assistant", "a"), Message("tool", "t")], False)
         except Exception:  # jinja raises its own classes; a template without a tool role is common
             self._tool_role = "user"
+        self._system_role = True
+        try:
+            self._system_role = _slot(0) in self._render([Message("system", _slot(0)), Message("user", _slot(1))], False)
+        except Exception:
+            self._system_role = False
         self._stop_text, self._suffix = self._derive_suffix()
         ids = self._encode_template(self._stop_text)
         if not ids or ids[0] not in self._encode.control_ids:
@@ -271,6 +286,8 @@ class TemplateFormat:
         self.stop_ids = frozenset(stops)
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+        if not self._system_role:
+            messages = _fold_system(messages)
         slots = [Message(m.role, _slot(i)) for i, m in enumerate(messages)]
         text = self._render(slots, tools, generate=True)
         ids: list[int] = []
@@ -323,6 +340,13 @@ class TemplateFormat:
         if not end or not tail.startswith(end) or _slot(2) not in tail:
             raise ChatFormatError("the chat template does not end an assistant turn before the tool message")
         return end, tail[len(end) :]
+
+
+def _fold_system(messages: Sequence[Message]) -> list[Message]:
+    """System messages put at the head of the first other one, for templates that have no system role."""
+    system = [m.content for m in messages if m.role == "system"]
+    rest = [m for m in messages if m.role != "system"]
+    return [Message(rest[0].role, "\n\n".join([*system, rest[0].content])), *rest[1:]] if system and rest else rest
 
 
 def _slot(index: int) -> str:

@@ -37,9 +37,8 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             intact = self._read(header)
-            self._file = path.open("ab")
-            if self._file.tell() != intact:
-                self._file.truncate(intact)
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(intact)
             if intact == 0:
                 self._write(header)
         except OSError as error:
@@ -79,10 +78,12 @@ class Journal:
 
     def _write(self, record: dict[str, Any]) -> None:
         body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
+        line = b"%08x %b\n" % (zlib.crc32(body), body)
         start = self._file.tell()
         try:
-            self._file.write(b"%08x %b\n" % (zlib.crc32(body), body))
-            self._file.flush()
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
         except OSError:
             # What a full disk took of the line must not stand before the next one.
             os.ftruncate(self._file.fileno(), start)

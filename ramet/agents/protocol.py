@@ -194,13 +194,14 @@ def _fair_allowance(lengths: Sequence[int], limit: int) -> int:
 
 
 def elide(text: str, limit: int) -> str:
-    """`text` within about `limit` characters: head and tail kept, the cut marked and counted."""
+    """`text` within `limit` characters: head and tail kept, the cut marked and, where there is room, counted."""
     if len(text) <= limit:
         return text
-    head = (limit + 1) // 2
-    tail = limit - head
-    cut = len(text) - head - tail
-    return f"{text[:head]}[... {cut} characters cut ...]{text[len(text) - tail :] if tail else ''}"
+    room = limit - len(f"[... {len(text)} characters cut ...]")
+    if room < 2:
+        return text[: max(limit - 1, 0)] + "…"
+    head, tail = room - room // 2, room // 2
+    return f"{text[:head]}[... {len(text) - room} characters cut ...]{text[-tail:]}"
 
 
 def left_line(generated: int | None, clones: int | None) -> str:

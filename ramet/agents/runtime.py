@@ -117,4 +117,4 @@ class Runtime:
                     group.start_soon(worker, send.clone())
             async with receive:
                 yield receive
-            group.cancel_scope.cancel()
+                group.cancel_scope.cancel()

@@ -24,8 +24,18 @@ async def task_group() -> AsyncIterator[TaskGroup]:
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The first error inside nested exception groups; an interrupt before all others."""
+    """The first error inside nested exception groups: an interrupt before all others, a cancellation after them.
+
+    A cancelled sibling must not hide the error that is the cause.
+    """
     if not isinstance(error, BaseExceptionGroup):
         return error
     inner = [first_error(e) for e in error.exceptions]
-    return next((e for e in inner if isinstance(e, KeyboardInterrupt)), inner[0])
+    return min(inner, key=_rank)
+
+
+def _rank(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 0
+    # asyncio.CancelledError and trio.Cancelled, without importing trio.
+    return 2 if type(error).__name__ in ("CancelledError", "Cancelled") else 1

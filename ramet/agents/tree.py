@@ -77,7 +77,7 @@ class Usage:
     prefilled      prompt tokens that the backend had to compute
     cached         prompt tokens that the backend had already
     critical_path  sampled tokens on the longest chain of branches that waited for one another
-    attention      sum over sampled and prefilled tokens of the context that each attends to
+    attention      sum over sampled and prefilled tokens of the context that each attends to, discarded ones left out
     """
 
     generated: int = 0
@@ -100,6 +100,7 @@ class Turn:
     appended   ids that the runtime appended afterwards
     clones     branches that this turn's call started, in call order
     discarded  tokens that failed attempts generated before this sample; charged, not trained
+    discarded_prefilled  prompt tokens that failed attempts computed; charged
     """
 
     sampled: tuple[int, ...]
@@ -109,6 +110,7 @@ class Turn:
     prefilled: int = 0
     cached: int = 0
     discarded: int = 0
+    discarded_prefilled: int = 0
     appended: tuple[int, ...] = ()
     clones: tuple[Branch, ...] = ()
 
@@ -217,7 +219,7 @@ def price(root: Branch, seconds: float = 0.0) -> Usage:
         for turn in branch.turns:
             turns += 1
             generated += len(turn.sampled) + turn.discarded
-            prefilled += turn.prefilled
+            prefilled += turn.prefilled + turn.discarded_prefilled
             cached += turn.cached
             # Each computed prompt token attends to what stands before it, each sampled one likewise.
             first = context - turn.prefilled

@@ -15,6 +15,7 @@ from ramet import __version__
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.config import RunConfig
 from ramet.nano import BASE
@@ -57,7 +58,8 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         return Verdict(score, penalties, scored(tree, score, penalties))
 
     model, tokenizer, chat = open_model(config)
-    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed)
+    job = fingerprint(config.model_dump(mode="json"), spawn)
+    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job)
 
 
 def machine() -> dict[str, Any]:

@@ -31,7 +31,7 @@ from anyio.abc import TaskGroup
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import first_error
 from ramet.agents.tree import StopReason
-from ramet.errors import PolicyError
+from ramet.errors import PolicyError, first_line
 from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
 
 PREFILL_TOKENS = 2048
@@ -84,13 +84,18 @@ class HFPolicy:
     model           any transformers causal LM with full attention (`attn_implementation="sdpa"`)
     max_batch       rows that decode together
     context         longest context; the model's own limit by default
-    prefix_tokens   tokens kept for reuse by later turns and siblings
+    prefix_bytes    memory for contexts kept for reuse by later turns and siblings
     """
 
-    def __init__(self, model: Any, *, max_batch: int = 64, context: int | None = None, prefix_tokens: int = 65_536):
+    def __init__(self, model: Any, *, max_batch: int = 64, context: int | None = None, prefix_bytes: int = 2**28):
         config = model.config.get_text_config()
-        if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-            raise PolicyError(f"{type(model).__name__} has sliding-window layers, which the transformers backend does not serve; use vLLM")
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds and getattr(config, "sliding_window", None) is not None:
+            kinds = {"sliding_attention"}
+        if kinds - {"full_attention"}:
+            raise PolicyError(
+                f"{type(model).__name__} has {', '.join(sorted(kinds))} layers; the transformers backend serves full attention only"
+            )
         if model.config._attn_implementation not in ("sdpa", "eager"):
             raise PolicyError(f"attention {model.config._attn_implementation!r} cannot take the batch mask; load the model with sdpa")
         self.model = model
@@ -99,8 +104,8 @@ class HFPolicy:
         self.stats = Stats()
         self._context = context or config.max_position_embeddings
         self._layers = config.num_hidden_layers
-        self._store = PrefixStore(prefix_tokens)
-        self._cache = SlotCache(self._layers, max_batch, 256)
+        self._store = PrefixStore(prefix_bytes)
+        self._cache = SlotCache(self._layers)
         self._waiting: deque[_Row] = deque()
         self._active: list[_Row] = []
         self._wake: anyio.Event | None = None
@@ -132,14 +137,14 @@ class HFPolicy:
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
         finally:
-            self._waiting.clear()
-            self._active.clear()
+            self._fail(PolicyError("the policy was closed"))
 
     def refresh(self, version: int) -> None:
         """Tell the engine that the model's weights have changed: stored prefixes are dropped."""
         if self._active or self._waiting:
             raise PolicyError("weights were changed while requests are being sampled; wait for them first")
         self._store.clear()
+        self._cache = SlotCache(self._layers)
         self.version = version
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
@@ -177,8 +182,8 @@ class HFPolicy:
             started = time.perf_counter()
             try:
                 self._step()
-            except (RuntimeError, ValueError, IndexError, PolicyError) as error:
-                self._fail(PolicyError(f"the model failed: {str(error).splitlines()[0]}"))
+            except Exception as error:  # whatever it is, those who wait must hear of it
+                self._fail(PolicyError(f"the model failed: {first_line(error)}"))
             self.stats.busy_seconds += time.perf_counter() - started
 
     def _fail(self, error: PolicyError) -> None:
@@ -189,7 +194,7 @@ class HFPolicy:
         self._active.clear()
         self._waiting.clear()
         self._store.clear()
-        self._cache = SlotCache(self._layers, self.max_batch, self._cache.length)
+        self._cache = SlotCache(self._layers)
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -234,6 +239,16 @@ class HFPolicy:
         self._waiting.extendleft(reversed(later))
         promised = {id(chosen[n][0]) for n in shared}
         chosen.sort(key=lambda item: (len(item[0].request.prompt) - item[1], len(item[0].request.prompt)))
+        try:
+            self._prefill_all(chosen, promised)
+        except Exception:
+            # What was not computed goes back to the queue, so that `_fail` finds it.
+            held = set(map(id, self._active))
+            self._waiting.extendleft(row for row, _, _ in reversed(chosen) if id(row) not in held and row.stop is None)
+            raise
+
+    def _prefill_all(self, chosen: list[tuple[_Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
+        """Prefill in passes of at most `PREFILL_TOKENS` padded tokens."""
         while chosen:
             size = 1
             while size < len(chosen) and (size + 1) * (len(chosen[size][0].request.prompt) - chosen[size][1]) <= PREFILL_TOKENS:
@@ -243,13 +258,12 @@ class HFPolicy:
 
     def _prefill(self, batch: list[tuple[_Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
         first = len(self._active)
-        self._cache.grow(self._rounded(max(len(row.request.prompt) for row, _, _ in batch)))
         new = max(len(row.request.prompt) - found for row, found, _ in batch)
         # Right-padded: what a padding token writes lies past the row's end and is overwritten later.
         ids = torch.zeros(len(batch), new, dtype=torch.long)
         starts = torch.tensor([[found] for _, found, _ in batch])
         positions = starts + torch.arange(new)
-        self._cache.grow(self._rounded(int(positions.max()) + 1))
+        self._cache.grow(first + len(batch), self._rounded(int(positions.max()) + 1))
         ends = []
         for i, (row, found, memory) in enumerate(batch):
             prompt = row.request.prompt
@@ -274,12 +288,12 @@ class HFPolicy:
             row.done.set()
 
     def _rounded(self, length: int) -> int:
-        return min(-(-length // 256) * 256, max(self._context, length))
+        return -(-length // 256) * 256
 
     def _forward(self, first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (b, kept, vocabulary) of new `ids` (b, m) at `positions` (b, m) of slots `first` onward."""
         span = int(positions.max()) + 1
-        self._cache.grow(self._rounded(span))
+        self._cache.grow(first + len(ids), self._rounded(span))
         positions = positions.to(self.device)
         self._cache.aim(first, positions, span)
         # Additive, not bool: the CPU kernel turns a bool mask into this one anyhow, once a layer.
@@ -289,7 +303,7 @@ class HFPolicy:
         logits: torch.Tensor = self.model(
             input_ids=ids.to(self.device),
             attention_mask=mask,
-            position_ids=positions,
+            position_ids=positions.clamp(max=self._context - 1),  # only padding stands further
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=0 if keep is None else keep.to(self.device),

@@ -33,6 +33,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.values = value_states.new_zeros(slots, value_states.shape[1], length, value_states.shape[3])
         self.is_initialized = True
 
+    def widen(self, slots: int, length: int) -> None:
+        """Keep what is there and make room for more."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(slots, old.shape[1], length, old.shape[3])
+            new[: old.shape[0], :, : old.shape[2]] = old
+            setattr(self, name, new)
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write (b, heads, m, size) at the cache's current rows and positions; all that these rows hold."""
         if not self.is_initialized:
@@ -56,8 +64,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 class SlotCache(Cache):  # type: ignore[misc]
     """Slots of one model. `aim` sets where the next forward pass writes and how far it sees."""
 
-    def __init__(self, layers: int, slots: int, length: int):
-        self.slots, self.length = slots, length
+    def __init__(self, layers: int):
+        self.slots = self.length = 0
         self.first = self.last = self.span = 0
         self.positions = self.row_index = torch.empty(0, dtype=torch.long)
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
@@ -68,16 +76,15 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = positions
         self.row_index = torch.arange(positions.shape[0], device=positions.device)[:, None]
 
-    def grow(self, length: int) -> None:
-        """Make room for contexts of `length` tokens."""
-        if length <= self.length:
+    def grow(self, slots: int, length: int) -> None:
+        """Make room for `slots` contexts of `length` tokens; slots double, so that growing is rare."""
+        if slots <= self.slots and length <= self.length:
             return
+        self.slots = max(self.slots, slots if slots <= self.slots else max(slots, 2 * self.slots))
+        self.length = max(self.length, length)
         for layer in self.layers:
             if layer.is_initialized:
-                extra = length - self.length
-                layer.keys = torch.nn.functional.pad(layer.keys, (0, 0, 0, extra))
-                layer.values = torch.nn.functional.pad(layer.values, (0, 0, 0, extra))
-        self.length = length
+                layer.widen(self.slots, self.length)
 
     def move(self, source: int, target: int, tokens: int) -> None:
         for layer in self.layers:
@@ -95,7 +102,7 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 class PrefixStore:
-    """Ended contexts, least recently used first out, at most `capacity` tokens in all.
+    """Ended contexts, least recently used first out, at most `capacity` bytes in all.
 
     Found by a chain of hashes over blocks of `BLOCK` ids; what is found is compared id by id, so a
     hash collision costs a miss and never a wrong prefix.
@@ -103,43 +110,47 @@ class PrefixStore:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._entries: OrderedDict[int, tuple[tuple[int, ...], list[torch.Tensor], list[int]]] = OrderedDict()
-        self._index: dict[int, int] = {}
-        self._tokens = 0
+        self._entries: OrderedDict[int, tuple[tuple[int, ...], list[torch.Tensor], list[int], int]] = OrderedDict()
+        self._holders: dict[int, dict[int, None]] = {}
+        """Per chain, the entries that begin so, oldest first."""
+        self._bytes = 0
         self._next = 0
 
     def find(self, ids: Sequence[int]) -> tuple[int, list[torch.Tensor]]:
         """The longest stored prefix of `ids` (at least one block): its length and its memory."""
         found = None
         for chain in _chains(ids):
-            if chain not in self._index:
+            if chain not in self._holders:
                 break
-            found = self._index[chain]
+            found = next(reversed(self._holders[chain]))
         if found is None:
             return 0, []
-        known, memory, _ = self._entries[found]
+        known, memory, _, _ = self._entries[found]
         self._entries.move_to_end(found)
         return common_prefix(known, ids), memory
 
     def add(self, ids: tuple[int, ...], memory: list[torch.Tensor]) -> None:
-        if len(ids) < BLOCK or len(ids) > self.capacity:
+        size = sum(part.nbytes for part in memory)
+        if len(ids) < BLOCK or size > self.capacity:
             return
-        chains = list(_chains(ids))
-        self._entries[self._next] = (ids, memory, chains)
-        self._index.update(dict.fromkeys(chains, self._next))
+        chains = _chains(ids)
+        self._entries[self._next] = (ids, memory, chains, size)
+        for chain in chains:
+            self._holders.setdefault(chain, {})[self._next] = None
         self._next += 1
-        self._tokens += len(ids)
-        while self._tokens > self.capacity:
-            number, (old, _, chains) = self._entries.popitem(last=False)
-            self._tokens -= len(old)
+        self._bytes += size
+        while self._bytes > self.capacity:
+            number, (_, _, chains, size) = self._entries.popitem(last=False)
+            self._bytes -= size
             for chain in chains:
-                if self._index.get(chain) == number:
-                    del self._index[chain]
+                del self._holders[chain][number]
+                if not self._holders[chain]:
+                    del self._holders[chain]
 
     def clear(self) -> None:
         self._entries.clear()
-        self._index.clear()
-        self._tokens = 0
+        self._holders.clear()
+        self._bytes = 0
 
 
 def _chains(ids: Sequence[int]) -> list[int]:

@@ -40,7 +40,7 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Row]
     if len(advantages) != len(branches):
         raise ValueError(f"{len(advantages)} advantages for {len(branches)} branches")
     return [
-        Row(b.ids, b.mask, b.logprobs, advantage, weight, b.turns[-1].version)
+        Row(b.ids, b.mask, b.logprobs, advantage, weight, next(t.version for t in reversed(b.turns) if t.sampled))
         for b, advantage in zip(branches, advantages, strict=True)
         if any(turn.sampled for turn in b.turns)
     ]

@@ -89,7 +89,10 @@ Metrics = dict[str, float | int]
 
 
 class Trainer:
-    """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events."""
+    """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
+
+    `job` names what `draw` and `judge` do; a checkpoint of another job is not resumed.
+    """
 
     def __init__(
         self,
@@ -101,7 +104,9 @@ class Trainer:
         config: TrainConfig,
         directory: Path,
         seed: int = 0,
+        job: str = "",
     ):
+        self._identity = {"seed": seed, "config": config.model_dump(), "job": job}
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
@@ -120,7 +125,7 @@ class Trainer:
         path = latest_checkpoint(self.checkpoints)
         if path is not None:
             state = load_checkpoint(path, self.model, self.optimizer)
-            if state["seed"] != self.seed or state["config"] != self.config.model_dump():
+            if any(state.get(name) != value for name, value in self._identity.items()):
                 raise ConfigError(f"{self.directory} holds a run with another seed or configuration; choose another --name or remove it")
             self.start = state["step"]
         kept = [line for line in self._lines() if json.loads(line)["update"] < self.start]
@@ -169,8 +174,7 @@ class Trainer:
             return await self.update(update)
 
     def save(self, step: int) -> Path:
-        state = {"seed": self.seed, "config": self.config.model_dump()}
-        path = save_checkpoint(self.checkpoints, step, self.model, self.tokenizer, self.optimizer, state)
+        path = save_checkpoint(self.checkpoints, step, self.model, self.tokenizer, self.optimizer, self._identity)
         prune_checkpoints(self.checkpoints, keep=2)
         return path
 

@@ -210,6 +210,50 @@ async def test_retries_end_with_the_budget_and_with_the_attempts():
     assert tree.usage.generated <= 5 and tree.root.status in (Status.OUT_OF_BUDGET, Status.ANSWERED, Status.FAILED)
 
 
+async def test_a_failed_attempt_costs_no_turn_and_not_the_answer_reserve():
+    reset = TransientPolicyError("reset", retry_after=0.0)
+    once = ScriptedPolicy(lambda _: "Answer: 9\0", failing={0: reset})
+    tree = await Runtime(once, PlainFormat()).run(task(), Budget(turns=1))
+    assert tree.answer == "9" and tree.usage.prefilled == 2 * len(tree.root.prompt)
+    program = lambda c: "Answer: 5\0" if "Out of budget" in c else "y" * 1000  # noqa: E731
+    late = ScriptedPolicy(program, failing={0: reset}, after=10)
+    tree = await Runtime(late, PlainFormat()).run(task(), Budget(generated=50, answer_reserve=10))
+    assert (tree.answer, tree.usage.generated) == ("5", 50)
+
+
+@pytest.mark.parametrize("context", range(100, 300, 7))
+async def test_an_answer_fits_whatever_the_context(context):
+    def program(text: str) -> str:
+        if not text.startswith("T"):
+            return "Answer: 1\0"
+        return "Answer: ok\0" if "Out of budget" in text or "1: 1" in text else spawn("a")
+
+    tree = await grow(program, Budget(context=context, answer_reserve=16))
+    assert tree.answer == "ok" and len(tree.root.ids) <= context
+
+
+async def test_a_parents_own_limit_is_not_its_clones():
+    call = spawn("a", "b")
+    tree = await grow(
+        lambda c: call if c.startswith("T") and "1: " not in c else "Answer: 1\0",
+        Budget(generated=1000, branch_generated=len(call) + 12, answer_reserve=12),
+    )
+    assert [c.status for c in tree.root.clones] == [Status.ANSWERED] * 2 and tree.answer == "1"
+
+
+async def test_an_error_is_not_hidden_by_a_deadline_that_cancels_its_siblings():
+    def program(context: str) -> str:
+        if context.startswith("T"):
+            return spawn("slow", "slow", "bug")
+        if "bug" in context:
+            raise ZeroDivisionError
+        return "y" * 100_000
+
+    for _ in range(10):
+        with pytest.raises(ZeroDivisionError):
+            await grow(program, Budget(seconds=5.0))
+
+
 async def test_a_clone_that_breaks_is_a_result_and_its_siblings_go_on():
     def program(context: str) -> str:
         if context.startswith("-bad"):
@@ -272,6 +316,15 @@ async def test_leaving_early_cancels_what_still_grows():
     policy = ScriptedPolicy(lambda _: "y" * 5000)
     async with Runtime(policy, PlainFormat()).run_many([Job(task(), Budget())] * 9, in_flight=3):
         await anyio.sleep(0.02)
+    assert policy.running == 0
+
+
+async def test_leaving_while_a_finished_tree_waits_is_no_error():
+    policy = ScriptedPolicy(lambda _: "Answer: 1\0")
+    async with Runtime(policy, PlainFormat()).run_many([Job(task(), Budget(), seed=i) for i in range(9)], in_flight=3) as trees:
+        async for _ in trees:
+            await anyio.sleep(0.02)
+            break
     assert policy.running == 0
 
 

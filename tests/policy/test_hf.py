@@ -104,7 +104,7 @@ async def test_prefixes_are_reused_by_later_turns_and_by_siblings(random_model):
         later = SampleRequest((*siblings[2].prompt, *first[2].ids, 50, 51), 10, frozenset(), seed=9)
         (again,) = await sample_all(policy, [later])
         assert again.prefilled == 3  # the last sampled token was never fed back, and two are new
-    async with HFPolicy(random_model, prefix_tokens=0) as policy:
+    async with HFPolicy(random_model, prefix_bytes=0) as policy:
         (fresh,) = await sample_all(policy, [later])
         assert fresh.ids == again.ids and fresh.cached == 0
 
@@ -165,6 +165,98 @@ async def test_broken_weights_are_an_error_and_not_a_token(random_model):
     async with HFPolicy(broken) as policy:
         with pytest.raises(PolicyError, match="not finite"):
             await policy.sample(SampleRequest((9,), 2, frozenset()), Partial())
+
+
+async def test_a_failing_forward_fails_all_who_wait_and_the_engine_goes_on(random_model, monkeypatch):
+    wanted = requests(12, seed=4, longest=400)
+    async with HFPolicy(random_model, max_batch=16) as policy:
+        calls = 0
+        real = policy._forward
+
+        def breaking(*arguments):
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                raise RuntimeError("")
+            return real(*arguments)
+
+        monkeypatch.setattr(policy, "_forward", breaking)
+        failed = 0
+
+        async def one(request: SampleRequest) -> None:
+            nonlocal failed
+            try:
+                await policy.sample(request, Partial())
+            except PolicyError as error:
+                assert "RuntimeError" in str(error)
+                failed += 1
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                for request in wanted:
+                    group.start_soon(one, request)
+        assert failed == len(wanted)
+        assert len((await policy.sample(wanted[0], Partial())).ids) >= 1
+
+
+async def test_closing_the_policy_wakes_those_who_wait(random_model):
+    policy = HFPolicy(random_model)
+    outcome: list[str] = []
+
+    async def late() -> None:
+        try:
+            await policy.sample(SampleRequest((9, 10), 400, frozenset()), Partial())
+        except PolicyError as error:
+            outcome.append(str(error))
+
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+            async with policy:
+                group.start_soon(late)
+                for _ in range(5):
+                    await anyio.lowlevel.checkpoint()
+    assert outcome == ["the policy was closed"]
+
+
+async def test_padding_of_batch_mates_does_not_leave_the_context(random_model):
+    rng = random.Random(0)
+    long = tuple(rng.randrange(9, 200) for _ in range(480))
+    async with HFPolicy(random_model) as policy:
+        (first,) = await sample_all(policy, [SampleRequest(long, 8, frozenset(), seed=1)])
+        again = SampleRequest((*long, *first.ids), 8, frozenset(), seed=2)
+        fresh = SampleRequest(tuple(reversed(long)), 8, frozenset(), seed=3)
+        together = await sample_all(policy, [again, fresh])
+    async with HFPolicy(random_model, prefix_bytes=0) as policy:
+        apart = [await policy.sample(request, Partial()) for request in (again, fresh)]
+    assert [s.ids for s in together] == [s.ids for s in apart]
+
+
+@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig"])
+def test_models_without_full_attention_are_refused_by_name(kind):
+    import transformers
+
+    config = getattr(transformers, kind)(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with pytest.raises(PolicyError, match="sliding_attention layers; the transformers backend serves full attention only"):
+        HFPolicy(model)
+
+
+def test_evicting_a_prefix_leaves_the_others_reachable():
+    from ramet.policy.kv import PrefixStore
+
+    def memory(n: int) -> list[torch.Tensor]:
+        return [torch.zeros(n, dtype=torch.uint8)]
+
+    shared = tuple(range(16))
+    a, b, c = (*shared, *[100] * 16), (*shared, *[200] * 16), tuple(range(300, 332))
+    store = PrefixStore(64)
+    store.add(a, memory(32))
+    store.add(b, memory(32))
+    assert store.find(a)[0] == 32
+    store.add(c, memory(32))  # b is now the least recently used
+    assert store.find(a)[0] == 32 and store.find(b)[0] == 16 and store.find(c)[0] == 32
 
 
 def test_truncation_keeps_what_it_says_and_normalises():
