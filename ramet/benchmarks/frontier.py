@@ -81,6 +81,8 @@ def equal_accuracy(points: Sequence[Mapping[str, Any]], winner: str = "trained")
         theirs = [p for p in points if (p["policy"], p["split"]) == (policy, split)]
         ours = [p for p in points if (p["policy"], p["split"]) == (winner, split)]
         best = max(p["accuracy"] for p in theirs)
+        if best == 0:
+            continue  # nothing to be equal to
         for cost in ("critical_path", "generated"):
             at, our = cost_at(theirs, best, cost), cost_at(ours, best, cost)
             records.append(

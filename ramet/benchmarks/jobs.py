@@ -119,10 +119,10 @@ def print_points(records: Sequence[dict[str, Any]]) -> None:
         for p in points:
             if p["split"] == split:
                 shown.add_row(
-                    LABELS.get(p["policy"], p["policy"]),
+                    p["policy"],
                     str(p["budget"]),
                     f"{p['accuracy']:.3f}",
-                    f"{p['ci_low']:.3f}-{p['ci_high']:.3f}",
+                    f"{p['ci_low']:.2f}-{p['ci_high']:.2f}",
                     f"{p['generated']:.0f}",
                     f"{p['critical_path']:.0f}",
                     f"{p['spawn_rate']:.0%}",

@@ -123,16 +123,22 @@ def print_claims(records: Sequence[dict[str, Any]]) -> None:
         "not worse",
         "clearly better",
         "clearly worse",
-        "critical path at equal accuracy",
+        "path at equal accuracy",
         title="trained controller against",
     )
     paths = {(r["baseline"], r["split"]): r for r in records if r["record"] == "equal_accuracy" and r["cost"] == "critical_path"}
     for r in records:
         if r["record"] == "claim":
-            path = paths[r["baseline"], r["split"]]
-            ratio = "not reached" if path["ratio"] is None else f"{path['ratio']:.2f}x at {path['accuracy']:.2f}"
+            path = paths.get((r["baseline"], r["split"]))
+            ratio = (
+                "never right"
+                if path is None
+                else "not reached"
+                if path["ratio"] is None
+                else f"{path['ratio']:.2f}x at {path['accuracy']:.2f}"
+            )
             shown.add_row(
-                plots.LABELS[r["baseline"]], r["split"], f"{r['not_worse']}/{r['budgets']}", f"{r['clearly_better']}/{r['budgets']}",
+                r["baseline"], r["split"], f"{r['not_worse']}/{r['budgets']}", f"{r['clearly_better']}/{r['budgets']}",
                 f"{r['clearly_worse']}/{r['budgets']}", ratio,
             )  # fmt: skip
     console.print(shown)
