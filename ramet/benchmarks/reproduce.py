@@ -130,13 +130,12 @@ def print_claims(records: Sequence[dict[str, Any]]) -> None:
     for r in records:
         if r["record"] == "claim":
             path = paths.get((r["baseline"], r["split"]))
-            ratio = (
-                "never right"
-                if path is None
-                else "not reached"
-                if path["ratio"] is None
-                else f"{path['ratio']:.2f}x at {path['accuracy']:.2f}"
-            )
+            if path is None:
+                ratio = "never right"
+            elif path["ratio"] is None:
+                ratio = "not reached"
+            else:
+                ratio = f"{path['ratio']:.2f}x at {path['accuracy']:.2f}"
             shown.add_row(
                 r["baseline"], r["split"], f"{r['not_worse']}/{r['budgets']}", f"{r['clearly_better']}/{r['budgets']}",
                 f"{r['clearly_worse']}/{r['budgets']}", ratio,
