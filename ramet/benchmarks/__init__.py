@@ -1,0 +1,1 @@
+"""Measuring: baselines, sweeps, statistics, pictures, and the jobs of the command line."""

@@ -69,7 +69,8 @@ def demonstrate(rng: random.Random) -> Demonstration:
     """One random demonstration."""
     largest = 99 if rng.random() < 0.2 else 9
     longest = 16 if largest == 99 else LONGEST
-    count = rng.randint(1, WINDOW) if rng.random() < 0.55 else rng.randint(WINDOW + 1, longest)
+    # Long prompts cost most tokens and teach least: a quarter of all, the longer the rarer.
+    count = rng.randint(1, WINDOW) if rng.random() < 0.75 else round(WINDOW * (longest / WINDOW) ** rng.uniform(0.05, 1))
     values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
     tools = rng.random() < 0.65
     delegate = tools and rng.random() < 0.5

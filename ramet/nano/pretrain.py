@@ -31,10 +31,10 @@ class PretrainConfig:
     heads: int = 3
     feed_forward: int = 256
     context: int = 1024
-    steps: int = 3000
-    batch_tokens: int = 4096
+    steps: int = 9000
+    batch_tokens: int = 2048
     micro_tokens: int = 768
-    muon_lr: float = 0.02
+    muon_lr: float = 0.015
     adam_lr: float = 3e-3
     warmup: int = 100
     seed: int = 0

@@ -1,0 +1,1 @@
+"""Sampling and learning with one set of weights."""
