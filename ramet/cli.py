@@ -33,7 +33,7 @@ console = Console(stderr=True)
 
 _Config = Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/learning.md")]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
-_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random in the run.")]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of what is random: training, tasks that are measured, samples.")]
 _Json = Annotated[Path | None, typer.Option("--json", help="Write machine-readable results there.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
@@ -67,12 +67,12 @@ def demo(
     run_demo(runs / name, seed or 0)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def run(
     expression: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7".')],
     policy: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
     budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
-    depth: Annotated[int, typer.Option(help="Levels of clones; 0: no spawning.")] = 1,
+    depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: _Seed = 0,
     json: _Json = None,
@@ -111,7 +111,7 @@ def evaluate(
     config: _Config = None,
     set_: _Set = None,
     seed: _Seed = None,
-    name: Annotated[str, typer.Option(help="Name of the run folder.")] = "eval",
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default eval- and the policy's.")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
     json: _Json = None,
@@ -122,7 +122,7 @@ def evaluate(
     """
     from ramet.benchmarks.jobs import eval_job
 
-    eval_job(policy, _run_config(config, set_, seed), runs / name, spawn, json)
+    eval_job(policy, _run_config(config, set_, seed), runs / (name or f"eval-{Path(policy).name}"), spawn, json)
 
 
 @app.command()
@@ -131,7 +131,7 @@ def reproduce(
     config: _Config = None,
     set_: _Set = None,
     seed: _Seed = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default reproduce-nano- and the seed.")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
     """Run the full comparison that the README shows, from the shipped base. Run again to resume.
@@ -142,7 +142,8 @@ def reproduce(
 
     if what != "nano":
         raise ConfigError(f"there is nothing called {what!r} to reproduce; there is nano")
-    reproduce_nano(_run_config(config, set_, seed, NANO), runs / (name or "nano"))
+    resolved = _run_config(config, set_, seed, NANO)
+    reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
 
 
 @bench.command("sampling")
@@ -239,11 +240,13 @@ def _interrupt() -> None:
 
 
 def _report(error: BaseException) -> int:
+    # The parser turns an interrupt into an exit with this status.
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130):
+        resumes = any(command in sys.argv for command in ("demo", "train", "eval", "reproduce"))
+        console.print("[yellow]interrupted[/]" + ("; what was done is kept: run the same command again to resume" if resumes else ""))
+        return 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        console.print("[yellow]interrupted[/]; what was done is kept: run the same command again to resume")
-        return 130
     if isinstance(error, RametError):
         console.print(f"[red]error:[/] {_escape(str(error))}", soft_wrap=True)
         return error.exit_code

@@ -29,7 +29,7 @@ _Tokens = Annotated[int, Field(ge=1)]
 
 
 class EnvConfig(BaseModel):
-    """The environment. The ranges of operands are inclusive and belong to `rows`."""
+    """The environment. The ranges of operands are inclusive and belong to `rows`; `graded` belongs to `reference`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,6 +37,7 @@ class EnvConfig(BaseModel):
     operands: tuple[int, int] = (2, 16)
     ood_operands: tuple[int, int] = (32, 40)
     largest: Annotated[int, Field(ge=1, le=99)] = 9
+    graded: bool = True
 
     @model_validator(mode="after")
     def _ranges(self) -> EnvConfig:
@@ -48,7 +49,7 @@ class EnvConfig(BaseModel):
 
     def build(self) -> Environment:
         if self.kind == "reference":
-            return ReferenceEnvironment()
+            return ReferenceEnvironment(self.graded)
         return RowsEnvironment(self.operands, self.ood_operands, self.largest)
 
 
@@ -79,6 +80,8 @@ class RunConfig(BaseModel):
     chat: Literal["auto", "nano", "chatml", "template"] = "auto"
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     env: EnvConfig = EnvConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256)
@@ -88,8 +91,11 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _some_budget(self) -> RunConfig:
-        if self.budget.generated == 0:
-            raise ValueError("budget.generated is 0: nothing could be answered; give it tokens or leave it out")
+        for name in ("generated", "prefilled", "critical_path", "branch_generated", "turns", "context", "seconds"):
+            if getattr(self.budget, name) == 0:
+                raise ValueError(f"budget.{name} is 0: nothing could be answered; give it more or leave it out")
+        if self.budget.generated is not None and self.budgets:
+            raise ValueError("budget.generated and budgets both limit generated tokens; set budgets to [] to use the first")
         return self
 
 
@@ -109,10 +115,19 @@ def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), 
 
 
 def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
+    """`data` over the defaults, section by section: giving one key of a section leaves its others as they are."""
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(_merged(kind().model_dump(), data))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(kind, problem) for problem in error.errors(include_url=False)[:3])) from None
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -152,6 +167,8 @@ def write(config: BaseModel, path: Path) -> None:
     data = {name: value for name, value in data.items() if value is not None and name != "budget"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(tomli_w.dumps(data | ({"budget": budget} if budget else {})))
+        draft = path.with_name(path.name + ".draft")
+        draft.write_text(tomli_w.dumps(data | ({"budget": budget} if budget else {})))
+        draft.replace(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -44,7 +44,8 @@ def test_run_prints_tree_answer_and_bill(tmp_path):
         (["reproduce", "giant"], "there is nano"),
         (["models", "train-nano", "--out", "."], "error"),
         (["fly"], "No such command"),
-        (["run", "1+2", "--budgett", "3"], "No such option"),
+        (["eval", "--budgett", "3"], "No such option"),
+        (["run", "1+2", "--depth", "-1"], "--depth"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_a_status(arguments, says, tmp_path):
@@ -94,6 +95,79 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
     assert evaluation("cut") == evaluation("whole")
     other = ramet("train", "--config", "tiny.toml", "--seed", "4", "--name", "cut", cwd=tmp_path)
     assert other.returncode == 2 and "another configuration or seed" in other.stderr
+
+
+TINY = [
+    "train.updates=1", "train.tasks=2", "train.group_size=2", "eval.tasks=4", "eval.budgets=[40, 90]", "eval.ood_budgets=[150]",
+]  # fmt: skip
+
+
+def test_reproduce_writes_what_the_readme_shows_and_does_nothing_twice(tmp_path):
+    command = ["reproduce", "nano", "--seed", "2", *(part for item in TINY for part in ("--set", item))]
+    first = ramet(*command, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "runs" / "reproduce-nano-2"
+    records = json.loads((folder / "results.json").read_text())
+    points = {(r["policy"], r["split"], r["budget"]): r for r in records if r["record"] == "point"}
+    policies = ("trained", "solo", "base", "best_of_n", "map_reduce")
+    assert set(points) == {(p, s, b) for p in policies for s, b in (("iid", 40), ("iid", 90), ("ood", 150))}
+    for point in points.values():
+        assert {"n", "accuracy", "ci_low", "ci_high", "generated", "critical_path", "spawn_rate"} <= set(point)
+        assert point["generated"] <= point["budget"] and point["n"] == 4
+    for name in ("frontier.png", "behaviour.png", "learning.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "") and page.count("data:image/png;base64,") == 3
+    journal = (folder / "journal.jsonl").read_bytes()
+    again = ramet(*command, cwd=tmp_path)
+    assert again.returncode == 0 and (folder / "journal.jsonl").read_bytes() == journal
+    assert json.loads((folder / "results.json").read_text())[1:] == records[1:]
+
+
+def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
+    from ramet.benchmarks import demo
+
+    small = {"train": {"updates": 2, "tasks": 2, "group_size": 2, "checkpoint_every": 1}, "eval": {"tasks": 3, "budgets": [40, 90, 150]}}
+    monkeypatch.setattr(demo, "DEMO", small)
+    demo.run_demo(tmp_path / "demo", 0)
+    records = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    points = {(r["policy"], r["budget"]) for r in records if r["record"] == "point"}
+    assert points == {(p, b) for p in ("base", "base_serial", "trained") for b in (40, 90, 150)}
+    assert "answer" in (tmp_path / "demo" / "report.html").read_text()
+
+
+def test_bench_sampling_and_doctor(tmp_path):
+    result = ramet("bench", "sampling", "--requests", "16", "--repeats", "1", "--json", str(tmp_path / "s.json"))
+    assert result.returncode == 0, result.stderr
+    backends = {r["backend"]: r for r in json.loads((tmp_path / "s.json").read_text()) if r["record"] == "backend"}
+    assert set(backends) == {"ramet", "generate", "generate_batch"}
+    assert all(r["tokens_per_second"] > 0 and r["requests"] >= 8 for r in backends.values())
+    checked = ramet("doctor", "--json", str(tmp_path / "d.json"))
+    assert checked.returncode == 0 and "3+4 -> 7" in checked.stdout
+
+
+def test_ctrl_c_is_one_line_a_status_and_can_be_resumed(tmp_path):
+    import signal
+
+    command = ["train", "--name", "long", *(part for item in TINY for part in ("--set", item)), "--set", "train.updates=500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ramet.cli", *command],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run the same command again to resume" in said and "Traceback" not in said
+
+
+def test_a_sum_may_begin_with_a_minus():
+    assert ramet("run", "-3+4").returncode == 0
 
 
 def test_agents_import_without_torch_or_transformers():

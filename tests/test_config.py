@@ -18,6 +18,9 @@ from ramet.errors import ConfigError
         ("foo=1", "unknown key 'foo'; there are model"),
         ("train.updates=0", "train.updates: Input should be greater than or equal to 1"),
         ("budget.generated=0", "budget.generated is 0"),
+        ("budget.turns=0", "budget.turns is 0"),
+        ("budget.seconds=0", "budget.seconds is 0"),
+        ("budget.generated=5", "both limit generated tokens"),
         ("budget.depth=-1", "budget.depth"),
         ("budgets=[0]", "budgets.0"),
         ("env.operands=[5,2]", "the smaller first"),
@@ -33,6 +36,14 @@ def test_overrides_that_cannot_be_meant(override, says):
     with pytest.raises(ConfigError) as error:
         load(RunConfig, None, [override])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_giving_one_key_of_a_section_leaves_its_others_as_they_are(tmp_path):
+    default = RunConfig()
+    changed = load(RunConfig, None, ["train.updates=50", "reward.generated=0.5", "budget.seconds=60"])
+    assert changed.train == default.train.model_copy(update={"updates": 50})
+    assert changed.reward == default.reward.model_copy(update={"generated": 0.5})
+    assert changed.budget == default.budget.model_copy(update={"seconds": 60.0})
 
 
 def test_files(tmp_path):
@@ -52,11 +63,11 @@ def test_files(tmp_path):
 @given(
     st.builds(
         Budget,
-        generated=st.none() | st.integers(1, 9),
+        prefilled=st.none() | st.integers(1, 9),
         width=st.none() | st.integers(0, 9),
-        turns=st.none() | st.integers(0, 9),
+        turns=st.none() | st.integers(1, 9),
         depth=st.none() | st.integers(0, 3),
-        seconds=st.none() | st.floats(0, 10),
+        seconds=st.none() | st.floats(0.1, 10),
     )
 )
 def test_what_is_written_reads_back_the_same(tmp_path_factory, budget):

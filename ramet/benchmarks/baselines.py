@@ -12,7 +12,7 @@ same information: the task's rows are in every root prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from ramet.agents.actor import seed_of
@@ -25,6 +25,17 @@ from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.env.arithmetic import OBJECTIVE
 from ramet.errors import ConfigError, PolicyError
+
+
+def _only_generated(budget: Budget) -> int:
+    """The limit on generated tokens. Methods that are programs divide that and no other currency."""
+    others = ("prefilled", "critical_path", "clones", "branch_generated", "seconds")
+    limited = [name for name in others if getattr(budget, name) is not None]
+    if limited:
+        raise ConfigError(f"best of n and map-reduce divide generated tokens only; leave out budget.{', budget.'.join(limited)}")
+    if budget.generated is None:
+        raise ConfigError("best of n and map-reduce need a limit on generated tokens: they divide it")
+    return budget.generated
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +75,8 @@ async def best_of_n(runtime: Runtime, task: Task, budget: Budget, seed: int) -> 
     Attempts that were cut vote only if none finished. They are independent, so the critical path is
     the longest one's.
     """
-    if budget.generated is None:
-        raise ConfigError("best of n needs a limit on generated tokens: it samples until that is spent")
-    left, votes, cut = budget.generated, Counter[str](), Counter[str]()
+    total = _only_generated(budget)
+    left, votes, cut = total, Counter[str](), Counter[str]()
     longest = prefilled = n = 0
     while left > 0:
         attempt = budget.model_copy(update={"generated": left, "depth": 0})
@@ -77,25 +87,29 @@ async def best_of_n(runtime: Runtime, task: Task, budget: Budget, seed: int) -> 
         prefilled += grown.usage.prefilled
         if grown.answer is not None:
             (votes if grown.root.status is Status.ANSWERED else cut)[grown.answer] += 1
-        if grown.root.status is Status.OUT_OF_BUDGET or grown.usage.generated == 0:
+        if grown.usage.generated == 0:
             break
     ranked = (votes or cut).most_common(1)
-    return Outcome(ranked[0][0] if ranked else None, budget.generated - left, longest, prefilled, False, 0, f"{n} samples")
+    return Outcome(ranked[0][0] if ranked else None, total - left, longest, prefilled, False, 0, f"{n} samples")
 
 
-def map_reduce(rows_per_clone: int) -> Method:
-    """The method with a fixed split. Needs the nano chat format, in which the call is spelled."""
+def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
+    """The method with a fixed split, for all budgets or by budget. Needs the nano chat format, in which the call is spelled.
+
+    The reducer reads what a branch of the nano model that had called for itself would read.
+    """
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         if not isinstance(runtime.chat, ControlTokenFormat):
             raise ConfigError("map_reduce is written for the nano chat format")
+        generated = _only_generated(budget)
+        size = rows_per_clone if isinstance(rows_per_clone, int) else rows_per_clone[generated]
         keys = list(task.documents)
-        groups = [keys[i : i + rows_per_clone] for i in range(0, len(keys), rows_per_clone)]
+        groups = [keys[i : i + size] for i in range(0, len(keys), size)]
         store = ContextStore(task.documents)
         # The reducer keeps twelve tokens for each result that it has to add, and the answer.
-        kept = 0 if len(groups) == 1 else min(12 * len(groups), (budget.generated or 0) // 2)
-        total = None if budget.generated is None else budget.generated - kept
-        shares = fair_shares(total, [None] * len(groups))
+        kept = 0 if len(groups) == 1 else min(12 * len(groups), generated // 2)
+        shares = fair_shares(generated - kept, [None] * len(groups))
         trees: list[Tree | None] = [None] * len(groups)
 
         async def clone(i: int) -> None:
@@ -112,17 +126,17 @@ def map_reduce(rows_per_clone: int) -> Method:
         prefilled = sum(grown.usage.prefilled for grown in done)
         if len(groups) == 1:
             return Outcome(done[0].answer, spent, path, prefilled, True, 1, done[0].root.status.value)
-        left = None if budget.generated is None else budget.generated - spent
+        left, offered = (max(tokens - budget.answer_reserve, 0) for tokens in (generated - spent, generated))
         call = render_call([{"objective": OBJECTIVE, "context_keys": keys} for keys in groups])
         results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
         chat = runtime.chat
-        content = "\n".join(filter(None, [task.messages[-1].content, left_line(budget.generated, None)]))
+        content = "\n".join(filter(None, [task.messages[-1].content, left_line(offered, None)]))
         prompt = [
             *chat.render([*task.messages[:-1], Message("user", content)], tools=True),
-            *chat.turn("", call),
+            *chat.turn(f"rows: {len(keys)}, left: {offered}\n", call),
             *chat.after_turn(render_results(results, left_line(left, None), runtime.result_characters), closed=True),
         ]
-        limits = budget.model_copy(update={"generated": left, "depth": 0})
+        limits = budget.model_copy(update={"generated": generated - spent, "depth": 0})
         reduced = _checked(await runtime.run(task, limits, seed_of(seed, "reduce", 0), prompt=prompt))
         return Outcome(
             reduced.answer,

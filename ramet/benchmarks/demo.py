@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.rule import Rule
 
 from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, run_training, tree_entry
 from ramet.benchmarks.report import write_report
 from ramet.benchmarks.reproduce import pictures, summary
-from ramet.benchmarks.session import meta, model_path, open_model, read_metrics
+from ramet.benchmarks.session import meta, model_path, open_model, read_metrics, weights_id
 from ramet.benchmarks.show import bill, branch_view, grow_live, write_json
 from ramet.config import RunConfig, validate
 from ramet.policy.hf import HFPolicy
@@ -37,7 +38,7 @@ def run_demo(directory: Path, seed: int) -> None:
     started = time.perf_counter()
     config = validate(RunConfig, {"seed": seed, **DEMO})
     claim_folder(directory, config)
-    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"))) as journal:
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(model_path(config.model)))) as journal:
         console.print(Rule("1. the base model, deciding for itself and without spawning"))
         entries = [tree_entry("base", config, True), tree_entry("base_serial", config, False)]
         measured = run_measuring(config, model_path(config.model), entries, ("iid",), journal, "measuring")
@@ -55,7 +56,7 @@ def run_demo(directory: Path, seed: int) -> None:
     write_report(
         directory / "report.html",
         "ramet demo",
-        "The base model decided at random between working alone and delegating. Reinforcement learning taught it when.",
+        "The base model has no preference between working alone and delegating. Reinforcement learning is to teach it when.",
         records,
         [directory / name for name in ("frontier.png", "behaviour.png", "learning.png")],
         tree,
@@ -71,14 +72,20 @@ def show_tree(config: RunConfig, model: Path) -> str:
     """Grow one long held-out problem live; returns the tree as text."""
     weights, _, chat = open_model(config, model)
     env = config.env.build()
-    task = max(env.tasks("iid", 20, config.eval.seed + 1), key=env.size)
+    tasks = sorted(env.tasks("iid", 20, config.eval.seed + config.seed + 1), key=env.size, reverse=True)
     budget = config.budget.model_copy(update={"generated": max(config.eval.budgets)})
 
     async def main() -> Any:
+        """The longest problem that is delegated; the longest of all if none is."""
         async with HFPolicy(weights) as policy:
-            return await grow_live(policy, chat, task, budget, config.seed, Sampling(temperature=config.eval.temperature))
+            grown = []
+            runtime = Runtime(policy, chat, Sampling(temperature=config.eval.temperature))
+            for task in tasks:
+                grown.append((await runtime.run(task, budget, config.seed)).spawned)
+            task = tasks[grown.index(True) if True in grown else 0]
+            return task, await grow_live(policy, chat, task, budget, config.seed, runtime.sampling)
 
-    tree = anyio.run(main)
+    task, tree = anyio.run(main)
     recorder = Console(record=True, width=100, file=io.StringIO())
     for target in (console, recorder):
         target.print(task.messages[-1].content)

@@ -11,8 +11,6 @@ import anyio
 from rich.console import Console
 from rich.table import Table
 
-from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import resolve, write_json
 from ramet.errors import RametError
 
 console = Console()
@@ -32,6 +30,7 @@ def _nano_works() -> str:
     from ramet.agents.budget import Budget
     from ramet.agents.runtime import Runtime
     from ramet.agents.sampling import Sampling
+    from ramet.benchmarks.show import resolve
     from ramet.env.arithmetic import rows_task
     from ramet.policy.hf import HFPolicy
     from ramet.policy.models import load_model
@@ -49,7 +48,7 @@ def _nano_works() -> str:
 def run_doctor(out: Path | None) -> None:
     """Print the table; raise if something that the base install needs does not work."""
     table = Table("what", "state", "for")
-    records = [meta("doctor", 0)]
+    records: list[dict[str, object]] = []
     broken = []
 
     def note(what: str, ok: bool, state: str, purpose: str) -> None:
@@ -62,7 +61,13 @@ def run_doctor(out: Path | None) -> None:
         note(package, found, importlib.metadata.version(package) if found else f"missing: {remedy}", purpose)
         if not found and package != "trio":
             broken.append(package)
+    if broken:
+        console.print(table)
+        raise RametError(f"not installed: {', '.join(broken)}; the table says what to do")
     import torch
+
+    from ramet.benchmarks.session import meta
+    from ramet.benchmarks.show import write_json
 
     note("CUDA", True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU", "larger models")
     try:
@@ -72,6 +77,6 @@ def run_doctor(out: Path | None) -> None:
         broken.append("nano model")
     console.print(table)
     if out is not None:
-        write_json(out, records)
+        write_json(out, [meta("doctor", 0), *records])
     if broken:
         raise RametError(f"not working: {', '.join(broken)}; the table says what to do")

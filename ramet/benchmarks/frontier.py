@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ramet.benchmarks.harness import Measured
-from ramet.benchmarks.statistics import paired_difference
+from ramet.benchmarks.statistics import paired_difference, sign_test
 
 
 def _scores(measured: Sequence[Measured]) -> dict[str, list[float]]:
@@ -22,7 +22,8 @@ def comparisons(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winne
     records = []
     for (policy, split, budget), measured in groups.items():
         if policy != winner and (winner, split, budget) in groups:
-            interval = paired_difference(_scores(groups[winner, split, budget]), _scores(measured))
+            ours, theirs = _scores(groups[winner, split, budget]), _scores(measured)
+            interval = paired_difference(ours, theirs)
             records.append(
                 {
                     "record": "comparison",
@@ -34,13 +35,17 @@ def comparisons(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winne
                     "difference": interval.mean,
                     "ci_low": interval.low,
                     "ci_high": interval.high,
+                    "p_value": sign_test(ours, theirs),
                 }
             )
     return records
 
 
 def claims(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per baseline and split: at how many budgets the difference is not negative, and clear of zero."""
+    """Per baseline and split: at how many budgets the difference is not negative, and clear of zero.
+
+    Clear: the interval excludes zero and the exact sign test has p < 0.05.
+    """
     records = []
     for baseline, split in dict.fromkeys((c["baseline"], c["split"]) for c in compared):
         chosen = [c for c in compared if c["baseline"] == baseline and c["split"] == split]
@@ -51,8 +56,8 @@ def claims(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "split": split,
                 "budgets": len(chosen),
                 "not_worse": sum(c["difference"] >= 0 for c in chosen),
-                "clearly_worse": sum(c["ci_high"] < 0 for c in chosen),
-                "clearly_better": sum(c["ci_low"] > 0 for c in chosen),
+                "clearly_worse": sum(c["ci_high"] < 0 and c["p_value"] < 0.05 for c in chosen),
+                "clearly_better": sum(c["ci_low"] > 0 and c["p_value"] < 0.05 for c in chosen),
             }
         )
     return records
@@ -73,7 +78,11 @@ def cost_at(points: Sequence[Mapping[str, Any]], accuracy: float, cost: str) -> 
 
 
 def equal_accuracy(points: Sequence[Mapping[str, Any]], winner: str = "trained") -> list[dict[str, Any]]:
-    """At the best accuracy that a baseline reaches: its cost there, and the winner's cost for as much."""
+    """What equal accuracy costs: a baseline where it does as well as at its best, and the winner for as much.
+
+    The baseline is taken at its cheapest point whose interval reaches its best accuracy, so that it is
+    not charged for a last gain that is noise.
+    """
     records = []
     for policy, split in dict.fromkeys((p["policy"], p["split"]) for p in points):
         if policy == winner:
@@ -84,17 +93,18 @@ def equal_accuracy(points: Sequence[Mapping[str, Any]], winner: str = "trained")
         if best == 0:
             continue  # nothing to be equal to
         for cost in ("critical_path", "generated"):
-            at, our = cost_at(theirs, best, cost), cost_at(ours, best, cost)
+            point = min((p for p in theirs if p["ci_high"] >= best), key=lambda p: p[cost])
+            at, our = point[cost], cost_at(ours, point["accuracy"], cost)
             records.append(
                 {
                     "record": "equal_accuracy",
                     "baseline": policy,
                     "split": split,
-                    "accuracy": best,
+                    "accuracy": point["accuracy"],
                     "cost": cost,
                     "baseline_cost": at,
                     "winner_cost": our,
-                    "ratio": None if at is None or our is None or at == 0 else our / at,
+                    "ratio": None if our is None or at == 0 else our / at,
                 }
             )
     return records

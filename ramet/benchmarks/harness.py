@@ -30,7 +30,7 @@ class Entry:
     policy: str
     method: Method
     sampling: Sampling
-    depth: int
+    depth: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,10 @@ from ramet.agents.sampling import Sampling
 from ramet.benchmarks import baselines, progress
 from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
 from ramet.benchmarks.plots import LABELS
-from ramet.benchmarks.session import make_trainer, meta, open_model
+from ramet.benchmarks.session import make_trainer, meta, open_model, weights_id
 from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig, write
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, StorageError
 from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 
@@ -37,7 +37,10 @@ def claim_folder(directory: Path, config: RunConfig) -> None:
         write(config, draft)
         new = draft.read_text()
         draft.unlink()
-        if held != new:
+        others = [child for child in directory.iterdir() if child != path]
+        if held != new and not others:
+            write(config, path)  # claimed by a run that did not get as far as writing anything
+        elif held != new:
             raise ConfigError(f"{directory} holds a run with another configuration or seed; choose another --name or remove it")
     else:
         write(config, path)
@@ -67,7 +70,7 @@ def run_measuring(
         async with HFPolicy(weights, max_batch=config.train.max_batch) as policy:
             for split in splits:
                 budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
-                tasks = env.tasks(split, config.eval.tasks, config.eval.seed)
+                tasks = env.tasks(split, config.eval.tasks, config.eval.seed + config.seed)
                 for entry in entries:
                     with progress.measuring(
                         f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)
@@ -84,7 +87,7 @@ def run_measuring(
                             budgets,
                             config.budget,
                             journal,
-                            config.eval.seed,
+                            config.eval.seed + config.seed,
                             lambda _: report(1),
                         )
         return found
@@ -94,7 +97,7 @@ def run_measuring(
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
     """The model deciding by itself, with the tool or without."""
-    return Entry(policy, baselines.tree, Sampling(temperature=config.eval.temperature), (config.budget.depth or 8) if spawn else 0)
+    return Entry(policy, baselines.tree, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
 
 def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -135,7 +138,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
     final = trainer.checkpoints / f"step-{config.train.updates:06d}"
-    with Journal(directory / "evaluation.jsonl", fingerprint(config.model_dump(mode="json"), spawn)) as journal:
+    with Journal(directory / "evaluation.jsonl", fingerprint(config.model_dump(mode="json"), spawn, weights_id(final))) as journal:
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
     records = [meta("train", config.seed), *result_records(measured)]
@@ -151,7 +154,7 @@ def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: 
     claim_folder(directory, config)
     path = resolve(policy)
     name = "base" if policy == "nano" else "trained"
-    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), str(path.resolve()), spawn)) as journal:
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(path), spawn)) as journal:
         entry = tree_entry(name if spawn else ("base_serial" if policy == "nano" else "solo"), config, spawn)
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
     records = [meta("eval", config.seed), *result_records(measured)]
@@ -180,6 +183,11 @@ def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -
     config = PretrainConfig(seed=seed) if steps is None else replace(PretrainConfig(seed=seed), steps=steps)
     if (out / "config.json").exists():
         raise ConfigError(f"{out} holds a model already; choose another --out or remove it")
+    draft = out.with_name(out.name + ".draft")
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {draft}: {error.strerror or error}") from error
     started = time.perf_counter()
     with progress.measuring("train-nano", config.steps) as report:
         last = 0
@@ -192,7 +200,8 @@ def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -
                 console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
 
         tokenizer, model = pretrain(config, tell)
-    save(tokenizer, model, config, out)
+    save(tokenizer, model, config, draft)
+    draft.replace(out)
     console.print(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
     accuracy_by_length(str(out), 100, seed, json_out)
 

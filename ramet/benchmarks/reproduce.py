@@ -2,8 +2,8 @@
 
 Two policies are trained from the shipped base by the same reinforcement learning, with the same number of
 updates and rollouts: one is offered the spawn tool, the other ("solo") is not. Then five policies answer
-the same held-out tasks under the same budgets. The fixed map-reduce gets the split that does best on
-training tasks. Everything resumes.
+the same held-out tasks under the same budgets. Best of n and map-reduce run with the settings that do best
+on other tasks. Everything resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ramet.benchmarks import baselines, frontier, plots
 from ramet.benchmarks.harness import Entry, Measured, grouped, measure
 from ramet.benchmarks.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.benchmarks.report import write_report
-from ramet.benchmarks.session import meta, model_path, open_model, read_metrics
+from ramet.benchmarks.session import meta, model_path, open_model, read_metrics, weights_id
 from ramet.benchmarks.show import write_json
 from ramet.config import RunConfig
 from ramet.policy.hf import HFPolicy
@@ -35,27 +35,40 @@ NANO: dict[str, Any] = {"train": {"updates": 200, "temperature": 0.5}}
 ROWS_PER_CLONE = (1, 2, 3)
 
 
-def choose_split(config: RunConfig, journal: Journal) -> int:
-    """Rows per clone with which map-reduce does best on training tasks of both ranges of length, at the largest budgets."""
+TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
+
+
+def choose(config: RunConfig, journal: Journal) -> tuple[dict[str, dict[int, int]], float]:
+    """Give the baselines their best settings, found on other tasks than those that are measured.
+
+    Map-reduce gets, per split and budget, the rows per clone with which it does best; best of n the
+    sampling temperature that does best over all budgets.
+    """
     model, _, chat = open_model(config)
     env = config.env.build()
+    seed = seed_of(config.seed, "choose", config.eval.seed)
 
-    async def main() -> list[tuple[float, int]]:
-        found = []
+    async def scores(policy: HFPolicy, entry: Entry, split: str, budgets: Sequence[int], tasks: int) -> dict[int, float]:
+        drawn = [replace(t, id=f"choose-{t.id}") for t in env.tasks(split, tasks, seed % 2**32)]
+        measured = await measure(policy, chat, entry, env, drawn, split, budgets, config.budget, journal, seed)
+        return {budget: sum(m.score for m in measured if m.budget == budget) for budget in budgets}
+
+    async def main() -> tuple[dict[str, dict[int, int]], float]:
+        rows: dict[str, dict[int, int]] = {}
+        votes = dict.fromkeys(TEMPERATURES, 0.0)
         async with HFPolicy(model, max_batch=config.train.max_batch) as policy:
-            for rows in ROWS_PER_CLONE:
-                entry = Entry(f"map_reduce_{rows}", baselines.map_reduce(rows), Sampling(temperature=config.eval.temperature), 0)
-                total = 0.0
-                for split, budgets in (("iid", config.eval.budgets), ("ood", config.eval.ood_budgets)):
-                    tasks = [replace(t, id=f"choose-{t.id}") for t in env.tasks(split, 100, seed_of(config.eval.seed, "choose", 0))]
-                    measured = await measure(
-                        policy, chat, entry, env, tasks, split, [max(budgets)], config.budget, journal, config.eval.seed
-                    )
-                    total += sum(m.score for m in measured)
-                found.append((total, -rows))
-        return found
+            for split, budgets in (("iid", config.eval.budgets), ("ood", config.eval.ood_budgets)):
+                found = {}
+                for size in ROWS_PER_CLONE:
+                    entry = Entry(f"map_reduce_{size}", baselines.map_reduce(size), Sampling(temperature=config.eval.temperature), 0)
+                    found[size] = await scores(policy, entry, split, budgets, config.eval.tasks // 3 or 1)
+                rows[split] = {budget: max(ROWS_PER_CLONE, key=lambda size: found[size][budget]) for budget in budgets}
+                for temperature in TEMPERATURES:
+                    entry = Entry(f"best_of_n_{temperature}", baselines.best_of_n, Sampling(temperature=temperature), 0)
+                    votes[temperature] += sum((await scores(policy, entry, split, budgets, config.eval.tasks // 6 or 1)).values())
+        return rows, max(TEMPERATURES, key=votes.__getitem__)
 
-    return -max(anyio.run(main))[1]
+    return anyio.run(main)
 
 
 def reproduce_nano(config: RunConfig, directory: Path) -> None:
@@ -66,25 +79,28 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     for name, spawn in (("trained", True), ("solo", False)):
         run_training(config, directory / name, spawn, name)
         checkpoints[name] = directory / name / "checkpoints" / f"step-{config.train.updates:06d}"
-    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"))) as journal:
-        rows = choose_split(config, journal)
-        console.print(f"map-reduce gives {rows} rows to a clone (best of {ROWS_PER_CLONE} on training tasks)")
+    identity = [weights_id(path) for path in (base, *checkpoints.values())]
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), identity)) as journal:
+        console.print("choosing the baselines' settings on tasks of their own")
+        rows, temperature = choose(config, journal)
+        console.print(f"map-reduce, rows per clone by budget: {rows}; best of n, temperature: {temperature}")
         greedy = Sampling(temperature=config.eval.temperature)
         measured: list[Measured] = []
-        for path, entries in (
-            (checkpoints["trained"], [tree_entry("trained", config, True)]),
-            (checkpoints["solo"], [tree_entry("solo", config, False)]),
-            (
-                base,
-                [
-                    tree_entry("base", config, True),
-                    Entry("best_of_n", baselines.best_of_n, Sampling(temperature=1.0), 0),
-                    Entry("map_reduce", baselines.map_reduce(rows), greedy, 0),
-                ],
-            ),
-        ):
-            measured += run_measuring(config, path, entries, ("iid", "ood"), journal, "measuring")
-    records = [meta("reproduce nano", config.seed), *summary(measured), {"record": "choice", "map_reduce_rows_per_clone": rows}]
+        for name, spawn in (("trained", True), ("solo", False)):
+            measured += run_measuring(config, checkpoints[name], [tree_entry(name, config, spawn)], ("iid", "ood"), journal, "measuring")
+        for split in ("iid", "ood"):
+            entries = [
+                tree_entry("base", config, True),
+                Entry("best_of_n", baselines.best_of_n, Sampling(temperature=temperature), 0),
+                Entry("map_reduce", baselines.map_reduce(rows[split]), greedy, 0),
+            ]
+            measured += run_measuring(config, base, entries, (split,), journal, "measuring")
+    choices = [
+        {"record": "choice", "split": split, "budget": budget, "map_reduce_rows_per_clone": size, "best_of_n_temperature": temperature}
+        for split, by_budget in rows.items()
+        for budget, size in by_budget.items()
+    ]
+    records = [meta("reproduce nano", config.seed), *summary(measured), *choices]
     write_json(directory / "results.json", records)
     curves = {name: read_metrics(directory / name) for name in ("trained", "solo")}
     pictures(records, curves, directory)

@@ -190,6 +190,9 @@ def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | N
             "backend": "generate_batch",
             "model": name,
             "requests": len(full),
+            "tokens": 64 * len(full),
+            "tokens_per_second": even_rate["generate_batch"],
+            "forward_share": None,
             "tokens_per_second_full": even_rate["generate_batch"],
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -33,7 +34,18 @@ def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, C
     """The configured model (or the one at `path`), with the configured number of threads."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return load_model(path or model_path(config.model), config.chat)
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_model(path or model_path(config.model), config.chat, getattr(torch, config.dtype), device)
+
+
+def weights_id(path: Path) -> str:
+    """A hash of a model's weights and tokenizer, so that a journal of other weights is not taken for this one's."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
@@ -58,7 +70,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         return Verdict(score, penalties, scored(tree, score, penalties))
 
     model, tokenizer, chat = open_model(config)
-    job = fingerprint(config.model_dump(mode="json"), spawn)
+    job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(model_path(config.model)))
     return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job)
 
 

@@ -5,6 +5,7 @@ Samples of one task are not independent; tasks are. Intervals are therefore over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,18 @@ def accuracy_interval(scores: Mapping[str, Sequence[float]]) -> Interval:
     centre = (p + Z95**2 / (2 * effective)) / (1 + Z95**2 / effective)
     half = Z95 / (1 + Z95**2 / effective) * np.sqrt(p * (1 - p) / effective + Z95**2 / (4 * effective**2))
     return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+
+
+def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> float:
+    """Two-sided exact sign test over the tasks on which a and b differ (McNemar's test where a task has one sample).
+
+    A bootstrap of few discordant tasks excludes zero too easily: four wins against none are p = 0.125.
+    """
+    signs = [np.sign(np.mean(a[t]) - np.mean(b[t])) for t in set(a) & set(b)]
+    wins, losses = signs.count(1), signs.count(-1)
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    return min(1.0, 2 * tail)
 
 
 def paired_difference(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import zlib
 from dataclasses import dataclass
 
 from ramet.agents.context import ContextStore
@@ -45,10 +46,13 @@ class RowsEnvironment:
         low, high = self.ood_operands if split == "ood" else self.operands
         rng = random.Random(f"rows/{split}/{seed}")
         made: list[Task] = []
-        for index in range(count):
+        while len(made) < count:
             values = [rng.randint(1, self.largest) * rng.choice((1, -1)) for _ in range(rng.randint(low, high))]
             values[0] = abs(values[0])
-            made.append(rows_task(values, f"{split}-{seed}-{index}"))
+            # A fifth of all sums is held out, whatever the seed: no measured task was ever trained on.
+            held_out = zlib.crc32(spell(values, signed=True).encode()) % 5 == 0
+            if held_out == (split != "train"):
+                made.append(rows_task(values, f"{split}-{seed}-{len(made)}"))
         return made
 
     def grade(self, task: Task, answer: str | None) -> float:
@@ -83,7 +87,7 @@ def parse_sum(text: str) -> list[int]:
     """The operands of a flat sum such as `12+34-5`. Raises `TaskError` for anything else."""
     compact = re.sub(r"\s+", "", text)
     if not re.fullmatch(r"[+-]?\d{1,6}([+-]\d{1,6})*", compact, re.ASCII):
-        raise TaskError(f"{text[:60]!r} is not a sum: write integers joined by + and -, such as 12+34-5")
+        raise TaskError(f"{text[:60]!r} is not a sum: write integers of at most six digits joined by + and -, such as 12+34-5")
     return [int(term) for term in re.findall(r"[+-]?\d+", compact)]
 
 

@@ -32,7 +32,7 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Status, Task, Tree
-from ramet.errors import ConfigError, PolicyError, StorageError
+from ramet.errors import ConfigError, PolicyError, RametError, RewardError, StorageError, first_line
 from ramet.policy.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.credit import ESTIMATORS, ScoredTree
 from ramet.policy.hf import HFPolicy
@@ -129,8 +129,10 @@ class Trainer:
                 raise ConfigError(f"{self.directory} holds a run with another seed or configuration; choose another --name or remove it")
             self.start = state["step"]
         kept = [line for line in self._lines() if json.loads(line)["update"] < self.start]
-        if kept or self._metrics.exists():
-            _write(self._metrics, "".join(line + "\n" for line in kept), "w")
+        if self._metrics.exists():
+            draft = self._metrics.with_name("metrics.draft")
+            _write(draft, "".join(line + "\n" for line in kept), "w")
+            draft.replace(self._metrics)
         return self.start
 
     def _lines(self) -> list[str]:
@@ -183,7 +185,7 @@ class Trainer:
         started = time.perf_counter()
         groups = await self.rollout(update)
         sampled = time.perf_counter()
-        verdicts = [[self.judge(task, tree) for tree in trees] for task, trees in groups]
+        verdicts = [[self._judged(task, tree) for tree in trees] for task, trees in groups]
         estimate = ESTIMATORS[self.config.estimator]
         scored: list[list[ScoredTree]] = []
         for (_, trees), judged in zip(groups, verdicts, strict=True):
@@ -196,6 +198,15 @@ class Trainer:
         metrics["seconds_sampling"] = sampled - started
         metrics["seconds_training"] = time.perf_counter() - sampled
         return metrics
+
+    def _judged(self, task: Task, tree: Tree) -> Verdict:
+        try:
+            return self.judge(task, tree)
+        except RametError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise RewardError(f"the reward of task {task.id} raised {said}; fix the reward function") from error
 
     def _texts(self, tree: Tree) -> tuple[str, ...]:
         if self.config.estimator != "reference":

@@ -85,7 +85,7 @@ def test_best_of_n_takes_the_most_frequent_and_on_ties_the_earliest(base):
 
 def test_best_of_n_needs_a_limit(base):
     _, _, chat = base
-    with pytest.raises(ConfigError, match="needs a limit"):
+    with pytest.raises(ConfigError, match="need a limit on generated tokens"):
         anyio.run(best_of_n, Runtime(Says(chat, []), chat), ENV.tasks("iid", 1, 0)[0], Budget(), 0)
 
 

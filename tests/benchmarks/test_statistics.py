@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ramet.benchmarks.frontier import claims, cost_at, equal_accuracy
-from ramet.benchmarks.statistics import accuracy_interval, paired_difference
+from ramet.benchmarks.statistics import accuracy_interval, paired_difference, sign_test
 
 
 def scores(values) -> dict[str, list[float]]:
@@ -62,13 +62,24 @@ def test_cost_at_equal_accuracy():
     assert cost_at(points, 0.4, "critical_path") == pytest.approx(20)
     assert cost_at(points, 0.1, "critical_path") == 10 and cost_at(points, 0.7, "critical_path") is None
     ours = [{**p, "policy": "trained", "split": "iid", "generated": 1} for p in points]
-    theirs = [{"accuracy": 0.4, "critical_path": 50, "generated": 1, "policy": "solo", "split": "iid"}]
+    solo = {"policy": "solo", "split": "iid", "generated": 1}
+    theirs = [
+        {**solo, "accuracy": 0.40, "ci_high": 0.45, "critical_path": 50},
+        {**solo, "accuracy": 0.41, "ci_high": 0.46, "critical_path": 90},  # not clearly better: 50 is what it needs
+    ]
     path = next(r for r in equal_accuracy([*ours, *theirs]) if r["cost"] == "critical_path")
     assert path["ratio"] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(("wins", "losses", "p"), [(4, 0, 0.125), (6, 0, 0.03125), (0, 0, 1.0), (5, 5, 1.0), (1, 9, 22 / 1024)])
+def test_the_sign_test_by_hand(wins, losses, p):
+    a = scores([1] * wins + [0] * losses + [1] * 20)
+    b = scores([0] * wins + [1] * losses + [1] * 20)
+    assert sign_test(a, b) == pytest.approx(p)
+
+
 def test_claims_count_what_the_intervals_say():
     rows = [(0.1, 0.05, 0.2), (0.0, -0.1, 0.1), (-0.2, -0.3, -0.1)]
-    compared = [{"baseline": "solo", "split": "iid", "difference": d, "ci_low": a, "ci_high": b} for d, a, b in rows]
+    compared = [{"baseline": "solo", "split": "iid", "difference": d, "ci_low": a, "ci_high": b, "p_value": 0.01} for d, a, b in rows]
     (claim,) = claims(compared)
     assert (claim["not_worse"], claim["clearly_better"], claim["clearly_worse"], claim["budgets"]) == (2, 1, 1, 3)

@@ -88,6 +88,13 @@ def test_tasks_are_a_function_of_their_arguments_and_splits_differ():
         env.tasks("test", 1, 0)
 
 
+def test_no_measured_task_is_ever_trained_on():
+    env = RowsEnvironment((2, 3))
+    trained = {t.messages[0].content for seed in range(20) for t in env.tasks("train", 300, seed)}
+    measured = {t.messages[0].content for seed in range(5) for t in env.tasks("iid", 100, seed)}
+    assert len(trained) > 1000 and len(measured) > 100 and not trained & measured
+
+
 @pytest.mark.parametrize("text", ["", "12*3", "a+b", "__import__('os')", "1+", "9" * 7, "1++2", "(1)", "1;2", "\u0661+1"])
 def test_what_is_not_a_sum_is_refused(text):
     with pytest.raises(TaskError, match="is not a sum"):

@@ -120,7 +120,7 @@ def test_a_reward_that_raises_stops_the_run(random_model, nano_tokenizer, tmp_pa
     def bad(task: Task, tree: Tree) -> Verdict:
         raise ZeroDivisionError("in the reward")
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(RewardError, match="raised ZeroDivisionError: in the reward; fix the reward function"):
         anyio.run(trainer(random_model, nano_tokenizer, tmp_path, judge_=bad).update_in_service, 0)
 
 
