@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import random
 import re
 from collections import defaultdict
@@ -131,6 +133,10 @@ def test_the_shipped_base_is_right_on_short_sums_and_lost_on_long_ones(base):
 def test_the_shipped_base_has_no_preference(base):
     for operands in (3, 8, 16):
         assert 0.25 <= accuracy(base, operands, depth=1)[1] <= 0.75
+
+
+def test_the_shipped_base_is_the_recipes():
+    assert json.loads((BASE / "pretrain.json").read_text()) == dataclasses.asdict(PretrainConfig())
 
 
 def test_the_shipped_base_is_small():
