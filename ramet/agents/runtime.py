@@ -116,5 +116,8 @@ class Runtime:
                 for _ in range(in_flight):
                     group.start_soon(worker, send.clone())
             async with receive:
-                yield receive
-                group.cancel_scope.cancel()
+                try:
+                    yield receive
+                finally:
+                    # Before the stream closes: also on an interrupt, nobody may find it closed and call that an error.
+                    group.cancel_scope.cancel()

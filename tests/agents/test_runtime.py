@@ -328,6 +328,15 @@ async def test_leaving_while_a_finished_tree_waits_is_no_error():
     assert policy.running == 0
 
 
+async def test_an_error_of_the_consumer_comes_out_as_it_is():
+    policy = ScriptedPolicy(lambda _: "Answer: 1\0")
+    with pytest.raises(ZeroDivisionError):
+        async with Runtime(policy, PlainFormat()).run_many([Job(task(), Budget(), seed=i) for i in range(9)], in_flight=3) as trees:
+            async for _ in trees:
+                await anyio.sleep(0.02)
+                raise ZeroDivisionError
+
+
 async def test_the_same_seed_asks_for_the_same_samples():
     asked = []
     for _ in range(2):
