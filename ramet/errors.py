@@ -69,12 +69,6 @@ class StorageError(RametError):
     """The disk refused a write. What was written before is intact."""
 
 
-class Interrupted(RametError):
-    """Ctrl-C or SIGTERM. The run folder can be resumed."""
-
-    exit_code = 130
-
-
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, on one line."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

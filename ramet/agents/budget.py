@@ -77,14 +77,13 @@ CURRENCIES = (*POOLED, "critical_path", "branch_generated", "turns")
 class Ledger:
     """The account of one branch. Make the root's with `Ledger.of`, a clone's with `fork`."""
 
-    __slots__ = ("_children", "_held", "_limit", "_open", "_parent", "_spent", "budget")
+    __slots__ = ("_children", "_held", "_limit", "_open", "_spent", "budget")
 
-    def __init__(self, budget: Budget, limit: dict[str, int | None], parent: Ledger | None = None):
+    def __init__(self, budget: Budget, limit: dict[str, int | None]):
         self.budget = budget
         self._limit = limit
         self._spent = dict.fromkeys(CURRENCIES, 0)
         self._held = dict.fromkeys(CURRENCIES, 0)
-        self._parent = parent
         self._children: list[Ledger] = []
         self._open = True
 
@@ -247,7 +246,7 @@ class Fork:
         self._parent = parent
         self._limits = limits
         self._path = 0
-        self.ledgers = [Ledger(parent.budget, limit, parent) for limit in limits]
+        self.ledgers = [Ledger(parent.budget, limit) for limit in limits]
         parent._children.extend(self.ledgers)
 
     def close(self, ledger: Ledger) -> None:

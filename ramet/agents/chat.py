@@ -273,7 +273,7 @@ class TemplateFormat:
         self._system_role = True
         try:
             self._system_role = _slot(0) in self._render([Message("system", _slot(0)), Message("user", _slot(1))], False)
-        except Exception:
+        except Exception:  # likewise for one without a system role
             self._system_role = False
         self._stop_text, self._suffix = self._derive_suffix()
         ids = self._encode_template(self._stop_text)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ramet.agents.chat import ChatFormat, chat_format
-from ramet.errors import ChatFormatError, CheckpointError, first_line
+from ramet.errors import CheckpointError, first_line
 
 
 def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:
@@ -26,8 +26,6 @@ def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float3
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
-    except ChatFormatError:
-        raise
     except Exception as error:  # transformers raises many classes for a broken directory
         raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval(), tokenizer, chat_format(chat, tokenizer)
