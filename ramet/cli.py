@@ -171,6 +171,36 @@ def models_list() -> None:
     list_models()
 
 
+@bench.command("simulate")
+def bench_simulate(
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default 10,000, or 1 if --seed is given.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The first one.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print what each seed stands for, its trees, and tracebacks.")] = False,
+    json: _Json = None,
+) -> None:
+    """Grow random trees under random faults, an interleaving a seed, and check what must always hold.
+
+    Example: ramet bench simulate --seeds 10000 --json simulate.json
+    """
+    from ramet.benchmarks.simulate import bench_simulate
+
+    bench_simulate(seeds or (10_000 if seed is None else 1), seed or 0, verbose, json)
+
+
+@bench.command("runtime")
+def bench_runtime(
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
+    json: _Json = None,
+) -> None:
+    """What a clone costs in CPU and memory, beside a task of a bare anyio task group.
+
+    Example: ramet bench runtime --json runtime.json
+    """
+    from ramet.benchmarks.fanout import bench_runtime
+
+    bench_runtime(repeats, json)
+
+
 @models.command("train-nano")
 def models_train_nano(
     out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("runs/nano-base"),

@@ -18,7 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ramet.agents.budget import Budget
-from ramet.env.arithmetic import ReferenceEnvironment, RowsEnvironment
+from ramet.env.arithmetic import KEYS, ReferenceEnvironment, RowsEnvironment
 from ramet.env.environment import Environment
 from ramet.errors import ConfigError, StorageError
 from ramet.policy.trainer import TrainConfig
@@ -29,28 +29,31 @@ _Tokens = Annotated[int, Field(ge=1)]
 
 
 class EnvConfig(BaseModel):
-    """The environment. The ranges of operands are inclusive and belong to `rows`; `graded` belongs to `reference`."""
+    """The environment. Ranges are inclusive; `graded` belongs to `reference`, everything else to `rows`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["rows", "reference"] = "rows"
     operands: tuple[int, int] = (2, 16)
     ood_operands: tuple[int, int] = (32, 40)
+    row: tuple[int, int] = (3, 4)
     largest: Annotated[int, Field(ge=1, le=99)] = 9
     graded: bool = True
 
     @model_validator(mode="after")
     def _ranges(self) -> EnvConfig:
-        for name in ("operands", "ood_operands"):
+        for name in ("operands", "ood_operands", "row"):
             low, high = getattr(self, name)
-            if not 1 <= low <= high <= 104:
-                raise ValueError(f"{name} must be two lengths from 1 to 104, the smaller first")
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be two lengths from 1 on, the smaller first")
+        if max(self.operands[1] / self.row[0], self.ood_operands[1] / self.row[1]) > len(KEYS):
+            raise ValueError(f"a sum has at most {len(KEYS)} rows; make operands shorter or row longer")
         return self
 
     def build(self) -> Environment:
         if self.kind == "reference":
             return ReferenceEnvironment(self.graded)
-        return RowsEnvironment(self.operands, self.ood_operands, self.largest)
+        return RowsEnvironment(self.operands, self.ood_operands, self.row, self.largest)
 
 
 class EvalConfig(BaseModel):

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
-from ramet.agents.budget import Budget, Ledger
+from ramet.agents.budget import Budget, Grant, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore, clone_prompt
 from ramet.agents.protocol import (
@@ -54,6 +54,11 @@ class Growth:
     reason: str = ""
     started: float = 0.0
     ended: float | None = None
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+    def cancel(self) -> None:
+        """End this branch and its clones; its parent, told by a typed result, goes on."""
+        self.scope.cancel()
 
     def freeze(self, otherwise: Status, now: float) -> Branch:
         """The record of this branch. One that has not ended gets the status `otherwise`."""
@@ -121,10 +126,13 @@ def seed_of(seed: int, branch: str, turn: int) -> int:
 
 
 async def run_branch(setting: Setting, growth: Growth) -> None:
-    """Grow one branch to its end. Sets status and answer; raises only cancellation and bugs."""
+    """Grow one branch to its end. Sets status and answer; raises only cancellation from outside, and bugs."""
     growth.started = anyio.current_time()
     try:
-        await _grow(setting, growth)
+        with growth.scope:
+            await _grow(setting, growth)
+        if growth.scope.cancelled_caught:
+            _end(growth, Status.CANCELLED)
     except PolicyError as error:
         _end(growth, Status.FAILED, reason=str(error))
     except BudgetExhausted as error:
@@ -261,55 +269,65 @@ async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> S
         if most < 1:
             return None
         request = SampleRequest(prompt, most, setting.chat.stop_ids, seed, setting.sampling, setting.group)
-        partial = Partial()
-        async with setting.limiter:
-            with ledger.reserve(most, len(prompt)) as grant:
-                try:
-                    sample = await setting.policy.sample(request, partial)
-                except anyio.get_cancelled_exc_class():
-                    grant.settle(len(partial.ids), partial.prefilled)
-                    _record(
-                        growth,
-                        Sample(
-                            tuple(partial.ids),
-                            tuple(partial.logprobs),
-                            StopReason.CANCELLED,
-                            partial.prefilled,
-                            partial.cached,
-                            setting.policy.version,
-                        ),
-                    )
-                    raise
-                except PolicyError:
-                    grant.settle(len(partial.ids), partial.prefilled, turns=0)
-                    growth.discarded += len(partial.ids)
-                    growth.discarded_prefilled += partial.prefilled
-                    raise
-                if len(sample.ids) > most:
-                    raise PolicyError(f"the backend returned {len(sample.ids)} tokens for a grant of {most}")
-                grant.settle(len(sample.ids), sample.prefilled)
-        return sample
+        return await _attempt(setting, growth, request)
 
-    sample = None
-    async for trial in AsyncRetrying(
-        retry=retry_if_exception_type(TransientPolicyError),
-        stop=stop_after_attempt(setting.attempts),
-        wait=_wait,
-        sleep=anyio.sleep,
-        reraise=True,
-    ):
-        with trial:
-            sample = await attempt()
+    try:
+        sample = await attempt()
+    except TransientPolicyError as error:
+        if setting.attempts <= 1:
+            raise
+        await anyio.sleep(_pause(error, 1))
+        sample = await AsyncRetrying(
+            retry=retry_if_exception_type(TransientPolicyError),
+            stop=stop_after_attempt(setting.attempts - 1),
+            wait=lambda state: _pause(state.outcome.exception() if state.outcome else None, state.attempt_number + 1),
+            sleep=anyio.sleep,
+            reraise=True,
+        )(attempt)
     if sample is not None:
         _record(growth, sample)
     return sample
 
 
-def _wait(state: RetryCallState) -> float:
+async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> Sample:
+    """One try at a sample: reserved, and settled on every way out."""
+    limiter, policy, partial = setting.limiter, setting.policy, Partial()
+    try:
+        limiter.acquire_nowait()
+    except anyio.WouldBlock:
+        await limiter.acquire()
+    try:
+        with growth.ledger.reserve(request.max_tokens, len(request.prompt)) as grant:
+            try:
+                sample = await policy.sample(request, partial)
+            except anyio.get_cancelled_exc_class():
+                grant.settle(len(partial.ids), partial.prefilled)
+                ids, logprobs = tuple(partial.ids), tuple(partial.logprobs)
+                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, partial.prefilled, partial.cached, policy.version))
+                raise
+            except PolicyError:
+                _discard(growth, grant, len(partial.ids), partial.prefilled)
+                raise
+            if len(sample.ids) > request.max_tokens:
+                _discard(growth, grant, request.max_tokens, min(sample.prefilled, len(request.prompt)))
+                raise PolicyError(f"the backend returned {len(sample.ids)} tokens for a grant of {request.max_tokens}")
+            grant.settle(len(sample.ids), sample.prefilled)
+            return sample
+    finally:
+        limiter.release()
+
+
+def _discard(growth: Growth, grant: Grant, generated: int, prefilled: int) -> None:
+    """Charge an attempt that gave no turn."""
+    grant.settle(generated, prefilled, turns=0)
+    growth.discarded += generated
+    growth.discarded_prefilled += prefilled
+
+
+def _pause(error: BaseException | None, attempt: int) -> float:
     """Seconds before the next attempt: what the server asked for, else 0.1, 0.2, 0.4, ... up to 10."""
-    error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, TransientPolicyError) else None
-    return asked if asked is not None else min(0.1 * 2.0 ** (state.attempt_number - 1), 10.0)
+    return asked if asked is not None else min(0.1 * 2.0 ** (attempt - 1), 10.0)
 
 
 def _record(growth: Growth, sample: Sample) -> None:

@@ -102,6 +102,10 @@ class Ledger:
     def reserved(self, currency: str) -> int:
         return self._held[currency]
 
+    def amounts(self) -> tuple[int, ...]:
+        """All that is spent and all that is reserved: equal if nothing has moved."""
+        return (*self._spent.values(), *self._held.values())
+
     def left(self, currency: str) -> int | None:
         """What can still be reserved; None if unlimited."""
         limit = self._limit[currency]

@@ -210,7 +210,7 @@ class ChatMLFormat:
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         if self._markers is not None:
             return _parse_marked(self._tokenizer, sampled, self.stop_ids, *self._markers)
-        return _parse_spelled(_decode(self._tokenizer, [i for i in sampled if i not in self.stop_ids]))
+        return parse_spelled(_decode(self._tokenizer, [i for i in sampled if i not in self.stop_ids]))
 
     def text(self, ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, ids)
@@ -236,7 +236,7 @@ _TOOL_PREAMBLE = (
 )
 
 
-def _parse_spelled(text: str) -> ParsedTurn:
+def parse_spelled(text: str) -> ParsedTurn:
     """Calls between spelled tags, for tokenizers that have no token for them."""
     visible: list[str] = []
     calls: list[str] = []
@@ -307,7 +307,7 @@ class TemplateFormat:
         added = self._tokenizer.get_added_vocab()
         if "<tool_call>" in added and "</tool_call>" in added:
             return _parse_marked(self._tokenizer, sampled, self.stop_ids, added["<tool_call>"], added["</tool_call>"])
-        return _parse_spelled(_decode(self._tokenizer, [i for i in sampled if i not in self.stop_ids]))
+        return parse_spelled(_decode(self._tokenizer, [i for i in sampled if i not in self.stop_ids]))
 
     def text(self, ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, ids)

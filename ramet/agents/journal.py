@@ -66,15 +66,19 @@ class Journal:
             end += len(line)
         return end
 
-    def append(self, record: dict[str, Any]) -> None:
-        """Add one record; it is handed to the operating system when this returns. Raises `StorageError`."""
+    def append(self, record: dict[str, Any], keep: bool = True) -> None:
+        """Add one record; it is handed to the operating system when this returns. Raises `StorageError`.
+
+        `keep` holds it in `records` too.
+        """
         try:
             self._write(record)
         except OSError as error:
             raise StorageError(
                 f"cannot write journal {self.path}: {error.strerror or error}; free space and run again to resume"
             ) from error
-        self.records.append(record)
+        if keep:
+            self.records.append(record)
 
     def _write(self, record: dict[str, Any]) -> None:
         body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()

@@ -75,17 +75,24 @@ def show_tree(config: RunConfig, model: Path) -> str:
     tasks = sorted(env.tasks("iid", 20, config.eval.seed + config.seed + 1), key=env.size, reverse=True)
     budget = config.budget.model_copy(update={"generated": max(config.eval.budgets)})
 
-    async def main() -> Any:
+    sampling = Sampling(temperature=config.eval.temperature)
+
+    async def delegated() -> Any:
         """The longest problem that is delegated; the longest of all if none is."""
         async with HFPolicy(weights) as policy:
-            grown = []
-            runtime = Runtime(policy, chat, Sampling(temperature=config.eval.temperature))
+            runtime = Runtime(policy, chat, sampling)
             for task in tasks:
-                grown.append((await runtime.run(task, budget, config.seed)).spawned)
-            task = tasks[grown.index(True) if True in grown else 0]
-            return task, await grow_live(policy, chat, task, budget, config.seed, runtime.sampling)
+                if (await runtime.run(task, budget, config.seed)).spawned:
+                    return task
+            return tasks[0]
 
-    task, tree = anyio.run(main)
+    async def grow(task: Any) -> Any:
+        # An engine of its own: the bill is that of a problem seen for the first time.
+        async with HFPolicy(weights) as policy:
+            return await grow_live(policy, chat, task, budget, config.seed, sampling)
+
+    task = anyio.run(delegated)
+    tree = anyio.run(grow, task)
     recorder = Console(record=True, width=100, file=io.StringIO())
     for target in (console, recorder):
         target.print(task.messages[-1].content)

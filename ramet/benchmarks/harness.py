@@ -66,13 +66,19 @@ async def measure(
     template: Budget,
     journal: Journal,
     seed: int,
-    report: Callable[[Measured], None] | None = None,
+    report: Callable[[int], None] | None = None,
     in_flight: int = 64,
 ) -> list[Measured]:
-    """Every task at every budget by one method. Outcomes already in the journal are not computed again."""
+    """Every task at every budget by one method. Outcomes already in the journal are not computed again.
+
+    `report` is told of outcomes as they come to be known, first of those in the journal.
+    """
     done = {(m.budget, m.task): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
     wanted = [(budget, task) for budget in budgets for task in tasks]
-    missing = iter([(b, t) for b, t in wanted if (b, t.id) not in done])
+    todo = [(b, t) for b, t in wanted if (b, t.id) not in done]
+    missing = iter(todo)
+    if report is not None:
+        report(len(wanted) - len(todo))
     runtime = Runtime(policy, chat, entry.sampling)
 
     async def worker() -> None:
@@ -83,7 +89,7 @@ async def measure(
             journal.append(measured.record())
             done[budget, task.id] = measured
             if report is not None:
-                report(measured)
+                report(1)
 
     async with task_group() as group:
         for _ in range(in_flight):

@@ -75,21 +75,8 @@ def run_measuring(
                     with progress.measuring(
                         f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)
                     ) as report:
-                        known = {(m.policy, m.split, m.budget, m.task) for m in map(Measured.of, journal)}
-                        report(sum((entry.policy, split, b, t.id) in known for b in budgets for t in tasks))
-                        found += await measure(
-                            policy,
-                            chat,
-                            entry,
-                            env,
-                            tasks,
-                            split,
-                            budgets,
-                            config.budget,
-                            journal,
-                            config.eval.seed + config.seed,
-                            lambda _: report(1),
-                        )
+                        seed = config.eval.seed + config.seed
+                        found += await measure(policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report)
         return found
 
     return anyio.run(main)

@@ -26,6 +26,7 @@ from ramet.benchmarks.jobs import claim_folder, print_points, result_records, ru
 from ramet.benchmarks.report import write_report
 from ramet.benchmarks.session import meta, model_path, open_model, read_metrics, weights_id
 from ramet.benchmarks.show import write_json
+from ramet.benchmarks.tables import markdown
 from ramet.config import RunConfig
 from ramet.policy.hf import HFPolicy
 
@@ -72,7 +73,7 @@ def choose(config: RunConfig, journal: Journal) -> tuple[dict[str, dict[int, int
 
 
 def reproduce_nano(config: RunConfig, directory: Path) -> None:
-    """Train both, measure all, write `results.json`, pictures and `report.html` into `directory`."""
+    """Train both, measure all, write `results.json`, `results.md`, pictures and `report.html` into `directory`."""
     claim_folder(directory, config)
     base = model_path(config.model)
     checkpoints = {}
@@ -102,6 +103,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     ]
     records = [meta("reproduce nano", config.seed), *summary(measured), *choices]
     write_json(directory / "results.json", records)
+    (directory / "results.md").write_text(markdown(records))
     curves = {name: read_metrics(directory / name) for name in ("trained", "solo")}
     pictures(records, curves, directory)
     write_report(
@@ -113,7 +115,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     )
     print_points(records)
     print_claims(records)
-    console.print(f"written to {directory}: results.json, report.html, frontier.png, behaviour.png, learning.png")
+    console.print(f"written to {directory}: results.json, results.md, report.html, frontier.png, behaviour.png, learning.png")
 
 
 def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 Two generators:
 
-- `rows`: sums and differences of small integers, written in rows of at most four operands, each row a
+- `rows`: sums and differences of small integers, written in rows of a few operands, each row a
   document with its own key, as on a bill. Every row is in the root's prompt too, so delegation
   adds no information. The tasks of the nano model.
 - `reference`: the generator of the SELFCEST release with its exact distribution (specification,
@@ -31,12 +31,13 @@ ROW = 4
 class RowsEnvironment:
     """Sums in rows.
 
-    iid and training tasks have `operands` of them (inclusive range, uniform), out-of-distribution
-    ones `ood_operands`; all operands are 1..`largest`.
+    iid and training tasks have `operands` of them (inclusive range, uniform) in rows of at most `row` (likewise);
+    out-of-distribution ones have `ood_operands` in rows of the longest kind. All operands are 1..`largest`.
     """
 
     operands: tuple[int, int] = (2, 16)
     ood_operands: tuple[int, int] = (32, 40)
+    row: tuple[int, int] = (3, 4)
     largest: int = 9
     name: str = "rows"
 
@@ -52,7 +53,8 @@ class RowsEnvironment:
             # A fifth of all sums is held out, whatever the seed: no measured task was ever trained on.
             held_out = zlib.crc32(spell(values, signed=True).encode()) % 5 == 0
             if held_out == (split != "train"):
-                made.append(rows_task(values, f"{split}-{seed}-{len(made)}"))
+                row = self.row[1] if split == "ood" else rng.randint(*self.row)
+                made.append(rows_task(values, f"{split}-{seed}-{len(made)}", row=row))
         return made
 
     def grade(self, task: Task, answer: str | None) -> float:

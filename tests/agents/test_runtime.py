@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 
@@ -11,11 +12,22 @@ import pytest
 from ramet.agents.budget import Budget
 from ramet.agents.protocol import render_call
 from ramet.agents.runtime import Job, Runtime
+from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
 from ramet.errors import PolicyError, TaskError, TransientPolicyError
-from tests.agents.scripted import PlainFormat, ScriptedPolicy
 
 pytestmark = pytest.mark.anyio
+
+
+def failing(errors: dict[int, PolicyError], after: int = 2) -> Callable[[object, int], Fault | None]:
+    """Errors by the number of the request."""
+    numbers = itertools.count()
+
+    def fault(request: object, attempt: int) -> Fault | None:
+        number = next(numbers)
+        return Fault(after, error=errors[number]) if number in errors else None
+
+    return fault
 
 
 def task(text: str = "root", **documents: str) -> Task:
@@ -189,20 +201,22 @@ async def test_results_shrink_to_fit_the_context():
 
 async def test_only_transient_errors_are_retried_and_what_they_generated_is_charged():
     flaky = ScriptedPolicy(
-        lambda _: "Answer: 9\0", failing={0: TransientPolicyError("reset", retry_after=0.0), 1: TransientPolicyError("reset")}
+        lambda _: "Answer: 9\0", faults=failing({0: TransientPolicyError("reset", retry_after=0.0), 1: TransientPolicyError("reset")})
     )
     tree = await Runtime(flaky, PlainFormat()).run(task(), Budget(generated=100))
     assert tree.answer == "9" and len(flaky.requests) == 3
     assert tree.usage.generated == 10 + 2 * 2 and tree.root.turns[0].discarded == 4
     assert len({r.seed for r in flaky.requests}) == 1
-    broken = ScriptedPolicy(lambda _: "Answer: 9\0", failing={0: PolicyError("no such model")})
+    broken = ScriptedPolicy(lambda _: "Answer: 9\0", faults=failing({0: PolicyError("no such model")}))
     tree = await Runtime(broken, PlainFormat()).run(task(), Budget())
     assert (tree.root.status, tree.error, len(broken.requests)) == (Status.FAILED, "no such model", 1)
     assert tree.usage.generated == 2
 
 
 async def test_retries_end_with_the_budget_and_with_the_attempts():
-    always = ScriptedPolicy(lambda _: "Answer: 9\0", failing=dict.fromkeys(range(99), TransientPolicyError("reset", retry_after=0.0)))
+    always = ScriptedPolicy(
+        lambda _: "Answer: 9\0", faults=failing(dict.fromkeys(range(99), TransientPolicyError("reset", retry_after=0.0)))
+    )
     tree = await Runtime(always, PlainFormat(), attempts=3).run(task(), Budget())
     assert tree.root.status is Status.FAILED and len(always.requests) == 3 and tree.usage.generated == 6
     always.requests.clear()
@@ -212,11 +226,11 @@ async def test_retries_end_with_the_budget_and_with_the_attempts():
 
 async def test_a_failed_attempt_costs_no_turn_and_not_the_answer_reserve():
     reset = TransientPolicyError("reset", retry_after=0.0)
-    once = ScriptedPolicy(lambda _: "Answer: 9\0", failing={0: reset})
+    once = ScriptedPolicy(lambda _: "Answer: 9\0", faults=failing({0: reset}))
     tree = await Runtime(once, PlainFormat()).run(task(), Budget(turns=1))
     assert tree.answer == "9" and tree.usage.prefilled == 2 * len(tree.root.prompt)
     program = lambda c: "Answer: 5\0" if "Out of budget" in c else "y" * 1000  # noqa: E731
-    late = ScriptedPolicy(program, failing={0: reset}, after=10)
+    late = ScriptedPolicy(program, faults=failing({0: reset}, after=10))
     tree = await Runtime(late, PlainFormat()).run(task(), Budget(generated=50, answer_reserve=10))
     assert (tree.answer, tree.usage.generated) == ("5", 50)
 

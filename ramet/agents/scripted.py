@@ -1,0 +1,148 @@
+"""A policy whose turns a program writes, with latency and faults, for simulation and tests.
+
+One token is one character, so what a branch reads and says can be read. Faults are functions of the
+request's seed and of how often it was tried, never of the order in which requests arrive: the same seed meets
+the same faults in every interleaving.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import anyio
+
+from ramet.agents.chat import ParsedTurn, parse_spelled
+from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.tree import Message, StopReason
+from ramet.errors import PolicyError, TransientPolicyError
+
+STOP = 0
+
+
+class PlainFormat:
+    """One token per character; 0 ends a turn. A prompt opens with T where the tool is offered, else with -."""
+
+    stop_ids = frozenset({STOP})
+
+    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+        return [ord(c) for c in ("T" if tools else "-") + "".join(m.content + "|" for m in messages if m.role != "system")]
+
+    def after_turn(self, text: str, closed: bool) -> list[int]:
+        return [*([] if closed else [STOP]), *map(ord, f"<{text}>")]
+
+    def parse(self, sampled: Sequence[int]) -> ParsedTurn:
+        return parse_spelled("".join(chr(i) for i in sampled if i != STOP))
+
+    def text(self, ids: Sequence[int]) -> str:
+        return "".join(chr(i) if i != STOP else "$" for i in ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """After `after` tokens of a sample: wait `delay` seconds, then raise `error` if there is one."""
+
+    after: int
+    delay: float = 0.0
+    error: PolicyError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """Draws faults: one sample in `every` meets one. `lasting` includes errors that no retry mends."""
+
+    seed: int
+    every: float
+    lasting: bool = True
+
+    def __call__(self, request: SampleRequest, attempt: int) -> Fault | None:
+        rng = random.Random(f"{self.seed}/{request.seed}/{attempt}")
+        if rng.random() * self.every >= 1:
+            return None
+        after = rng.choice((0, 0, 1, rng.randint(0, 40)))
+        kinds: list[Callable[[], Fault]] = [
+            lambda: Fault(after, rng.choice((1.0, 30.0, 600.0))),
+            lambda: Fault(after, 60.0, TransientPolicyError("timed out after 60 seconds")),
+            lambda: Fault(after, 0.0, TransientPolicyError("connection reset by peer")),
+            lambda: Fault(0, 0.0, TransientPolicyError("429 too many requests", retry_after=rng.choice((0.0, 1.0, 20.0)))),
+            lambda: Fault(after, 0.0, TransientPolicyError("503 service unavailable", retry_after=rng.choice((None, 5.0)))),
+        ]
+        if self.lasting:
+            kinds.append(lambda: Fault(after, 0.0, PolicyError("out of memory")))
+        return rng.choice(kinds)()
+
+
+@dataclass(slots=True)
+class ScriptedPolicy:
+    """`program(context as text)` gives a turn's text; a NUL in it ends the turn. What the program raises is raised.
+
+    delay    seconds that one token takes
+    stride   tokens between two awaits; the last await of a sample comes after its last token
+    faults   given a request and how often it was tried before, the fault that it meets
+    """
+
+    program: Callable[[str], str]
+    delay: float = 0.0
+    stride: int = 1
+    faults: Callable[[SampleRequest, int], Fault | None] | None = None
+    version: int = 3
+    context: int | None = None
+    requests: list[SampleRequest] = field(default_factory=list)
+    emitted: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    """Tokens of every attempt, by the request's group and seed."""
+    tried: dict[tuple[str, int], int] = field(default_factory=dict)
+    """Attempts that were made before this policy was, by the same."""
+    running: int = 0
+    most_running: int = 0
+    injected: int = 0
+    down_until: float = 0.0
+    _crashes: int = 0
+
+    def crash(self, seconds: float) -> None:
+        """Everything in flight fails at its next token; for `seconds` nothing is served."""
+        self._crashes += 1
+        self.down_until = anyio.current_time() + seconds
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        key = (request.group, request.seed)
+        attempts = self.emitted.setdefault(key, [])
+        number = len(attempts)
+        attempts.append(0)
+        self.requests.append(request)
+        fault = self.faults(request, self.tried.get(key, 0) + number) if self.faults is not None else None
+        crashes = self._crashes
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            if anyio.current_time() < self.down_until:
+                self.injected += 1
+                raise TransientPolicyError("connection refused")
+            text = self.program("".join(chr(i) if i else "$" for i in request.prompt))[: request.max_tokens]
+            cut = next((i + 1 for i, c in enumerate(text) if ord(c) in request.stop_ids), len(text))
+            partial.prefilled = len(request.prompt)
+            done = 0
+            while True:
+                if fault is not None and done >= min(fault.after, cut - 1):
+                    self.injected += 1
+                    if fault.delay:
+                        await anyio.sleep(fault.delay)
+                    if fault.error is not None:
+                        raise fault.error
+                    fault = None
+                stride = min(self.stride, cut - done)
+                await anyio.sleep(self.delay * stride)
+                if self._crashes != crashes:
+                    self.injected += 1
+                    raise TransientPolicyError("connection reset: the engine crashed")
+                partial.ids += map(ord, text[done : done + stride])
+                partial.logprobs += [-0.5] * stride
+                done += stride
+                attempts[number] = done
+                if done >= cut:
+                    break
+            ended = bool(partial.ids) and partial.ids[-1] in request.stop_ids
+            stop = StopReason.END if ended else StopReason.LENGTH
+            return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, len(request.prompt), 0, self.version)
+        finally:
+            self.running -= 1

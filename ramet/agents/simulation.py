@@ -1,0 +1,119 @@
+"""A virtual clock and a seeded scheduler: one seed is one interleaving.
+
+`simulate(main, seed)` runs `main` on an asyncio event loop of its own, in which
+
+- time stands still while anything can run and then jumps to the next timer, so that an hour of
+  simulated latency costs nothing;
+- of all that is ready, what runs next is drawn from the seed, the task's number and how often it has been
+  scheduled. Memory addresses and hash seeds play no part: the same seed is the same run in every process;
+- an observer is called after every step, to check what must always hold.
+
+There is no input and output on this loop. Where nothing can ever run again, that is a deadlock and an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from asyncio import events
+from collections.abc import Awaitable, Callable
+from contextvars import Context
+from typing import Any, TypeVar
+
+import anyio
+
+from ramet.errors import RametError
+
+T = TypeVar("T")
+_WORD = 2**64 - 1
+
+
+class SimulationError(RametError):
+    """The simulated program stands still, or does not end."""
+
+
+class _Task(asyncio.Task[Any]):
+    number = 0
+    scheduled = 0
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """See the module. `steps` counts the callbacks that ran; more than `limit` of them is a `SimulationError`."""
+
+    def __init__(self, seed: int, observe: Callable[[], None] | None = None, limit: int = 10_000_000):
+        super().__init__()
+        self.steps = 0
+        self._seed, self._observe, self._limit = seed, observe, limit
+        self._now = 0.0
+        self._queue: list[tuple[int, int, events.Handle]] = []
+        self._made = self._others = self._entered = 0
+        self.set_task_factory(self._make_task)
+
+    def time(self) -> float:
+        """Virtual seconds since the loop was made."""
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass while nothing runs, as a call that blocks would."""
+        self._now += seconds
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        task = _Task.__new__(_Task)
+        self._made += 1
+        task.number = self._made
+        task.__init__(coro, loop=loop, **options)  # type: ignore[misc]
+        return task
+
+    def _call_soon(self, callback: Callable[..., Any], args: Any, context: Context | None) -> events.Handle:
+        handle = events.Handle(callback, args, self, context)
+        self._enter(handle)
+        return handle
+
+    def _enter(self, handle: events.Handle) -> None:
+        """Queue what is ready under a number that decides when its turn comes."""
+        task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
+        if isinstance(task, _Task):
+            task.scheduled += 1
+            turn = _mixed(self._seed, 2 * task.number, task.scheduled)
+        else:
+            self._others += 1
+            turn = _mixed(self._seed, 2 * self._others + 1, 0)
+        self._entered += 1
+        heapq.heappush(self._queue, (turn, self._entered, handle))
+
+    def _run_once(self) -> None:
+        timers = self._scheduled  # type: ignore[attr-defined]
+        while timers and (timers[0]._cancelled or timers[0]._when <= self._now or not self._queue):
+            timer = heapq.heappop(timers)
+            timer._scheduled = False
+            if not timer._cancelled:
+                self._now = max(self._now, timer._when)
+                self._enter(timer)
+        if not self._queue:
+            raise SimulationError(f"deadlock after {self.steps} steps: nothing is ready and no timer is set")
+        _, _, handle = heapq.heappop(self._queue)
+        if handle._cancelled:
+            return
+        self.steps += 1
+        handle._run()
+        # What is raised here ends the run. Tasks are then cancelled, on this loop and unobserved.
+        if self.steps == self._limit:
+            self._observe = None
+            raise SimulationError(f"no end after {self._limit} steps")
+        if self._observe is not None:
+            observe, self._observe = self._observe, None
+            observe()
+            self._observe = observe
+
+
+def _mixed(seed: int, a: int, b: int) -> int:
+    """64 well-mixed bits of three numbers."""
+    x = (seed * 0x9E3779B97F4A7C15 + a * 0xBF58476D1CE4E5B9 + b * 0x94D049BB133111EB) & _WORD
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _WORD
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _WORD
+    return x ^ x >> 31
+
+
+def simulate(main: Callable[[], Awaitable[T]], seed: int, observe: Callable[[], None] | None = None, limit: int = 10_000_000) -> T:
+    """Run `main` to its end in the interleaving `seed`. Whatever it or `observe` raises is raised."""
+    return anyio.run(main, backend="asyncio", backend_options={"loop_factory": lambda: SimulatedLoop(seed, observe, limit)})

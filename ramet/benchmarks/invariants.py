@@ -1,0 +1,123 @@
+"""What must hold in every run of the runtime, counted from outside and compared with what it claims.
+
+`check_growth` compares a growing tree's ledgers with the tokens that stand in its branches, `check_tree` a
+finished one with the tokens that the engine emitted and with its budget. Neither uses the ledger's
+own arithmetic for what it expects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+
+from ramet.agents.actor import Growth, seed_of
+from ramet.agents.budget import CURRENCIES, Budget
+from ramet.agents.scripted import STOP, PlainFormat, ScriptedPolicy
+from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn
+from ramet.errors import RametError
+
+
+class Violation(RametError):
+    """An invariant does not hold."""
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise Violation(what)
+
+
+def _prefilled(turns: Sequence[Turn]) -> int:
+    return sum(turn.prefilled + turn.discarded_prefilled for turn in turns)
+
+
+def check_growth(growth: Growth, seen: dict[str, tuple[object, ...]]) -> None:
+    """A growing branch and those under it: in every currency, what is spent is what stands there, and limits hold.
+
+    `seen` keeps each branch's state at the last check; what has not changed since is not counted again.
+    """
+    ledger, turns = growth.ledger, growth.turns
+    for clone in growth.clones:
+        check_growth(clone, seen)
+    state = (len(turns), turns and turns[-1], len(growth.clones), growth.discarded, growth.ended, ledger.amounts())
+    if seen.get(growth.id) == state:
+        return
+    seen[growth.id] = state
+    own = sum(len(turn.sampled) + turn.discarded for turn in turns) + growth.discarded
+    closed = [clone for turn in turns for clone in turn.clones]
+    below = [branch for clone in closed for branch in clone.walk()]
+    path = sum(len(turn.sampled) + turn.discarded + max((clone.critical_path() for clone in turn.clones), default=0) for turn in turns)
+    spent = {
+        "generated": own + sum(branch.generated for branch in below),
+        "prefilled": _prefilled(turns) + growth.discarded_prefilled + sum(_prefilled(branch.turns) for branch in below),
+        "clones": len(below),
+        "critical_path": path + growth.discarded,
+        "branch_generated": own,
+        "turns": sum(turn.stop is not StopReason.FAILED for turn in turns),
+    }
+    for currency in CURRENCIES:
+        has, held, limit = ledger.spent(currency), ledger.reserved(currency), ledger.limit(currency)
+        require(has == spent[currency], f"{growth.id}: {has} {currency} on the ledger, {spent[currency]} in the branches")
+        require(held >= 0, f"{growth.id}: {held} {currency} reserved")
+        require(limit is None or has + held <= limit, f"{growth.id}: {has} spent and {held} reserved of {limit} {currency}")
+    if growth.ended is not None:
+        require(not growth.clones, f"{growth.id} ended before its clones")
+    held = {name: sum(clone.ledger.limit(name) or 0 for clone in growth.clones) for name in ("generated", "prefilled", "clones")}
+    for name, amount in held.items():
+        if ledger.limit(name) is not None:
+            require(ledger.reserved(name) >= amount, f"{growth.id}: {ledger.reserved(name)} {name} reserved for shares of {amount}")
+
+
+def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: bool = True, resumed: bool = False) -> None:
+    """A finished tree: its budget, its tokens beside the engine's, and one result a clone.
+
+    A `resumed` tree may hold tokens that an earlier engine emitted; one that is not `punctual` shared its
+    thread with something slow, and may pass its deadline.
+    """
+    usage = tree.usage
+    for name in ("generated", "prefilled", "critical_path", "clones"):
+        limit = getattr(budget, name)
+        require(limit is None or getattr(usage, name) <= limit, f"{getattr(usage, name)} {name} of {limit}")
+    if budget.seconds is not None and punctual:
+        require(usage.seconds <= budget.seconds + 1e-6, f"{usage.seconds} seconds of {budget.seconds}")
+    context = min(filter(None, (budget.context, policy.context)), default=None)
+    for branch in tree.branches:
+        own = [turn for turn in branch.turns if turn.stop is not StopReason.FAILED]
+        require(budget.depth is None or branch.depth <= budget.depth, f"{branch.id} is too deep")
+        require(budget.turns is None or len(own) <= budget.turns, f"{branch.id} has {len(own)} turns")
+        require(budget.branch_generated is None or branch.generated <= budget.branch_generated, f"{branch.id}: {branch.generated} tokens")
+        require(context is None or not own or len(branch.ids) <= context, f"{branch.id}: a context of {len(branch.ids)}")
+        require(
+            branch.answer is None or branch.status in (Status.ANSWERED, Status.OUT_OF_BUDGET),
+            f"{branch.id}: {branch.status} with an answer",
+        )
+        for number, turn in enumerate(branch.turns):
+            require(budget.width is None or len(turn.clones) <= budget.width, f"{branch.id} started {len(turn.clones)} at once")
+            made = policy.emitted.get((f"{tree.task_id}/{tree.seed}", seed_of(tree.seed, branch.id, number)), [])
+            has = len(turn.sampled) + turn.discarded
+            require(sum(made) == has or (resumed and sum(made) < has), f"{branch.id} turn {number}: {made} emitted, {has} recorded")
+            _check_results(branch, turn)
+    require(usage.generated == sum(b.generated for b in tree.branches), "usage is not the sum of the branches")
+    ids = [branch.id for branch in tree.branches]
+    require(len(ids) == len(set(ids)), "two branches have one name")
+
+
+def _check_results(branch: Branch, turn: Turn) -> None:
+    """Every clone's result is a line of its parent's next message, in order, unless the parent ended or had no room."""
+    said = PlainFormat().text(turn.appended)
+    if not turn.clones or not said.startswith("<1: "):
+        return
+    lines = re.findall(r"^<?(\d+): (.*)$", said.rstrip(">"), re.MULTILINE)
+    asked = "".join(chr(i) for i in turn.sampled if i != STOP).count('"objective":')
+    require([int(number) for number, _ in lines] == list(range(1, asked + 1)), f"{branch.id}: {len(lines)} results for {asked} objectives")
+    for clone, (_, line) in zip(turn.clones, lines, strict=False):
+        cut = "…" in line or "cut ..." in line
+        stated = clone.answer if clone.status is Status.ANSWERED else f"({clone.status.value}"
+        require(cut or str(stated) in line, f"{branch.id}: {clone.id} ended as {stated!r} and its parent read {line!r}")
+
+
+def check_quiet(policy: ScriptedPolicy) -> None:
+    """Nothing runs any more but the task that asks."""
+    require(policy.running == 0, f"{policy.running} requests outlive their trees")
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    require(not left, f"{len(left)} tasks outlive the run")

@@ -1,0 +1,213 @@
+"""The simulated loop, faults, and what random runs of the runtime must obey."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import anyio
+import pytest
+
+from ramet.agents.actor import Growth
+from ramet.agents.budget import Budget, Ledger
+from ramet.agents.journal import Journal
+from ramet.agents.protocol import render_call
+from ramet.agents.resume import JournaledPolicy
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, SampleRequest
+from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
+from ramet.agents.simulation import SimulationError, simulate
+from ramet.agents.tree import Message, Status, StopReason, Task
+from ramet.benchmarks.invariants import Violation
+from ramet.benchmarks.simulate import Run, Scenario, run_seed
+from ramet.errors import PolicyError, TransientPolicyError
+
+
+async def order() -> list[tuple[int, int, float]]:
+    seen = []
+
+    async def worker(number: int) -> None:
+        for step in range(3):
+            await anyio.sleep(number * 10 if step == 1 else 0)
+            seen.append((number, step, anyio.current_time()))
+
+    async with anyio.create_task_group() as group:
+        for number in range(4):
+            group.start_soon(worker, number)
+    return seen
+
+
+def test_one_seed_is_one_interleaving_and_seeds_differ():
+    runs = [simulate(order, seed) for seed in range(40)]
+    assert all(simulate(order, seed) == runs[seed] for seed in range(40))
+    assert len({tuple(run) for run in runs}) > 20
+
+
+def test_time_is_virtual_and_in_order():
+    async def hour() -> tuple[float, bool]:
+        with anyio.move_on_after(3600) as scope:
+            await anyio.sleep(1e9)
+        return anyio.current_time(), scope.cancelled_caught
+
+    assert simulate(hour, 0) == (3600.0, True)
+    times = [time for _, _, time in simulate(order, 5)]
+    assert times == sorted(times) and times[-1] == 30.0
+
+
+def test_a_deadlock_and_an_endless_loop_are_errors():
+    async def still() -> None:
+        await anyio.Event().wait()
+
+    async def endless() -> None:
+        while True:
+            await anyio.lowlevel.checkpoint()
+
+    with pytest.raises(SimulationError, match="deadlock"):
+        simulate(still, 0)
+    with pytest.raises(SimulationError, match="no end after 500"):
+        simulate(endless, 0, limit=500)
+
+
+def test_what_the_observer_raises_comes_out():
+    def observe() -> None:
+        raise Violation("no")
+
+    with pytest.raises(Violation, match="no"):
+        simulate(order, 0, observe)
+
+
+@pytest.mark.parametrize("first", range(0, 400, 100))
+def test_random_runs_hold(first, tmp_path):
+    counted = [run_seed(seed, tmp_path) for seed in range(first, first + 100)]
+    assert sum(c["clones"] for c in counted) > 200 and sum(c["faults"] for c in counted) > 100
+
+
+def test_scenarios_are_many_sided(tmp_path):
+    statuses: set[Status] = set()
+    kinds = {"crashes": 0, "cancels": 0, "leaves": 0, "full": 0, "slow": 0}
+    for seed in range(300):
+        scenario = Scenario.of(seed)
+        kinds["crashes"] += bool(scenario.crashes)
+        kinds["cancels"] += bool(scenario.cancels)
+        kinds["leaves"] += scenario.leave_after is not None
+        kinds[scenario.disk] = kinds.get(scenario.disk, 0) + 1
+    assert min(kinds.values()) >= 5
+    for seed in range(60):
+        run = Run(Scenario.of(seed), tmp_path / f"{seed}.jsonl")
+        run.go()
+        statuses |= {branch.status for tree in run.trees.values() for branch in tree.branches}
+    assert {Status.ANSWERED, Status.EMPTY, Status.OUT_OF_BUDGET, Status.FAILED, Status.CANCELLED} <= statuses
+
+
+BUGS: dict[str, Any] = {
+    "a refund that is forgotten": (
+        "_settle",
+        lambda self, held, used: [self._spent.__setitem__(c, self._spent[c] + used.get(c, 0)) for c in held],
+    ),
+    "a clone's spending that is lost": (
+        "_settle",
+        lambda self, held, used: [
+            (
+                self._held.__setitem__(c, self._held[c] - n),
+                self._spent.__setitem__(c, self._spent[c] + (0 if "clones" in held else used.get(c, 0))),
+            )
+            for c, n in held.items()
+        ],
+    ),
+    "a reservation that is not made": ("_hold", lambda self, wanted: None),
+    "zero read as unlimited": ("left", lambda self, c: (self._limit[c] - self._spent[c] - self._held[c]) if self._limit[c] else None),
+}
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bugs_are_found(bug, tmp_path, monkeypatch):
+    name, broken = BUGS[bug]
+    monkeypatch.setattr(Ledger, name, broken)
+    found = 0
+    for seed in range(40):
+        try:
+            run_seed(seed, tmp_path)
+        except Exception:
+            found += 1
+    assert found
+
+
+def spawning(context: str) -> str:
+    if context.startswith("T") and "1: " not in context:
+        return f"<tool_call>{render_call(['a', 'b'])}</tool_call>\0"
+    return "Answer: ok\0" if context.startswith("T") else "y" * 500
+
+
+@pytest.mark.anyio
+async def test_one_clone_can_be_cancelled_and_its_parent_goes_on():
+    roots: list[Growth] = []
+    runtime = Runtime(ScriptedPolicy(spawning, delay=0.001), PlainFormat(), watch=roots.append)
+    trees = []
+
+    async def grow() -> None:
+        trees.append(await runtime.run(Task("t", (Message("user", "go"),)), Budget(branch_generated=400)))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(grow)
+        while not (roots and roots[0].clones and roots[0].clones[0].started):
+            await anyio.sleep(0.001)
+        roots[0].clones[0].cancel()
+    clones = trees[0].root.clones
+    assert [c.status for c in clones] == [Status.CANCELLED, Status.OUT_OF_BUDGET] and trees[0].answer == "ok"
+    assert clones[0].generated < 400 and clones[0].turns[-1].stop is StopReason.CANCELLED
+    assert "1: (cancelled)\n2: (out of budget" in PlainFormat().text(trees[0].root.ids)
+
+
+@pytest.mark.anyio
+async def test_samples_in_the_journal_are_not_sampled_again(tmp_path):
+    def flaky(request: SampleRequest, attempt: int) -> Fault | None:
+        return Fault(3, error=TransientPolicyError("reset", 0.0)) if attempt == 0 else None
+
+    async def grow(policy: ScriptedPolicy) -> tuple[Any, JournaledPolicy]:
+        with Journal(tmp_path / "samples.jsonl", "job") as journal:
+            journaled = JournaledPolicy(policy, journal)
+            return await Runtime(journaled, PlainFormat()).run(Task("t", (Message("user", "go"),)), Budget(generated=900), 5), journaled
+
+    whole, _ = await grow(ScriptedPolicy(spawning, faults=flaky))
+    policy = ScriptedPolicy(spawning, faults=flaky)
+    again, journaled = await grow(policy)
+    assert not policy.requests and journaled.sampled == 0 and journaled.replayed == 2 * len([t for b in whole.branches for t in b.turns])
+    assert [(b.ids, b.logprobs, b.generated, b.status) for b in again.branches] == [
+        (b.ids, b.logprobs, b.generated, b.status) for b in whole.branches
+    ]
+    assert again.usage.generated == whole.usage.generated and again.usage.prefilled == whole.usage.prefilled
+
+
+@pytest.mark.anyio
+async def test_a_record_of_another_prompt_is_not_used(tmp_path):
+    def request(prompt: str) -> SampleRequest:
+        return SampleRequest(tuple(map(ord, prompt)), 50, frozenset({0}), 7, group="g")
+
+    with Journal(tmp_path / "j", "job") as journal:
+        await JournaledPolicy(ScriptedPolicy(lambda c: f"was {c}\0"), journal).sample(request("one"), Partial())
+    with Journal(tmp_path / "j", "job") as journal:
+        policy = JournaledPolicy(ScriptedPolicy(lambda c: f"is {c}\0"), journal)
+        sample = await policy.sample(request("two"), Partial())
+    assert "".join(map(chr, sample.ids)) == "is two\0" and (policy.replayed, policy.sampled) == (0, 1)
+
+
+@pytest.mark.anyio
+async def test_a_lasting_failure_is_replayed_with_its_cost(tmp_path):
+    request = SampleRequest((65,), 50, frozenset({0}), 7, group="g")
+    for _ in range(2):
+        partial = Partial()
+        with Journal(tmp_path / "j", "job") as journal:
+            policy = JournaledPolicy(ScriptedPolicy(lambda c: "yyyyyyyy\0", faults=lambda *_: Fault(4, error=PolicyError("gone"))), journal)
+            with pytest.raises(PolicyError, match="gone"):
+                await policy.sample(request, partial)
+        assert len(partial.ids) == 4 and partial.prefilled == 1
+    assert policy.replayed == 1
+
+
+def test_faults_are_functions_of_the_request_and_the_attempt():
+    faults = Faults(3, 2.0)
+    requests = [SampleRequest((1,), 9, frozenset(), seed) for seed in range(200)]
+    shuffled = random.Random(0).sample(requests, 200)
+    drawn = {r.seed: repr(faults(r, 0)) for r in shuffled}
+    assert all(repr(faults(r, 0)) == drawn[r.seed] for r in requests)
+    assert 60 < sum(v != "None" for v in drawn.values()) < 140
