@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from ramet import __version__
+from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
 from ramet.errors import ConfigError, RametError
 
@@ -64,7 +65,8 @@ def demo(
     """
     from ramet.benchmarks.demo import run_demo
 
-    run_demo(runs / name, seed or 0)
+    with draining(console.print):
+        run_demo(runs / name, seed or 0)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -102,7 +104,8 @@ def train(
     """
     from ramet.benchmarks.jobs import train_job
 
-    train_job(_run_config(config, set_, seed), runs / (name or (config.stem if config else "train")), spawn, json)
+    with draining(console.print):
+        train_job(_run_config(config, set_, seed), runs / (name or (config.stem if config else "train")), spawn, json)
 
 
 @app.command("eval")
@@ -122,7 +125,8 @@ def evaluate(
     """
     from ramet.benchmarks.jobs import eval_job
 
-    eval_job(policy, _run_config(config, set_, seed), runs / (name or f"eval-{Path(policy).name}"), spawn, json)
+    with draining(console.print):
+        eval_job(policy, _run_config(config, set_, seed), runs / (name or f"eval-{Path(policy).name}"), spawn, json)
 
 
 @app.command()
@@ -143,7 +147,8 @@ def reproduce(
     if what != "nano":
         raise ConfigError(f"there is nothing called {what!r} to reproduce; there is nano")
     resolved = _run_config(config, set_, seed, NANO)
-    reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
+    with draining(console.print):
+        reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
 
 
 @bench.command("sampling")
@@ -199,6 +204,21 @@ def bench_runtime(
     from ramet.benchmarks.fanout import bench_runtime
 
     bench_runtime(repeats, json)
+
+
+@bench.command("kills")
+def bench_kills(
+    kills: Annotated[int, typer.Option(min=1, help="Of each job.")] = 200,
+    seed: _Seed = 0,
+    json: _Json = None,
+) -> None:
+    """Kill a small eval and a small train at random moments, resume them, and compare with undisturbed runs.
+
+    Example: ramet bench kills --kills 20
+    """
+    from ramet.benchmarks.kills import bench_kills
+
+    bench_kills(kills, seed or 0, json)
 
 
 @models.command("train-nano")

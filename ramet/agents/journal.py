@@ -32,6 +32,7 @@ class Journal:
 
     def __init__(self, path: Path, job: str):
         self.path = path
+        self.job = job
         self.records: list[dict[str, Any]] = []
         header = {"journal": FORMAT, "job": job}
         try:

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+from ramet.agents import drain
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
-from ramet.agents.sampling import Sampling
+from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
 from ramet.benchmarks.baselines import Method, Outcome
 from ramet.benchmarks.statistics import accuracy_interval
 from ramet.env.environment import Environment
-from ramet.policy.hf import HFPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Measured:
 
 
 async def measure(
-    policy: HFPolicy,
+    policy: Policy,
     chat: ChatFormat,
     entry: Entry,
     env: Environment,
@@ -71,7 +71,8 @@ async def measure(
 ) -> list[Measured]:
     """Every task at every budget by one method. Outcomes already in the journal are not computed again.
 
-    `report` is told of outcomes as they come to be known, first of those in the journal.
+    `report` is told of outcomes as they come to be known, first of those in the journal. Raises `Drained`, when
+    what is running is done, if the process is asked to stop.
     """
     done = {(m.budget, m.task): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
     wanted = [(budget, task) for budget in budgets for task in tasks]
@@ -83,6 +84,8 @@ async def measure(
 
     async def worker() -> None:
         for budget, task in missing:
+            if drain.requested():
+                return
             limits = template.model_copy(update={"generated": budget, "depth": entry.depth})
             outcome = await entry.method(runtime, task, limits, seed_of(seed, f"{entry.policy}/{task.id}", budget))
             measured = Measured(entry.policy, split, budget, task.id, env.size(task), env.grade(task, outcome.answer), outcome)
@@ -94,6 +97,8 @@ async def measure(
     async with task_group() as group:
         for _ in range(in_flight):
             group.start_soon(worker)
+    if any((b, t.id) not in done for b, t in todo):
+        raise drain.Drained
     return [done[budget, task.id] for budget, task in wanted]
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.resume import JournaledPolicy
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import baselines, progress
 from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
@@ -61,13 +62,18 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
 def run_measuring(
     config: RunConfig, model: Path, entries: Sequence[Entry], splits: Sequence[str], journal: Journal, label: str
 ) -> list[Measured]:
-    """Measure entries that share one model, on held-out tasks of each split."""
+    """Measure entries that share one model, on held-out tasks of each split.
+
+    Outcomes go to `journal`. Until all are known, samples of trees that are not finished are kept beside it.
+    """
     weights, _, chat = open_model(config, model)
     env = config.env.build()
+    beside = journal.path.with_name(journal.path.stem + "-samples.jsonl")
 
-    async def main() -> list[Measured]:
+    async def main(samples: Journal) -> list[Measured]:
         found: list[Measured] = []
-        async with HFPolicy(weights, max_batch=config.train.max_batch) as policy:
+        async with HFPolicy(weights, max_batch=config.train.max_batch) as engine:
+            policy = JournaledPolicy(engine, samples)
             for split in splits:
                 budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
                 tasks = env.tasks(split, config.eval.tasks, config.eval.seed + config.seed)
@@ -79,7 +85,10 @@ def run_measuring(
                         found += await measure(policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report)
         return found
 
-    return anyio.run(main)
+    with Journal(beside, fingerprint(journal.job, weights_id(model))) as samples:
+        found = anyio.run(main, samples)
+    beside.unlink()
+    return found
 
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:

@@ -26,9 +26,12 @@ import anyio
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ramet.agents import drain
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Status, Task, Tree
@@ -120,6 +123,11 @@ class Trainer:
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
+    @property
+    def rollouts(self) -> Path:
+        """Journals of the samples of every update since the last checkpoint, so that these are not sampled again."""
+        return self.directory / "rollouts"
+
     def resume(self) -> int:
         """Load the last checkpoint, if there is one; metrics past it are dropped. Returns the next update."""
         path = latest_checkpoint(self.checkpoints)
@@ -149,7 +157,10 @@ class Trainer:
         return lines
 
     async def train(self, report: Callable[[Metrics], None] | None = None) -> None:
-        """Run the updates that are left. `report` gets each update's metrics."""
+        """Run the updates that are left. `report` gets each update's metrics.
+
+        Asked to stop (`ramet.agents.drain`), it ends the update, saves a checkpoint and raises `Drained`.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -163,10 +174,13 @@ class Trainer:
                     for name, value in metrics.items():
                         writer.add_scalar(name, value, update)
                     done = update + 1
-                    if done % self.config.checkpoint_every == 0 or done == self.config.updates:
+                    stopping = drain.requested() and done < self.config.updates
+                    if done % self.config.checkpoint_every == 0 or done == self.config.updates or stopping:
                         self.save(done)
                     if report is not None:
                         report(metrics)
+                    if stopping:
+                        raise drain.Drained
         finally:
             writer.close()
 
@@ -178,6 +192,9 @@ class Trainer:
     def save(self, step: int) -> Path:
         path = save_checkpoint(self.checkpoints, step, self.model, self.tokenizer, self.optimizer, self._identity)
         prune_checkpoints(self.checkpoints, keep=2)
+        for journal in self.rollouts.glob("*.jsonl"):
+            if int(journal.stem) < step:
+                journal.unlink()
         return path
 
     async def update(self, update: int) -> Metrics:
@@ -221,13 +238,21 @@ class Trainer:
             for g, (task, budget) in enumerate(drawn)
             for n in range(self.config.group_size)
         ]
-        runtime = Runtime(self.policy, self.chat, Sampling(temperature=self.config.temperature))
         trees: dict[tuple[object, ...], Tree] = {}
-        async with runtime.run_many(jobs, in_flight=4 * self.config.max_batch) as finished:
-            async for job, tree in finished:
-                if tree.root.status is Status.FAILED:
-                    raise PolicyError(f"task {job.task.id} failed: {tree.error}")
-                trees[job.key] = tree
+        whole = self.rollouts / f"{update:06d}.jsonl"
+        draft = whole.with_suffix(".draft")
+        # Half an update is sampled again as a whole: in other batches, the rest of it would differ in the last bits.
+        draft.unlink(missing_ok=True)
+        with Journal(whole if whole.exists() else draft, fingerprint(self._identity, update)) as journal:
+            policy = JournaledPolicy(self.policy, journal)
+            runtime = Runtime(policy, self.chat, Sampling(temperature=self.config.temperature))
+            async with runtime.run_many(jobs, in_flight=4 * self.config.max_batch) as finished:
+                async for job, tree in finished:
+                    if tree.root.status is Status.FAILED:
+                        raise PolicyError(f"task {job.task.id} failed: {tree.error}")
+                    trees[job.key] = tree
+        if draft.exists():
+            draft.replace(whole)
         return [(task, [trees[g, n] for n in range(self.config.group_size)]) for g, (task, _) in enumerate(drawn)]
 
     def _optimise(self, update: int, groups: list[list[Tree]], advantages: list[list[list[float]]]) -> Metrics:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import anyio
 import pytest
 import torch
@@ -100,9 +102,9 @@ def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
     async def run(path, stop_after: int | None = None) -> list[Measured]:
         count = 0
 
-        def report(_: Measured) -> None:
+        def report(new: int) -> None:
             nonlocal count
-            count += 1
+            count += new
             if count == stop_after:
                 raise Stop
 
@@ -116,7 +118,10 @@ def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
     with pytest.raises(Stop):
         anyio.run(run, tmp_path / "cut", 4)
     resumed = anyio.run(run, tmp_path / "cut")
-    assert [m.record() for m in resumed] == [m.record() for m in whole]
+    # What the engine has to prefill depends on what it holds, and a new one holds nothing.
+    assert [replace(m, outcome=replace(m.outcome, prefilled=0)) for m in resumed] == [
+        replace(m, outcome=replace(m.outcome, prefilled=0)) for m in whole
+    ]
     with Journal(tmp_path / "cut", "job") as journal:
         assert sorted((r["budget"], r["task"]) for r in journal) == sorted((m.budget, m.task) for m in whole)
     groups = grouped(whole)

@@ -1,0 +1,52 @@
+"""Stop after what is running: the first SIGTERM drains, the second stops at once.
+
+A long job asks `requested()` before it starts the next piece of work (a tree to measure, an update) and raises
+`Drained` once nothing is running. Only inside `draining()` does SIGTERM mean this; elsewhere it interrupts.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ramet.errors import RametError
+
+_requested = False
+
+
+class Drained(RametError):
+    """What was running is finished and nothing new was started."""
+
+    exit_code = 143
+
+    def __init__(self) -> None:
+        super().__init__("stopped on SIGTERM after what was running; run the same command again to resume")
+
+
+def requested() -> bool:
+    """Has this process been asked to start nothing new?"""
+    return _requested
+
+
+@contextmanager
+def draining(tell: Callable[[str], None]) -> Iterator[None]:
+    """Inside, the first SIGTERM only makes `requested()` true; `tell` gets a line about it. Main thread only."""
+    global _requested
+    _requested = False
+    before: Any = signal.getsignal(signal.SIGTERM)
+
+    def handle(number: int, frame: Any) -> None:
+        global _requested
+        if _requested:
+            raise KeyboardInterrupt
+        _requested = True
+        tell("SIGTERM: finishing what is running; once more stops at once")
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        _requested = False
