@@ -30,7 +30,7 @@ from ramet.agents.protocol import (
     render_results,
 )
 from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
-from ramet.agents.tasks import task_group
+from ramet.agents.tasks import Slots, task_group
 from ramet.agents.tree import Branch, Message, Status, StopReason, Turn
 from ramet.errors import BudgetExhausted, CallError, PolicyError, TransientPolicyError
 
@@ -40,7 +40,7 @@ class Growth:
     """A branch while it grows; `freeze` makes the record. Readable at any time by whoever watches."""
 
     id: str
-    prompt: list[int]
+    prompt: tuple[int, ...]
     ledger: Ledger
     objective: str = ""
     turns: list[Turn] = field(default_factory=list)
@@ -54,11 +54,13 @@ class Growth:
     reason: str = ""
     started: float = 0.0
     ended: float | None = None
-    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    scope: anyio.CancelScope | None = None
+    """Its own, in trees that are watched: nobody else could cancel one branch."""
 
     def cancel(self) -> None:
         """End this branch and its clones; its parent, told by a typed result, goes on."""
-        self.scope.cancel()
+        if self.scope is not None:
+            self.scope.cancel()
 
     def freeze(self, otherwise: Status, now: float) -> Branch:
         """The record of this branch. One that has not ended gets the status `otherwise`."""
@@ -69,7 +71,7 @@ class Growth:
             turns.append(Turn((), (), StopReason.FAILED, discarded=self.discarded, discarded_prefilled=self.discarded_prefilled))
         return Branch(
             id=self.id,
-            prompt=tuple(self.prompt),
+            prompt=self.prompt,
             turns=tuple(turns),
             status=self.status or otherwise,
             answer=self.answer,
@@ -88,13 +90,14 @@ class Setting:
     budget: Budget
     store: ContextStore
     sampling: Sampling
-    limiter: anyio.CapacityLimiter
+    slots: Slots
     seed: int
     group: str
     max_turn_tokens: int
     result_characters: int
     attempts: int
     clone_system: str
+    watched: bool = False
 
     @property
     def context(self) -> int | None:
@@ -105,6 +108,10 @@ class Setting:
         """Is the tool offered to a branch at this depth?"""
         limits = self.budget
         return (limits.depth is None or depth < limits.depth) and limits.clones != 0 and limits.width != 0
+
+    def growth(self, name: str, prompt: Sequence[int], ledger: Ledger, objective: str = "", now: float = 0.0) -> Growth:
+        """A branch that is to grow."""
+        return Growth(name, tuple(prompt), ledger, objective, started=now, scope=anyio.CancelScope() if self.watched else None)
 
     def notice(self, ledger: Ledger) -> str:
         return "\n".join(filter(None, [OUT_OF_BUDGET_NOTICE, self.left(ledger, final=True)]))
@@ -129,10 +136,13 @@ async def run_branch(setting: Setting, growth: Growth) -> None:
     """Grow one branch to its end. Sets status and answer; raises only cancellation from outside, and bugs."""
     growth.started = anyio.current_time()
     try:
-        with growth.scope:
+        if growth.scope is None:
             await _grow(setting, growth)
-        if growth.scope.cancelled_caught:
-            _end(growth, Status.CANCELLED)
+        else:
+            with growth.scope as scope:
+                await _grow(setting, growth)
+            if scope.cancelled_caught:
+                _end(growth, Status.CANCELLED)
     except PolicyError as error:
         _end(growth, Status.FAILED, reason=str(error))
     except BudgetExhausted as error:
@@ -235,7 +245,7 @@ def _append(growth: Growth, ids: list[int]) -> int:
     if growth.turns:
         growth.turns[-1] = replace(growth.turns[-1], appended=(*growth.turns[-1].appended, *ids))
     else:
-        growth.prompt += ids
+        growth.prompt += tuple(ids)
     return len(ids)
 
 
@@ -259,44 +269,46 @@ async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> S
 
     None if failed attempts have used up what this turn could have had.
     """
-    ledger = growth.ledger
-    prompt = tuple(_ids(growth))
     seed = seed_of(setting.seed, growth.id, len(growth.turns))
-
-    async def attempt() -> Sample | None:
-        left = ledger.sampleable(final)
-        most = room if left is None else min(room, left)
-        if most < 1:
-            return None
-        request = SampleRequest(prompt, most, setting.chat.stop_ids, seed, setting.sampling, setting.group)
-        return await _attempt(setting, growth, request)
-
+    request = SampleRequest(_ids(growth), room, setting.chat.stop_ids, seed, setting.sampling, setting.group)
+    failed: TransientPolicyError | None = None
+    sample: Sample | None = None
     try:
-        sample = await attempt()
+        sample = await _attempt(setting, growth, request)
     except TransientPolicyError as error:
-        if setting.attempts <= 1:
-            raise
-        await anyio.sleep(_pause(error, 1))
-        sample = await AsyncRetrying(
-            retry=retry_if_exception_type(TransientPolicyError),
-            stop=stop_after_attempt(setting.attempts - 1),
-            wait=lambda state: _pause(state.outcome.exception() if state.outcome else None, state.attempt_number + 1),
-            sleep=anyio.sleep,
-            reraise=True,
-        )(attempt)
+        failed = error
+    if failed is not None:
+        sample = await _retry(setting, growth, request, final, failed)
     if sample is not None:
         _record(growth, sample)
     return sample
 
 
+async def _retry(setting: Setting, growth: Growth, request: SampleRequest, final: bool, failed: TransientPolicyError) -> Sample | None:
+    """Further attempts at `request`, within what the failed ones have left."""
+    if setting.attempts <= 1:
+        raise failed
+
+    async def again() -> Sample | None:
+        left = growth.ledger.sampleable(final)
+        most = request.max_tokens if left is None else min(request.max_tokens, left)
+        return await _attempt(setting, growth, replace(request, max_tokens=most)) if most > 0 else None
+
+    await anyio.sleep(_pause(failed, 1))
+    return await AsyncRetrying(
+        retry=retry_if_exception_type(TransientPolicyError),
+        stop=stop_after_attempt(setting.attempts - 1),
+        wait=lambda state: _pause(state.outcome.exception() if state.outcome else None, state.attempt_number + 1),
+        sleep=anyio.sleep,
+        reraise=True,
+    )(again)
+
+
 async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> Sample:
     """One try at a sample: reserved, and settled on every way out."""
-    limiter, policy, partial = setting.limiter, setting.policy, Partial()
+    await setting.slots.acquire()
     try:
-        limiter.acquire_nowait()
-    except anyio.WouldBlock:
-        await limiter.acquire()
-    try:
+        policy, partial = setting.policy, Partial()
         with growth.ledger.reserve(request.max_tokens, len(request.prompt)) as grant:
             try:
                 sample = await policy.sample(request, partial)
@@ -314,7 +326,7 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
             grant.settle(len(sample.ids), sample.prefilled)
             return sample
     finally:
-        limiter.release()
+        setting.slots.release()
 
 
 def _discard(growth: Growth, grant: Grant, generated: int, prefilled: int) -> None:
@@ -346,12 +358,14 @@ def _record(growth: Growth, sample: Sample) -> None:
     growth.discarded = growth.discarded_prefilled = 0
 
 
-def _ids(growth: Growth) -> list[int]:
+def _ids(growth: Growth) -> tuple[int, ...]:
+    if not growth.turns:
+        return growth.prompt
     ids = list(growth.prompt)
     for turn in growth.turns:
         ids += turn.sampled
         ids += turn.appended
-    return ids
+    return tuple(ids)
 
 
 async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) -> tuple[list[CloneResult], list[str]]:
@@ -365,7 +379,7 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
         allowed, reason = clones, "no clones left"
     if allowed and not growth.ledger.can_fork():
         allowed, reason = 0, "no tokens left for clones"
-    results = [CloneResult(Status.REFUSED, reason=reason) for _ in requests]
+    results = [CloneResult(Status.REFUSED, reason=reason)] * len(requests)
     unknown: dict[str, None] = {}
     if not allowed:
         return results, []
@@ -377,13 +391,12 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
         try:
             for i, (request, ledger) in enumerate(zip(requests, fork.ledgers, strict=False)):
                 unknown.update(dict.fromkeys(setting.store.resolve(request.context_keys)[1]))
-                clone = Growth(f"{growth.id}.{number + i}", [], ledger, request.objective, started=now)
-                tools = setting.may_spawn(clone.id.count("."))
+                name = f"{growth.id}.{number + i}"
+                tools = setting.may_spawn(name.count("."))
                 messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys))]
                 if setting.clone_system:
                     messages.insert(0, Message("system", setting.clone_system))
-                clone.prompt = setting.prompt(messages, ledger, tools)
-                growth.clones.append(clone)
+                growth.clones.append(setting.growth(name, setting.prompt(messages, ledger, tools), ledger, request.objective, now))
             async with task_group() as group:
                 for clone in growth.clones:
                     group.start_soon(run_branch, setting, clone)

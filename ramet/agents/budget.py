@@ -71,7 +71,10 @@ class Budget(BaseModel):
 
 
 POOLED = ("generated", "prefilled", "clones")
+SAMPLED = ("generated", "critical_path", "branch_generated")
+"""What one sampled token is spent in."""
 CURRENCIES = (*POOLED, "critical_path", "branch_generated", "turns")
+_NOTHING = dict.fromkeys(CURRENCIES, 0)
 
 
 class Ledger:
@@ -82,8 +85,8 @@ class Ledger:
     def __init__(self, budget: Budget, limit: dict[str, int | None]):
         self.budget = budget
         self._limit = limit
-        self._spent = dict.fromkeys(CURRENCIES, 0)
-        self._held = dict.fromkeys(CURRENCIES, 0)
+        self._spent = _NOTHING.copy()
+        self._held = _NOTHING.copy()
         self._children: list[Ledger] = []
         self._open = True
 
@@ -117,11 +120,13 @@ class Ledger:
 
     def sampleable(self, final: bool = False) -> int | None:
         """How long the next sample may be. All but the answer reserve, which only the `final` one may use."""
-        limits = [self.left(c) for c in ("generated", "critical_path", "branch_generated")]
-        known = [limit for limit in limits if limit is not None]
-        if not known:
-            return None
-        return max(min(known) - (0 if final else self.budget.answer_reserve), 0)
+        least: int | None = None
+        for currency in SAMPLED:
+            limit = self._limit[currency]
+            if limit is not None:
+                left = limit - self._spent[currency] - self._held[currency]
+                least = left if least is None or left < least else least
+        return None if least is None else max(least - (0 if final else self.budget.answer_reserve), 0)
 
     def _less_reserve(self, currency: str) -> int | None:
         left = self.left(currency)
@@ -129,8 +134,7 @@ class Ledger:
 
     def reserve(self, generated: int, prefilled: int) -> Grant:
         """Reserve one sample. Raises `BudgetExhausted`, reserving nothing, if any currency lacks it."""
-        sampled = dict.fromkeys(("generated", "critical_path", "branch_generated"), generated)
-        wanted = {**sampled, "prefilled": prefilled, "turns": 1}
+        wanted = _sample(generated, prefilled, 1)
         self._hold(wanted)
         return Grant(self, wanted)
 
@@ -182,10 +186,10 @@ class Ledger:
         if not self._open:
             raise LedgerError("the ledger is closed")
         for currency, amount in wanted.items():
-            left = self.left(currency)
+            limit = self._limit[currency]
             if amount < 0:
                 raise LedgerError(f"cannot reserve {amount} {currency}")
-            if left is not None and amount > left:
+            if limit is not None and amount > (left := limit - self._spent[currency] - self._held[currency]):
                 raise BudgetExhausted(currency, amount, left)
         for currency, amount in wanted.items():
             self._held[currency] += amount
@@ -222,8 +226,7 @@ class Grant:
             raise LedgerError(
                 f"used {generated} generated, {prefilled} prefilled of a grant of {self._held['generated']} and {self._held['prefilled']}"
             )
-        sampled = dict.fromkeys(("generated", "critical_path", "branch_generated"), generated)
-        self._close({**sampled, "prefilled": prefilled, "turns": turns})
+        self._close(_sample(generated, prefilled, turns))
 
     def _close(self, used: dict[str, int]) -> None:
         if self._open:
@@ -277,6 +280,11 @@ class Fork:
             self.close(ledger)
         longest = max((limit["critical_path"] or 0 for limit in self._limits), default=0)
         self._parent._settle({"critical_path": longest}, {"critical_path": self._path})
+
+
+def _sample(generated: int, prefilled: int, turns: int) -> dict[str, int]:
+    """What one sample moves, by currency."""
+    return {"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": turns}
 
 
 def fair_shares(total: int | None, wants: Sequence[int | None]) -> list[int | None]:

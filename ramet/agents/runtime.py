@@ -19,7 +19,7 @@ from ramet.agents.budget import Budget, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
 from ramet.agents.sampling import Policy, Sampling
-from ramet.agents.tasks import task_group
+from ramet.agents.tasks import Slots, task_group
 from ramet.agents.tree import Status, Task, Tree, price
 from ramet.errors import TaskError
 
@@ -47,7 +47,7 @@ class Runtime:
     max_turn_tokens    longest turn when nothing else limits it
     result_characters  longest tool message, results together
     attempts           tries of a sample that fails transiently
-    watch              called with each root as it starts to grow, for display
+    watch              called with each root as it starts to grow, for display and for cancelling single branches
     """
 
     policy: Policy
@@ -59,7 +59,7 @@ class Runtime:
     attempts: int = 4
     clone_system: str = CLONE_SYSTEM
     watch: Callable[[Growth], None] | None = None
-    _limiter: anyio.CapacityLimiter | None = None
+    _slots: Slots | None = None
 
     async def run(self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None) -> Tree:
         """Grow one tree. Past `budget.seconds` it is cut short and returned as timed out.
@@ -68,8 +68,8 @@ class Runtime:
         """
         if not task.messages:
             raise TaskError(f"task {task.id} has no messages")
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(self.concurrency)
+        if self._slots is None:
+            self._slots = Slots(self.concurrency)
         ledger = Ledger.of(budget)
         setting = Setting(
             policy=self.policy,
@@ -77,15 +77,16 @@ class Runtime:
             budget=budget,
             store=ContextStore(task.documents),
             sampling=self.sampling,
-            limiter=self._limiter,
+            slots=self._slots,
             seed=seed,
             group=f"{task.id}/{seed}",
             max_turn_tokens=self.max_turn_tokens,
             result_characters=self.result_characters,
             attempts=self.attempts,
             clone_system=self.clone_system,
+            watched=self.watch is not None,
         )
-        root = Growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger)
+        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger)
         if self.watch is not None:
             self.watch(root)
         started = anyio.current_time()

@@ -1,4 +1,4 @@
-"""Task groups whose error is the error.
+"""Task groups whose error is the error, and a limiter for very many waiting tasks.
 
 anyio wraps what a task group's tasks raise into an exception group. Here the first error comes out by
 itself, with the group as its cause, so that callers can catch it by its class.
@@ -6,6 +6,7 @@ itself, with the group as its cause, so that callers can catch it by its class.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,43 @@ async def task_group() -> AsyncIterator[TaskGroup]:
             yield group
     except BaseExceptionGroup as errors:
         raise first_error(errors) from errors
+
+
+class Slots:
+    """At most `count` holders at a time, first come first served.
+
+    As `anyio.CapacityLimiter`, which keeps an exception with its frames for each task that waits: with a
+    hundred thousand clones waiting, that is most of their memory and of the collector's time.
+    """
+
+    __slots__ = ("_free", "_waiting")
+
+    def __init__(self, count: int):
+        self._free = count
+        self._waiting: OrderedDict[anyio.Event, None] = OrderedDict()
+
+    async def acquire(self) -> None:
+        """Take a slot, waiting for one if none is free."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = anyio.Event()
+        self._waiting[turn] = None
+        try:
+            await turn.wait()
+        except BaseException:
+            if turn.is_set():
+                self.release()  # it was handed over as the wait was cancelled
+            else:
+                del self._waiting[turn]
+            raise
+
+    def release(self) -> None:
+        """Give a slot back: to whoever waits longest, else to all."""
+        if self._waiting:
+            self._waiting.popitem(last=False)[0].set()
+        else:
+            self._free += 1
 
 
 def first_error(error: BaseException) -> BaseException:

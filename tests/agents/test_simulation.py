@@ -20,7 +20,7 @@ from ramet.agents.simulation import SimulationError, simulate
 from ramet.agents.tree import Message, Status, StopReason, Task
 from ramet.benchmarks.invariants import Violation
 from ramet.benchmarks.simulate import Run, Scenario, run_seed
-from ramet.errors import PolicyError, TransientPolicyError
+from ramet.errors import BudgetExhausted, PolicyError, TransientPolicyError
 
 
 async def order() -> list[tuple[int, int, float]]:
@@ -99,30 +99,39 @@ def test_scenarios_are_many_sided(tmp_path):
     assert {Status.ANSWERED, Status.EMPTY, Status.OUT_OF_BUDGET, Status.FAILED, Status.CANCELLED} <= statuses
 
 
-BUGS: dict[str, Any] = {
-    "a refund that is forgotten": (
-        "_settle",
-        lambda self, held, used: [self._spent.__setitem__(c, self._spent[c] + used.get(c, 0)) for c in held],
-    ),
-    "a clone's spending that is lost": (
-        "_settle",
-        lambda self, held, used: [
-            (
-                self._held.__setitem__(c, self._held[c] - n),
-                self._spent.__setitem__(c, self._spent[c] + (0 if "clones" in held else used.get(c, 0))),
-            )
-            for c, n in held.items()
-        ],
-    ),
-    "a reservation that is not made": ("_hold", lambda self, wanted: None),
-    "zero read as unlimited": ("left", lambda self, c: (self._limit[c] - self._spent[c] - self._held[c]) if self._limit[c] else None),
+def _spend_without_refund(self, held, used):
+    for currency in held:
+        self._spent[currency] += used.get(currency, 0)
+
+
+def _lose_what_clones_spent(self, held, used):
+    for currency, amount in held.items():
+        self._held[currency] -= amount
+        self._spent[currency] += 0 if "clones" in held else used.get(currency, 0)
+
+
+def _hold_anything_where_the_limit_is_zero(self, wanted):
+    for currency, amount in wanted.items():
+        if self._limit[currency] and amount > self.left(currency):
+            raise BudgetExhausted(currency, amount, self.left(currency))
+        self._held[currency] += amount
+
+
+BUGS: dict[str, dict[str, Any]] = {
+    "a refund that is forgotten": {"_settle": _spend_without_refund},
+    "a clone's spending that is lost": {"_settle": _lose_what_clones_spent},
+    "a reservation that is not made": {"_hold": lambda self, wanted: None},
+    "zero read as unlimited": {
+        "_hold": _hold_anything_where_the_limit_is_zero,
+        "sampleable": lambda self, final=False: (self.left("generated") or None) if self._limit["generated"] else None,
+    },
 }
 
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bugs_are_found(bug, tmp_path, monkeypatch):
-    name, broken = BUGS[bug]
-    monkeypatch.setattr(Ledger, name, broken)
+    for name, broken in BUGS[bug].items():
+        monkeypatch.setattr(Ledger, name, broken)
     found = 0
     for seed in range(40):
         try:
