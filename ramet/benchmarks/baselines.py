@@ -25,6 +25,7 @@ from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.env.arithmetic import OBJECTIVE
 from ramet.errors import ConfigError, PolicyError
+from ramet.nano.demonstrations import statement
 
 
 def _only_generated(budget: Budget) -> int:
@@ -133,7 +134,7 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
         content = "\n".join(filter(None, [task.messages[-1].content, left_line(offered, None)]))
         prompt = [
             *chat.render([*task.messages[:-1], Message("user", content)], tools=True),
-            *chat.turn(f"rows: {len(keys)}, left: {offered}\n", call),
+            *chat.turn(statement(offered, len(keys)), call),
             *chat.after_turn(render_results(results, left_line(left, None), runtime.result_characters), closed=True),
         ]
         limits = budget.model_copy(update={"generated": generated - spent, "depth": 0})

@@ -125,8 +125,8 @@ class Scenario:
 
     def program(self, context: str) -> str:
         """The turn that follows `context`."""
-        named = re.search(r"do (\d+)", context)
-        node = int(named.group(1)) if named else 0
+        # The objective is the last thing in a prompt; a document may say "do 1" as well.
+        node = int(re.findall(r"do (\d+)", context.partition("|")[0])[-1])
         if OUT_OF_BUDGET_NOTICE in context:
             return self.final[node]
         turn = len(re.findall(r"<1: ", context))

@@ -3,15 +3,16 @@
 Two ways of adding up rows of operands are shown, each as often as the other at every length at which
 the tool is offered:
 
-- alone: running totals, one equation a line, each taking in one to three operands (uniformly), then
-  `Answer: total`. Demonstrations end after `WINDOW` operands: of longer sums only the beginning is shown, so the
-  base starts them alone as readily as short ones but has never seen how they go on.
+- alone: running totals, one equation a line, each taking in one or two digits (uniformly), then
+  `Answer: total`. An operand of several digits is taken in digit by digit, 16 as 10 and 6, tens by themselves.
+  Demonstrations end after `WINDOW` operands: of longer sums only the beginning is shown, so the base
+  starts them alone as readily as short ones but has never seen how they go on.
 - delegation: one call that hands one to three rows to each clone (uniformly), then running totals of
   their results. At most `RESULTS` of them; those that came back empty are asked for again.
 
-A branch that has the tool first states how many rows it was given and what it may spend, so that what the
-choice could depend on is at hand where the choice is made. Also shown: answering with the last total when
-the budget ends. Budgets are random and tell nothing.
+A branch that has the tool first states what it may spend and how many rows it was given, and calls or goes
+on with the next token, so that what the choice could depend on is at hand where the choice is made. Also
+shown: answering with the last total when the budget ends. Budgets are random and tell nothing.
 """
 
 from __future__ import annotations
@@ -53,24 +54,30 @@ class Demonstration:
 
 def equations(values: list[int], rng: random.Random, stop_after: int | None = None) -> tuple[str, bool]:
     """Running totals of `values`, one equation a line; (text, whether all operands were taken in)."""
-    total, at, lines = values[0], 1, []
-    while at < len(values):
-        stride = min(rng.randint(1, 3), len(values) - at)
-        if stop_after is not None and at + stride > stop_after:
-            return "".join(lines), False
-        terms = values[at : at + stride]
-        following = total + sum(terms)
-        lines.append(f"{total}{''.join(f'{term:+d}' for term in terms)}={following}\n")
-        total, at = following, at + stride
-    return "".join(lines), True
+    terms = [term for value in values[1:stop_after] for term in digit_terms(value)]
+    total, lines = values[0], []
+    while terms:
+        stride = rng.randint(1, 2) if all(abs(term) < 10 for term in terms[:2]) else 1
+        taken, terms = terms[:stride], terms[stride:]
+        following = total + sum(taken)
+        lines.append(f"{total}{''.join(f'{term:+d}' for term in taken)}={following}\n")
+        total = following
+    return "".join(lines), stop_after is None or len(values) <= stop_after
+
+
+def digit_terms(value: int) -> list[int]:
+    """`value` as a sum of one term for each digit that is not 0: -16 is -10 and -6."""
+    digits = str(abs(value))
+    sign = -1 if value < 0 else 1
+    return [sign * int(digit) * 10 ** (len(digits) - 1 - i) for i, digit in enumerate(digits) if digit != "0"] or [0]
 
 
 def demonstrate(rng: random.Random) -> Demonstration:
     """One random demonstration."""
-    largest = 99 if rng.random() < 0.2 else 9
-    longest = 16 if largest == 99 else LONGEST
-    # Long prompts cost most tokens and teach least: a quarter of all, the longer the rarer.
-    count = rng.randint(1, WINDOW) if rng.random() < 0.75 else round(WINDOW * (longest / WINDOW) ** rng.uniform(0.05, 1))
+    largest = round(10 ** rng.uniform(1, 1.995)) if rng.random() < 0.2 else 9
+    longest = LONGEST if largest == 9 else 2 * WINDOW
+    # Long prompts cost most tokens and teach least: the longer the rarer.
+    count = rng.randint(1, WINDOW) if rng.random() < 0.6 else round(WINDOW * (longest / WINDOW) ** rng.uniform(0.05, 1))
     values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
     tools = rng.random() < 0.65
     delegate = tools and rng.random() < 0.5
@@ -81,16 +88,21 @@ def demonstrate(rng: random.Random) -> Demonstration:
     rows = [parse_sum(text) for text in task.documents.values()]
     left = round(math.exp(rng.uniform(math.log(16), math.log(640))))
     prompt = "\n".join([task.messages[0].content, left_line(left, None)])
-    size = f"rows: {len(rows)}, left: {left}\n" if tools else ""
+    stated = statement(left, len(rows)) if tools else ""
     if delegate:
-        pieces = _delegation(size, keys, rows, left, rng)
+        pieces = _delegation(stated, keys, rows, left, rng)
     else:
         text, complete = equations(values, rng, WINDOW)
-        text = size + text
+        text = (stated and stated + "\n") + text
         pieces = [Piece(text + f"Answer: {sum(values)}")] if complete else [Piece(text, closed=False)]
     if rng.random() < 0.06:
         pieces = _cut(pieces, rng)
     return Demonstration(prompt, tools, tuple(pieces))
+
+
+def statement(left: int, rows: int) -> str:
+    """What a branch that has the tool writes before it chooses: its budget and the number of its rows."""
+    return f"left: {left}, rows: {rows}"
 
 
 def _delegation(stated: str, keys: list[str], rows: list[list[int]], left: int, rng: random.Random) -> list[Piece]:
@@ -127,10 +139,10 @@ def _cut(pieces: list[Piece], rng: random.Random) -> list[Piece]:
     lines = text.splitlines(keepends=True)
     kept = "".join(lines[: rng.randint(0, max(len(lines) - 1, 0))])
     partial = text[len(kept) : len(kept) + rng.randint(0, 3)]
-    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("\n")[2] if text.startswith("rows") else text)
+    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("\n")[2] if text.startswith("left") else text)
     total = totals[-1] if "=" in kept else totals[0]
     notice = Piece(f"{OUT_OF_BUDGET_NOTICE}\n{left_line(rng.randint(6, 12), None)}", context=True)
-    cut = kept + partial.partition("A")[0].partition("r")[0]
+    cut = kept + partial.partition("A")[0].partition("l")[0]
     return [*pieces[:-1], Piece(cut, closed=False), notice, Piece(f"Answer: {total}")]
 
 

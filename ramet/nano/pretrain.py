@@ -31,7 +31,7 @@ class PretrainConfig:
     heads: int = 3
     feed_forward: int = 256
     context: int = 1024
-    steps: int = 9000
+    steps: int = 8000
     batch_tokens: int = 2048
     micro_tokens: int = 768
     muon_lr: float = 0.015

@@ -19,7 +19,7 @@ from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.env.arithmetic import RowsEnvironment, parse_sum
 from ramet.nano import BASE
-from ramet.nano.demonstrations import LONGEST, RESULTS, WINDOW, demonstrate, encode
+from ramet.nano.demonstrations import LONGEST, RESULTS, WINDOW, demonstrate, digit_terms, encode
 from ramet.nano.pretrain import PretrainConfig, pretrain
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
@@ -70,12 +70,27 @@ def test_no_length_prefers_a_strategy(demonstrations):
             share[(count - 1) // WINDOW].append(delegates)
         if not delegates and count > WINDOW:
             equations = [line.partition("=")[0] for line in demonstration.pieces[0].text.splitlines() if "=" in line]
-            taken = 1 + sum(len(parse_sum(left)) - 1 for left in equations)
-            assert taken <= WINDOW and not demonstration.pieces[0].closed
+            taken = [term for left in equations for term in parse_sum(left)[1:]]
+            values = [v for row in rows(demonstration).values() for v in row]
+            shown = [term for value in values[1:WINDOW] for term in digit_terms(value)]
+            assert taken == shown[: len(taken)] and not demonstration.pieces[0].closed
     assert len(share) == LONGEST // WINDOW
     for delegating in share.values():
         half_width = 4 * (0.25 / len(delegating)) ** 0.5
         assert abs(sum(delegating) / len(delegating) - 0.5) < half_width
+
+
+@pytest.mark.parametrize(("value", "terms"), [(0, [0]), (7, [7]), (-16, [-10, -6]), (20, [20]), (-105, [-100, -5])])
+def test_terms_are_digits_in_their_places(value, terms):
+    assert digit_terms(value) == terms
+
+
+def test_tens_are_taken_in_by_themselves(demonstrations):
+    for demonstration in demonstrations:
+        for piece in demonstration.pieces:
+            for left, _ in [] if piece.context else re.findall(r"^(.+)=(-?\d+)$", piece.text, re.MULTILINE):
+                taken = parse_sum(left)[1:]
+                assert len(taken) == 1 or (len(taken) == 2 and all(abs(term) < 10 for term in taken))
 
 
 def test_a_turn_that_is_cut_has_no_end_to_train(demonstrations, nano_tokenizer):
