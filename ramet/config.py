@@ -62,7 +62,7 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tasks: _Tokens = 300
-    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (24, 48, 72, 96, 128, 160, 224)
+    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (48, 64, 96, 128, 160, 192, 256)
     ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (128, 192, 256, 320, 384, 448, 512)
     temperature: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 1_000_003
@@ -87,9 +87,9 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     env: EnvConfig = EnvConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
-    budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256)
-    reward: Prices = Prices(generated=0.001, clones=0.01)
-    train: TrainConfig = TrainConfig(temperature=0.5)
+    budgets: tuple[_Tokens, ...] = (96, 128, 192, 256, 384)
+    reward: Prices = Prices(generated=0.0007, clones=0.02)
+    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=2e-4)
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from ramet.policy.hf import HFPolicy
 console = Console()
 
 DEMO: dict[str, Any] = {
-    "train": {"updates": 80, "checkpoint_every": 5, "temperature": 0.5},
+    "train": {"updates": 80, "checkpoint_every": 5},
     "eval": {"tasks": 120, "budgets": [48, 96, 192]},
 }
 

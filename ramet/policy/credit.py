@@ -53,6 +53,22 @@ def team(group: Sequence[ScoredTree]) -> list[list[float]]:
     return [[float(a)] * len(item.tree.branches) for a, item in zip(advantages, group, strict=True)]
 
 
+SPREAD_FLOOR = 0.02
+"""Reward units below which a difference between trees counts as none, for `standardised`."""
+
+
+def standardised(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """`team` divided by the group's standard deviation plus `SPREAD_FLOOR`.
+
+    A task that every tree solves, and where they differ in cost alone, then teaches as loudly as one that
+    is won or lost: without it the choice to work alone on easy tasks is drowned by the noise of hard ones.
+    Biased: the spread depends on the tree's own actions, and tasks weigh by the inverse of it, so it follows
+    another objective than the mean reward. For pairs that is close to the probability of the better reward.
+    """
+    spread = float(np.std([item.reward for item in group], ddof=1)) if len(group) > 1 else 0.0
+    return [[a / (spread + SPREAD_FLOOR) for a in advantages] for advantages in team(group)]
+
+
 def branch_mean(group: Sequence[ScoredTree]) -> list[list[float]]:
     """`team`, each branch weighted by 1/N for a tree of N branches.
 
@@ -102,4 +118,4 @@ def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[lis
     return result
 
 
-ESTIMATORS: dict[str, Estimator] = {"team": team, "branch_mean": branch_mean, "reference": reference}
+ESTIMATORS: dict[str, Estimator] = {"team": team, "standardised": standardised, "branch_mean": branch_mean, "reference": reference}

@@ -70,7 +70,7 @@ class TrainConfig(BaseModel):
     clip_high: Annotated[float, Field(gt=0)] = 0.2
     kl: Annotated[float, Field(ge=0)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    estimator: Literal["team", "branch_mean", "reference"] = "team"
+    estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
     length_scale: _Count = 64
     batch_tokens: _Count = 1024
     checkpoint_every: _Count = 20

@@ -33,7 +33,7 @@ def demonstrations():
 
 
 def rows(demonstration) -> dict[str, list[int]]:
-    lines = demonstration.prompt.splitlines()[:-2]
+    lines = demonstration.prompt.partition("\nsum\n")[0].splitlines()
     return {line.partition(": ")[0]: parse_sum(line.partition(": ")[2]) for line in lines}
 
 

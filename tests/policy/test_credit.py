@@ -16,7 +16,7 @@ import pytest
 
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.errors import ConfigError
-from ramet.policy.credit import ScoredTree, branch_mean, gated, ratio, reference, team
+from ramet.policy.credit import SPREAD_FLOOR, ScoredTree, branch_mean, gated, ratio, reference, standardised, team
 
 STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
 
@@ -126,6 +126,22 @@ def test_branch_mean_has_the_bias_that_it_states():
     assert distance(got, scaled) < 1e-12
 
 
+def test_standardised_divides_by_the_spread_and_is_biased_for_it():
+    rng = np.random.default_rng(2)
+    game, tables = leaves(rng), policy(rng)
+    tree = game[0].tree
+    rewards = (1.0, 0.0, 0.5, 0.7)
+    got = standardised([ScoredTree(tree, r) for r in rewards])
+    by_hand = (np.array(rewards) - np.mean(rewards)) * 4 / 3 / (np.std(rewards, ddof=1) + SPREAD_FLOOR)
+    assert [advantages[0] for advantages in got] == pytest.approx(by_hand)
+    flat = lambda g: np.concatenate([g[s] for s in STATES])  # noqa: E731
+    mine, truth = flat(expected(tables, game, standardised, 2)), flat(exact(tables, game))
+    cosine = mine @ truth / np.linalg.norm(mine) / np.linalg.norm(truth)
+    assert 0.5 < cosine < 0.999
+    equal = standardised([ScoredTree(tree, 0.3)] * 3)
+    assert all(a == 0 for advantages in equal for a in advantages)
+
+
 def test_reference_is_biased_and_moves_with_the_origin_of_the_reward():
     rng = np.random.default_rng(1)
     game, tables = leaves(rng), policy(rng)
@@ -173,6 +189,6 @@ def test_gate_needs_both_length_and_a_missing_mark():
 
 def test_a_group_of_one_has_no_baseline():
     tree = leaves(np.random.default_rng(0))[0].tree
-    for estimator in (team, branch_mean, reference):
+    for estimator in (team, standardised, branch_mean, reference):
         with pytest.raises(ConfigError, match="at least two"):
             estimator([ScoredTree(tree, 1.0, texts=("",))])
