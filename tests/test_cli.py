@@ -166,6 +166,43 @@ def test_ctrl_c_is_one_line_a_status_and_can_be_resumed(tmp_path):
     assert process.returncode == 130 and "run the same command again to resume" in said and "Traceback" not in said
 
 
+def test_the_first_sigterm_ends_the_update_and_saves_it(tmp_path):
+    import signal
+
+    command = ["train", "--name", "long", *(part for item in TINY for part in ("--set", item)), "--set", "train.updates=500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ramet.cli", *command],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        pass
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143 and "finishing what is running" in said and "run the same command again to resume" in said
+    done = metrics.read_text().count("\n")
+    # Checkpoints come every 20 updates; this one came because of the signal.
+    assert done % 20 and [path.name for path in (tmp_path / "runs" / "long" / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
+
+
+def test_bench_kills_and_simulate_write_their_records(tmp_path):
+    killed = ramet("bench", "kills", "--kills", "2", "--json", str(tmp_path / "k.json"))
+    assert killed.returncode == 0, killed.stderr
+    records = [r for r in json.loads((tmp_path / "k.json").read_text()) if r["record"] == "kills"]
+    assert [r["job"] for r in records] == ["eval", "train"] and all(r["kills"] >= 2 for r in records)
+    assert all(r["lost"] == r["duplicated"] == r["differing"] == 0 for r in records)
+    simulated = ramet("bench", "simulate", "--seeds", "60", "--json", str(tmp_path / "s.json"))
+    assert simulated.returncode == 0, simulated.stderr
+    (record,) = [r for r in json.loads((tmp_path / "s.json").read_text()) if r["record"] == "simulate"]
+    assert record["seeds"] == 60 and record["violations"] == 0 and min(record["faults_injected"], record["trees"], record["clones"]) > 50
+    replayed = ramet("bench", "simulate", "--seed", "7", "--verbose")
+    assert replayed.returncode == 0 and "Scenario(" in replayed.stdout and "tree 0" in replayed.stdout
+
+
 def test_a_sum_may_begin_with_a_minus():
     assert ramet("run", "-3+4").returncode == 0
 

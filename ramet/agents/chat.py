@@ -113,16 +113,22 @@ def _parse_marked(tokenizer: Any, sampled: Sequence[int], stop: frozenset[int], 
     text: list[str] = []
     calls: list[str] = []
     start = 0
-    while opening in body[start:]:
-        at = body.index(opening, start)
+    while (at := _index(body, opening, start)) is not None:
         text.append(_decode(tokenizer, body[start:at]))
-        if closing not in body[at:]:
+        end = _index(body, closing, at)
+        if end is None:
             return ParsedTurn("".join(text), tuple(calls), "the tool call is not closed")
-        end = body.index(closing, at)
         calls.append(_decode(tokenizer, body[at + 1 : end]).strip())
         start = end + 1
     text.append(_decode(tokenizer, body[start:]))
     return ParsedTurn("".join(text), tuple(calls))
+
+
+def _index(ids: list[int], wanted: int, start: int) -> int | None:
+    try:
+        return ids.index(wanted, start)
+    except ValueError:
+        return None
 
 
 class ControlTokenFormat:
@@ -240,14 +246,15 @@ def parse_spelled(text: str) -> ParsedTurn:
     """Calls between spelled tags, for tokenizers that have no token for them."""
     visible: list[str] = []
     calls: list[str] = []
-    while "<tool_call>" in text:
-        before, _, rest = text.partition("<tool_call>")
-        visible.append(before)
-        call, closed, text = rest.partition("</tool_call>")
-        if not closed:
+    start = 0
+    while (at := text.find("<tool_call>", start)) >= 0:
+        visible.append(text[start:at])
+        end = text.find("</tool_call>", at)
+        if end < 0:
             return ParsedTurn("".join(visible), tuple(calls), "the tool call is not closed")
-        calls.append(call.strip())
-    visible.append(text)
+        calls.append(text[at + len("<tool_call>") : end].strip())
+        start = end + len("</tool_call>")
+    visible.append(text[start:])
     return ParsedTurn("".join(visible), tuple(calls))
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import zlib
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.errors import CheckpointError, StorageError
@@ -79,3 +82,36 @@ def test_a_full_disk_loses_nothing_that_was_written(tmp_path, monkeypatch):
 
 def test_fingerprints_tell_configurations_apart():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mangled_journal_is_a_prefix_or_refused(data, tmp_path):
+    whole = bytearray(written(tmp_path / "whole") if not (tmp_path / "whole").exists() else (tmp_path / "whole").read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(whole)))
+        kind = data.draw(st.sampled_from(("cut", "flip", "insert", "drop")))
+        if kind == "cut":
+            del whole[at:]
+        elif kind == "flip" and at < len(whole):
+            whole[at] ^= data.draw(st.integers(1, 255))
+        elif kind == "insert":
+            whole[at:at] = data.draw(st.binary(min_size=1, max_size=40))
+        else:
+            del whole[at : at + 7]
+    path = tmp_path / "mangled"
+    path.write_bytes(bytes(whole))
+    try:
+        with Journal(path, "job") as journal:
+            assert list(journal) == RECORDS[: len(journal.records)]
+    except CheckpointError:
+        assert path.read_bytes() == bytes(whole)
+
+
+def test_nesting_that_breaks_the_reader_is_damage(tmp_path):
+    head = written(tmp_path / "j", [])
+    body = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    line = b"%08x %b\n" % (zlib.crc32(body), body)
+    (tmp_path / "j").write_bytes(head + line + line)
+    with pytest.raises(CheckpointError, match="damaged at line 2"):
+        Journal(tmp_path / "j", "job")

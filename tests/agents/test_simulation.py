@@ -17,6 +17,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import SimulationError, simulate
+from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, Status, StopReason, Task
 from ramet.benchmarks.invariants import Violation
 from ramet.benchmarks.simulate import Run, Scenario, run_seed
@@ -66,6 +67,42 @@ def test_a_deadlock_and_an_endless_loop_are_errors():
         simulate(still, 0)
     with pytest.raises(SimulationError, match="no end after 500"):
         simulate(endless, 0, limit=500)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_slots_are_never_lost_and_never_doubled(seed):
+    """Random holders, some cancelled while they wait, some while they hold, and some just as they are handed one."""
+    rng = random.Random(seed)
+    count = rng.randint(1, 3)
+    holding = most = served = 0
+
+    async def main() -> None:
+        nonlocal holding, most, served
+        slots = Slots(count)
+
+        async def holder(patience: float, hold: float) -> None:
+            nonlocal holding, most, served
+            with anyio.move_on_after(patience):
+                await slots.acquire()
+                holding += 1
+                most = max(most, holding)
+                try:
+                    await anyio.sleep(hold)
+                    served += 1
+                finally:
+                    holding -= 1
+                    slots.release()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(12):
+                group.start_soon(holder, rng.choice((0, 1, 2, 3, 1e9)), rng.choice((0, 1, 2)))
+        for _ in range(count):  # all are free again
+            with anyio.fail_after(1):
+                await slots.acquire()
+        assert not slots._waiting
+
+    simulate(main, seed)
+    assert holding == 0 and most <= count and served
 
 
 def test_what_the_observer_raises_comes_out():
