@@ -81,6 +81,9 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self._entered += 1
         heapq.heappush(self._queue, (turn, self._entered, handle))
 
+    def _next(self) -> events.Handle:
+        return heapq.heappop(self._queue)[2]
+
     def _run_once(self) -> None:
         timers = self._scheduled  # type: ignore[attr-defined]
         while timers and (timers[0]._cancelled or timers[0]._when <= self._now or not self._queue):
@@ -91,7 +94,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
                 self._enter(timer)
         if not self._queue:
             raise SimulationError(f"deadlock after {self.steps} steps: nothing is ready and no timer is set")
-        _, _, handle = heapq.heappop(self._queue)
+        handle = self._next()
         if handle._cancelled:
             return
         self.steps += 1
@@ -112,6 +115,50 @@ def _mixed(seed: int, a: int, b: int) -> int:
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _WORD
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _WORD
     return x ^ x >> 31
+
+
+class _ExploringLoop(SimulatedLoop):
+    """Runs what `choices` say where more than one task is ready, then always the first; notes how many were."""
+
+    def __init__(self, choices: list[int], observe: Callable[[], None] | None, limit: int):
+        super().__init__(0, observe, limit)
+        self.choices = choices
+        self.ready: list[int] = []
+
+    def _next(self) -> events.Handle:
+        # What was cancelled does nothing; it is no choice.
+        self._queue = [item for item in self._queue if not item[2]._cancelled] or self._queue[:1]
+        if len(self._queue) == 1:
+            return self._queue.pop()[2]
+        self._queue.sort()
+        at = self.choices[len(self.ready)] if len(self.ready) < len(self.choices) else 0
+        self.ready.append(len(self._queue))
+        return self._queue.pop(at)[2]
+
+
+def explore(main: Callable[[], Awaitable[object]], observe: Callable[[], None] | None = None, most: int = 100_000) -> tuple[int, bool]:
+    """Run `main` in every interleaving of its tasks there is, or in the first `most`: (how many, whether that is all).
+
+    Depth first over the choice at each step, from the start each time; `main` must do the same in every run
+    but for what runs first.
+    """
+    choices: list[int] = []
+    for count in range(1, most + 1):
+        loops: list[_ExploringLoop] = []
+
+        def factory(choices: list[int] = choices, loops: list[_ExploringLoop] = loops) -> _ExploringLoop:
+            loops.append(_ExploringLoop(choices, observe, 100_000))
+            return loops[0]
+
+        anyio.run(main, backend="asyncio", backend_options={"loop_factory": factory})
+        ready = loops[0].ready
+        taken = (choices + [0] * len(ready))[: len(ready)]
+        while taken and taken[-1] + 1 >= ready[len(taken) - 1]:
+            taken.pop()
+        if not taken:
+            return count, True
+        choices = [*taken[:-1], taken[-1] + 1]
+    return most, False
 
 
 def simulate(main: Callable[[], Awaitable[T]], seed: int, observe: Callable[[], None] | None = None, limit: int = 10_000_000) -> T:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from ramet.agents.actor import Growth, seed_of
 from ramet.agents.budget import CURRENCIES, Budget
-from ramet.agents.scripted import STOP, PlainFormat, ScriptedPolicy
+from ramet.agents.protocol import parse_call
+from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn
 from ramet.errors import RametError
 
@@ -108,7 +109,7 @@ def _check_results(branch: Branch, turn: Turn) -> None:
     if not turn.clones or not said.startswith("<1: "):
         return
     lines = re.findall(r"^<?(\d+): (.*)$", said.rstrip(">"), re.MULTILINE)
-    asked = "".join(chr(i) for i in turn.sampled if i != STOP).count('"objective":')
+    asked = len(parse_call(PlainFormat().parse(turn.sampled).calls[0]).objectives)
     require([int(number) for number, _ in lines] == list(range(1, asked + 1)), f"{branch.id}: {len(lines)} results for {asked} objectives")
     for clone, (_, line) in zip(turn.clones, lines, strict=False):
         cut = "…" in line or "cut ..." in line
