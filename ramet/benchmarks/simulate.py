@@ -87,7 +87,13 @@ class Scenario:
             return node
 
         plan(0)
-        limit = lambda low, high, chance=0.5: rng.randint(low, high) if rng.random() < chance else None  # noqa: E731
+
+        def limit(low: int, high: int, chance: float) -> int | None:
+            return rng.randint(low, high) if rng.random() < chance else None
+
+        def when() -> float:
+            return rng.uniform(0, 60)
+
         budget = Budget(
             generated=limit(0, 8000, 0.6),
             prefilled=limit(0, 20_000, 0.2),
@@ -101,7 +107,6 @@ class Scenario:
             answer_reserve=rng.choice((0, 0, 12, 40)),
             seconds=None if calm or rng.random() < 0.7 else rng.uniform(0.5, 400),
         )
-        when = lambda: rng.uniform(0, 60)  # noqa: E731
         return cls(
             seed,
             script,
