@@ -64,31 +64,33 @@ def run_measuring(
 ) -> list[Measured]:
     """Measure entries that share one model, on held-out tasks of each split.
 
-    Outcomes go to `journal`. Until all are known, samples of trees that are not finished are kept beside it.
+    Outcomes go to `journal`. Until those of an entry on a split are all known, the samples of its trees are kept
+    beside it, in a file of their own.
     """
     weights, _, chat = open_model(config, model)
     env = config.env.build()
-    beside = journal.path.with_name(journal.path.stem + "-samples.jsonl")
+    seed = config.eval.seed + config.seed
 
-    async def main(samples: Journal) -> list[Measured]:
+    async def main() -> list[Measured]:
         found: list[Measured] = []
         async with HFPolicy(weights, max_batch=config.train.max_batch) as engine:
-            policy = JournaledPolicy(engine, samples)
             for split in splits:
                 budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
-                tasks = env.tasks(split, config.eval.tasks, config.eval.seed + config.seed)
+                tasks = env.tasks(split, config.eval.tasks, seed)
                 for entry in entries:
-                    with progress.measuring(
-                        f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)
-                    ) as report:
-                        seed = config.eval.seed + config.seed
+                    beside = journal.path.with_name(f"{journal.path.stem}-{entry.policy}-{split}.jsonl")
+                    with (
+                        progress.measuring(
+                            f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)
+                        ) as report,
+                        Journal(beside, journal.job) as samples,
+                    ):
+                        policy = JournaledPolicy(engine, samples)
                         found += await measure(policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report)
+                    beside.unlink()
         return found
 
-    with Journal(beside, fingerprint(journal.job, weights_id(model))) as samples:
-        found = anyio.run(main, samples)
-    beside.unlink()
-    return found
+    return anyio.run(main)
 
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
