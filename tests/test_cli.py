@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,45 +147,33 @@ def test_bench_sampling_and_doctor(tmp_path):
     assert checked.returncode == 0 and "3+4 -> 7" in checked.stdout
 
 
-def test_ctrl_c_is_one_line_a_status_and_can_be_resumed(tmp_path):
-    import signal
-
+def signalled(folder: Path, number: int) -> tuple[int, str, int]:
+    """Start a long training, send it a signal after two updates: status, what it said, and updates done."""
     command = ["train", "--name", "long", *(part for item in TINY for part in ("--set", item)), "--set", "train.updates=500"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ramet.cli", *command],
-        cwd=tmp_path,
+        cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
+    metrics = folder / "runs" / "long" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run the same command again to resume" in said and "Traceback" not in said
+    return process.returncode, said, metrics.read_text().count("\n")
+
+
+def test_ctrl_c_is_one_line_a_status_and_can_be_resumed(tmp_path):
+    status, said, _ = signalled(tmp_path, signal.SIGINT)
+    assert status == 130 and "run the same command again to resume" in said and "Traceback" not in said
 
 
 def test_the_first_sigterm_ends_the_update_and_saves_it(tmp_path):
-    import signal
-
-    command = ["train", "--name", "long", *(part for item in TINY for part in ("--set", item)), "--set", "train.updates=500"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ramet.cli", *command],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    metrics = tmp_path / "runs" / "long" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        pass
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143 and "finishing what is running" in said and "run the same command again to resume" in said
-    done = metrics.read_text().count("\n")
+    status, said, done = signalled(tmp_path, signal.SIGTERM)
+    assert status == 143 and "finishing what is running" in said and "run the same command again to resume" in said
     # Checkpoints come every 20 updates; this one came because of the signal.
     assert done % 20 and [path.name for path in (tmp_path / "runs" / "long" / "checkpoints").glob("step-*")] == [f"step-{done:06d}"]
 

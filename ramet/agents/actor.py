@@ -271,14 +271,11 @@ async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> S
     """
     seed = seed_of(setting.seed, growth.id, len(growth.turns))
     request = SampleRequest(_ids(growth), room, setting.chat.stop_ids, seed, setting.sampling, setting.group)
-    failed: TransientPolicyError | None = None
-    sample: Sample | None = None
+    sample: Sample | None
     try:
         sample = await _attempt(setting, growth, request)
     except TransientPolicyError as error:
-        failed = error
-    if failed is not None:
-        sample = await _retry(setting, growth, request, final, failed)
+        sample = await _retry(setting, growth, request, final, error)
     if sample is not None:
         _record(growth, sample)
     return sample

@@ -107,6 +107,11 @@ class Journal:
         self.close()
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The whole records of a journal, of whatever job, without its header."""
+    return [record for record in map(_decode, path.read_bytes().splitlines(keepends=True)[1:]) if record is not None]
+
+
 def _decode(line: bytes) -> dict[str, Any] | None:
     """The record of one line, or None if the line is not whole."""
     if not line.endswith(b"\n") or len(line) < 11 or line[8:9] != b" ":

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ramet.agents.journal import Journal
+from ramet.agents.journal import read_records
 from ramet.benchmarks.jobs import eval_job, train_job
 from ramet.benchmarks.session import meta, open_model
 from ramet.benchmarks.show import write_json
@@ -42,13 +42,11 @@ Work = dict[tuple[Any, ...], Any]
 
 def eval_work(folder: Path) -> tuple[Work, int]:
     """Outcomes by what was measured, and how many records repeat one."""
-    work: Work = {}
-    header = json.loads((folder / "journal.jsonl").read_bytes().split(b"\n", 1)[0][9:])
-    with Journal(folder / "journal.jsonl", header["job"]) as journal:
-        for record in journal:
-            outcome = {name: value for name, value in record["outcome"].items() if name != "prefilled"}
-            work[record["policy"], record["split"], record["budget"], record["task"]] = outcome
-        return work, len(journal.records) - len(work)
+    records = read_records(folder / "journal.jsonl")
+    work: Work = {
+        (r["policy"], r["split"], r["budget"], r["task"]): {n: v for n, v in r["outcome"].items() if n != "prefilled"} for r in records
+    }
+    return work, len(records) - len(work)
 
 
 def train_work(folder: Path) -> tuple[Work, int]:

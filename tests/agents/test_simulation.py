@@ -21,7 +21,7 @@ from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, Status, StopReason, Task
 from ramet.benchmarks.invariants import Violation
 from ramet.benchmarks.simulate import Run, Scenario, run_seed
-from ramet.errors import BudgetExhausted, PolicyError, TransientPolicyError
+from ramet.errors import BudgetExhausted, PolicyError, RametError, TransientPolicyError
 
 
 async def order() -> list[tuple[int, int, float]]:
@@ -173,7 +173,7 @@ def test_planted_bugs_are_found(bug, tmp_path, monkeypatch):
     for seed in range(40):
         try:
             run_seed(seed, tmp_path)
-        except Exception:
+        except RametError:
             found += 1
     assert found
 
