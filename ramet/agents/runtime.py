@@ -110,7 +110,11 @@ class Runtime:
         async def worker(results: MemoryObjectSendStream[tuple[Job, Tree]]) -> None:
             async with results:
                 for job in waiting:
-                    await results.send((job, await self.run(job.task, job.budget, job.seed)))
+                    tree = await self.run(job.task, job.budget, job.seed)
+                    try:
+                        await results.send((job, tree))
+                    except anyio.BrokenResourceError:
+                        return  # the block was left, and the cancelling of this task is still on its way
 
         async with task_group() as group:
             async with send:

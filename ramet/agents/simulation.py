@@ -5,7 +5,9 @@
 - time stands still while anything can run and then jumps to the next timer, so that an hour of
   simulated latency costs nothing;
 - of all that is ready, what runs next is drawn from the seed, the task's number and how often it has been
-  scheduled. Memory addresses and hash seeds play no part: the same seed is the same run in every process;
+  scheduled. Memory addresses and hash seeds play no part: the same seed is the same run in every process.
+  Unlike a draw among all that is ready this is fair: nothing is overtaken by more than `PATIENCE` later ones,
+  so that what waits busily for another (as asyncio and anyio do) waits for a time that is bounded;
 - an observer is called after every step, to check what must always hold.
 
 There is no input and output on this loop. Where nothing can ever run again, that is a deadlock and an error.
@@ -25,6 +27,7 @@ import anyio
 from ramet.errors import RametError
 
 T = TypeVar("T")
+PATIENCE = 1000
 _WORD = 2**64 - 1
 
 
@@ -79,7 +82,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
             self._others += 1
             turn = _mixed(self._seed, 2 * self._others + 1, 0)
         self._entered += 1
-        heapq.heappush(self._queue, (turn, self._entered, handle))
+        heapq.heappush(self._queue, (self._entered + turn % PATIENCE, self._entered, handle))
 
     def _next(self) -> events.Handle:
         return heapq.heappop(self._queue)[2]

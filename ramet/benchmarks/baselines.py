@@ -134,7 +134,7 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
         content = "\n".join(filter(None, [task.messages[-1].content, left_line(offered, None)]))
         prompt = [
             *chat.render([*task.messages[:-1], Message("user", content)], tools=True),
-            *chat.turn(statement(offered, len(keys)), call),
+            *chat.turn(statement(len(keys)), call),
             *chat.after_turn(render_results(results, left_line(left, None), runtime.result_characters), closed=True),
         ]
         limits = budget.model_copy(update={"generated": generated - spent, "depth": 0})

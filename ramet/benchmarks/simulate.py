@@ -205,9 +205,7 @@ class Run:
     def go(self) -> Run:
         """Run to the end, or to the step at which it is killed. Raises `Violation`."""
         try:
-            # What is killed before it started is reported by Python as never awaited.
-            with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
-                simulate(self._main, self.scenario.seed, self._observe, limit=400_000)
+            simulate(self._main, self.scenario.seed, self._observe, limit=400_000)
         except (_Killed, RuntimeError):
             if self.killed is None:
                 raise
@@ -329,7 +327,12 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
     totals = {"trees": 0, "clones": 0, "faults": 0}
     failures: list[dict[str, Any]] = []
     started = time.process_time()
-    with tempfile.TemporaryDirectory() as folder, progress.measuring("simulating", seeds) as report:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        progress.measuring("simulating", seeds) as report,
+        # What is killed before it started is reported as never awaited, whenever Python comes to collect it.
+        warnings.catch_warnings(action="ignore", category=RuntimeWarning),
+    ):
         for seed in range(first, first + seeds):
             if verbose:
                 _describe(seed, Path(folder))

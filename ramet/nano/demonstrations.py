@@ -3,16 +3,17 @@
 Two ways of adding up rows of operands are shown, each as often as the other at every length at which
 the tool is offered:
 
-- alone: running totals, one equation a line, each taking in one or two digits (uniformly), then
-  `Answer: total`. An operand of several digits is taken in digit by digit, 16 as 10 and 6, tens by themselves.
-  Demonstrations end after `WINDOW` operands: of longer sums only the beginning is shown, so the base
-  starts them alone as readily as short ones but has never seen how they go on.
+- alone: running totals, one equation a line, each taking in one digit, then `Answer: total`. An operand
+  of several digits is taken in digit by digit, 16 as 10 and 6. Demonstrations end after `WINDOW`
+  operands: of longer sums only the beginning is shown, so the base starts them alone as readily as
+  short ones but has never seen how they go on.
 - delegation: one call that hands one to three rows to each clone (uniformly), then running totals of
-  their results. At most `RESULTS` of them; those that came back empty are asked for again.
+  their results, of which there are at most `RESULTS`; those that came back empty are asked for again.
 
-A branch that has the tool first states what it may spend and how many rows it was given, and calls or goes
-on with the next token, so that what the choice could depend on is at hand where the choice is made. Also
-shown: answering with the last total when the budget ends. Budgets are random and tell nothing.
+A branch that has the tool first states how many rows it was given, and calls or goes on with the next
+token, so that what the choice could depend on is at hand where the choice is made. Calling or not, and
+the rows a clone, are the only free choices. Also shown: answering with the last total when the budget
+ends. Budgets are random and tell nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from ramet.env.arithmetic import OBJECTIVE, parse_sum, rows_task
 
 WINDOW = 8
 RESULTS = 12
-LONGEST = 48
+LONGEST = 56
+LONGEST_ROW = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +54,13 @@ class Demonstration:
     pieces: tuple[Piece, ...]
 
 
-def equations(values: list[int], rng: random.Random, stop_after: int | None = None) -> tuple[str, bool]:
+def equations(values: list[int], stop_after: int | None = None) -> tuple[str, bool]:
     """Running totals of `values`, one equation a line; (text, whether all operands were taken in)."""
-    terms = [term for value in values[1:stop_after] for term in digit_terms(value)]
     total, lines = values[0], []
-    while terms:
-        stride = rng.randint(1, 2) if all(abs(term) < 10 for term in terms[:2]) else 1
-        taken, terms = terms[:stride], terms[stride:]
-        following = total + sum(taken)
-        lines.append(f"{total}{''.join(f'{term:+d}' for term in taken)}={following}\n")
-        total = following
+    for value in values[1:stop_after]:
+        for term in digit_terms(value):
+            lines.append(f"{total}{term:+d}={total + term}\n")
+            total += term
     return "".join(lines), stop_after is None or len(values) <= stop_after
 
 
@@ -78,21 +77,22 @@ def demonstrate(rng: random.Random) -> Demonstration:
     longest = LONGEST if largest == 9 else 2 * WINDOW
     # Long prompts cost most tokens and teach least: the longer the rarer.
     count = rng.randint(1, WINDOW) if rng.random() < 0.6 else round(WINDOW * (longest / WINDOW) ** rng.uniform(0.05, 1))
+    row = rng.randint(2, LONGEST_ROW)
+    count = min(count, RESULTS * row)
     values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
     tools = rng.random() < 0.65
     delegate = tools and rng.random() < 0.5
     # A clone's first row is any row of its parent's, so first rows are signed half of the time.
-    row = rng.randint(2, 5)
     task = rows_task(values, "demonstration", rng.randrange(26), row, signed=rng.random() < 0.5)
     keys = list(task.documents)
     rows = [parse_sum(text) for text in task.documents.values()]
-    left = round(math.exp(rng.uniform(math.log(16), math.log(640))))
+    left = round(math.exp(rng.uniform(math.log(16), math.log(800))))
     prompt = "\n".join([task.messages[0].content, left_line(left, None)])
-    stated = statement(left, len(rows)) if tools else ""
+    stated = statement(len(rows)) if tools else ""
     if delegate:
         pieces = _delegation(stated, keys, rows, left, rng)
     else:
-        text, complete = equations(values, rng, WINDOW)
+        text, complete = equations(values, WINDOW)
         text = (stated and stated + "\n") + text
         pieces = [Piece(text + f"Answer: {sum(values)}")] if complete else [Piece(text, closed=False)]
     if rng.random() < 0.06:
@@ -100,15 +100,13 @@ def demonstrate(rng: random.Random) -> Demonstration:
     return Demonstration(prompt, tools, tuple(pieces))
 
 
-def statement(left: int, rows: int) -> str:
-    """What a branch that has the tool writes before it chooses: its budget and the number of its rows."""
-    return f"left: {left}, rows: {rows}"
+def statement(rows: int) -> str:
+    """What a branch that has the tool writes before it chooses: the number of its rows."""
+    return f"rows: {rows}"
 
 
 def _delegation(stated: str, keys: list[str], rows: list[list[int]], left: int, rng: random.Random) -> list[Piece]:
     size = rng.randint(1, 3)
-    while -(-len(keys) // size) > RESULTS:
-        size += 1
     groups = [list(range(i, min(i + size, len(keys)))) for i in range(0, len(keys), size)]
     sums = [sum(sum(rows[i]) for i in group) for group in groups]
     missing = rng.randrange(len(groups)) if len(groups) > 1 and rng.random() < 0.06 else None
@@ -121,7 +119,7 @@ def _delegation(stated: str, keys: list[str], rows: list[list[int]], left: int, 
             _results([CloneResult(Status.ANSWERED, str(sums[missing]))], left, rng),
         ]
         sums = [s for i, s in enumerate(sums) if i != missing] + [sums[missing]]
-    text, _ = equations(sums, rng)
+    text, _ = equations(sums)
     return [*pieces, Piece(text + f"Answer: {sum(sums)}")]
 
 
@@ -139,10 +137,10 @@ def _cut(pieces: list[Piece], rng: random.Random) -> list[Piece]:
     lines = text.splitlines(keepends=True)
     kept = "".join(lines[: rng.randint(0, max(len(lines) - 1, 0))])
     partial = text[len(kept) : len(kept) + rng.randint(0, 3)]
-    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("\n")[2] if text.startswith("left") else text)
+    totals = re.findall(r"=(-?\d+)\n", kept) or re.findall(r"-?\d+", text.partition("\n")[2] if text.startswith("rows") else text)
     total = totals[-1] if "=" in kept else totals[0]
     notice = Piece(f"{OUT_OF_BUDGET_NOTICE}\n{left_line(rng.randint(6, 12), None)}", context=True)
-    cut = kept + partial.partition("A")[0].partition("l")[0]
+    cut = kept + partial.partition("A")[0].partition("r")[0]
     return [*pieces[:-1], Piece(cut, closed=False), notice, Piece(f"Answer: {total}")]
 
 

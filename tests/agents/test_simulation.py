@@ -16,7 +16,7 @@ from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
-from ramet.agents.simulation import SimulationError, simulate
+from ramet.agents.simulation import PATIENCE, SimulationError, simulate
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, Status, StopReason, Task
 from ramet.benchmarks.invariants import Violation
@@ -69,6 +69,29 @@ def test_a_deadlock_and_an_endless_loop_are_errors():
         simulate(endless, 0, limit=500)
 
 
+def test_whoever_waits_gets_a_turn():
+    """A task is overtaken by at most `PATIENCE` others, however busily they run."""
+
+    async def starved() -> int:
+        waited = 0
+        ran = False
+
+        async def patient() -> None:
+            nonlocal ran
+            ran = True
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(patient)
+            while not ran:
+                await anyio.lowlevel.cancel_shielded_checkpoint()
+                waited += 1
+        return waited
+
+    waits = [simulate(starved, seed, limit=5000) for seed in range(300)]
+    assert max(waits) <= PATIENCE
+    assert min(waits) < 5 < max(waits)
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_slots_are_never_lost_and_never_doubled(seed):
     """Random holders, some cancelled while they wait, some while they hold, and some just as they are handed one."""
@@ -113,6 +136,8 @@ def test_what_the_observer_raises_comes_out():
         simulate(order, 0, observe)
 
 
+# What a kill stops before it started is reported as never awaited.
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
 @pytest.mark.parametrize("first", range(0, 400, 100))
 def test_random_runs_hold(first, tmp_path):
     counted = [run_seed(seed, tmp_path) for seed in range(first, first + 100)]
