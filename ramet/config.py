@@ -34,9 +34,9 @@ class EnvConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["rows", "reference"] = "rows"
-    operands: tuple[int, int] = (2, 16)
-    ood_operands: tuple[int, int] = (32, 40)
-    row: tuple[int, int] = (3, 4)
+    operands: tuple[int, int] = (2, 24)
+    ood_operands: tuple[int, int] = (48, 54)
+    row: tuple[int, int] = (5, 6)
     largest: Annotated[int, Field(ge=1, le=99)] = 9
     graded: bool = True
 
@@ -63,7 +63,7 @@ class EvalConfig(BaseModel):
 
     tasks: _Tokens = 300
     budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (48, 64, 96, 128, 160, 192, 256)
-    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (128, 192, 256, 320, 384, 448, 512)
+    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (192, 256, 320, 384, 448, 512, 640)
     temperature: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 1_000_003
 

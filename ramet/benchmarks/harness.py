@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ramet.agents import drain
 from ramet.agents.actor import seed_of
@@ -130,14 +131,21 @@ def point(measured: Sequence[Measured]) -> dict[str, object]:
     }
 
 
-def by_size(measured: Sequence[Measured], edges: Sequence[tuple[int, int]]) -> list[dict[str, object]]:
-    """Accuracy and spawn rate by task size, for one policy at one budget on one split."""
+def by_size(measured: Sequence[Measured], bins: int = 6) -> list[dict[str, Any]]:
+    """Accuracy and spawn rate in up to `bins` ranges of task size, for one policy at one budget on one split."""
+    sizes = sorted({m.size for m in measured})
+    width = -(-(sizes[-1] - sizes[0] + 1) // bins)
     records = []
-    for low, high in edges:
-        chosen = [m for m in measured if low <= m.size <= high]
-        if chosen:
-            records.append({**point(chosen), "record": "size", "size_low": low, "size_high": high})
+    for low in range(sizes[0], sizes[-1] + 1, width):
+        if chosen := [m for m in measured if low <= m.size < low + width]:
+            records.append({**point(chosen), "record": "size", "size_low": low, "size_high": min(low + width - 1, sizes[-1])})
     return records
+
+
+def ample_sizes(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of records, those by size at the largest budget of their split."""
+    sizes = [r for r in records if r["record"] == "size"]
+    return [r for r in sizes if r["budget"] == max(s["budget"] for s in sizes if s["split"] == r["split"])]
 
 
 def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Measured]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import anyio
 from rich.console import Console
@@ -26,11 +27,30 @@ from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 
 console = Console()
-SIZES = ((2, 4), (5, 8), (9, 12), (13, 16), (32, 36), (37, 40))
+
+
+_LOCKS: dict[Path, IO[str]] = {}
+
+
+def _lock(directory: Path) -> None:
+    """Hold `directory` until this process ends, however it ends."""
+    path = directory.resolve() / ".lock"
+    if path in _LOCKS:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise StorageError(f"another process is working in {directory}; wait for it, or choose another --name") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    _LOCKS[path] = file
 
 
 def claim_folder(directory: Path, config: RunConfig) -> None:
-    """Make the run folder this configuration's; refuse one that holds another."""
+    """Make the run folder this configuration's and this process's; refuse one that holds another or is in use."""
+    _lock(directory)
     path = directory / "config.toml"
     if path.exists():
         held = path.read_text()
@@ -38,7 +58,7 @@ def claim_folder(directory: Path, config: RunConfig) -> None:
         write(config, draft)
         new = draft.read_text()
         draft.unlink()
-        others = [child for child in directory.iterdir() if child != path]
+        others = [child for child in directory.iterdir() if child.name not in ("config.toml", ".lock")]
         if held != new and not others:
             write(config, path)  # claimed by a run that did not get as far as writing anything
         elif held != new:
@@ -99,13 +119,9 @@ def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
 
 
 def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """One record per policy, split and budget, and by size at each split's largest budget."""
-    groups = grouped(measured)
-    records = [point(ms) for ms in groups.values()]
-    largest = {(policy, split): max(b for p, s, b in groups if (p, s) == (policy, split)) for policy, split, _ in groups}
-    for (policy, split), budget in largest.items():
-        records += by_size(groups[policy, split, budget], SIZES)
-    return records
+    """A `point` record per policy, split and budget, and `size` records of the same by task size."""
+    groups = grouped(measured).values()
+    return [point(ms) for ms in groups] + [record for ms in groups for record in by_size(ms)]
 
 
 def print_points(records: Sequence[dict[str, Any]]) -> None:

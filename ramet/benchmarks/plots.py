@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ramet.benchmarks.harness import ample_sizes
+
 LABELS = {
     "trained": "trained controller",
     "base": "base model",
@@ -62,21 +64,31 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Spawn rate and accuracy by length, at the largest budget of each split."""
+    """When the trained controller spawns, by length and budget, and accuracy by length at the largest budget of each split."""
     sizes = [r for r in records if r["record"] == "size"]
     figure, axes = _axes(1, 2)
+    map_, lines = axes[0]
+    cells = [r for r in sizes if (r["policy"], r["split"]) == ("trained", "iid")]
+    budgets = sorted({r["budget"] for r in cells})
+    ranges = sorted({(r["size_low"], r["size_high"]) for r in cells})
+    rates = {((r["size_low"], r["size_high"]), r["budget"]): r["spawn_rate"] for r in cells}
+    grid = [[rates[size, budget] for size in ranges] for budget in budgets]
+    map_.imshow(grid, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", origin="lower")
+    for y, row in enumerate(grid):
+        for x, rate in enumerate(row):
+            map_.text(x, y, f"{rate:.0%}", ha="center", va="center", fontsize=9)
+    map_.set_xticks(range(len(ranges)), [f"{low}-{high}" for low, high in ranges])
+    map_.set_yticks(range(len(budgets)), budgets)
+    map_.grid(visible=False)
+    map_.set(xlabel="operands", ylabel="token budget", title="how often the trained controller spawns")
     for policy in LABELS:
-        chosen = sorted((r for r in sizes if r["policy"] == policy), key=lambda r: r["size_low"])
+        chosen = sorted((r for r in ample_sizes(records) if r["policy"] == policy), key=lambda r: r["size_low"])
         if not chosen:
             continue
-        xs = [(r["size_low"] + r["size_high"]) / 2 for r in chosen]
         style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "marker": "o", "ms": 3.5, "label": LABELS[policy]}
-        if policy in ("trained", "base"):
-            axes[0][0].plot(xs, [r["spawn_rate"] for r in chosen], **style)
-        axes[0][1].plot(xs, [r["accuracy"] for r in chosen], **style)
-    axes[0][0].set(xlabel="operands", ylabel="share of trees that spawn", title="spawn rate by length", ylim=(-0.02, 1.02))
-    axes[0][1].set(xlabel="operands", ylabel="accuracy", title="accuracy by length, largest budget", ylim=(-0.02, 1.02))
-    axes[0][1].legend(frameon=False, fontsize=8.5)
+        lines.plot([(r["size_low"] + r["size_high"]) / 2 for r in chosen], [r["accuracy"] for r in chosen], **style)
+    lines.set(xlabel="operands", ylabel="accuracy", title="accuracy by length, largest budget", ylim=(-0.02, 1.02))
+    lines.legend(frameon=False, fontsize=8.5)
     _save(figure, path)
 
 

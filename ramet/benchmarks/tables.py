@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ramet.benchmarks.harness import ample_sizes
 from ramet.benchmarks.plots import LABELS, SPLITS
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """Accuracy by budget, claims, cost at equal accuracy, and behaviour by length, each a table."""
-    return "\n".join(
-        [*accuracy(records, "iid"), "", *accuracy(records, "ood"), "", *claims(records), "", *costs(records), "", *lengths(records), ""]
-    )
+    """Accuracy by budget, claims, cost at equal accuracy, and behaviour by length and budget, each a table."""
+    tables = (accuracy(records, "iid"), accuracy(records, "ood"), claims(records), costs(records), spawning(records), lengths(records))
+    return "\n".join("\n".join(lines) + "\n" for lines in tables)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -75,7 +75,16 @@ def lengths(records: Sequence[dict[str, Any]]) -> list[str]:
             f"{r['generated']:.0f}",
             f"{r['critical_path']:.0f}",
         ]
-        for r in records
-        if r["record"] == "size" and r["policy"] in ("trained", "base")
+        for r in ample_sizes(records)
+        if r["policy"] in ("trained", "base")
     ]
-    return table(["by operands", "operands", "spawns", "accuracy", "generated", "critical path"], rows)
+    return table(["by operands, ample budget", "operands", "spawns", "accuracy", "generated", "critical path"], rows)
+
+
+def spawning(records: Sequence[dict[str, Any]]) -> list[str]:
+    """How often the trained controller spawns, by length and budget, on lengths as trained."""
+    chosen = [r for r in records if r["record"] == "size" and (r["policy"], r["split"]) == ("trained", "iid")]
+    budgets = sorted({r["budget"] for r in chosen})
+    rates = {((r["size_low"], r["size_high"]), r["budget"]): r["spawn_rate"] for r in chosen}
+    rows = [[f"{low}-{high}", *(f"{rates[(low, high), b]:.0%}" for b in budgets)] for low, high in dict.fromkeys(size for size, _ in rates)]
+    return table(["operands: spawns, by token budget", *map(str, budgets)], rows)

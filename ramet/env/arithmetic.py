@@ -24,7 +24,7 @@ from ramet.rewards.exact_match import graded_integer, integer_match
 
 OBJECTIVE = "sum"
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-ROW = 4
+ROW = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +35,9 @@ class RowsEnvironment:
     out-of-distribution ones have `ood_operands` in rows of the longest kind. All operands are 1..`largest`.
     """
 
-    operands: tuple[int, int] = (2, 16)
-    ood_operands: tuple[int, int] = (32, 40)
-    row: tuple[int, int] = (3, 4)
+    operands: tuple[int, int] = (2, 24)
+    ood_operands: tuple[int, int] = (48, 54)
+    row: tuple[int, int] = (5, 6)
     largest: int = 9
     name: str = "rows"
 

@@ -27,12 +27,11 @@ from dataclasses import dataclass
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_call, render_results
 from ramet.agents.tree import Message, Status
-from ramet.env.arithmetic import OBJECTIVE, parse_sum, rows_task
+from ramet.env.arithmetic import OBJECTIVE, ROW, parse_sum, rows_task
 
 WINDOW = 8
 RESULTS = 12
 LONGEST = 56
-LONGEST_ROW = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +76,7 @@ def demonstrate(rng: random.Random) -> Demonstration:
     longest = LONGEST if largest == 9 else 2 * WINDOW
     # Long prompts cost most tokens and teach least: the longer the rarer.
     count = rng.randint(1, WINDOW) if rng.random() < 0.6 else round(WINDOW * (longest / WINDOW) ** rng.uniform(0.05, 1))
-    row = rng.randint(2, LONGEST_ROW)
+    row = rng.randint(2, ROW)
     count = min(count, RESULTS * row)
     values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
     tools = rng.random() < 0.65

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import anyio
@@ -127,4 +128,7 @@ def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
     groups = grouped(whole)
     record = point(groups["base", "iid", 90])
     assert record["n"] == 5 and 0 <= record["ci_low"] <= record["accuracy"] <= record["ci_high"] <= 1
-    assert sum(r["n"] for r in by_size(whole[:5], [(2, 6), (7, 12)])) == 5
+    for bins in (1, 3, 100):
+        ranges = by_size(whole[:5], bins)
+        assert len(ranges) <= bins and sum(r["n"] for r in ranges) == 5
+        assert all(a["size_high"] < b["size_low"] for a, b in itertools.pairwise(ranges))

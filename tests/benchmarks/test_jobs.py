@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,11 +12,25 @@ from safetensors.torch import load_file, save_file
 
 from ramet.agents.journal import Journal
 from ramet.agents.resume import JournaledPolicy
-from ramet.benchmarks.jobs import run_measuring, tree_entry
+from ramet.benchmarks.jobs import claim_folder, run_measuring, tree_entry
 from ramet.config import RunConfig, validate
+from ramet.errors import StorageError
 from ramet.nano import BASE
 
 SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets": [200]}}
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    """From another process: refused while it is held, free when its holder is gone, however it went."""
+    hold = "import pathlib, sys, time; from ramet.benchmarks import jobs; jobs._lock(pathlib.Path(sys.argv[1]));"
+    hold += "print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(StorageError, match="another process is working in"):
+            claim_folder(tmp_path, RunConfig())
+        holder.kill()
+    for _ in range(2):
+        claim_folder(tmp_path, RunConfig())
 
 
 def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeypatch):
