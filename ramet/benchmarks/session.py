@@ -67,7 +67,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     def judge(task: Task, tree: Tree) -> Verdict:
         score = env.grade(task, tree.answer)
         penalties = config.reward.penalties(tree)
-        return Verdict(score, penalties, scored(tree, score, penalties))
+        return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
     model, tokenizer, chat = open_model(config)
     job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(model_path(config.model)))

@@ -12,6 +12,7 @@ Two generators:
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 import zlib
@@ -31,8 +32,9 @@ ROW = 6
 class RowsEnvironment:
     """Sums in rows.
 
-    iid and training tasks have `operands` of them (inclusive range, uniform) in rows of at most `row` (likewise);
-    out-of-distribution ones have `ood_operands` in rows of the longest kind. All operands are 1..`largest`.
+    iid and training tasks have `operands` of them (inclusive range, log-uniform: half of 2..24 are at
+    most 6) in rows of at most `row` (inclusive range, uniform); out-of-distribution ones have `ood_operands` in rows of
+    the longest kind. All operands are 1..`largest`.
     """
 
     operands: tuple[int, int] = (2, 24)
@@ -48,7 +50,8 @@ class RowsEnvironment:
         rng = random.Random(f"rows/{split}/{seed}")
         made: list[Task] = []
         while len(made) < count:
-            values = [rng.randint(1, self.largest) * rng.choice((1, -1)) for _ in range(rng.randint(low, high))]
+            length = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
+            values = [rng.randint(1, self.largest) * rng.choice((1, -1)) for _ in range(min(max(length, low), high))]
             values[0] = abs(values[0])
             # A fifth of all sums is held out, whatever the seed: no measured task was ever trained on.
             held_out = zlib.crc32(spell(values, signed=True).encode()) % 5 == 0

@@ -51,6 +51,7 @@ class TrainConfig(BaseModel):
     tasks           groups per update
     group_size      trees per task
     minibatches     optimiser steps per epoch of an update
+    decay           share of the learning rate that is lost, linearly, between the warm-up and the last update
     length_scale    tokens; divides the summed loss of a tree. A constant, so it sets the size of the
                     gradient before clipping and nothing else
     """
@@ -64,6 +65,7 @@ class TrainConfig(BaseModel):
     epochs: _Count = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     warmup: Annotated[int, Field(ge=0)] = 10
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     clip_low: Annotated[float, Field(gt=0)] = 0.2
@@ -84,6 +86,13 @@ class Verdict:
     score: float
     penalties: Mapping[str, float]
     reward: float
+
+
+def learning_rate(config: TrainConfig, update: int) -> float:
+    """The learning rate of update number `update`, from 0 on: a linear warm-up, then linear decay."""
+    if update < config.warmup:
+        return config.learning_rate * (update + 1) / config.warmup
+    return config.learning_rate * (1 - config.decay * (update - config.warmup) / max(config.updates - config.warmup, 1))
 
 
 Draw = Callable[[int], Sequence[tuple[Task, Budget]]]
@@ -258,7 +267,7 @@ class Trainer:
     def _optimise(self, update: int, groups: list[list[Tree]], advantages: list[list[list[float]]]) -> Metrics:
         """The update's fixed number of optimiser steps. Returns loss metrics, averaged over sampled tokens."""
         config = self.config
-        rate = config.learning_rate * min((update + 1) / max(config.warmup, 1), 1.0)
+        rate = learning_rate(config, update)
         for setting in self.optimizer.param_groups:
             setting["lr"] = rate
         parts = [range(part, len(groups), config.minibatches) for part in range(config.minibatches)]

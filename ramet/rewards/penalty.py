@@ -1,7 +1,7 @@
 """Penalties: what a tree's usage costs, priced on the whole tree, additive, each named.
 
-A reward is `score - sum of penalties`. Every penalty is logged by itself. `reference` reproduces the
-penalties of the SELFCEST release (specification, section 3.4) so that both can be compared.
+A reward is `score - sum of penalties`, or what a failure is worth. Every penalty is logged by itself. `reference`
+reproduces the penalties of the SELFCEST release (specification, section 3.4) so that both can be compared.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Prices(BaseModel):
     """Reward units per token (or clone) of a tree's `Usage`.
 
     The preset "reference" adds the SELFCEST release's penalties.
+
+    failure    the reward of a tree that scored 0, whatever it cost. None: it pays as any other, so where nothing
+               succeeds, failing cheaply is what is learned
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -32,6 +35,7 @@ class Prices(BaseModel):
     critical_path: _Price = 0.0
     prefilled: _Price = 0.0
     clones: _Price = 0.0
+    failure: Annotated[float, Field(le=0, allow_inf_nan=False)] | None = None
 
     def penalties(self, tree: Tree) -> dict[str, float]:
         """The priced terms by name."""
@@ -39,9 +43,9 @@ class Prices(BaseModel):
         return priced | (reference_penalties(tree) if self.preset == "reference" else {})
 
 
-def scored(tree: Tree, score: float, penalties: Mapping[str, float]) -> float:
+def scored(tree: Tree, score: float, penalties: Mapping[str, float], failure: float | None = None) -> float:
     """The reward. Raises `RewardError`, naming the tree, for anything that is not finite."""
-    reward = score - sum(penalties.values())
+    reward = failure if score == 0 and failure is not None else score - sum(penalties.values())
     if not math.isfinite(reward):
         raise RewardError(
             f"the reward of task {tree.task_id} is {reward} (score {score}, penalties {dict(penalties)}); fix the reward function"

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -14,11 +15,11 @@ import torch
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
-from ramet.agents.tree import Task, Tree
+from ramet.agents.tree import Branch, Status, Task, Tree, Usage
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
 from ramet.policy.checkpoint import latest_checkpoint
-from ramet.policy.trainer import TrainConfig, Trainer, Verdict, run_trainer
+from ramet.policy.trainer import TrainConfig, Trainer, Verdict, learning_rate, run_trainer
 from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
@@ -116,6 +117,21 @@ def test_a_reward_that_is_no_number_stops_the_run(random_model, nano_tokenizer, 
         anyio.run(trainer(random_model, nano_tokenizer, tmp_path, judge_=bad).update_in_service, 0)
 
 
+def test_a_failure_is_worth_what_is_said_whatever_it_cost():
+    tree = Tree("t", Branch("0", (), (), Status.ANSWERED, "1"), Usage())
+    assert scored(tree, 1.0, {"generated": 0.2}, failure=-0.5) == 0.8
+    assert scored(tree, 0.0, {"generated": 0.2}, failure=-0.5) == -0.5
+    assert scored(tree, 0.0, {"generated": 0.2}) == -0.2
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    config = TrainConfig(updates=110, warmup=10, learning_rate=1.0, decay=0.8)
+    rates = [learning_rate(config, update) for update in range(110)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 == max(rates)
+    assert rates[60] == pytest.approx(0.6) and rates[-1] == pytest.approx(0.2, abs=0.01)
+    assert set(map(partial(learning_rate, TrainConfig(warmup=0)), range(200))) == {TrainConfig().learning_rate}
+
+
 def test_a_reward_that_raises_stops_the_run(random_model, nano_tokenizer, tmp_path):
     def bad(task: Task, tree: Tree) -> Verdict:
         raise ZeroDivisionError("in the reward")
@@ -175,7 +191,7 @@ def test_reference_penalties_golden_values():
 
 
 def test_reference_penalties_take_the_worst_turns_longest_clone():
-    from ramet.agents.tree import Branch, Status, StopReason, Turn, price
+    from ramet.agents.tree import StopReason, Turn, price
 
     def said(n: int, clones=()) -> Turn:
         return Turn((5,) * n, (0.0,) * n, StopReason.END, clones=tuple(clones))
