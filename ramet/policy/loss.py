@@ -2,11 +2,11 @@
 
 For a sampled token with ratio rho = pi(a|h) / pi_behaviour(a|h), advantage A and weight w, the term is
 
-    -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coefficient * k3
+    -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coefficient * KL
 
-with k3 = exp(d) - d - 1 and d = log pi_reference - log pi, an unbiased and non-negative estimate of the KL
-divergence (Schulman, "Approximating KL divergence"). Terms are summed, not averaged: the weights
-carry the normalisation, so that how rows are batched changes nothing.
+with KL the divergence from the reference at that token's place, over the whole vocabulary: estimates of it from
+the sampled token alone are rarely but arbitrarily large. Terms are summed, not averaged: the weights carry
+the normalisation, so that how rows are batched changes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def policy_loss(
     weights: torch.Tensor,
     mask: torch.Tensor,
     entropy: torch.Tensor,
-    reference: torch.Tensor | None = None,
+    kl: torch.Tensor,
     clip: tuple[float, float] = (0.2, 0.2),
     kl_coefficient: float = 0.0,
 ) -> LossSums:
@@ -44,10 +44,7 @@ def policy_loss(
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
     terms = -weights * torch.minimum(ratio * advantages, clipped * advantages)
-    kl = torch.zeros_like(terms)
-    if reference is not None:
-        difference = torch.where(mask, reference - logprobs, 0.0)
-        kl = difference.exp() - difference - 1
+    if kl_coefficient:
         terms = terms + weights * kl_coefficient * kl
     zero = torch.zeros_like(terms)
 

@@ -84,14 +84,28 @@ def batches(rows: Sequence[Sequence[int]], tokens: int, pad: int = 0) -> list[Ba
     return made
 
 
-def token_logprobs(model: torch.nn.Module, ids: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each of `ids` (B, T) given those before it, and the entropy at its place.
+def token_logprobs(
+    model: torch.nn.Module, ids: torch.Tensor, temperature: float = 1.0, reference: torch.nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-probability of each of `ids` (B, T) given those before it, and at its place the entropy and the KL to `reference`.
 
-    Both (B, T) float32, 0 at the first token. Causal attention over right-padded rows: what stands
-    on padding is meaningless and must be masked by the caller. `temperature` is that of sampling.
+    All (B, T) float32, 0 at the first token; the divergence is KL(model || reference) over the whole vocabulary, 0
+    without a reference. Causal attention over right-padded rows: what stands on padding is meaningless and must
+    be masked by the caller. `temperature` is that of sampling.
     """
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+    logprobs = _log_distributions(model, ids, temperature)
     chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return torch.nn.functional.pad(chosen, (1, 0)), torch.nn.functional.pad(entropy, (1, 0))
+    if reference is None:
+        kl = torch.zeros_like(entropy)
+    else:
+        with torch.no_grad():
+            others = _log_distributions(reference, ids, temperature)
+        kl = (logprobs.exp() * (logprobs - others)).sum(-1)
+    pad = torch.nn.functional.pad
+    return pad(chosen, (1, 0)), pad(entropy, (1, 0)), pad(kl, (1, 0))
+
+
+def _log_distributions(model: torch.nn.Module, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(B, T - 1, vocabulary) float32."""
+    return torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float() / temperature, dim=-1)

@@ -317,13 +317,9 @@ class Trainer:
             behaviour = batch.spread([row.logprobs for row in rows]).to(ids.device)
             advantages = torch.tensor([row.advantage for row in chosen], device=ids.device)[:, None].expand(ids.shape)
             weights = torch.tensor([row.weight for row in chosen], device=ids.device)[:, None].expand(ids.shape)
-            logprobs, entropy = token_logprobs(self.model, ids, self.config.temperature)
-            reference = None
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference, _ = token_logprobs(self._reference, ids, self.config.temperature)
+            logprobs, entropy, kl = token_logprobs(self.model, ids, self.config.temperature, self._reference)
             sums = policy_loss(
-                logprobs, behaviour, advantages, weights, mask, entropy, reference,
+                logprobs, behaviour, advantages, weights, mask, entropy, kl,
                 (self.config.clip_low, self.config.clip_high), self.config.kl,
             )  # fmt: skip
             sums.loss.backward()

@@ -116,7 +116,7 @@ async def test_logprobs_are_those_of_training(random_model):
     for request, sample in zip(wanted, got, strict=True):
         ids = torch.tensor([[*request.prompt, *sample.ids]])
         with torch.no_grad():
-            logprobs, _ = token_logprobs(random_model, ids, temperature=0.8)
+            logprobs, _, _ = token_logprobs(random_model, ids, temperature=0.8)
         assert sample.logprobs == pytest.approx(logprobs[0, len(request.prompt) :].tolist(), abs=1e-4)
 
 
@@ -129,7 +129,7 @@ async def test_bfloat16_gives_finite_logprobs_close_to_float32(random_model):
     for request, sample in zip(wanted, got, strict=True):
         ids = torch.tensor([[*request.prompt, *sample.ids]])
         with torch.no_grad():
-            logprobs, _ = token_logprobs(random_model, ids)
+            logprobs, _, _ = token_logprobs(random_model, ids)
         assert sample.logprobs == pytest.approx(logprobs[0, len(request.prompt) :].tolist(), abs=0.3)
 
 

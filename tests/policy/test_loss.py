@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
@@ -66,13 +67,30 @@ def test_how_rows_are_batched_changes_no_logprob(random_model):
     with torch.no_grad():
         alone = [token_logprobs(model, torch.tensor([row]))[0][0] for row in rows]
         for batch in batches(rows, 200):
-            together, _ = token_logprobs(model, batch.ids)
+            together, _, _ = token_logprobs(model, batch.ids)
             for place, i in enumerate(batch.members):
                 assert torch.allclose(together[place, : len(rows[i])], alone[i], atol=1e-6)
     random_model.float()
 
 
-def slow_loss(new, old, advantages, weights, mask, reference, clip, kl) -> float:
+def test_divergence_and_entropy_are_those_of_the_distributions(random_model):
+    """Against sums over the vocabulary in Python, float64."""
+    model, other = random_model.double(), copy.deepcopy(random_model).double()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+        ids = torch.randint(9, 200, (2, 6), generator=torch.Generator().manual_seed(0))
+        _, entropy, kl = token_logprobs(model, ids, 0.7, other)
+        for i in range(2):
+            for j in range(1, 6):
+                p, q = (torch.softmax(m(input_ids=ids[i : i + 1, :j]).logits[0, -1] / 0.7, -1).tolist() for m in (model, other))
+                assert float(entropy[i, j]) == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-5)
+                assert float(kl[i, j]) == pytest.approx(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)), abs=1e-5)
+    assert not kl[:, 0].any() and not token_logprobs(model, ids)[2].any()
+    random_model.float()
+
+
+def slow_loss(new, old, advantages, weights, mask, divergence, clip, kl) -> float:
     total = 0.0
     for i in range(new.shape[0]):
         for j in range(new.shape[1]):
@@ -80,19 +98,18 @@ def slow_loss(new, old, advantages, weights, mask, reference, clip, kl) -> float
                 rho = math.exp(float(new[i, j] - old[i, j]))
                 a = float(advantages[i, j])
                 total -= float(weights[i, j]) * min(rho * a, min(max(rho, 1 - clip[0]), 1 + clip[1]) * a)
-                d = float(reference[i, j] - new[i, j])
-                total += float(weights[i, j]) * kl * (math.exp(d) - d - 1)
+                total += float(weights[i, j]) * kl * float(divergence[i, j])
     return total
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_equals_its_formula(seed):
     generator = torch.Generator().manual_seed(seed)
-    new, old, ref, adv = (torch.randn(4, 9, generator=generator, dtype=torch.float64) * 0.4 for _ in range(4))
+    new, old, kl, adv = (torch.randn(4, 9, generator=generator, dtype=torch.float64) * 0.4 for _ in range(4))
     weights = torch.rand(4, 9, generator=generator, dtype=torch.float64)
     mask = torch.rand(4, 9, generator=generator) < 0.6
-    sums = policy_loss(new, old, adv, weights, mask, torch.zeros_like(new), ref, (0.1, 0.3), 0.05)
-    assert float(sums.loss) == pytest.approx(slow_loss(new, old, adv, weights, mask, ref, (0.1, 0.3), 0.05), abs=1e-12)
+    sums = policy_loss(new, old, adv, weights, mask, torch.zeros_like(new), kl, (0.1, 0.3), 0.05)
+    assert float(sums.loss) == pytest.approx(slow_loss(new, old, adv, weights, mask, kl, (0.1, 0.3), 0.05), abs=1e-12)
     assert int(sums.tokens) == int(mask.sum())
 
 
@@ -101,12 +118,12 @@ def test_on_policy_gradient_is_the_policy_gradient():
     new = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     advantages, weights = torch.randn(3, 5, dtype=torch.float64), torch.rand(3, 5, dtype=torch.float64)
     mask = torch.tensor([[1, 0, 1, 1, 0]] * 3, dtype=torch.bool)
-    policy_loss(new, new.detach(), advantages, weights, mask, torch.zeros(3, 5)).loss.backward()
+    policy_loss(new, new.detach(), advantages, weights, mask, torch.zeros(3, 5), torch.zeros(3, 5)).loss.backward()
     assert torch.allclose(new.grad, torch.where(mask, -weights * advantages, 0.0))
 
 
 def test_padding_with_wild_values_leaves_no_trace():
     new = torch.tensor([[0.0, 800.0]], requires_grad=True)
-    sums = policy_loss(new, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[True, False]]), torch.zeros(1, 2))
+    sums = policy_loss(new, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[True, False]]), *torch.zeros(2, 1, 2))
     sums.loss.backward()
     assert float(sums.loss.detach()) == -1.0 and new.grad.tolist() == [[-1.0, 0.0]]
