@@ -74,7 +74,7 @@ class RunConfig(BaseModel):
     model          "nano" (shipped) or a Hugging Face model directory
     budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given
     budgets        limits on generated tokens that training tasks are drawn with
-    reward         what a token and a clone cost, in units of the score
+    reward         what usage costs, in units of the score
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,9 +87,9 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     env: EnvConfig = EnvConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
-    budgets: tuple[_Tokens, ...] = (96, 128, 192, 256, 384)
-    reward: Prices = Prices(generated=0.0007, clones=0.02)
-    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=2e-4)
+    budgets: tuple[_Tokens, ...] = (64, 128, 192, 256, 384)
+    reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
+    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=6e-4, decay=1.0, gradient_clip=0.2, kl=0.05, estimator="standardised")
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
