@@ -77,6 +77,9 @@ def run(
     depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: _Seed = 0,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep every sample in this file; the same command goes on from it after an interruption.")
+    ] = None,
     json: _Json = None,
 ) -> None:
     """Solve one problem and print the tree, the answer and the bill.
@@ -85,7 +88,7 @@ def run(
     """
     from ramet.benchmarks.show import run_one
 
-    run_one(expression, policy, budget, depth, temperature, seed or 0, json)
+    run_one(expression, policy, budget, depth, temperature, seed or 0, journal, json)
 
 
 @app.command()

@@ -34,6 +34,18 @@ def test_run_prints_tree_answer_and_bill(tmp_path):
     assert head["record"] == "meta" and tree["reference"] == 23 and tree["generated"] <= 256
 
 
+def test_run_goes_on_from_its_journal(tmp_path):
+    command = ("run", "3+4-2+7-9+5+8-1+6+2", "--seed", "3", "--temperature", "1", "--journal", str(tmp_path / "kept"))
+    whole = ramet(*command)
+    records = (tmp_path / "kept").read_bytes().splitlines(keepends=True)
+    (tmp_path / "kept").write_bytes(b"".join(records[:2]))
+    again = ramet(*command)
+    assert f"1 samples taken from {tmp_path / 'kept'}, {len(records) - 2} made" in " ".join(again.stdout.split())
+    assert again.stdout[again.stdout.index("A: ") : again.stdout.index("bill")] in whole.stdout
+    other = ramet(*command, "--budget", "100")
+    assert other.returncode == 1 and "belongs to another configuration" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

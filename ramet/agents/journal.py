@@ -60,7 +60,7 @@ class Journal:
             if number == 1:
                 if record != header:
                     raise CheckpointError(
-                        f"journal {self.path} belongs to another configuration or version; choose another --name or move it away"
+                        f"journal {self.path} belongs to another configuration or version; choose another name or move it away"
                     )
             else:
                 self.records.append(record)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from rich.tree import Tree as View
 from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
-from ramet.agents.sampling import Sampling
+from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Status, Task, Tree
-from ramet.benchmarks.session import meta, model_path
+from ramet.benchmarks.session import meta, model_path, weights_id
 from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.errors import CheckpointError, ConfigError, PolicyError, StorageError
 from ramet.policy.hf import HFPolicy
@@ -98,7 +101,7 @@ def bill(tree: Tree, budget: Budget) -> Table:
     return table
 
 
-async def grow_live(policy: HFPolicy, chat: ChatFormat, task: Task, budget: Budget, seed: int, sampling: Sampling) -> Tree:
+async def grow_live(policy: Policy, chat: ChatFormat, task: Task, budget: Budget, seed: int, sampling: Sampling) -> Tree:
     """Grow one tree and draw it as it grows."""
     roots: list[Growth] = []
     runtime = Runtime(policy, chat, sampling, watch=roots.append)
@@ -118,23 +121,31 @@ async def grow_live(policy: HFPolicy, chat: ChatFormat, task: Task, budget: Budg
     return result[0]
 
 
-def run_one(expression: str, policy: str, generated: int, depth: int, temperature: float, seed: int, out: Path | None) -> None:
-    """`ramet run`: one expression, its tree, its answer, its bill."""
+def run_one(
+    expression: str, policy: str, generated: int, depth: int, temperature: float, seed: int, kept: Path | None, out: Path | None
+) -> None:
+    """`ramet run`: one expression, its tree, its answer, its bill. Samples are kept in `kept` and taken from there."""
     if generated < 1:
         raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
     values = parse_sum(expression)
     task = rows_task(values, "run")
-    model, _, chat = load_model(resolve(policy))
+    path = resolve(policy)
+    model, _, chat = load_model(path)
     budget = Budget(
         generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings)
     )
-    engine = HFPolicy(model)
+    job = fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path))
+    with Journal(kept, job) if kept is not None else nullcontext() as journal:
+        engine = HFPolicy(model)
+        source = JournaledPolicy(engine, journal) if journal is not None else engine
 
-    async def main() -> Tree:
-        async with engine:
-            return await grow_live(engine, chat, task, budget, seed, Sampling(temperature=temperature))
+        async def main() -> Tree:
+            async with engine:
+                return await grow_live(source, chat, task, budget, seed, Sampling(temperature=temperature))
 
-    tree = anyio.run(main)
+        tree = anyio.run(main)
+    if isinstance(source, JournaledPolicy) and source.replayed:
+        console.print(f"{source.replayed} samples taken from {kept}, {source.sampled} made")
     if tree.root.status is Status.FAILED:
         raise PolicyError(tree.error)
     console.print(Text(task.messages[-1].content, style="bold"))
