@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import random
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from collections.abc import Callable
 import anyio
 import pytest
 
+from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
 from ramet.agents.protocol import render_call
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
-from ramet.agents.tree import Message, Status, StopReason, Task, Tree
+from ramet.agents.tree import Branch, Message, Status, StopReason, Task, Tree
 from ramet.errors import PolicyError, TaskError, TransientPolicyError
 
 pytestmark = pytest.mark.anyio
@@ -324,6 +326,19 @@ async def test_many_trees_stream_and_a_stalled_consumer_stops_new_ones():
             assert tree.seed == job.seed
             seen.append(job.key)
     assert sorted(seen) == [(i,) for i in range(40)]
+
+
+async def test_a_tree_that_was_taken_is_held_by_nobody_else():
+    """What is alive is what still grows, however many trees have been consumed."""
+    policy = ScriptedPolicy(lambda c: spawn("a", "b") if c.startswith("T") and "1: " not in c else "Answer: 1\0")
+    alive = []
+    async with Runtime(policy, PlainFormat()).run_many((Job(task(), Budget(), seed=i) for i in range(60)), in_flight=4) as trees:
+        async for _, tree in trees:
+            assert len(tree.branches) == 3
+            del tree, _
+            gc.collect()
+            alive.append(sum(isinstance(thing, Branch | Growth) for thing in gc.get_objects()))
+    assert max(alive[30:]) <= max(alive[:30]) <= 4 * 2 * 3
 
 
 async def test_leaving_early_cancels_what_still_grows():
