@@ -76,7 +76,7 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
     map_.imshow(grid, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", origin="lower")
     for y, row in enumerate(grid):
         for x, rate in enumerate(row):
-            map_.text(x, y, f"{rate:.0%}", ha="center", va="center", fontsize=9)
+            map_.text(x, y, f"{rate:.0%}", ha="center", va="center", fontsize=9, color="white" if rate > 0.6 else "black")
     map_.set_xticks(range(len(ranges)), [f"{low}-{high}" for low, high in ranges])
     map_.set_yticks(range(len(budgets)), budgets)
     map_.grid(visible=False)
