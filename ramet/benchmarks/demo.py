@@ -73,7 +73,7 @@ def show_tree(config: RunConfig, model: Path) -> str:
     weights, _, chat = open_model(config, model)
     env = config.env.build()
     tasks = sorted(env.tasks("iid", 20, config.eval.seed + config.seed + 1), key=env.size, reverse=True)
-    budget = config.budget.model_copy(update={"generated": max(config.eval.budgets)})
+    budget = config.budget.model_copy(update={"generated": max(config.budgets)})
 
     sampling = Sampling(temperature=config.eval.temperature)
 
