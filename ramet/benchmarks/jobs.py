@@ -28,13 +28,13 @@ from ramet.policy.trainer import Trainer
 
 console = Console()
 
-
+LOCK = ".lock"
 _LOCKS: dict[Path, IO[str]] = {}
 
 
 def _lock(directory: Path) -> None:
     """Hold `directory` until this process ends, however it ends."""
-    path = directory.resolve() / ".lock"
+    path = directory.resolve() / LOCK
     if path in _LOCKS:
         return
     try:
@@ -58,7 +58,7 @@ def claim_folder(directory: Path, config: RunConfig) -> None:
         write(config, draft)
         new = draft.read_text()
         draft.unlink()
-        others = [child for child in directory.iterdir() if child.name not in ("config.toml", ".lock")]
+        others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK)]
         if held != new and not others:
             write(config, path)  # claimed by a run that did not get as far as writing anything
         elif held != new:

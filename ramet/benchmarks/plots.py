@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ramet.benchmarks.harness import ample_sizes
+from ramet.benchmarks.harness import ample_sizes, spawn_rates
 
 LABELS = {
     "trained": "trained controller",
@@ -65,24 +65,22 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
     """When the trained controller spawns, by length and budget, and accuracy by length at the largest budget of each split."""
-    sizes = [r for r in records if r["record"] == "size"]
+    ample = sorted(ample_sizes(records), key=lambda r: r["size_low"])
+    rates = spawn_rates(records)
+    budgets = list(next(iter(rates.values()), {}))
+    grid = [[by_budget[budget] for by_budget in rates.values()] for budget in budgets]
     figure, axes = _axes(1, 2)
     map_, lines = axes[0]
-    cells = [r for r in sizes if (r["policy"], r["split"]) == ("trained", "iid")]
-    budgets = sorted({r["budget"] for r in cells})
-    ranges = sorted({(r["size_low"], r["size_high"]) for r in cells})
-    rates = {((r["size_low"], r["size_high"]), r["budget"]): r["spawn_rate"] for r in cells}
-    grid = [[rates[size, budget] for size in ranges] for budget in budgets]
     map_.imshow(grid, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", origin="lower")
     for y, row in enumerate(grid):
         for x, rate in enumerate(row):
             map_.text(x, y, f"{rate:.0%}", ha="center", va="center", fontsize=9, color="white" if rate > 0.6 else "black")
-    map_.set_xticks(range(len(ranges)), [f"{low}-{high}" for low, high in ranges])
+    map_.set_xticks(range(len(rates)), [f"{low}-{high}" for low, high in rates])
     map_.set_yticks(range(len(budgets)), budgets)
     map_.grid(visible=False)
     map_.set(xlabel="operands", ylabel="token budget", title="how often the trained controller spawns")
     for policy in LABELS:
-        chosen = sorted((r for r in ample_sizes(records) if r["policy"] == policy), key=lambda r: r["size_low"])
+        chosen = [r for r in ample if r["policy"] == policy]
         if not chosen:
             continue
         style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "marker": "o", "ms": 3.5, "label": LABELS[policy]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,10 @@ def run_one(
     budget = Budget(
         generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings)
     )
-    job = fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path))
-    with Journal(kept, job) if kept is not None else nullcontext() as journal:
+    keeping: AbstractContextManager[Journal | None] = nullcontext()
+    if kept is not None:
+        keeping = Journal(kept, fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path)))
+    with keeping as journal:
         engine = HFPolicy(model)
         source = JournaledPolicy(engine, journal) if journal is not None else engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ramet.benchmarks.harness import ample_sizes
+from ramet.benchmarks.harness import ample_sizes, spawn_rates
 from ramet.benchmarks.plots import LABELS, SPLITS
 
 
@@ -83,8 +83,7 @@ def lengths(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def spawning(records: Sequence[dict[str, Any]]) -> list[str]:
     """How often the trained controller spawns, by length and budget, on lengths as trained."""
-    chosen = [r for r in records if r["record"] == "size" and (r["policy"], r["split"]) == ("trained", "iid")]
-    budgets = sorted({r["budget"] for r in chosen})
-    rates = {((r["size_low"], r["size_high"]), r["budget"]): r["spawn_rate"] for r in chosen}
-    rows = [[f"{low}-{high}", *(f"{rates[(low, high), b]:.0%}" for b in budgets)] for low, high in dict.fromkeys(size for size, _ in rates)]
+    rates = spawn_rates(records)
+    budgets = next(iter(rates.values()), {})
+    rows = [[f"{low}-{high}", *(f"{rate:.0%}" for rate in by_budget.values())] for (low, high), by_budget in rates.items()]
     return table(["operands: spawns, by token budget", *map(str, budgets)], rows)

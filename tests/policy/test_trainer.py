@@ -15,7 +15,7 @@ import torch
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
-from ramet.agents.tree import Branch, Status, Task, Tree, Usage
+from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
 from ramet.policy.checkpoint import latest_checkpoint
@@ -191,8 +191,6 @@ def test_reference_penalties_golden_values():
 
 
 def test_reference_penalties_take_the_worst_turns_longest_clone():
-    from ramet.agents.tree import StopReason, Turn, price
-
     def said(n: int, clones=()) -> Turn:
         return Turn((5,) * n, (0.0,) * n, StopReason.END, clones=tuple(clones))
 
