@@ -63,7 +63,7 @@ class EvalConfig(BaseModel):
 
     tasks: _Tokens = 300
     budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (48, 64, 96, 128, 160, 192, 256)
-    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (192, 256, 320, 384, 448, 512, 640)
+    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (256, 320, 384, 448, 512, 640, 768)
     temperature: Annotated[float, Field(ge=0)] = 0.0
     seed: int = 1_000_003
 
@@ -87,9 +87,9 @@ class RunConfig(BaseModel):
     dtype: Literal["float32", "bfloat16"] = "float32"
     env: EnvConfig = EnvConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
-    budgets: tuple[_Tokens, ...] = (64, 128, 192, 256, 384)
+    budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
     reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
-    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=6e-4, decay=1.0, gradient_clip=0.2, kl=0.05, estimator="standardised")
+    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="standardised")
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")

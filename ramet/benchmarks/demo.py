@@ -28,7 +28,8 @@ from ramet.policy.hf import HFPolicy
 console = Console()
 
 DEMO: dict[str, Any] = {
-    "train": {"updates": 80, "checkpoint_every": 5},
+    "budgets": [64, 128, 192, 256, 384],
+    "train": {"updates": 80, "learning_rate": 6e-4, "kl": 0.05, "checkpoint_every": 5},
     "eval": {"tasks": 120, "budgets": [48, 96, 192]},
 }
 

@@ -32,7 +32,7 @@ from ramet.policy.hf import HFPolicy
 
 console = Console()
 
-NANO: dict[str, Any] = {"train": {"updates": 120}}
+NANO: dict[str, Any] = {"train": {"updates": 150}}
 ROWS_PER_CLONE = (1, 2, 3)
 
 

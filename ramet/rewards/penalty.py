@@ -24,7 +24,7 @@ class Prices(BaseModel):
 
     The preset "reference" adds the SELFCEST release's penalties.
 
-    failure    the reward of a tree that scored 0, whatever it cost. None: it pays as any other, so where nothing
+    failure    the reward of a tree that scored 0, whatever it cost. "priced": it pays as any other, so where nothing
                succeeds, failing cheaply is what is learned
     """
 
@@ -35,7 +35,7 @@ class Prices(BaseModel):
     critical_path: _Price = 0.0
     prefilled: _Price = 0.0
     clones: _Price = 0.0
-    failure: Annotated[float, Field(le=0, allow_inf_nan=False)] | None = None
+    failure: Annotated[float, Field(le=0, allow_inf_nan=False)] | Literal["priced"] = "priced"
 
     def penalties(self, tree: Tree) -> dict[str, float]:
         """The priced terms by name."""
@@ -43,9 +43,9 @@ class Prices(BaseModel):
         return priced | (reference_penalties(tree) if self.preset == "reference" else {})
 
 
-def scored(tree: Tree, score: float, penalties: Mapping[str, float], failure: float | None = None) -> float:
+def scored(tree: Tree, score: float, penalties: Mapping[str, float], failure: float | Literal["priced"] = "priced") -> float:
     """The reward. Raises `RewardError`, naming the tree, for anything that is not finite."""
-    reward = failure if score == 0 and failure is not None else score - sum(penalties.values())
+    reward = failure if score == 0 and failure != "priced" else score - sum(penalties.values())
     if not math.isfinite(reward):
         raise RewardError(
             f"the reward of task {tree.task_id} is {reward} (score {score}, penalties {dict(penalties)}); fix the reward function"
