@@ -1,0 +1,179 @@
+"""Exact attention of some queries on some keys, with the log-sum-exp that merging needs.
+
+    attend(q, k, v, scale, causal) -> Partial(out [Hq, Tq, D] in q's type, lse [Hq, Tq] in float32 or better)
+
+q is [Hq, Tq, D], k and v are [Hk, Tk, D]; each KV head serves Hq / Hk consecutive query heads and is never copied for
+them. `causal` aligns the last query with the last key (lower right). No keys give out 0 and lse -inf, which `merge` ignores.
+
+Backends, chosen by `backend` or, with "auto", by device:
+    flash       torch's flash kernels on CPU and CUDA (aten), which return the log-sum-exp that SDPA hides
+    flash_attn  the flash-attn package, on CUDA
+    flex        FlexAttention
+    reference   a softmax written out in float64: slow, the oracle
+
+What is attended is counted: `with metered() as meter: ...; meter.flops` (4 Tq Tk D per head, half in a causal square).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ramet.attention.merge import Partial, merge
+from ramet.errors import ConfigError
+
+
+@dataclass
+class Meter:
+    """What was attended: floating-point operations by the convention of the specification, section 2.3."""
+
+    flops: float = 0.0
+
+
+_METER: ContextVar[Meter | None] = ContextVar("attention_meter", default=None)
+
+
+@contextmanager
+def metered() -> Iterator[Meter]:
+    """Count the attention of this thread or task."""
+    meter = Meter()
+    token = _METER.set(meter)
+    try:
+        yield meter
+    finally:
+        _METER.reset(token)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, backend: str = "auto") -> Partial:
+    """See the module. Raises `ConfigError` for an unknown backend or shapes that do not fit."""
+    (heads, rows, _), (kv_heads, keys, _) = q.shape, k.shape
+    if heads % kv_heads or k.shape != v.shape:
+        raise ConfigError(f"attention shapes do not fit: queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}")
+    if causal and rows > keys:
+        raise ConfigError(f"causal attention needs a key for each of the {rows} queries, there are {keys}")
+    if not rows or not keys:
+        return Partial(torch.zeros_like(q), q.new_full((heads, rows), -torch.inf, dtype=_wide(q)))
+    if causal and rows == 1:
+        causal = False
+    if causal and rows < keys:
+        before = attend(q, k[:, : keys - rows], v[:, : keys - rows], scale, backend=backend)
+        return merge([before, attend(q, k[:, keys - rows :], v[:, keys - rows :], scale, True, backend)])
+    meter = _METER.get()
+    if meter is not None:
+        meter.flops += heads * q.shape[2] * (2.0 if causal else 4.0) * rows * keys
+    return _kernel(backend, q)(q, k, v, scale, causal)
+
+
+def attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: Partial, scale: float, causal: bool, backend: str = "auto"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for q, k and v of attention on *a part* of the keys, given the output and lse on *all* of them.
+
+    `grad` and `whole` are of the merged attention; summed over the parts of the keys, the gradients are those of the whole.
+    `causal` is a square here. On CPU with "auto" or "flash" by torch's flash kernel, otherwise written out, by query rows.
+    """
+    if not q.shape[1] or not k.shape[1]:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    gq, gk, gv = _grouped(q, k, v)
+    if backend in ("auto", "flash") and not q.is_cuda:
+        out, lse, gout = (x.reshape(*gq.shape[:2], *x.shape[1:]) for x in (whole.out, whole.lse, grad))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gout.contiguous(), gq, gk, gv, out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2), 0.0, causal, scale=scale
+        )
+        return grads[0].reshape(q.shape), grads[1].sum(1), grads[2].sum(1)
+    dq, dk, dv = torch.zeros_like(gq), torch.zeros_like(k), torch.zeros_like(v)
+    delta = (whole.out * grad).sum(-1).reshape(*gq.shape[:3])
+    gout, lse = grad.reshape(gq.shape), whole.lse.reshape(gq.shape[:3])
+    for start in range(0, q.shape[1], _ROWS):
+        rows = slice(start, start + _ROWS)
+        scores = gq[:, :, rows] @ gk.transpose(-1, -2) * scale
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + start), -torch.inf)
+        weights = torch.exp(scores - lse[:, :, rows, None]).to(q.dtype)
+        d_scores = weights * (gout[:, :, rows] @ gv.transpose(-1, -2) - delta[:, :, rows, None]) * scale
+        dq[:, :, rows] = d_scores.to(q.dtype) @ gk
+        dk += (d_scores.transpose(-1, -2).to(q.dtype) @ gq[:, :, rows]).sum(1)
+        dv += (weights.transpose(-1, -2) @ gout[:, :, rows]).sum(1)
+    return dq.reshape(q.shape), dk, dv
+
+
+_ROWS = 512
+_Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], Partial]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _kernel(backend: str, q: Tensor) -> _Kernel:
+    if backend == "auto":
+        backend = "flash_attn" if q.is_cuda and _flash_attn() is not None and q.dtype != torch.float32 else "flash"
+        if q.is_cuda and q.dtype in (torch.float32, torch.float64):
+            backend = "reference" if q.dtype == torch.float64 else "flex"
+    try:
+        return KERNELS[backend]
+    except KeyError:
+        raise ConfigError(f"unknown attention backend {backend!r}; there are auto, {', '.join(KERNELS)}") from None
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """KV heads as the batch and the group as the heads: keys are repeated by a stride of 0."""
+    group = q.shape[0] // k.shape[0]
+    shape = (k.shape[0], group, k.shape[1], k.shape[2])
+    return q.reshape(k.shape[0], group, *q.shape[1:]), k[:, None].expand(shape), v[:, None].expand(shape)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+    if q.is_cuda:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*_grouped(q, k, v), 0.0, causal, scale=scale)
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_grouped(q, k, v), 0.0, causal, scale=scale)
+    return Partial(out.reshape(q.shape), lse.reshape(q.shape[:2]))
+
+
+def _flash_package(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+    function = _flash_attn()
+    if function is None:
+        raise ConfigError("attention backend flash_attn needs the flash-attn package and a GPU; use backend auto")
+    out, lse, _ = function(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale=scale, causal=causal, return_attn_probs=True)
+    return Partial(out[0].transpose(0, 1), lse[0])
+
+
+@functools.cache
+def _flash_attn() -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
+    try:
+        from flash_attn import flash_attn_func  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        return None
+    return flash_attn_func  # type: ignore[no-any-return, unused-ignore]
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+    mask = None
+    if causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, q.shape[1], k.shape[1], device=str(q.device))
+    out, aux = flex_attention(
+        q[None], k[None], v[None], scale=scale, block_mask=mask, enable_gqa=q.shape[0] != k.shape[0], return_aux=AuxRequest(lse=True)
+    )
+    assert aux.lse is not None
+    return Partial(out[0], aux.lse[0])
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+    wide_q, wide_k, wide_v = (x.double() for x in _grouped(q, k, v))
+    scores = wide_q @ wide_k.transpose(-1, -2) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+    out = scores.softmax(-1) @ wide_v
+    return Partial(out.reshape(q.shape).to(q.dtype), scores.logsumexp(-1).reshape(q.shape[:2]).to(_wide(q)))
+
+
+KERNELS: dict[str, _Kernel] = {"flash": _flash, "flash_attn": _flash_package, "flex": _flex, "reference": _reference}

@@ -1,0 +1,84 @@
+"""Ring, zigzag ring and Ulysses equal dense attention, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ramet.attention.comm import Group, simulated
+from ramet.attention.exact import ring, ulysses
+from ramet.attention.kernels import metered
+from ramet.attention.plan import Sharded
+from ramet.errors import ConfigError
+from tests.attention.oracle import causal, masked, tensors
+
+SCALE = 0.3
+METHODS = {"ring": (ring, False), "zigzag": (ring, True), "ulysses": (ulysses, False)}
+
+
+def check(method: str, length: int, hosts: int, heads: int, kv_heads: int, backend: str = "auto") -> None:
+    function, zigzag = METHODS[method]
+    plan = Sharded(length, hosts, zigzag)
+    q, k, v = (x.requires_grad_() for x in tensors(length, heads, kv_heads, length))
+    grad = tensors(length + 1, heads, kv_heads, length)[0]
+    expected = masked(q, k, v, causal(length).expand(kv_heads, -1, -1), SCALE)
+    grads = torch.autograd.grad(expected, (q, k, v), grad)
+
+    def rank(group: Group) -> tuple[Tensor, ...]:
+        rows = plan.rows(group.rank)
+        local = [x.detach()[:, rows].requires_grad_() for x in (q, k, v)]
+        out = function(plan, group, *local, SCALE, backend)
+        return (out.detach(), *torch.autograd.grad(out, local, grad[:, rows]))
+
+    for r, results in enumerate(simulated(hosts, rank)):
+        for ours, theirs in zip(results, (expected, *grads), strict=True):
+            assert torch.allclose(ours, theirs[:, plan.rows(r)], rtol=0, atol=1e-13)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["ring", "zigzag"]), st.integers(1, 40), st.integers(1, 6), st.sampled_from(["flash", "reference"]))
+def test_rings_of_any_length(method: str, length: int, hosts: int, backend: str) -> None:
+    check(method, length, hosts, 4, 2, backend)
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (4, 1)])
+def test_ulysses(hosts: int, heads: int, kv_heads: int) -> None:
+    check("ulysses", 29, hosts, heads, kv_heads)
+
+
+def test_ulysses_refuses_heads_that_cannot_be_shared() -> None:
+    with pytest.raises(ConfigError, match="use ring"):
+        check("ulysses", 12, 3, 4, 2)
+
+
+def test_zigzag_balances_what_ring_does_not() -> None:
+    def flops(zigzag: bool) -> list[float]:
+        plan = Sharded(64, 4, zigzag)
+        q, k, v = tensors(0, 4, 2, 64)
+
+        def rank(group: Group) -> float:
+            rows = plan.rows(group.rank)
+            with metered() as meter:
+                ring(plan, group, q[:, rows], k[:, rows], v[:, rows], SCALE)
+            return meter.flops
+
+        return simulated(4, rank)
+
+    dense = 2 * 64**2 * 4 * 8
+    assert sum(flops(True)) == sum(flops(False)) == dense
+    assert len(set(flops(True))) == 1
+    assert flops(False) == [dense * share / 16 for share in (1, 3, 5, 7)]
+
+
+def test_a_rank_that_fails_stops_all() -> None:
+    def rank(group: Group) -> None:
+        if group.rank == 2:
+            raise ValueError("rank 2 is broken")
+        group.gather(torch.zeros(1)).wait()
+
+    with pytest.raises(ValueError, match="rank 2 is broken"):
+        simulated(3, rank)
