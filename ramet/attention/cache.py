@@ -1,0 +1,111 @@
+"""Keys and values of sequences whose rows lie on several ranks.
+
+A `Sequence` is one rank's share of one sequence: per layer a part that no longer changes, which forks share, and a tail
+that grows on the rank that owns what is generated. Other ranks keep no tail. `ShardedCache` is the transformers `Cache`
+through which a model's layers fill the sequences of one forward pass, packed one after another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ramet.attention.plan import Plan, Sharded
+
+
+class Kept:
+    """One layer: `parts` gives pairs of keys and values [Hk, T, D], the tail last."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self._tail = keys.new_empty(2, keys.shape[0], 0, keys.shape[2])
+        self._length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add rows to the tail; its room doubles when it is full."""
+        need = self._length + keys.shape[1]
+        if need > self._tail.shape[2]:
+            grown = self._tail.new_empty(2, keys.shape[0], max(need, 2 * self._tail.shape[2]), keys.shape[2])
+            grown[:, :, : self._length] = self._tail[:, :, : self._length]
+            self._tail = grown
+        self._tail[0, :, self._length : need], self._tail[1, :, self._length : need] = keys, values
+        self._length = need
+
+    @property
+    def tail(self) -> tuple[Tensor, Tensor]:
+        return self._tail[0, :, : self._length], self._tail[1, :, : self._length]
+
+    def fork(self) -> Kept:
+        """The same keys; what either appends the other does not see."""
+        forked = Kept(self.keys, self.values)
+        forked._tail, forked._length = self._tail[:, :, : self._length].clone(), self._length
+        return forked
+
+    @property
+    def rows(self) -> int:
+        return self.keys.shape[1] + self._length
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + self._tail.nbytes
+
+
+@dataclass
+class Sequence:
+    """One rank's share of one sequence. `length` counts the rows of the whole sequence, `next_position` numbers the next."""
+
+    plan: Plan | Sharded
+    length: int
+    next_position: int
+    layers: list[Kept] = field(default_factory=list)
+
+    def fork(self) -> Sequence:
+        return Sequence(self.plan, self.length, self.next_position, [layer.fork() for layer in self.layers])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+
+class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A layer of the cache. In a prefill each sequence keeps its shard; later its owner appends. Both give back what came."""
+
+    def __init__(self, cache: ShardedCache, index: int):
+        super().__init__()
+        self.cache, self.index = cache, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take the new rows, (1, heads, rows, size), of all sequences."""
+        rank = self.cache.rank
+        for sequence, where in zip(self.cache.sequences, self.cache.slices, strict=True):
+            keys, values = key_states[0, :, where], value_states[0, :, where]
+            if self.cache.filling:
+                rows = sequence.plan.cached_rows(rank)
+                sequence.layers.append(Kept(*(torch.cat([x[:, r] for r in rows], 1) for x in (keys, values))))
+            elif rank == sequence.plan.query_owner:
+                sequence.layers[self.index].append(keys, values)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0 if self.cache.filling else max(s.length for s in self.cache.sequences)
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class ShardedCache(Cache):  # type: ignore[misc]
+    """The cache of one forward pass over packed sequences; `slices` says which of the pass's rows are whose."""
+
+    def __init__(self, sequences: list[Sequence], slices: list[slice], rank: int, layers: int, filling: bool):
+        self.sequences, self.slices, self.rank, self.filling = sequences, slices, rank, filling
+        super().__init__(layers=[ShardedLayer(self, index) for index in range(layers)])

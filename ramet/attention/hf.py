@@ -1,0 +1,207 @@
+"""Sequence-parallel attention in Hugging Face decoders, through their attention registry: no model code is copied.
+
+    attach(model)
+    state = prefill(model, group, Method("spava"), [ids], query=[12])      # every rank calls it with the same arguments
+    logits = extend(model, group, state, [[next_id]])                      # [sequences, vocabulary], the same on all ranks
+
+Several sequences of different lengths are packed one after another, so nothing is padded. Positions are those of the
+whole sequence; keys are rotated before they are passed on. A model with sliding windows, attention sinks, soft caps or
+linear attention is refused by name. Exact methods can be trained through `local_logits`; approximate ones refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ramet.attention.anchored import Selections, gather_partial
+from ramet.attention.cache import Sequence, ShardedCache
+from ramet.attention.comm import Group
+from ramet.attention.kernels import attend
+from ramet.attention.merge import merge
+from ramet.attention.methods import Method
+from ramet.attention.plan import Plan, Sharded
+from ramet.errors import ConfigError
+
+NAME = "ramet"
+
+
+@dataclass
+class Pass:
+    """One forward pass on one rank: whose rows are where, and what attends to what."""
+
+    group: Group
+    method: Method
+    plans: list[Plan | Sharded]
+    slices: list[slice]
+    cache: ShardedCache | None
+    seen: list[list[Selections]] | None = None
+
+
+_PASS: ContextVar[Pass | None] = ContextVar("attention_pass", default=None)
+
+
+@contextmanager
+def running(this: Pass) -> Iterator[None]:
+    token = _PASS.set(this)
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+
+
+def attach(model: Any) -> None:
+    """Give the model's decoder this attention; a vision tower keeps its own. Raises `ConfigError` for what is not supported."""
+    config = model.config.get_text_config()
+    _refuse(config)
+    nested = config is not model.config
+    model.set_attn_implementation({"text_config": NAME} if nested else NAME)
+
+
+def _refuse(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    found = [f"layers of kind {', '.join(sorted(kinds))}"] if kinds else []
+    found += ["a sliding window"] if windowed and not kinds else []
+    found += ["attention soft caps"] if getattr(config, "attn_logit_softcapping", None) else []
+    found += ["ALiBi"] if getattr(config, "alibi", False) else []
+    if found:
+        raise ConfigError(f"sequence-parallel attention does not support {' and '.join(found)} (model type {config.model_type})")
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """What the registry calls: query (1, Hq, T, D), key and value (1, Hk, T, D) of a rank's packed rows."""
+    this = _PASS.get()
+    if this is None:
+        raise ConfigError('this model has the attention "ramet": call it through ramet.attention.hf, or set another implementation')
+    for name, what in (("s_aux", "attention sinks"), ("softcap", "attention soft caps"), ("sliding_window", "a sliding window")):
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"sequence-parallel attention does not support {what}")
+    if module.training and not this.method.exact:
+        raise ConfigError(f"{this.method.name} has no backward pass; train with ring, zigzag or ulysses, or call model.eval()")
+    scale = module.head_dim**-0.5 if scaling is None else scaling
+    q, k, v = query[0], key[0], value[0]
+    if this.cache is None or this.cache.filling:
+        out = torch.cat([_prefill_one(this, i, module.layer_idx, q, k, v, scale) for i in range(len(this.plans))], 1)
+    else:
+        out = _extend_all(this, module.layer_idx, q, scale)
+    return out.transpose(0, 1)[None], None
+
+
+def _prefill_one(this: Pass, index: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    where = this.slices[index]
+    seen = this.seen[index][layer] if this.seen is not None else None
+    return this.method.attend(this.plans[index], this.group, q[:, where], k[:, where], v[:, where], scale, seen=seen)
+
+
+def _extend_all(this: Pass, layer: int, q: Tensor, scale: float) -> Tensor:
+    """New rows on all that came before, wherever it lies, and on themselves causally: exact over what is cached."""
+    assert this.cache is not None
+    parts = []
+    for sequence, where in zip(this.cache.sequences, this.slices, strict=True):
+        kept, backend = sequence.layers[layer], this.method.backend
+        part = [attend(q[:, where], kept.keys, kept.values, scale, backend=backend)]
+        if this.group.rank == sequence.plan.query_owner:
+            part.append(attend(q[:, where], *kept.tail, scale, True, backend))
+        parts.append(merge(part))
+    return gather_partial(this.group, type(parts[0])(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1)))()
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+@torch.no_grad()
+def prefill(
+    model: Any,
+    group: Group,
+    method: Method,
+    ids: list[list[int]],
+    query: list[int],
+    embeds: list[Tensor] | None = None,
+    positions: list[Tensor] | None = None,
+    seen: list[list[Selections]] | None = None,
+) -> tuple[list[Sequence], Tensor]:
+    """Read sequences in parallel. Returns this rank's share of each, and logits [sequences, vocabulary] after the last row.
+
+    ids        each sequence's token ids
+    query      how many of its last rows are the question; at least 1 and at most all
+    embeds     rows [T, d] instead of the ids' embeddings (video)
+    positions  [N] or, for M-RoPE, [axes, N] instead of 0, 1, ...
+    seen       filled with what was passed on, per sequence and layer
+    """
+    plans = [method.plan(len(i) - q, q, group.size) for i, q in zip(ids, query, strict=True)]
+    rows = [torch.tensor(plan.rows(group.rank), dtype=torch.long) for plan in plans]
+    slices = _slices([len(r) for r in rows])
+    next_positions = [len(i) for i in ids] if positions is None else [int(p.max()) + 1 for p in positions]
+    sequences = [Sequence(plan, len(i), start) for plan, i, start in zip(plans, ids, next_positions, strict=True)]
+    cache = ShardedCache(sequences, slices, group.rank, model.config.get_text_config().num_hidden_layers, filling=True)
+    inputs: dict[str, Tensor] = {"position_ids": _positions(plans, group.rank, rows, positions).to(model.device)}
+    if embeds is None:
+        inputs["input_ids"] = torch.cat([torch.tensor(i)[r] for i, r in zip(ids, rows, strict=True)])[None].to(model.device)
+    else:
+        inputs["inputs_embeds"] = torch.cat([e[r] for e, r in zip(embeds, rows, strict=True)])[None].to(model.device)
+    last = torch.tensor([max(s.stop - 1, 0) for s in slices], device=model.device)
+    with running(Pass(group, method, plans, slices, cache, seen)):
+        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+    gathered = group.gather(logits).wait()
+    owners = torch.tensor([plan.query_owner for plan in plans])
+    return sequences, gathered[owners, torch.arange(len(plans))]
+
+
+@torch.no_grad()
+def extend(model: Any, group: Group, sequences: list[Sequence], ids: list[list[int]], method: Method | None = None) -> Tensor:
+    """Add rows to sequences, at least one each. Returns logits [sequences, vocabulary] after the last; equal on all ranks."""
+    method = method or Method()
+    slices = _slices([len(i) for i in ids])
+    cache = ShardedCache(sequences, slices, group.rank, len(sequences[0].layers), filling=False)
+    positions = torch.cat([torch.arange(s.next_position, s.next_position + len(i)) for s, i in zip(sequences, ids, strict=True)])
+    inputs = {
+        "input_ids": torch.tensor([token for i in ids for token in i])[None].to(model.device),
+        "position_ids": positions[None].to(model.device),
+    }
+    last = torch.tensor([s.stop - 1 for s in slices], device=model.device)
+    with running(Pass(group, method, [s.plan for s in sequences], slices, cache)):
+        logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+    for sequence, new in zip(sequences, ids, strict=True):
+        sequence.length += len(new)
+        sequence.next_position += len(new)
+    return logits
+
+
+def local_logits(model: Any, group: Group, method: Method, ids: list[int]) -> Tensor:
+    """Logits [T, vocabulary] of the rows `method.plan(len(ids) - 1, 1, ranks).rows(rank)`, with gradients for exact methods."""
+    plan = method.plan(len(ids) - 1, 1, group.size)
+    rows = torch.tensor(plan.rows(group.rank), dtype=torch.long)
+    with running(Pass(group, method, [plan], [slice(0, len(rows))], None)):
+        logits: Tensor = model(
+            input_ids=torch.tensor(ids)[rows][None].to(model.device),
+            position_ids=torch.tensor(plan.positions(group.rank))[None].to(model.device),
+            use_cache=False,
+        ).logits[0]
+    return logits
+
+
+def _slices(sizes: list[int]) -> list[slice]:
+    ends = list(accumulate(sizes, initial=0))
+    return [slice(a, b) for a, b in pairwise(ends)]
+
+
+def _positions(plans: list[Plan | Sharded], rank: int, rows: list[Tensor], positions: list[Tensor] | None) -> Tensor:
+    """(1, T), or (axes, 1, T) for M-RoPE."""
+    if positions is None:
+        return torch.cat([torch.tensor(plan.positions(rank), dtype=torch.long) for plan in plans])[None]
+    if any(isinstance(plan, Plan) and plan.fresh_anchor for plan in plans):
+        raise ConfigError("apb numbers its anchors from 0 and takes no positions of its own; use spava for video")
+    local = torch.cat([p[..., r] for p, r in zip(positions, rows, strict=True)], -1)
+    return local[None] if local.dim() == 1 else local[:, None]

@@ -1,0 +1,182 @@
+"""Whole models: equal to dense where they must be, on every supported architecture and any number of ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from ramet.attention.anchored import Selections
+from ramet.attention.comm import Group, simulated
+from ramet.attention.hf import attach, extend, local_logits, prefill
+from ramet.attention.methods import NAMES, Method
+from ramet.errors import ConfigError
+
+VOCABULARY = 61
+
+
+def tiny(kind: str = "qwen2", heads: int = 4, kv_heads: int = 2, **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+        **more,
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def ids(seed: int, length: int) -> list[int]:
+    return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def dense(model: Any, sequence: list[int]) -> Tensor:
+    """Logits of all rows, by the model's own attention."""
+    model.set_attn_implementation("eager")
+    logits: Tensor = model(input_ids=torch.tensor([sequence])).logits[0]
+    attach(model)
+    return logits
+
+
+def run(
+    model: Any, method: Method, hosts: int, prompts: list[list[int]], query: list[int], more: list[list[list[int]]]
+) -> list[list[Tensor]]:
+    """Each rank's logits after the prompts and after each round of further tokens."""
+    attach(model)
+
+    def rank(group: Group) -> list[Tensor]:
+        sequences, logits = prefill(model, group, method, prompts, query)
+        return [logits, *(extend(model, group, sequences, new, method) for new in more)]
+
+    return simulated(hosts, rank)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_passing_everything_equals_dense(kind: str, hosts: int) -> None:
+    """Query, decoding and chunked continuation, two sequences of different lengths in one batch."""
+    model = tiny(kind, **({"sliding_window": None} if kind == "mistral" else {}))
+    prompts, more = [ids(1, 53), ids(2, 30)], [[[3], [5]], [[4], [6]], [[1, 2, 3], [7]]]
+    ranks = run(model, Method("spava", anchor=5, passing=1000), hosts, prompts, [4, 7], more)
+    for index, prompt in enumerate(prompts):
+        whole = prompt + [token for new in more for token in new[index]]
+        expected = dense(model, whole)
+        ends = [len(prompt) - 1]
+        for new in more:
+            ends.append(ends[-1] + len(new[index]))
+        for logits in ranks:
+            for ours, end in zip(logits, ends, strict=True):
+                assert (ours[index] - expected[end]).abs().amax() < 1e-5
+    for logits in ranks[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(logits, ranks[0], strict=True)), "ranks differ"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_methods_are_exact_and_the_others_are_not(name: str) -> None:
+    model, prompt = tiny(kv_heads=4), ids(3, 60)
+    hosts = 1 if name == "dense" else 4
+    method = Method(name, **({"anchor": 4, "passing": 2} if name in ("apb", "spava") else {}))  # type: ignore[arg-type]
+    first, second = run(model, method, hosts, [prompt], [5], [[[7]]])[0]
+    expected = dense(model, [*prompt, 7])
+    error = max((first[0] - expected[-2]).abs().amax(), (second[0] - expected[-1]).abs().amax())
+    assert error < 1e-5 if method.exact else 1e-3 < error < 10
+
+
+@pytest.mark.parametrize("name", ["ring", "zigzag", "ulysses"])
+def test_long_rows_can_be_trained(name: str) -> None:
+    """Each rank's gradients of its own rows' loss sum to the dense gradients."""
+    model, sequence = tiny(kv_heads=4), ids(4, 21)
+    targets = torch.tensor(ids(5, 21))
+    model.set_attn_implementation("eager")
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(model(input_ids=torch.tensor([sequence])).logits[0], targets, reduction="sum").backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    attach(model)
+    method = Method(name)  # type: ignore[arg-type]
+
+    def rank(group: Group) -> list[Tensor]:
+        rows = method.plan(20, 1, group.size).rows(group.rank)
+        loss = torch.nn.functional.cross_entropy(local_logits(model, group, method, sequence), targets[rows], reduction="sum")
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    for grads, theirs in zip(zip(*simulated(2, rank), strict=True), expected, strict=True):
+        assert torch.allclose(sum(grads), theirs, atol=2e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("context", "hosts", "anchor", "passing"), [(0, 4, 0, 0), (3, 4, 1, 1), (40, 3, 0, 0), (40, 3, 6, 0)])
+def test_short_and_bare_contexts(context: int, hosts: int, anchor: int, passing: int) -> None:
+    model, prompt = tiny(), ids(6, context + 1)
+    (logits, *_), *others = run(model, Method("spava", anchor, passing), hosts, [prompt], [1], [])
+    assert logits.isfinite().all()
+    if context < 4:
+        assert (logits[0] - dense(model, prompt)[-1]).abs().amax() < (1e-5 if context == 0 else 10)
+    assert all(torch.equal(other[0], logits) for other in others)
+
+
+def test_cached_rows_sum_to_the_sequence_and_forks_share_it() -> None:
+    model, prompt = tiny(), ids(7, 50)
+    attach(model)
+    method = Method("spava", 4, 3)
+
+    def rank(group: Group) -> tuple[int, int, Tensor, Tensor, bool]:
+        sequences, _ = prefill(model, group, method, [prompt], [4])
+        fork = sequences[0].fork()
+        extend(model, group, sequences, [[9, 8, 7]])
+        ours = extend(model, group, [fork], [[1, 2]])
+        fresh, _ = prefill(model, group, method, [prompt], [4])
+        theirs = extend(model, group, fresh, [[1, 2]])
+        shared = fork.layers[0].keys.data_ptr() == sequences[0].layers[0].keys.data_ptr()
+        return sequences[0].layers[1].rows, sequences[0].length, ours, theirs, shared
+
+    results = simulated(4, rank)
+    assert sum(rows for rows, *_ in results) == 53
+    assert all(length == 53 and torch.equal(ours, theirs) and shared for _, length, ours, theirs, shared in results)
+
+
+def test_selections_are_recorded_by_layer() -> None:
+    model, prompt = tiny(), ids(8, 50)
+    attach(model)
+    seen = [[Selections() for _ in range(3)]]
+    simulated(2, lambda group: prefill(model, group, Method("spava", 4, 3), [prompt], [4], seen=seen))
+    assert all(set(layer.rows) == {0, 1, 2, 3} for layer in seen[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "named"),
+    [
+        ("mistral", {"sliding_window": 16}, "a sliding window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_attention"),
+        ("gemma2", {}, "sliding_attention and attention soft caps"),
+        ("gpt_oss", {}, "sliding_attention"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(kind: str, more: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        attach(tiny(kind, **more))
+
+
+def test_misuse_is_explained() -> None:
+    model = tiny()
+    attach(model)
+    with pytest.raises(ConfigError, match=r"ramet\.attention\.hf"):
+        model(input_ids=torch.tensor([[1, 2]]))
+    model.train()
+    with pytest.raises(ConfigError, match="no backward pass; train with ring"):
+        simulated(2, lambda group: local_logits(model, group, Method("spava"), ids(9, 20)))
+    with pytest.raises(ConfigError, match="unknown attention method 'sparse'"):
+        Method("sparse")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="dense attention runs on one host"):
+        Method("dense").plan(10, 1, 2)
