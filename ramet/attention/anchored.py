@@ -66,8 +66,10 @@ def send_selected(plan: Plan, group: Group, x: Local, score: Callable[[slice], T
 
 def query_on_cache(plan: Plan, group: Group, x: Local, scale: float, backend: str) -> Partial:
     """The query on the keys that this rank keeps: its share of the anchor, its blocks, and on their owner itself."""
-    query = plan.slices(group.rank)[2]
-    parts = [attend(x.q[:, query], x.k[:, where], x.v[:, where], scale, where == query, backend) for where in plan.cached_rows(group.rank)]
+    query, own = plan.slices(group.rank)[2], plan.query_rows(group.rank)
+    parts = [attend(x.q[:, query], x.k[:, where], x.v[:, where], scale, backend=backend) for where in plan.cached_rows(group.rank)]
+    if own.stop:
+        parts.append(attend(x.q[:, own], x.k[:, own], x.v[:, own], scale, True, backend))
     return merge(parts)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ramet.attention.plan import Plan, Sharded
+from ramet.errors import ConfigError
 
 
 class Kept:
@@ -39,10 +40,11 @@ class Kept:
     def tail(self) -> tuple[Tensor, Tensor]:
         return self._tail[0, :, : self._length], self._tail[1, :, : self._length]
 
-    def fork(self) -> Kept:
-        """The same keys; what either appends the other does not see."""
+    def fork(self, tail: int) -> Kept:
+        """The same keys with the first `tail` rows of the tail; what either appends the other does not see."""
         forked = Kept(self.keys, self.values)
-        forked._tail, forked._length = self._tail[:, :, : self._length].clone(), self._length
+        forked._length = min(tail, self._length)
+        forked._tail = self._tail[:, :, : forked._length].clone()
         return forked
 
     @property
@@ -56,15 +58,24 @@ class Kept:
 
 @dataclass
 class Sequence:
-    """One rank's share of one sequence. `length` counts the rows of the whole sequence, `next_position` numbers the next."""
+    """One rank's share of one sequence.
+
+    `length` counts the rows of the whole sequence, `next_position` numbers the next. The context's rows lie on all ranks
+    and do not change; later rows are the tail.
+    """
 
     plan: Plan | Sharded
     length: int
     next_position: int
     layers: list[Kept] = field(default_factory=list)
 
-    def fork(self) -> Sequence:
-        return Sequence(self.plan, self.length, self.next_position, [layer.fork() for layer in self.layers])
+    def fork(self, length: int | None = None) -> Sequence:
+        """A sequence that shares the context, cut to its first `length` rows, which must hold the whole context."""
+        length = self.length if length is None else length
+        if not self.plan.context <= length <= self.length:
+            raise ConfigError(f"a sequence of {self.length} rows with {self.plan.context} of context cannot be cut to {length}")
+        layers = [layer.fork(length - self.plan.context) for layer in self.layers]
+        return Sequence(self.plan, length, self.next_position - (self.length - length), layers)
 
     @property
     def nbytes(self) -> int:
@@ -87,8 +98,10 @@ class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]
         for sequence, where in zip(self.cache.sequences, self.cache.slices, strict=True):
             keys, values = key_states[0, :, where], value_states[0, :, where]
             if self.cache.filling:
-                rows = sequence.plan.cached_rows(rank)
-                sequence.layers.append(Kept(*(torch.cat([x[:, r] for r in rows], 1) for x in (keys, values))))
+                rows, query = sequence.plan.cached_rows(rank), sequence.plan.query_rows(rank)
+                kept = Kept(*(torch.cat([x[:, r] for r in rows], 1) for x in (keys, values)))
+                kept.append(keys[:, query], values[:, query])
+                sequence.layers.append(kept)
             elif rank == sequence.plan.query_owner:
                 sequence.layers[self.index].append(keys, values)
         return key_states, value_states

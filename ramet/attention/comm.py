@@ -102,9 +102,7 @@ class Distributed:
         x = x.contiguous()
         out = x.new_empty((self.size, *x.shape))
         self._count(x.nbytes * (self.size - 1))
-        handle = dist.all_gather_into_tensor(
-            out.view(self.size * x.shape[0], *x.shape[1:]) if x.dim() else out, x, self._group, async_op=True
-        )
+        handle = dist.all_gather_single(out.view(self.size * x.shape[0], *x.shape[1:]) if x.dim() else out, x, self._group, async_op=True)
         return _Pending([handle], out, x)
 
     def shift(self, x: Tensor, like: Tensor) -> Work:

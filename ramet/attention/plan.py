@@ -150,9 +150,12 @@ class Plan:
         return anchor, blocks, slice(at, at + self.query)
 
     def cached_rows(self, rank: int) -> list[slice]:
-        """Local rows whose keys `rank` keeps: its share of the anchor, its blocks and, on its owner, the query."""
-        _, blocks, query = self.slices(rank)
-        return [slice(*self.anchor_shard(rank)), *blocks, *([query] if rank == self.query_owner else [])]
+        """Local rows of the context whose keys `rank` keeps: its share of the anchor and its blocks."""
+        return [slice(*self.anchor_shard(rank)), *self.slices(rank)[1]]
+
+    def query_rows(self, rank: int) -> slice:
+        """Local rows of the query if `rank` keeps their keys, else none."""
+        return self.slices(rank)[2] if rank == self.query_owner else slice(0, 0)
 
 
 def zigzag_owners(hosts: int) -> tuple[int, ...]:
@@ -219,3 +222,12 @@ class Sharded:
     def cached_rows(self, rank: int) -> list[slice]:
         """Local rows whose keys `rank` keeps: all."""
         return [slice(0, self.size(rank))]
+
+    def query_rows(self, rank: int) -> slice:
+        """None: the query is sharded like everything else."""
+        return slice(0, 0)
+
+    @property
+    def context(self) -> int:
+        """Rows that forks share: all."""
+        return self.length

@@ -7,8 +7,7 @@ New requests join the running batch and finished ones leave it at any step. A re
 only from where no stored prefix covers it. The engine runs on the event loop's own thread, one
 forward pass between two turns of the loop, so a run on the asyncio backend is deterministic.
 
-Seeds. Token t of a request is drawn by inverting the distribution's cumulative sum at the t-th number
-of the request's own Philox stream. Batch mates change nothing but rounding: a matrix product over another
+Seeds (see `drawing`). Batch mates change nothing but rounding: a matrix product over another
 number of rows, or a prefix computed in another batch, can differ in the last bits of float32 (about 1e-6 in a
 log-probability), and a token differs only if its random number falls within that of a boundary. In
 bfloat16 the differences are about 1e-2 and tokens do change with the batch.
@@ -18,20 +17,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import anyio
-import numpy as np
 import torch
 from anyio.abc import TaskGroup
 
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import first_error
-from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError, first_line
+from ramet.policy.drawing import Row, check, draw
 from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
 
 PREFILL_TOKENS = 2048
@@ -56,26 +53,11 @@ class Stats:
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
-    request: SampleRequest
-    partial: Partial
-    draws: Iterator[float]
-    done: anyio.Event = field(default_factory=anyio.Event)
-    stop: StopReason | None = None
-    error: PolicyError | None = None
-    last: int = 0
-    version: int = 0
-
+class _Row(Row):
     @property
     def length(self) -> int:
         """Tokens whose keys and values are in the slot once the next step has run, less one."""
         return len(self.request.prompt) + len(self.partial.ids) - 1
-
-
-def _draws(seed: int) -> Iterator[float]:
-    stream = np.random.Generator(np.random.Philox(key=seed))
-    while True:
-        yield from stream.random(64).tolist()
 
 
 class HFPolicy:
@@ -151,25 +133,12 @@ class HFPolicy:
         """Sample one turn; see `ramet.agents.sampling.Policy`."""
         if self._group is None or self._wake is None:
             raise PolicyError("the policy is not serving: use `async with policy`")
-        if request.media:
-            raise PolicyError("this policy has no vision; it cannot take media")
-        if not request.prompt or request.max_tokens < 1:
-            raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
-        if len(request.prompt) + request.max_tokens > self._context:
-            raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
-        row = _Row(request, partial, _draws(request.seed))
+        check(request, self._context)
+        row = _Row(request, partial)
         self._waiting.append(row)
         self.stats.requests += 1
         self._wake.set()
-        try:
-            await row.done.wait()
-        except BaseException:
-            row.stop = StopReason.CANCELLED
-            raise
-        if row.error is not None:
-            raise row.error
-        assert row.stop is not None
-        return Sample(tuple(partial.ids), tuple(partial.logprobs), row.stop, partial.prefilled, partial.cached, row.version)
+        return await row.sampled()
 
     async def _serve(self) -> None:
         while True:
@@ -189,8 +158,7 @@ class HFPolicy:
     def _fail(self, error: PolicyError) -> None:
         """Everything in flight fails; the engine goes on with empty slots."""
         for row in [*self._active, *self._waiting]:
-            row.error = error
-            row.done.set()
+            row.fail(error)
         self._active.clear()
         self._waiting.clear()
         self._store.clear()
@@ -318,13 +286,7 @@ class HFPolicy:
         """Draw one token per row from `logits` (rows, vocabulary) and append it."""
         tokens, logprobs = draw(logits, rows)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
-            row.last = token
-            row.partial.ids.append(token)
-            row.partial.logprobs.append(logprob)
-            if token in row.request.stop_ids:
-                row.stop = StopReason.END
-            elif len(row.partial.ids) >= row.request.max_tokens:
-                row.stop = StopReason.LENGTH
+            row.emit(token, logprob)
         self.stats.generated += len(rows)
 
     def _leave(self, row: _Row) -> None:
@@ -336,43 +298,3 @@ class HFPolicy:
             self._cache.move(end, slot, self._active[end].length)
             self._active[slot] = self._active[end]
         self._active.pop()
-
-
-def draw(logits: torch.Tensor, rows: list[_Row]) -> tuple[list[int], list[float]]:
-    """Tokens and their log-probabilities under each row's sampling distribution.
-
-    Greedy rows (temperature 0) are a point mass: log-probability 0.
-    """
-    if not bool(torch.isfinite(logits).all()):
-        raise PolicyError("the model gives logits that are not finite; its weights are broken or it overflowed")
-    settings = [row.request.sampling for row in rows]
-    greedy = [s.temperature == 0 for s in settings]
-    if all(greedy):
-        return logits.argmax(-1).tolist(), [0.0] * len(rows)
-    temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=logits.device)[:, None]
-    logprobs = truncate(torch.log_softmax(logits.float() / temperature, dim=-1), settings)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    uniform = torch.tensor([next(row.draws) for row in rows], dtype=torch.float64, device=logits.device)[:, None]
-    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
-    chosen = logprobs.gather(-1, tokens).squeeze(-1).tolist()
-    drawn = tokens.squeeze(-1).tolist()
-    if any(greedy):
-        best = logits.argmax(-1).tolist()
-        drawn = [b if g else d for b, d, g in zip(best, drawn, greedy, strict=True)]
-        chosen = [0.0 if g else c for c, g in zip(chosen, greedy, strict=True)]
-    return drawn, chosen
-
-
-def truncate(logprobs: torch.Tensor, settings: list[Any]) -> torch.Tensor:
-    """Top-k and top-p: what is cut gets -inf and the rest is normalised. (rows, vocabulary)."""
-    if all(s.top_k == 0 and s.top_p == 1.0 for s in settings):
-        return logprobs
-    ordered, order = logprobs.sort(dim=-1, descending=True)
-    rank = torch.arange(logprobs.shape[-1], device=logprobs.device)
-    top_k = torch.tensor([s.top_k or logprobs.shape[-1] for s in settings], device=logprobs.device)[:, None]
-    top_p = torch.tensor([s.top_p for s in settings], device=logprobs.device)[:, None]
-    before = ordered.exp().cumsum(-1) - ordered.exp()
-    cut = (rank >= top_k) | ((before >= top_p) & (top_p < 1.0))
-    cut[:, 0] = False
-    kept = torch.empty_like(logprobs).scatter_(-1, order, ordered.masked_fill(cut, -torch.inf))
-    return torch.log_softmax(kept, dim=-1)

@@ -58,7 +58,8 @@ def test_any_lengths(context: int, query: int, hosts: int, anchor: int, passing:
     q, k, v = tensors(context, 4, 2, plan.length)
     outs, seen = run(plan, q, k, v, backend=backend)
     assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, seen, 2), SCALE))
-    assert sum(s.stop - s.start for rank in range(hosts) for s in plan.cached_rows(rank)) == plan.length
+    kept = [s for rank in range(hosts) for s in (*plan.cached_rows(rank), plan.query_rows(rank))]
+    assert sum(s.stop - s.start for s in kept) == plan.length
     assert all(torch.equal(out[:, -query:], outs[0][:, -query:]) for out in outs), "ranks disagree about the query"
 
 

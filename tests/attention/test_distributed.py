@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from ramet.attention.comm import Distributed, Group, simulated
 from ramet.attention.exact import ring, ulysses
@@ -44,7 +45,7 @@ def job(group: Group) -> list[Tensor]:
 def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=HOSTS, timeout=timedelta(seconds=120))
-    mesh = dist.init_device_mesh("cpu", (HOSTS,), mesh_dim_names=("sequence",))
+    mesh = init_device_mesh("cpu", (HOSTS,), mesh_dim_names=("sequence",))
     torch.save(job(Distributed(mesh.get_group("sequence"))), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

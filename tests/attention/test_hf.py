@@ -133,8 +133,8 @@ def test_cached_rows_sum_to_the_sequence_and_forks_share_it() -> None:
 
     def rank(group: Group) -> tuple[int, int, Tensor, Tensor, bool]:
         sequences, _ = prefill(model, group, method, [prompt], [4])
-        fork = sequences[0].fork()
         extend(model, group, sequences, [[9, 8, 7]])
+        fork = sequences[0].fork(50)
         ours = extend(model, group, [fork], [[1, 2]])
         fresh, _ = prefill(model, group, method, [prompt], [4])
         theirs = extend(model, group, fresh, [[1, 2]])

@@ -11,7 +11,8 @@ import torch
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError
-from ramet.policy.hf import HFPolicy, truncate
+from ramet.policy.drawing import truncate
+from ramet.policy.hf import HFPolicy
 from ramet.policy.rows import token_logprobs
 
 pytestmark = pytest.mark.anyio
@@ -48,7 +49,7 @@ async def sample_all(policy: HFPolicy, wanted: list[SampleRequest], stagger: boo
 
 def slow_reference(model: torch.nn.Module, request: SampleRequest) -> tuple[list[int], list[float]]:
     """One request by itself, the whole context recomputed in float64 at every token."""
-    from ramet.policy.hf import _draws
+    from ramet.policy.drawing import _draws
 
     model = model.double()
     ids, logprobs, draws = list(request.prompt), [], _draws(request.seed)

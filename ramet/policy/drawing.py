@@ -1,0 +1,119 @@
+"""Requests in a batch, and how their tokens are drawn; shared by the backends that run a model themselves.
+
+Token t of a request is drawn by inverting the distribution's cumulative sum at the t-th number of the request's own
+Philox stream, so that a seed gives the same tokens whatever else is in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import numpy as np
+import torch
+
+from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.tree import StopReason
+from ramet.errors import PolicyError
+
+
+def check(request: SampleRequest, context: int) -> None:
+    """Raise `PolicyError` for a request that a text model with this context cannot serve."""
+    if request.media:
+        raise PolicyError("this policy has no vision; it cannot take media")
+    if not request.prompt or request.max_tokens < 1:
+        raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
+    if len(request.prompt) + request.max_tokens > context:
+        raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {context}")
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """A request on its way. `last` is the newest token; `stop` is set when it has ended or was cancelled."""
+
+    request: SampleRequest
+    partial: Partial
+    done: anyio.Event = field(default_factory=anyio.Event)
+    stop: StopReason | None = None
+    error: PolicyError | None = None
+    last: int = 0
+    version: int = 0
+    draws: Iterator[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.draws = _draws(self.request.seed)
+
+    async def sampled(self) -> Sample:
+        """Wait for the end. Cancelled, the row stops; failed, its error is raised."""
+        try:
+            await self.done.wait()
+        except BaseException:
+            self.stop = StopReason.CANCELLED
+            raise
+        if self.error is not None:
+            raise self.error
+        assert self.stop is not None
+        partial = self.partial
+        return Sample(tuple(partial.ids), tuple(partial.logprobs), self.stop, partial.prefilled, partial.cached, self.version)
+
+    def fail(self, error: PolicyError) -> None:
+        self.error = error
+        self.done.set()
+
+    def emit(self, token: int, logprob: float) -> None:
+        """Append a token; the engine sets `done` when it has let go of the row."""
+        self.last = token
+        self.partial.ids.append(token)
+        self.partial.logprobs.append(logprob)
+        if token in self.request.stop_ids:
+            self.stop = StopReason.END
+        elif len(self.partial.ids) >= self.request.max_tokens:
+            self.stop = StopReason.LENGTH
+
+
+def _draws(seed: int) -> Iterator[float]:
+    stream = np.random.Generator(np.random.Philox(key=seed))
+    while True:
+        yield from stream.random(64).tolist()
+
+
+def draw(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+    """Tokens and their log-probabilities under each row's sampling distribution.
+
+    Greedy rows (temperature 0) are a point mass: log-probability 0.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise PolicyError("the model gives logits that are not finite; its weights are broken or it overflowed")
+    settings = [row.request.sampling for row in rows]
+    greedy = [s.temperature == 0 for s in settings]
+    if all(greedy):
+        return logits.argmax(-1).tolist(), [0.0] * len(rows)
+    temperature = torch.tensor([s.temperature or 1.0 for s in settings], device=logits.device)[:, None]
+    logprobs = truncate(torch.log_softmax(logits.float() / temperature, dim=-1), settings)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    uniform = torch.tensor([next(row.draws) for row in rows], dtype=torch.float64, device=logits.device)[:, None]
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
+    chosen = logprobs.gather(-1, tokens).squeeze(-1).tolist()
+    drawn = tokens.squeeze(-1).tolist()
+    if any(greedy):
+        best = logits.argmax(-1).tolist()
+        drawn = [b if g else d for b, d, g in zip(best, drawn, greedy, strict=True)]
+        chosen = [0.0 if g else c for c, g in zip(chosen, greedy, strict=True)]
+    return drawn, chosen
+
+
+def truncate(logprobs: torch.Tensor, settings: list[Any]) -> torch.Tensor:
+    """Top-k and top-p: what is cut gets -inf and the rest is normalised. (rows, vocabulary)."""
+    if all(s.top_k == 0 and s.top_p == 1.0 for s in settings):
+        return logprobs
+    ordered, order = logprobs.sort(dim=-1, descending=True)
+    rank = torch.arange(logprobs.shape[-1], device=logprobs.device)
+    top_k = torch.tensor([s.top_k or logprobs.shape[-1] for s in settings], device=logprobs.device)[:, None]
+    top_p = torch.tensor([s.top_p for s in settings], device=logprobs.device)[:, None]
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    cut = (rank >= top_k) | ((before >= top_p) & (top_p < 1.0))
+    cut[:, 0] = False
+    kept = torch.empty_like(logprobs).scatter_(-1, order, ordered.masked_fill(cut, -torch.inf))
+    return torch.log_softmax(kept, dim=-1)

@@ -1,0 +1,169 @@
+"""A pool of two workers over gloo serves the runtime's requests."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from safetensors.torch import save_model
+from transformers import AutoModelForCausalLM
+
+from ramet.agents.budget import Budget
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
+from ramet.agents.tree import Status
+from ramet.attention.methods import Method
+from ramet.env.arithmetic import RowsEnvironment
+from ramet.errors import PolicyError, TransientPolicyError
+from ramet.nano import BASE
+from ramet.policy.hf import HFPolicy
+from ramet.policy.models import load_model
+from ramet.policy.sequence_parallel import Pool, SequenceParallelPolicy
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def policy(**options: Any) -> SequenceParallelPolicy:
+    return SequenceParallelPolicy(BASE, 2, **{"threshold": 10_000, "threads": 1, **options})
+
+
+def request(prompt: tuple[int, ...], tokens: int = 12, seed: int = 0, temperature: float = 0.0) -> SampleRequest:
+    return SampleRequest(prompt, tokens, frozenset(), seed, Sampling(temperature))
+
+
+def prompts(count: int, shared: int = 60, own: int = 12) -> list[tuple[int, ...]]:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda n: tuple(torch.randint(5, 30, (n,), generator=generator).tolist())  # noqa: E731
+    start = draw(shared)
+    return [start + draw(own) for _ in range(count)]
+
+
+async def many(policy: Any, requests: list[SampleRequest]) -> list[Sample]:
+    samples: dict[int, Sample] = {}
+
+    async def one(index: int) -> None:
+        samples[index] = await policy.sample(requests[index], Partial())
+
+    async with anyio.create_task_group() as group:
+        for index in range(len(requests)):
+            group.start_soon(one, index)
+    return [samples[index] for index in range(len(requests))]
+
+
+async def test_short_prompts_are_sampled_exactly_as_on_one_host() -> None:
+    requests = [request(p, seed=i, temperature=0.7) for i, p in enumerate(prompts(5))]
+    model, _, _ = load_model(BASE)
+    async with HFPolicy(model) as alone:
+        expected = await many(alone, requests)
+    async with policy() as pool:
+        got = await many(pool, requests)
+        again = await many(pool, requests)
+    for ours, theirs, repeated in zip(got, expected, again, strict=True):
+        assert ours.ids == theirs.ids == repeated.ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert repeated.cached == len(prompts(1)[0]) - 1, "a prompt that is held is not read again"
+
+
+async def test_long_prompts_are_read_approximately_and_siblings_share_the_reading() -> None:
+    spava = Method("spava", anchor=8, passing=1000)
+    requests = [request(p) for p in prompts(3, shared=90)]
+    model, _, _ = load_model(BASE)
+    async with HFPolicy(model) as alone:
+        expected = await many(alone, requests)
+    async with policy(threshold=50, method=spava) as pool:
+        got = await many(pool, requests)
+        assert [s.ids for s in got] == [s.ids for s in expected], "with everything passed on it is exact"
+        assert [s.cached for s in got] == [0, 90, 90]
+        turn = request(requests[1].prompt + got[1].ids + (7, 8, 9))
+        later = await pool.sample(turn, Partial())
+        assert later.cached == len(requests[1].prompt) + len(got[1].ids) - 1
+    async with HFPolicy(model) as alone:
+        assert later.ids == (await alone.sample(turn, Partial())).ids
+
+
+async def test_a_worker_that_dies_fails_what_is_in_flight_and_the_pool_restarts() -> None:
+    async with policy() as pool:
+        expected = await pool.sample(request(prompts(1)[0]), Partial())
+        workers = pool.workers
+        assert isinstance(workers, Pool)
+        partial = Partial()
+
+        async def kill() -> None:
+            while len(partial.ids) < 3:
+                await anyio.sleep(0.001)
+            os.kill(workers.processes[1].pid, signal.SIGKILL)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(kill)
+            with pytest.raises(TransientPolicyError, match=r"worker of the sequence-parallel pool died \(.*rank 1 with status -9"):
+                await pool.sample(request(prompts(1)[0], 400), partial)
+        assert len(partial.ids) >= 3
+        assert (await pool.sample(request(prompts(1)[0]), Partial())).ids == expected.ids
+        assert pool.restarts == 1
+
+
+async def test_a_tree_survives_a_killed_worker() -> None:
+    """The runtime retries; the answer is that of an undisturbed run."""
+    _, _, chat = load_model(BASE)
+    env = RowsEnvironment((12, 12), (48, 54), (5, 6), 9)
+    [task] = env.tasks("iid", 1, 0)
+    budget = Budget(generated=256, depth=1, width=16, turns=8, answer_reserve=8)
+
+    async with policy(threshold=40, method=Method("spava", anchor=8, passing=1000)) as pool:
+        undisturbed = await Runtime(pool, chat).run(task, budget)
+        assert isinstance(pool.workers, Pool)
+        os.kill(pool.workers.processes[0].pid, signal.SIGKILL)
+        tree = await Runtime(pool, chat).run(task, budget)
+        assert pool.restarts == 1
+    assert tree.root.status is Status.ANSWERED
+    assert tree.answer == undisturbed.answer
+
+
+async def test_cancelled_requests_stop_and_bad_ones_are_named() -> None:
+    async with policy() as pool:
+        partial = Partial()
+        with anyio.move_on_after(30) as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(pool.sample, request(prompts(1)[0], 300), partial)
+                while len(partial.ids) < 3:
+                    await anyio.sleep(0.001)
+                group.cancel_scope.cancel()
+        assert not scope.cancelled_caught
+        await pool.sample(request(prompts(2)[1], 4), Partial())
+        assert len(partial.ids) < 300
+        with pytest.raises(PolicyError, match="exceed the context"):
+            await pool.sample(request(prompts(1)[0], 100_000), Partial())
+    with pytest.raises(PolicyError, match="not serving"):
+        await pool.sample(request(prompts(1)[0]), Partial())
+
+
+async def test_broken_weights_are_reported_not_sampled(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BASE)
+    model.save_pretrained(tmp_path)
+    for file in BASE.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
+    async with SequenceParallelPolicy(tmp_path, 2, threads=1) as pool:
+        with pytest.raises(PolicyError, match="not finite"):
+            await pool.sample(request(prompts(1)[0]), Partial())
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    import multiprocessing
+
+    yield
+    assert not multiprocessing.active_children()
