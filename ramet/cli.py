@@ -1,4 +1,4 @@
-"""The command line: `ramet demo | run | train | eval | reproduce | bench | models | doctor`.
+"""The command line: `ramet demo | run | train | eval | reproduce | attention | bench | models | doctor`.
 
 Every command prints one line and exits with a status other than 0 when its job was not done. Heavy imports
 stand in the commands that need them, so that `ramet --help` is quick.
@@ -28,7 +28,11 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure this machine. Example: ramet bench sampling --json sampling.json", no_args_is_help=True)
 models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
+attention = typer.Typer(
+    help="Sequence-parallel attention: Spava and what it is compared with. Example: ramet attention plan", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
+app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
 console = Console(stderr=True)
 
@@ -36,6 +40,9 @@ _Config = Annotated[Path | None, typer.Option("--config", help="TOML file; see d
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
 _Seed = Annotated[int | None, typer.Option("--seed", help="Seed of what is random: training, tasks that are measured, samples.")]
 _Json = Annotated[Path | None, typer.Option("--json", help="Write machine-readable results there.")]
+_Hosts = Annotated[int, typer.Option(min=1, help="Hosts that share a context.")]
+_Anchor = Annotated[int | None, typer.Option(min=0, help="Rows that every block sees; by default 1/64 of the context.")]
+_Passing = Annotated[int | None, typer.Option(min=0, help="Rows that a block passes on; by default 1/128 of the context.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
 
@@ -80,6 +87,13 @@ def run(
     journal: Annotated[
         Path | None, typer.Option(help="Keep every sample in this file; the same command goes on from it after an interruption.")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="spava, apb or star: read long contexts with it on several worker processes, or under torchrun.")
+    ] = None,
+    hosts: _Hosts = 2,
+    threshold: Annotated[int, typer.Option(min=0, help="Prompts of more tokens are long.")] = 4096,
+    anchor: _Anchor = None,
+    passing: _Passing = None,
     json: _Json = None,
 ) -> None:
     """Solve one problem and print the tree, the answer and the bill.
@@ -88,7 +102,12 @@ def run(
     """
     from ramet.benchmarks.show import run_one
 
-    run_one(expression, policy, budget, depth, temperature, seed or 0, journal, json)
+    sharing = None
+    if attention is not None:
+        from ramet.policy.sequence_parallel import Sharing
+
+        sharing = Sharing(_method(attention, anchor, passing), hosts, threshold)
+    run_one(expression, policy, budget, depth, temperature, seed or 0, journal, json, sharing)
 
 
 @app.command()
@@ -171,6 +190,52 @@ def bench_sampling(
     bench_(model, requests, repeats, seed or 0, json)
 
 
+def _method(name: str, anchor: int | None, passing: int | None) -> Any:
+    from ramet.attention.methods import Method
+
+    return Method(name, anchor, passing)  # type: ignore[arg-type]
+
+
+@attention.command("plan")
+def attention_plan(
+    context: Annotated[int, typer.Option(min=0, help="Rows before the question.")] = 32768,
+    query: Annotated[int, typer.Option(min=1, help="Rows of the question.")] = 64,
+    hosts: _Hosts = 4,
+    method: Annotated[str, typer.Option(help="dense, ring, zigzag, ulysses, star, apb or spava.")] = "spava",
+    anchor: _Anchor = None,
+    passing: _Passing = None,
+    png: Annotated[Path | None, typer.Option(help="Draw who attends to what there.")] = None,
+    json: _Json = None,
+) -> None:
+    """Print which rank holds what, and who attends to what.
+
+    Example: ramet attention plan --context 131072 --hosts 8 --png plan.png
+    """
+    from ramet.benchmarks.attention import show_plan
+
+    show_plan(_method(method, anchor, passing), context, query, hosts, png, json)
+
+
+@attention.command("check")
+def attention_check(
+    model: Annotated[str, typer.Option(help="nano, a model directory or a run folder.")] = "nano",
+    hosts: _Hosts = 4,
+    context: Annotated[int, typer.Option(min=0, help="Random tokens before the question.")] = 500,
+    query: Annotated[int, typer.Option(min=1, help="Random tokens of the question.")] = 16,
+    anchor: _Anchor = None,
+    passing: _Passing = None,
+    seed: _Seed = 0,
+    json: _Json = None,
+) -> None:
+    """Compare a model's logits with those of dense attention on this machine, hosts simulated one after another.
+
+    Example: ramet attention check --model nano --hosts 4
+    """
+    from ramet.benchmarks.attention import check
+
+    check(model, [_method(name, anchor, passing) for name in ("spava", "apb")], hosts, context, query, seed or 0, json)
+
+
 @models.command("list")
 def models_list() -> None:
     """Print the shipped models."""
@@ -222,6 +287,27 @@ def bench_kills(
     from ramet.benchmarks.kills import bench_kills
 
     bench_kills(kills, seed or 0, json)
+
+
+@bench.command("attention")
+def bench_attention(
+    method: Annotated[str, typer.Option(help="all, or names with commas between them.")] = "all",
+    hosts: Annotated[str, typer.Option(help="Numbers of hosts, for the critical path.")] = "2,4,8,16",
+    length: Annotated[str, typer.Option(help="Tokens, for the critical path.")] = "8192,32768,131072",
+    wall_length: Annotated[str, typer.Option(help="Tokens, for two real processes over gloo; empty: not measured.")] = "8192,16384,32768",
+    query: Annotated[int, typer.Option(min=1, help="Rows of the question, of the tokens.")] = 64,
+    bandwidth: Annotated[float, typer.Option(min=1e-3, help="Of the link between hosts, in GB/s.")] = 12.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
+    png: Annotated[Path | None, typer.Option(help="Draw speed by hosts there.")] = None,
+    json: _Json = None,
+) -> None:
+    """Attention methods at the shapes of Qwen2.5-3B: each host's time on its critical path, and two real processes.
+
+    Example: ramet bench attention --method spava,zigzag --hosts 8 --length 32768 --json attention.json
+    """
+    from ramet.benchmarks.attention_speed import bench_attention
+
+    bench_attention(method, hosts, length, wall_length, query, bandwidth, repeats, png, json)
 
 
 @models.command("train-nano")

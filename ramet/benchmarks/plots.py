@@ -60,7 +60,7 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
         )
         axes[row][1].set(xlabel="mean critical path (tokens one after another)", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02))
     axes[0][0].legend(frameon=False, fontsize=8.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
@@ -87,7 +87,7 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
         lines.plot([(r["size_low"] + r["size_high"]) / 2 for r in chosen], [r["accuracy"] for r in chosen], **style)
     lines.set(xlabel="operands", ylabel="accuracy", title="accuracy by length, largest budget", ylim=(-0.02, 1.02))
     lines.legend(frameon=False, fontsize=8.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
@@ -102,7 +102,7 @@ def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     for column, label in enumerate(("accuracy of sampled trees", "spawn rate", "generated tokens per tree")):
         axes[0][column].set(xlabel="update", title=label)
     axes[0][0].legend(frameon=False, fontsize=8.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
@@ -110,7 +110,7 @@ def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
     return [sum(values[max(i - half, 0) : i + half + 1]) / len(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.errors import CheckpointError, ConfigError, PolicyError, StorageError
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
+from ramet.policy.sequence_parallel import Sharing
 from ramet.rewards.exact_match import integer_match
 
 console = Console()
@@ -122,9 +123,21 @@ async def grow_live(policy: Policy, chat: ChatFormat, task: Task, budget: Budget
 
 
 def run_one(
-    expression: str, policy: str, generated: int, depth: int, temperature: float, seed: int, kept: Path | None, out: Path | None
+    expression: str,
+    policy: str,
+    generated: int,
+    depth: int,
+    temperature: float,
+    seed: int,
+    kept: Path | None,
+    out: Path | None,
+    sharing: Sharing | None = None,
 ) -> None:
-    """`ramet run`: one expression, its tree, its answer, its bill. Samples are kept in `kept` and taken from there."""
+    """`ramet run`: one expression, its tree, its answer, its bill.
+
+    Samples are kept in `kept` and taken from there. With `sharing`, several workers read what is long; under torchrun the
+    ranks but the first serve, and print nothing.
+    """
     if generated < 1:
         raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
     values = parse_sum(expression)
@@ -136,9 +149,13 @@ def run_one(
     )
     keeping: AbstractContextManager[Journal | None] = nullcontext()
     if kept is not None:
-        keeping = Journal(kept, fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path)))
+        keeping = Journal(
+            kept, fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path), repr(sharing))
+        )
+    engine = HFPolicy(model) if sharing is None else sharing.policy(path, model)
+    if engine is None:
+        return
     with keeping as journal:
-        engine = HFPolicy(model)
         source = JournaledPolicy(engine, journal) if journal is not None else engine
 
         async def main() -> Tree:

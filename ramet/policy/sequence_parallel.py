@@ -210,6 +210,12 @@ class Ranks:
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
+        self._closed = False
+
+    def started(self) -> Ranks:
+        if self._closed:
+            raise PolicyError("the ranks of this torchrun job have stopped; start the job again")
+        return self
 
     def run(self, step: Step) -> dict[int, Tensor]:
         try:
@@ -219,7 +225,9 @@ class Ranks:
             raise PolicyError(f"a rank of the job has failed: {first_line(error)}; start the job again") from error
 
     def close(self) -> None:
-        dist.broadcast_object_list([None], 0)
+        if not self._closed:
+            self._closed = True
+            dist.broadcast_object_list([None], 0)
 
 
 def follow(replica: Replica) -> None:
@@ -263,6 +271,8 @@ class SequenceParallelPolicy:
         dtype: Literal["float32", "bfloat16"] = "float32",
         threads: int | None = None,
     ) -> None:
+        if method is not None and method.exact:
+            raise PolicyError(f"{method.name} has no context to share between siblings; give spava, apb or star")
         threads = threads or max(1, (os.cpu_count() or 1) // hosts)
         setup = Setup(path, hosts, method or Method("spava"), getattr(torch, dtype), threads)
         self._start: Callable[[], Workers] = partial(Pool, setup)
@@ -281,9 +291,9 @@ class SequenceParallelPolicy:
 
     @classmethod
     def torchrun(cls, path: Path, replica: Replica, **options: Any) -> SequenceParallelPolicy:
-        """The policy on rank 0 of a torchrun job whose other ranks run `follow`."""
+        """The policy on rank 0 of a torchrun job whose other ranks run `follow`. A rank that fails ends the job."""
         policy = cls(path, replica.group.size, replica.method, **options)
-        policy._start = partial(Ranks, replica)
+        policy._start = Ranks(replica).started
         return policy
 
     @property
@@ -430,6 +440,26 @@ class SequenceParallelPolicy:
             if held.context <= covered and covered > best[1]:
                 best = held, covered
         return best
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a command shares long contexts: with which method, on how many hosts, beyond how many tokens."""
+
+    method: Method
+    hosts: int
+    threshold: int
+
+    def policy(self, path: Path, model: Any) -> SequenceParallelPolicy | None:
+        """A pool of this machine. Under torchrun the job's ranks, and None on all but the first once the first has closed."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return SequenceParallelPolicy(path, self.hosts, self.method, threshold=self.threshold)
+        dist.init_process_group("gloo")
+        replica = Replica(model, Distributed(), self.method)
+        if replica.group.rank:
+            follow(replica)
+            return None
+        return SequenceParallelPolicy.torchrun(path, replica, threshold=self.threshold)
 
 
 def _config(path: Path) -> Any:

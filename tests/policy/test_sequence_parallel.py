@@ -146,6 +146,8 @@ async def test_cancelled_requests_stop_and_bad_ones_are_named() -> None:
             await pool.sample(request(prompts(1)[0], 100_000), Partial())
     with pytest.raises(PolicyError, match="not serving"):
         await pool.sample(request(prompts(1)[0]), Partial())
+    with pytest.raises(PolicyError, match="give spava, apb or star"):
+        policy(method=Method("ring"))
 
 
 async def test_broken_weights_are_reported_not_sampled(tmp_path: Path) -> None:
