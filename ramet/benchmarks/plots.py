@@ -86,7 +86,7 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
         style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "marker": "o", "ms": 3.5, "label": LABELS[policy]}
         lines.plot([(r["size_low"] + r["size_high"]) / 2 for r in chosen], [r["accuracy"] for r in chosen], **style)
     lines.set(xlabel="operands", ylabel="accuracy", title="accuracy by length, largest budget", ylim=(-0.02, 1.02))
-    lines.legend(frameon=False, fontsize=8.5)
+    lines.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     save(figure, path)
 
 
