@@ -1,0 +1,80 @@
+"""A vision tower on several ranks: each encodes a run of the frames, all get all features (specification, section 1.2).
+
+Qwen2.5-VL's tower attends inside one step of time only (two frames), so encoding runs of steps apart is exact. Runs may be
+uneven, and there may be more ranks than steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramet.attention.cache import Sequence
+from ramet.attention.comm import Group
+from ramet.attention.hf import prefill
+from ramet.attention.methods import Method
+from ramet.attention.plan import balanced
+from ramet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Video:
+    """What a processor makes of a clip: rows of patches [t h w, ...], the grid (t, h, w), seconds between two steps of time."""
+
+    rows: Tensor
+    grid: tuple[int, int, int]
+    seconds: float
+
+
+@torch.no_grad()
+def encode(tower: Any, group: Group, videos: list[Video]) -> list[Tensor]:
+    """Features [t h w / merge^2, d] of each video, the same on every rank; each rank runs the tower on its steps of time."""
+    steps = [(index, step) for index, video in enumerate(videos) for step in range(video.grid[0])]
+    shares = balanced(0, len(steps), group.size)
+    start, stop = shares[group.rank]
+    rows, grids = [], []
+    for index, video in enumerate(videos):
+        own = [step for i, step in steps[start:stop] if i == index]
+        if own:
+            per_step = video.grid[1] * video.grid[2]
+            rows.append(video.rows[own[0] * per_step : (own[-1] + 1) * per_step])
+            grids.append([len(own), *video.grid[1:]])
+    merged = [video.grid[1] * video.grid[2] // tower.spatial_merge_size**2 for video in videos]
+    sizes = [sum(merged[i] for i, _ in steps[a:b]) for a, b in shares]
+    features = torch.zeros(max(sizes), tower.config.out_hidden_size, dtype=tower.dtype, device=tower.device)
+    if rows:
+        grid = torch.tensor(grids, device=tower.device)
+        out = tower(torch.cat(rows).to(tower.device, tower.dtype), grid_thw=grid).pooler_output
+        features[: len(out)] = out
+    gathered = group.gather(features).wait()
+    whole = torch.cat([gathered[rank, :size] for rank, size in enumerate(sizes)])
+    return list(whole.split([size * video.grid[0] for size, video in zip(merged, videos, strict=True)]))
+
+
+@torch.no_grad()
+def prefill_video(model: Any, group: Group, method: Method, ids: list[int], query: int, videos: list[Video]) -> tuple[Sequence, Tensor]:
+    """Read a prompt with videos on all ranks. Returns this rank's share and logits [1, vocabulary].
+
+    `ids` hold one video token per feature. Go on with `hf.extend`; further tokens are text.
+    """
+    tokens, kind = torch.tensor(ids), model.config.video_token_id
+    features = torch.cat(encode(model.model.visual, group, videos)) if videos else None
+    places = tokens == kind
+    if int(places.sum()) != (0 if features is None else len(features)):
+        raise ConfigError(
+            f"the prompt has {int(places.sum())} video tokens, the videos have {0 if features is None else len(features)} features"
+        )
+    embeds = model.get_input_embeddings()(tokens.to(model.device))
+    if features is not None:
+        embeds[places.to(model.device)] = features.to(embeds.dtype)
+    positions, _ = model.model.get_rope_index(
+        tokens[None],
+        mm_token_type_ids=2 * places.int()[None],
+        video_grid_thw=torch.tensor([video.grid for video in videos]),
+        second_per_grid_ts=torch.tensor([video.seconds for video in videos]),
+    )
+    (sequence,), logits = prefill(model, group, method, [ids], [query], [embeds], [positions[:, 0]])
+    return sequence, logits
