@@ -24,11 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ramet.attention.anchored import Selections, gather_partial
 from ramet.attention.cache import Sequence, ShardedCache
-from ramet.attention.comm import Group
+from ramet.attention.comm import Alone, Group
 from ramet.attention.kernels import attend
 from ramet.attention.merge import merge
 from ramet.attention.methods import Method
 from ramet.attention.plan import Plan, Sharded
+from ramet.attention.retaining import RetainingHeads, unrotated
 from ramet.errors import ConfigError
 
 NAME = "ramet"
@@ -44,6 +45,9 @@ class Pass:
     slices: list[slice]
     cache: ShardedCache | None
     seen: list[list[Selections]] | None = None
+    heads: RetainingHeads | None = None
+    rotary: tuple[Tensor, Tensor] | None = None
+    record: list[tuple[Tensor, Tensor, Tensor]] | None = None
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("attention_pass", default=None)
@@ -100,8 +104,15 @@ def _attention(
 
 def _prefill_one(this: Pass, index: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     where = this.slices[index]
+    if this.record is not None:
+        this.record.append((q[:, where], k[:, where], v[:, where]))
+    scores = None
+    if this.heads is not None and this.rotary is not None:
+        cos, sin = (x[where] for x in this.rotary)
+        plain_q, plain_k = (unrotated(x[:, where], cos, sin) for x in (q, k))
+        scores = this.heads.scores(layer, plain_q, plain_k, v[:, where])
     seen = this.seen[index][layer] if this.seen is not None else None
-    return this.method.attend(this.plans[index], this.group, q[:, where], k[:, where], v[:, where], scale, seen=seen)
+    return this.method.attend(this.plans[index], this.group, q[:, where], k[:, where], v[:, where], scale, scores, seen)
 
 
 def _extend_all(this: Pass, layer: int, q: Tensor, scale: float) -> Tensor:
@@ -131,6 +142,7 @@ def prefill(
     embeds: list[Tensor] | None = None,
     positions: list[Tensor] | None = None,
     seen: list[list[Selections]] | None = None,
+    heads: RetainingHeads | None = None,
 ) -> tuple[list[Sequence], Tensor]:
     """Read sequences in parallel. Returns this rank's share of each, and logits [sequences, vocabulary] after the last row.
 
@@ -139,6 +151,7 @@ def prefill(
     embeds     rows [T, d] instead of the ids' embeddings (video)
     positions  [N] or, for M-RoPE, [axes, N] instead of 0, 1, ...
     seen       filled with what was passed on, per sequence and layer
+    heads      say what is passed on instead of the query (APB)
     """
     plans = [method.plan(len(i) - q, q, group.size) for i, q in zip(ids, query, strict=True)]
     rows = [torch.tensor(plan.rows(group.rank), dtype=torch.long) for plan in plans]
@@ -152,7 +165,8 @@ def prefill(
     else:
         inputs["inputs_embeds"] = torch.cat([e[r] for e, r in zip(embeds, rows, strict=True)])[None].to(model.device)
     last = torch.tensor([max(s.stop - 1, 0) for s in slices], device=model.device)
-    with running(Pass(group, method, plans, slices, cache, seen)):
+    rotary = _rotary(model, inputs["position_ids"]) if heads is not None else None
+    with running(Pass(group, method, plans, slices, cache, seen, heads, rotary)):
         logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
     gathered = group.gather(logits).wait()
     owners = torch.tensor([plan.query_owner for plan in plans])
@@ -177,6 +191,25 @@ def extend(model: Any, group: Group, sequences: list[Sequence], ids: list[list[i
         sequence.length += len(new)
         sequence.next_position += len(new)
     return logits
+
+
+@torch.no_grad()
+def recorded(model: Any, ids: list[int]) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """Each layer's rotated q, k and v of a text, read densely on this rank, and the rotation's cos and sin [T, D]."""
+    record: list[tuple[Tensor, Tensor, Tensor]] = []
+    plan = Method("dense").plan(len(ids), 0, 1)
+    positions = torch.arange(len(ids), device=model.device)[None]
+    with running(Pass(Alone(), Method("dense"), [plan], [slice(0, len(ids))], None, record=record)):
+        model(input_ids=torch.tensor([ids], device=model.device), position_ids=positions, use_cache=False, logits_to_keep=1)
+    return record, _rotary(model, positions)
+
+
+def _rotary(model: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D] of positions (1, T)."""
+    if positions.dim() == 3:
+        raise ConfigError("retaining heads undo a rotation in one dimension; use spava for video")
+    cos, sin = model.get_decoder().rotary_emb(torch.zeros(1, dtype=torch.float32, device=model.device), positions)
+    return cos[0], sin[0]
 
 
 def local_logits(model: Any, group: Group, method: Method, ids: list[int]) -> Tensor:

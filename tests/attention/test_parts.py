@@ -14,6 +14,7 @@ from ramet.errors import ConfigError
 from tests.attention.oracle import tensors
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("backend", ["flash", "flex", "reference"])
 @pytest.mark.parametrize(
     ("rows", "keys", "causal"), [(5, 9, False), (5, 9, True), (7, 7, True), (1, 9, True), (0, 3, False), (3, 0, False)]
