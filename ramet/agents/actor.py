@@ -63,10 +63,8 @@ class Growth:
             self.scope.cancel()
 
     def freeze(self, otherwise: Status, now: float) -> Branch:
-        """The record of this branch. One that has not ended gets the status `otherwise`."""
+        """The record of this branch, whose clones have been frozen. One that has not ended gets the status `otherwise`."""
         turns = list(self.turns)
-        if self.clones and turns:
-            turns[-1] = replace(turns[-1], clones=tuple(clone.freeze(otherwise, now) for clone in self.clones))
         if self.discarded or self.discarded_prefilled:
             turns.append(Turn((), (), StopReason.FAILED, discarded=self.discarded, discarded_prefilled=self.discarded_prefilled))
         return Branch(

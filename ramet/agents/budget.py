@@ -248,7 +248,7 @@ class Fork:
     def __init__(self, parent: Ledger, limits: list[dict[str, int | None]]):
         held = {c: sum(limit[c] or 0 for limit in limits) for c in POOLED}
         held["clones"] += len(limits)
-        held["critical_path"] = max((limit["critical_path"] or 0 for limit in limits), default=0)
+        held["critical_path"] = max(limit["critical_path"] or 0 for limit in limits)
         parent._hold(held)
         self._parent = parent
         self._limits = limits
@@ -278,7 +278,7 @@ class Fork:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for ledger in self.ledgers:
             self.close(ledger)
-        longest = max((limit["critical_path"] or 0 for limit in self._limits), default=0)
+        longest = max(limit["critical_path"] or 0 for limit in self._limits)
         self._parent._settle({"critical_path": longest}, {"critical_path": self._path})
 
 

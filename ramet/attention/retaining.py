@@ -11,6 +11,7 @@ smooth L1, and a small price on jumps between neighbours. The model's own weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,8 @@ def unrotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def targets(q: Tensor, k: Tensor) -> Tensor:
     """[Hk, T]: the largest scaled score of question rows q [Hq, Tq, D], of all heads of the group, for keys k [Hk, T, D]."""
     grouped = q.reshape(k.shape[0], -1, q.shape[-1])
-    return (grouped @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).amax(1)
+    largest: Tensor = (grouped @ k.transpose(-1, -2)).amax(1)
+    return largest / math.sqrt(q.shape[-1])
 
 
 def loss(scores: Tensor, wanted: Tensor) -> Tensor:

@@ -1,0 +1,274 @@
+"""The rules of ledger and actor one by one, each to the token: what a mutation of either would break."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import anyio
+import pytest
+
+from ramet.agents.actor import _pause, seed_of
+from ramet.agents.budget import Budget, Ledger
+from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_results
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
+from ramet.agents.scripted import PlainFormat, ScriptedPolicy
+from ramet.agents.simulation import simulate
+from ramet.agents.tree import Message, Status, StopReason, Tree
+from ramet.errors import BudgetExhausted, LedgerError, PolicyError, TransientPolicyError
+from tests.agents.test_runtime import failing, grow, spawn, task
+
+pytestmark = pytest.mark.anyio
+
+
+def test_totals_count_clones_that_still_run():
+    ledger = Ledger.of(Budget())
+    with ledger.reserve(10, 3) as grant:
+        grant.settle(7, 3)
+    with ledger.fork([None, None]) as fork:
+        for clone, used in zip(fork.ledgers, (4, 5), strict=True):
+            with clone.reserve(used, 2) as grant:
+                grant.settle(used, 2)
+        assert [ledger.total(c) for c in ("generated", "prefilled")] == [16, 7]
+        assert ledger.spent("generated") == 7
+    assert [ledger.total(c) for c in ("generated", "prefilled", "clones")] == [16, 7, 2]
+
+
+def test_a_fork_shares_what_is_left_in_every_currency():
+    ledger = Ledger.of(Budget(generated=100, prefilled=101, critical_path=60, clones=9, answer_reserve=10))
+    with ledger.fork([None, 20], keep_prefilled=20) as fork:
+        lefts = [[clone.left(c) for c in ("generated", "prefilled", "critical_path", "clones")] for clone in fork.ledgers]
+        assert lefts == [[70, 40, 50, 3], [20, 40, 20, 3]]
+        assert ledger.reserved("prefilled") == 80
+    with ledger.fork([None], keep_prefilled=200) as fork:
+        assert fork.ledgers[0].left("prefilled") == 0
+    with Ledger.of(Budget(critical_path=30)).fork([None, 50, 8]) as fork:
+        assert [clone.left("critical_path") for clone in fork.ledgers] == [30, 30, 8], "a clone's own limit is also its path's"
+        assert [clone.left("generated") for clone in fork.ledgers] == [None, 50, 8]
+    with Ledger.of(Budget()).fork([None, 9]) as fork:
+        assert [clone.left("critical_path") for clone in fork.ledgers] == [None, 9]
+
+
+def test_errors_say_what_and_how_much():
+    ledger = Ledger.of(Budget(clones=2))
+    with pytest.raises(BudgetExhausted) as caught:
+        ledger.fork([None] * 3)
+    assert (caught.value.currency, caught.value.wanted, caught.value.left) == ("clones", 3, 2)
+    with pytest.raises(LedgerError, match=r"^a clone's ledger closes with reservations open$"), ledger.fork([None]) as fork:
+        fork.ledgers[0].reserve(1, 1)
+
+
+def test_seeds_are_a_function_of_the_place():
+    """Journals name samples by their place, so this may not change without a new journal version."""
+    assert seed_of(0, "0", 0) == 4808561972376111626
+    assert all(0 <= seed_of(seed, "0.1", 2) < 2**63 for seed in range(200))
+    assert len({seed_of(s, b, t) for s in range(5) for b in ("0", "0.0", "0.1") for t in range(5)}) == 75
+
+
+def test_pauses_double_up_to_ten_seconds():
+    error = TransientPolicyError("busy")
+    assert [_pause(error, n) for n in (1, 2, 3, 4)] == pytest.approx([0.1, 0.2, 0.4, 0.8])
+    assert _pause(error, 8) == 10.0
+    assert _pause(None, 1) == _pause(ValueError("x"), 1) == 0.1
+    assert _pause(TransientPolicyError("busy", retry_after=0.0), 5) == 0.0
+
+
+def test_the_runtime_waits_as_long_as_it_should_and_counts_the_time():
+    """On a virtual clock: two failures at 0.1 and 0.2 seconds of pause, one whose server asks for 3."""
+
+    async def main() -> list[Tree]:
+        trees = []
+        for errors in (
+            {0: TransientPolicyError("reset"), 1: TransientPolicyError("reset")},
+            {0: TransientPolicyError("429", 3.0), 1: TransientPolicyError("429", 5.0)},
+        ):
+            policy = ScriptedPolicy(lambda _: "Answer: 1\0", faults=failing(errors, after=0))
+            trees.append(await Runtime(policy, PlainFormat()).run(task(), Budget()))
+        return trees
+
+    doubled, asked = simulate(main, 0)
+    assert doubled.root.seconds == pytest.approx(0.3)
+    assert asked.root.seconds == pytest.approx(8.0)
+    assert doubled.answer == asked.answer == "1"
+
+
+def test_seconds_of_a_branch_are_its_own():
+    def program(context: str) -> str:
+        if context.startswith("T"):
+            return "Answer: up\0" if "1: " in context else spawn("a", "bb")
+        return ("x" * (10 if "bb" in context else 4)) + " Answer: 1\0"
+
+    async def main() -> Tree:
+        await anyio.sleep(100)
+        return await Runtime(ScriptedPolicy(program, delay=0.1), PlainFormat()).run(task(), Budget())
+
+    tree = simulate(main, 0)
+    tokens = [len(clone.turns[0].sampled) for clone in tree.root.clones]
+    assert [clone.seconds for clone in tree.root.clones] == pytest.approx([0.1 * n for n in tokens])
+    own = sum(len(turn.sampled) for turn in tree.root.turns)
+    assert tree.root.seconds == pytest.approx(0.1 * (own + max(tokens)))
+
+
+def test_a_cancelled_tree_keeps_its_clones_and_their_time():
+    def program(context: str) -> str:
+        return spawn("a") if context.startswith("T") else "y" * 10_000
+
+    async def main() -> Tree:
+        await anyio.sleep(50)
+        return await Runtime(ScriptedPolicy(program, delay=0.1), PlainFormat()).run(task(), Budget(seconds=20))
+
+    tree = simulate(main, 0)
+    (clone,) = tree.root.clones
+    assert clone.status is Status.CANCELLED or clone.status is Status.TIMED_OUT
+    assert 0 < clone.seconds < 20 == pytest.approx(tree.root.seconds)
+    assert clone.turns[-1].stop is StopReason.CANCELLED
+    assert clone.turns[-1].version == 3, "of the policy that sampled it"
+
+
+class Recording(ScriptedPolicy):
+    """Keeps what it was asked."""
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        super().__init__(*arguments, **options)  # type: ignore[arg-type]
+        self.asked: list[SampleRequest] = []
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        self.asked.append(request)
+        return await super().sample(request, partial)
+
+
+async def test_requests_carry_the_trees_settings():
+    policy = Recording(lambda c: "Answer: 1\0" if not c.startswith("T") or "1: " in c else spawn("a"))
+    sampling = Sampling(temperature=0.3, top_k=5)
+    await Runtime(policy, PlainFormat(), sampling).run(task(), Budget(), seed=7)
+    assert {request.sampling for request in policy.asked} == {sampling}
+    assert len({request.group for request in policy.asked}) == 1
+    assert policy.asked[0].group
+    assert [request.seed for request in policy.asked] == [seed_of(7, "0", 0), seed_of(7, "0.0", 0), seed_of(7, "0", 1)]
+
+
+@pytest.mark.parametrize(("attempts", "calls"), [(1, 1), (2, 2), (3, 3)])
+async def test_attempts_are_counted(attempts: int, calls: int):
+    errors = {n: TransientPolicyError("reset", 0.0) for n in range(9)}
+    policy = Recording(lambda _: "Answer: 1\0", faults=failing(errors, after=1))
+    tree = await Runtime(policy, PlainFormat(), attempts=attempts).run(task(), Budget())
+    assert len(policy.asked) == calls
+    assert tree.root.status is Status.FAILED
+    assert tree.usage.generated == calls
+    (turn,) = tree.root.turns
+    assert (turn.stop, turn.sampled, turn.discarded) == (StopReason.FAILED, (), calls)
+    assert turn.discarded_prefilled == calls * len(tree.root.prompt)
+
+
+async def test_a_failed_attempt_that_only_read_is_charged_for_reading():
+    policy = Recording(lambda _: "Answer: 1\0", faults=failing({0: PolicyError("broken")}, after=0))
+    tree = await Runtime(policy, PlainFormat()).run(task(), Budget())
+    assert tree.root.status is Status.FAILED
+    assert tree.root.turns[-1].discarded_prefilled == tree.usage.prefilled == len(tree.root.prompt)
+    assert tree.usage.generated == 0
+
+
+async def test_a_retry_of_the_final_turn_may_use_the_reserve_and_no_more():
+    """Twenty tokens, eight of them kept for the answer: the final turn fails after three and has five left."""
+    policy = Recording(lambda c: "Answer: 1\0" if "budget" in c else "y" * 50, faults=failing({1: TransientPolicyError("x", 0.0)}, after=3))
+    await Runtime(policy, PlainFormat()).run(task(), Budget(generated=20, answer_reserve=8))
+    assert [request.max_tokens for request in policy.asked] == [12, 8, 5]
+
+
+class Wasteful(Recording):
+    """Generates all that it was granted, less what `spare` says, and then fails."""
+
+    spare = 0
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        self.asked.append(request)
+        partial.ids += [1] * (request.max_tokens - (self.spare if len(self.asked) == 1 else 0))
+        raise TransientPolicyError("gone", 0.0)
+
+
+@pytest.mark.parametrize(("spare", "asked"), [(0, [12]), (1, [12, 1]), (2, [12, 2])])
+async def test_attempts_end_with_the_tokens(spare: int, asked: list[int]):
+    policy = Wasteful(lambda _: "")
+    policy.spare = spare
+    tree = await Runtime(policy, PlainFormat(), attempts=9).run(task(), Budget(generated=12))
+    assert [request.max_tokens for request in policy.asked] == asked
+    assert tree.root.status is Status.OUT_OF_BUDGET
+    assert tree.usage.generated == sum(turn.discarded for turn in tree.root.turns) == 12
+
+
+class Greedy(ScriptedPolicy):
+    """Returns more than it was granted."""
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        ids = tuple(range(1, request.max_tokens + 4))
+        return Sample(ids, (0.0,) * len(ids), StopReason.LENGTH, len(request.prompt) + 100, 0, 0)
+
+
+async def test_a_backend_that_returns_too_much_is_charged_its_grant_and_refused():
+    tree = await Runtime(Greedy(lambda _: ""), PlainFormat()).run(task(), Budget(generated=12, prefilled=500))
+    assert tree.root.status is Status.FAILED
+    assert tree.error == "the backend returned 15 tokens for a grant of 12"
+    assert tree.usage.generated == 12
+    assert tree.usage.prefilled == len(tree.root.prompt)
+
+
+async def test_width_and_clones_may_be_used_up():
+    def program(context: str) -> str:
+        return "Answer: 1\0" if not context.startswith("T") or "1: " in context else spawn("a", "b", "c")
+
+    for budget in (Budget(width=3), Budget(clones=3), Budget(width=3, clones=3)):
+        tree = await grow(program, budget)
+        assert [clone.status for clone in tree.root.clones] == [Status.ANSWERED] * 3
+    assert len((await grow(program, Budget(clones=2))).root.clones) == 2
+
+
+async def test_a_clones_messages_are_its_system_prompt_and_its_objective():
+    class Remembering(PlainFormat):
+        rendered: ClassVar[list[list[Message]]] = []
+
+        def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+            self.rendered.append(list(messages))
+            return super().render(messages, tools)
+
+    policy = ScriptedPolicy(lambda c: spawn("add") if "root" in c and "1: " not in c else "Answer: 1\0")
+    for system, before in (("", []), ("be brief", [Message("system", "be brief")])):
+        await Runtime(policy, Remembering(), clone_system=system).run(task("root"), Budget())
+        assert Remembering.rendered[-1] == [*before, Message("user", "add")]
+
+
+async def test_a_branch_that_runs_out_is_told_in_these_words():
+    """After a cut turn, with what the reserve has left; before the first turn, in the prompt."""
+    told = f"{OUT_OF_BUDGET_NOTICE}\n{left_line(8, None)}"
+    tree = await grow(lambda c: "Answer: 1\0" if OUT_OF_BUDGET_NOTICE in c else "y" * 50, Budget(generated=20, answer_reserve=8))
+    first, last = tree.root.turns
+    assert list(first.appended) == PlainFormat().after_turn(told, closed=False)
+    assert (len(first.sampled), len(last.sampled), last.appended) == (12, 8, ())
+    tree = await grow(lambda c: "1\0", Budget(generated=8, answer_reserve=8))
+    plain = PlainFormat().render([Message("user", f"root\n{left_line(0, None)}")], True)
+    assert list(tree.root.prompt) == [*plain, *PlainFormat().after_turn(told, closed=False)]
+
+
+async def test_results_come_back_in_these_words():
+    tree = await grow(
+        lambda c: "Answer: 5\0" if not c.startswith("T") or "1: " in c else spawn({"objective": "a", "context_keys": ["p", "q"]}),
+        Budget(generated=500, clones=4),
+    )
+    (clone,) = tree.root.clones
+    left = 500 - len(tree.root.turns[0].sampled) - len(clone.turns[0].sampled)
+    said = f"Unknown context keys: p, q\n{left_line(left, 3)}"
+    expected = PlainFormat().after_turn(render_results([CloneResult(Status.ANSWERED, "5")], said, 4000), closed=True)
+    assert list(tree.root.turns[0].appended) == expected
+
+
+@pytest.mark.parametrize("slack", range(-3, 4))
+async def test_a_notice_and_an_answer_are_given_the_context_that_is_kept_for_them(slack: int):
+    """The context holds the prompt, the notice, the answer's four tokens, and `slack` more."""
+    notice = PlainFormat().after_turn(OUT_OF_BUDGET_NOTICE, closed=False)
+    prompt = list((await grow(lambda _: "1\0")).root.prompt)
+    tree = await grow(lambda c: "z" * 500, Budget(context=len(prompt) + len(notice) + 4 + slack, answer_reserve=4))
+    assert tree.root.status is Status.OUT_OF_BUDGET
+    assert [len(turn.sampled) for turn in tree.root.turns] == ([slack, 4] if slack > 0 else [4 + slack])
+    assert list(tree.root.ids)[: -len(tree.root.turns[-1].sampled)] == [*prompt, *map(ord, "z" * slack), *notice]
+    tree = await grow(lambda c: "z" * 500, Budget(context=len(prompt) + len(notice), answer_reserve=4))
+    assert (tree.root.turns, tree.root.status) == ((), Status.OUT_OF_BUDGET), "a notice without room for an answer is not given"
