@@ -66,7 +66,7 @@ def show_plan(method: Method, context: int, query: int, hosts: int, picture: Pat
         passed = sum(plan.kept(u) for v in plan.owned(rank) for u in plan.before(v)) if isinstance(plan, Plan) else 0
         share = pairs(plan, rank) / (plan.length * (plan.length + 1) / 2)
         record = {
-            "record": "rank", "method": method.name, "rank": rank, "hosts": hosts, "rows": len(plan.rows(rank)),
+            "record": "plan", "method": method.name, "rank": rank, "hosts": hosts, "rows": len(plan.rows(rank)),
             "kept": sum(s.stop - s.start for s in kept), "passed": passed, "share_of_dense": share,
         }  # fmt: skip
         records.append(record)
@@ -130,7 +130,7 @@ def check(policy: str, methods: list[Method], hosts: int, context: int, query: i
     ranks = "equal" if equal else "DIFFER"
     console.print(f"everything passed on: largest difference from dense {difference:.2e} (largest logit {scale:.1f}); ranks {ranks}")
     records: list[dict[str, Any]] = [
-        {"record": "check", "method": "spava", "hosts": hosts, "context": context, "query": query, "anchor": 0, "passing": context,
+        {"record": "divergence", "method": "spava", "hosts": hosts, "context": context, "query": query, "anchor": 0, "passing": context,
          "difference": difference, "largest_logit": scale, "divergence": divergence(dense, exact[0]), "ranks_equal": equal}
     ]  # fmt: skip
     for method in methods:
@@ -141,7 +141,7 @@ def check(policy: str, methods: list[Method], hosts: int, context: int, query: i
         told = f", anchor {anchor}, passing {passing}" if isinstance(plan, Plan) else ""
         console.print(f"{method.name}{told}: KL divergence of the next token from dense {kl:.3g} nats, largest difference {largest:.2e}")
         records.append(
-            {"record": "check", "method": method.name, "hosts": hosts, "context": context, "query": query, "anchor": anchor,
+            {"record": "divergence", "method": method.name, "hosts": hosts, "context": context, "query": query, "anchor": anchor,
              "passing": passing, "difference": largest, "largest_logit": scale, "divergence": kl, "ranks_equal": True}
         )  # fmt: skip
     if out is not None:

@@ -89,12 +89,12 @@ def test_the_commands(tmp_path: Path) -> None:
     plan = run("plan", "--context", 400, "--query", 20, "--hosts", 2, "--png", tmp_path / "p.png", "--json", tmp_path / "p.json")
     assert plan.exit_code == 0
     assert (tmp_path / "p.png").exists()
-    ranks = [r for r in json.loads((tmp_path / "p.json").read_text()) if r["record"] == "rank"]
+    ranks = [r for r in json.loads((tmp_path / "p.json").read_text()) if r["record"] == "plan"]
     assert sum(r["kept"] for r in ranks) == 420
     assert run("plan", "--method", "ring", "--hosts", 3).exit_code == 0
     check = run("check", "--hosts", 4, "--context", 300, "--anchor", 16, "--passing", 8, "--json", tmp_path / "c.json")
     assert check.exit_code == 0, check.output
-    first, *others = [r for r in json.loads((tmp_path / "c.json").read_text()) if r["record"] == "check"]
+    first, *others = [r for r in json.loads((tmp_path / "c.json").read_text()) if r["record"] == "divergence"]
     assert first["difference"] < 2e-4
     assert first["divergence"] < 1e-9
     assert first["ranks_equal"]
