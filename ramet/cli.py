@@ -310,6 +310,29 @@ def bench_attention(
     bench_attention(method, hosts, length, wall_length, query, bandwidth, repeats, png, json)
 
 
+@bench.command("needle")
+def bench_needle(
+    model: Annotated[str, typer.Option(help="A model directory.")],
+    length: Annotated[int, typer.Option(min=64, help="Tokens of a text.")] = 8100,
+    hosts: Annotated[str, typer.Option(help="Numbers of hosts.")] = "2,4,8",
+    anchors: Annotated[str, typer.Option(help="Of Spava: the anchor is one part in so many of the context.")] = "64,16",
+    passings: Annotated[str, typer.Option(help="Of Spava: a block passes on one part in so many.")] = "256,64",
+    depths: Annotated[int, typer.Option(min=1, help="Places of the code in the text.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each place.")] = 2,
+    seed: _Seed = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the journal, results.json and needle.png.")] = Path("runs/needle"),
+) -> None:
+    """What approximate attention loses on a real model: a code in a long text, divergence from dense, recall. Resumes.
+
+    Example: ramet bench needle --model SmolLM2-135M-Instruct --hosts 4
+    """
+    from ramet.benchmarks.attention_quality import bench_needle
+    from ramet.benchmarks.attention_speed import numbers
+
+    lists = (numbers("hosts", hosts), numbers("anchors", anchors), numbers("passings", passings))
+    bench_needle(model, length, *lists, depths, samples, seed or 0, out)
+
+
 @models.command("train-nano")
 def models_train_nano(
     out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("runs/nano-base"),

@@ -296,7 +296,7 @@ def bench_attention(
     names = list(NAMES) if method == "all" else [name.strip() for name in method.split(",")]
     for name in names:
         Method(name)  # type: ignore[arg-type]
-    counts, lengths, walls = (_numbers(what, text) for what, text in (("hosts", hosts), ("length", length), ("wall-length", wall_length)))
+    counts, lengths, walls = (numbers(what, text) for what, text in (("hosts", hosts), ("length", length), ("wall-length", wall_length)))
     started = time.perf_counter()
     records = critical_path(names, counts, lengths, query, bandwidth * 1e9, repeats)
     threads = torch.get_num_threads()
@@ -311,7 +311,7 @@ def bench_attention(
         write_json(out, [meta("bench attention", 0, time.perf_counter() - started), *records])
 
 
-def _numbers(what: str, text: str) -> list[int]:
+def numbers(what: str, text: str) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:

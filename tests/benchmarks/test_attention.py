@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from ramet.attention.comm import Group, simulated
@@ -14,10 +15,12 @@ from ramet.attention.cost import Shape, attention_flops, pairs, received
 from ramet.attention.kernels import attend, metered
 from ramet.attention.methods import NAMES, Method
 from ramet.attention.plan import Plan, apb, spava
-from ramet.benchmarks import attention_speed
+from ramet.benchmarks import attention_quality, attention_speed
 from ramet.benchmarks.attention import kinds
+from ramet.benchmarks.attention_quality import bench_needle
 from ramet.benchmarks.attention_speed import critical_path, plot, sampling
 from ramet.cli import app
+from ramet.nano import BASE
 
 SMALL = Shape(64, 8, 4, 8, 128)
 
@@ -102,3 +105,26 @@ def test_the_commands(tmp_path: Path) -> None:
     assert all(r["divergence"] > 1e-6 for r in others)
     assert "exceed the model's" in str(run("check", "--context", 5000).exception)
     assert isinstance(Method("spava").plan(100, 5, 2), Plan)
+
+
+def test_the_needle_is_measured_and_resumed(tmp_path: Path) -> None:
+    given = attention_quality.sample(AutoTokenizer.from_pretrained(BASE), 300, 0.5, 0)
+    text = AutoTokenizer.from_pretrained(BASE).decode(given.ids)
+    assert text.count(given.code) == 1
+    assert 200 < len(given.ids) <= 300
+    assert 0.3 < text.index(given.code) / len(text) < 0.7
+    run = lambda: bench_needle("nano", 300, [2], [16], [16], 2, 1, 0, tmp_path)  # noqa: E731
+    run()
+    written = (tmp_path / "journal.jsonl").read_bytes()
+    records = {(r["case"], r["hosts"]): r for r in json.loads((tmp_path / "results.json").read_text()) if r["record"] == "needle"}
+    assert set(records) == {("dense", 1), ("spava", 2), ("apb", 2), ("star", 2), ("spava 1/16 1/16", 2)}
+    assert records["dense", 1]["divergence"] == 0
+    rough = records["spava 1/16 1/16", 2]
+    assert rough["divergence"] > 1e-8
+    assert 0 < rough["recall"] < 1
+    assert rough["pairs"] < 0.5
+    assert (tmp_path / "needle.png").exists()
+    lines = written.splitlines(keepends=True)
+    (tmp_path / "journal.jsonl").write_bytes(b"".join(lines[:-2]))
+    run()
+    assert (tmp_path / "journal.jsonl").read_bytes() == written
