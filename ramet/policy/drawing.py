@@ -19,16 +19,6 @@ from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError
 
 
-def check(request: SampleRequest, context: int) -> None:
-    """Raise `PolicyError` for a request that a text model with this context cannot serve."""
-    if request.media:
-        raise PolicyError("this policy has no vision; it cannot take media")
-    if not request.prompt or request.max_tokens < 1:
-        raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
-    if len(request.prompt) + request.max_tokens > context:
-        raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {context}")
-
-
 @dataclass(slots=True, eq=False)
 class Row:
     """A request on its way. `last` is the newest token; `stop` is set when it has ended or was cancelled."""
@@ -41,6 +31,11 @@ class Row:
     last: int = 0
     version: int = 0
     draws: Iterator[float] = field(init=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the model has seen once it has read the newest, less one."""
+        return len(self.request.prompt) + len(self.partial.ids) - 1
 
     def __post_init__(self) -> None:
         self.draws = _draws(self.request.seed)

@@ -18,18 +18,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import anyio
 import torch
-from anyio.abc import TaskGroup
 
-from ramet.agents.sampling import Partial, Sample, SampleRequest
-from ramet.agents.tasks import first_error
 from ramet.errors import PolicyError, first_line
-from ramet.policy.drawing import Row, check, draw
+from ramet.policy.drawing import Row, draw
 from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
+from ramet.policy.serving import Serving
 
 PREFILL_TOKENS = 2048
 """Padded prompt tokens of one forward pass at most."""
@@ -43,7 +39,6 @@ PATIENCE = 6
 class Stats:
     """What the engine did since it was made. `forward_seconds` is inside the model, `busy_seconds` inside steps."""
 
-    requests: int = 0
     steps: int = 0
     generated: int = 0
     prefilled: int = 0
@@ -52,15 +47,7 @@ class Stats:
     busy_seconds: float = 0.0
 
 
-@dataclass(slots=True, eq=False)
-class _Row(Row):
-    @property
-    def length(self) -> int:
-        """Tokens whose keys and values are in the slot once the next step has run, less one."""
-        return len(self.request.prompt) + len(self.partial.ids) - 1
-
-
-class HFPolicy:
+class HFPolicy(Serving):
     """Samples from one causal language model. Enter it to serve.
 
     model           any transformers causal LM with full attention (`attn_implementation="sdpa"`)
@@ -80,46 +67,20 @@ class HFPolicy:
             )
         if model.config._attn_implementation not in ("sdpa", "eager"):
             raise PolicyError(f"attention {model.config._attn_implementation!r} cannot take the batch mask; load the model with sdpa")
+        super().__init__(context or config.max_position_embeddings)
         self.model = model
         self.max_batch = max_batch
-        self.version = 0
         self.stats = Stats()
-        self._context = context or config.max_position_embeddings
         self._layers = config.num_hidden_layers
         self._store = PrefixStore(prefix_bytes)
         self._cache = SlotCache(self._layers)
-        self._waiting: deque[_Row] = deque()
-        self._active: list[_Row] = []
-        self._wake: anyio.Event | None = None
+        self._active: list[Row] = []
         self._patience = 0
-        self._group: TaskGroup | None = None
-
-    @property
-    def context(self) -> int:
-        return self._context
 
     @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
-
-    async def __aenter__(self) -> Self:
-        self._wake = anyio.Event()
-        self._group = anyio.create_task_group()
-        await self._group.__aenter__()
-        self._group.start_soon(self._serve)
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
-        assert self._group is not None
-        self._group.cancel_scope.cancel()
-        group, self._group = self._group, None
-        try:
-            return await group.__aexit__(kind, error, trace)
-        except BaseExceptionGroup as errors:
-            raise first_error(errors) from errors
-        finally:
-            self._fail(PolicyError("the policy was closed"))
 
     def refresh(self, version: int) -> None:
         """Tell the engine that the model's weights have changed: stored prefixes are dropped."""
@@ -129,31 +90,19 @@ class HFPolicy:
         self._cache = SlotCache(self._layers)
         self.version = version
 
-    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        """Sample one turn; see `ramet.agents.sampling.Policy`."""
-        if self._group is None or self._wake is None:
-            raise PolicyError("the policy is not serving: use `async with policy`")
-        check(request, self._context)
-        row = _Row(request, partial)
-        self._waiting.append(row)
-        self.stats.requests += 1
-        self._wake.set()
-        return await row.sampled()
+    @property
+    def _busy(self) -> bool:
+        return bool(self._active)
 
-    async def _serve(self) -> None:
-        while True:
-            while not self._waiting and not self._active:
-                self._wake = anyio.Event()
-                await self._wake.wait()
-            # Two turns of the loop: whoever got a result asks for its next sample before the step.
-            await anyio.lowlevel.checkpoint()
-            await anyio.lowlevel.checkpoint()
-            started = time.perf_counter()
-            try:
-                self._step()
-            except Exception as error:  # whatever it is, those who wait must hear of it
-                self._fail(PolicyError(f"the model failed: {first_line(error)}"))
+    async def _round(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._step()
+        finally:
             self.stats.busy_seconds += time.perf_counter() - started
+
+    async def _failed(self, error: Exception) -> None:
+        self._fail(PolicyError(f"the model failed: {first_line(error)}"))
 
     def _fail(self, error: PolicyError) -> None:
         """Everything in flight fails; the engine goes on with empty slots."""
@@ -188,8 +137,8 @@ class HFPolicy:
 
     def _admit(self, free: int) -> None:
         """Compute the prompts of up to `free` waiting requests and sample their first tokens."""
-        chosen: list[tuple[_Row, int, list[torch.Tensor]]] = []
-        later: list[_Row] = []
+        chosen: list[tuple[Row, int, list[torch.Tensor]]] = []
+        later: list[Row] = []
         shared: set[int] = set()
         while self._waiting and len(chosen) < free:
             row = self._waiting.popleft()
@@ -215,7 +164,7 @@ class HFPolicy:
             self._waiting.extendleft(row for row, _, _ in reversed(chosen) if id(row) not in held and row.stop is None)
             raise
 
-    def _prefill_all(self, chosen: list[tuple[_Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
+    def _prefill_all(self, chosen: list[tuple[Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
         """Prefill in passes of at most `PREFILL_TOKENS` padded tokens."""
         while chosen:
             size = 1
@@ -224,7 +173,7 @@ class HFPolicy:
             self._prefill(chosen[:size], promised)
             chosen = chosen[size:]
 
-    def _prefill(self, batch: list[tuple[_Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
+    def _prefill(self, batch: list[tuple[Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
         first = len(self._active)
         new = max(len(row.request.prompt) - found for row, found, _ in batch)
         # Right-padded: what a padding token writes lies past the row's end and is overwritten later.
@@ -282,14 +231,14 @@ class HFPolicy:
         self.stats.steps += 1
         return logits
 
-    def _emit(self, rows: list[_Row], logits: torch.Tensor) -> None:
+    def _emit(self, rows: list[Row], logits: torch.Tensor) -> None:
         """Draw one token per row from `logits` (rows, vocabulary) and append it."""
         tokens, logprobs = draw(logits, rows)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.emit(token, logprob)
         self.stats.generated += len(rows)
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         """Free the row's slot: keep its memory for later, move the last row into its place."""
         slot, end = self._active.index(row), len(self._active) - 1
         tokens = row.length

@@ -34,19 +34,17 @@ import anyio
 import anyio.to_thread
 import torch
 import torch.distributed as dist
-from anyio.abc import TaskGroup
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ramet.agents.sampling import Partial, Sample, SampleRequest
-from ramet.agents.tasks import first_error
 from ramet.attention import cache, hf
 from ramet.attention.comm import Distributed, Group
 from ramet.attention.methods import Method
 from ramet.errors import PolicyError, TransientPolicyError, first_line
-from ramet.policy.drawing import Row, check, draw
+from ramet.policy.drawing import Row, draw
 from ramet.policy.kv import common_prefix
 from ramet.policy.models import load_model
+from ramet.policy.serving import Serving
 
 EXACT = Method("spava", anchor=0, passing=2**62)
 """Every block passes on everything: exact, and the context stays apart from the question as in the approximate case."""
@@ -250,7 +248,7 @@ class _Held:
     row: Row | None = None
 
 
-class SequenceParallelPolicy:
+class SequenceParallelPolicy(Serving):
     """Samples from one causal language model on several workers. Enter it to serve; see the module.
 
     threshold  prompts of more tokens are read with `method`, others exactly
@@ -276,8 +274,7 @@ class SequenceParallelPolicy:
         threads = threads or max(1, (os.cpu_count() or 1) // hosts)
         setup = Setup(path, hosts, method or Method("spava"), getattr(torch, dtype), threads)
         self._start: Callable[[], Workers] = partial(Pool, setup)
-        self._context = int(_config(path).max_position_embeddings)
-        self.version = 0
+        super().__init__(int(_config(path).max_position_embeddings))
         self.restarts = 0
         self.prefilled = self.cached = 0
         self._threshold, self._question, self._keep, self._max_batch = threshold, question, keep, max_batch
@@ -285,9 +282,6 @@ class SequenceParallelPolicy:
         self._next = 0
         self._held: OrderedDict[int, _Held] = OrderedDict()
         self._drops: list[int] = []
-        self._waiting: deque[Row] = deque()
-        self._wake: anyio.Event | None = None
-        self._group: TaskGroup | None = None
 
     @classmethod
     def torchrun(cls, path: Path, replica: Replica, **options: Any) -> SequenceParallelPolicy:
@@ -297,65 +291,30 @@ class SequenceParallelPolicy:
         return policy
 
     @property
-    def context(self) -> int:
-        return self._context
-
-    @property
     def workers(self) -> Workers | None:
         """The pool, once it serves."""
         return self._workers
 
     async def __aenter__(self) -> Self:
         self._workers = await anyio.to_thread.run_sync(self._start)
-        self._wake = anyio.Event()
-        self._group = anyio.create_task_group()
-        await self._group.__aenter__()
-        self._group.start_soon(self._serve)
-        return self
+        return await super().__aenter__()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
-        assert self._group is not None
-        self._group.cancel_scope.cancel()
-        group, self._group = self._group, None
         try:
-            return await group.__aexit__(kind, error, trace)
-        except BaseExceptionGroup as errors:
-            raise first_error(errors) from errors
+            return await super().__aexit__(kind, error, trace)
         finally:
-            self._fail(PolicyError("the policy was closed"))
             if self._workers is not None:
                 self._workers.close()
                 self._workers = None
 
-    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        """Sample one turn; see `ramet.agents.sampling.Policy`."""
-        if self._group is None or self._wake is None:
-            raise PolicyError("the policy is not serving: use `async with policy`")
-        check(request, self._context)
-        row = Row(request, partial)
-        self._waiting.append(row)
-        self._wake.set()
-        return await row.sampled()
+    @property
+    def _busy(self) -> bool:
+        return bool(self._active())
 
-    async def _serve(self) -> None:
-        while True:
-            while not self._waiting and not self._active():
-                self._wake = anyio.Event()
-                await self._wake.wait()
-            await anyio.lowlevel.checkpoint()
-            await anyio.lowlevel.checkpoint()
-            try:
-                await self._round()
-            except TransientPolicyError as error:
-                self._fail(error)
-                await self._restart()
-            except Exception as error:  # whatever it is, those who wait must hear of it
-                self._fail(error if isinstance(error, PolicyError) else PolicyError(f"the model failed: {first_line(error)}"))
-                await self._restart()
-
-    async def _restart(self) -> None:
-        """New workers: the old ones hold sequences in an unknown state."""
+    async def _failed(self, error: Exception) -> None:
+        """Those who wait hear of it, and new workers start: the old ones hold sequences in an unknown state."""
         assert self._workers is not None
+        self._fail(error if isinstance(error, PolicyError) else PolicyError(f"the model failed: {first_line(error)}"))
         await anyio.to_thread.run_sync(self._workers.close)
         self._drops.clear()
         self.restarts += 1
