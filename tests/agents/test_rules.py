@@ -8,7 +8,7 @@ from typing import ClassVar
 import anyio
 import pytest
 
-from ramet.agents.actor import _pause, seed_of
+from ramet.agents.actor import Growth, _pause, seed_of
 from ramet.agents.budget import Budget, Ledger
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_results
 from ramet.agents.runtime import Runtime
@@ -272,3 +272,124 @@ async def test_a_notice_and_an_answer_are_given_the_context_that_is_kept_for_the
     assert list(tree.root.ids)[: -len(tree.root.turns[-1].sampled)] == [*prompt, *map(ord, "z" * slack), *notice]
     tree = await grow(lambda c: "z" * 500, Budget(context=len(prompt) + len(notice), answer_reserve=4))
     assert (tree.root.turns, tree.root.status) == ((), Status.OUT_OF_BUDGET), "a notice without room for an answer is not given"
+
+
+def test_a_broken_ledger_is_noticed():
+    for currency, spent, held in (("generated", 11, 0), ("generated", 5, 6), ("prefilled", -1, 0), ("prefilled", 0, -1)):
+        ledger = Ledger.of(Budget(generated=10))
+        ledger.check()
+        ledger._spent[currency], ledger._held[currency] = spent, held
+        with pytest.raises(LedgerError, match=rf"^{currency}: spent {spent} \+ reserved {held} against a limit of"):
+            ledger.check()
+
+
+async def test_one_clone_and_one_at_a_time_are_offered():
+    def program(context: str) -> str:
+        return "Answer: 1\0" if not context.startswith("T") or "1: " in context else spawn("a")
+
+    for budget in (Budget(clones=1), Budget(width=1), Budget(depth=1)):
+        assert (await grow(program, budget)).usage.clones == 1
+    for budget in (Budget(clones=0), Budget(width=0), Budget(depth=0)):
+        assert (await grow(lambda c: "Answer: " + c[0] + "\0", budget)).answer == "-"
+
+
+async def test_a_branch_that_cannot_read_its_prompt_says_which_currency_it_lacks():
+    tree = await grow(lambda _: "Answer: 1\0", Budget(prefilled=3))
+    assert (tree.root.status, tree.root.reason, tree.root.turns) == (Status.OUT_OF_BUDGET, "prefilled", ())
+
+
+@pytest.mark.parametrize("room", [1, 5])
+async def test_without_a_reserve_a_branch_uses_all_of_its_context_and_is_told_nothing(room: int):
+    prompt = len((await grow(lambda _: "1\0")).root.prompt)
+    tree = await grow(lambda _: "z" * 500, Budget(context=prompt + room))
+    assert [len(turn.sampled) for turn in tree.root.turns] == [room]
+    assert tree.root.turns[0].appended == ()
+    tree = await grow(lambda _: "z" * 500, Budget(generated=room))
+    assert [len(turn.sampled) for turn in tree.root.turns] == [room]
+    assert tree.root.turns[0].appended == ()
+
+
+async def test_the_last_turn_is_not_followed_by_a_notice():
+    """Out of turns, or with nothing left in the reserve, there is nobody to tell."""
+    tree = await grow(lambda _: "z" * 500, Budget(turns=1, answer_reserve=4, generated=50))
+    assert [(len(turn.sampled), turn.appended) for turn in tree.root.turns] == [(46, ())]
+    tree = await grow(lambda c: "Answer: 2\0" if "Out" in c else "z" * 500, Budget(turns=2, answer_reserve=10, generated=50))
+    assert [len(turn.sampled) for turn in tree.root.turns] == [40, 10]
+    assert tree.answer == "2"
+    tree = await grow(lambda c: "z\0" if "Out" in c else "z" * 500, Budget(answer_reserve=1, generated=50))
+    assert [len(turn.sampled) for turn in tree.root.turns] == [49, 1], "one token is enough to be told"
+
+
+async def test_refusals_in_these_words():
+    for said, answer in (
+        (spawn("x"), "refused: spawn_clone is not available here; answer yourself"),
+        (spawn("x")[:-1] * 2 + "\0", "refused: one call a turn: put all objectives into one call"),
+    ):
+        budget = Budget(depth=0) if "not available" in answer else Budget()
+        tree = await grow(lambda c, said=said: "Answer: 1\0" if "refused" in c else said, budget)
+        refusal = render_results([CloneResult(Status.REFUSED, reason=answer.removeprefix("refused: "))], "", 4000)
+        assert list(tree.root.turns[0].appended) == PlainFormat().after_turn(refusal, closed=True)
+
+
+async def test_clones_are_not_given_what_their_parent_needs_to_read_again():
+    """Of 1,000 tokens to read, the parent keeps its context twice: once to go on, once for results as long."""
+
+    def program(context: str) -> str:
+        return "Answer: 1\0" if not context.startswith("T") or "1: " in context else spawn("a", "b")
+
+    ledgers: list[int | None] = []
+
+    class Watching(ScriptedPolicy):
+        async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+            ledgers[:] = [clone.ledger.left("prefilled") for clone in root[0].clones] or ledgers
+            return await super().sample(request, partial)
+
+    root: list[Growth] = []
+    tree = await Runtime(Watching(program), PlainFormat(), watch=root.append).run(task(), Budget(prefilled=1000))
+    read = len(tree.root.prompt)
+    context = read + len(tree.root.turns[0].sampled)
+    own = len(tree.root.clones[0].prompt)
+    assert max(left for left in ledgers if left is not None) in ((1000 - read - 2 * context) // 2, (1000 - read - 2 * context) // 2 - own)
+    assert tree.root.status is Status.ANSWERED
+
+
+async def test_results_that_do_not_fit_end_the_branch_or_its_reserve_answers():
+    def program(context: str) -> str:
+        if not context.startswith("T"):
+            return "Answer: " + "9" * 300 + "\0"
+        return "Answer: 3\0" if "Out of" in context else spawn("a")
+
+    first = await grow(program)
+    used = len(first.root.prompt) + len(first.root.turns[0].sampled)
+    tree = await grow(program, Budget(context=used + 2))
+    assert (tree.root.status, tree.root.reason) == (Status.OUT_OF_BUDGET, "context")
+    notice = PlainFormat().after_turn(OUT_OF_BUDGET_NOTICE, closed=True)
+    tree = await grow(program, Budget(context=used + len(notice) + 10 + 1, answer_reserve=10))
+    assert tree.root.status is Status.OUT_OF_BUDGET
+    assert tree.answer == "3"
+    assert list(tree.root.turns[0].appended) == notice
+
+
+async def test_a_watched_branch_can_be_cancelled_alone():
+    roots: list[Growth] = []
+
+    def program(context: str) -> str:
+        if context.startswith("T"):
+            return "Answer: up\0" if "1: " in context else spawn("slow", "quick")
+        return "y" * 5000 if "slow" in context else "Answer: 1\0"
+
+    policy = ScriptedPolicy(program, delay=0.001)
+    trees: list[Tree] = []
+    async with anyio.create_task_group() as group:
+
+        async def run() -> None:
+            trees.append(await Runtime(policy, PlainFormat(), watch=roots.append).run(task(), Budget()))
+
+        group.start_soon(run)
+        while not roots or not roots[0].clones or roots[0].clones[1].status is None:
+            await anyio.sleep(0.001)
+        roots[0].clones[0].cancel()
+    (tree,) = trees
+    assert [clone.status for clone in tree.root.clones] == [Status.CANCELLED, Status.ANSWERED]
+    assert tree.answer == "up"
+    Growth("0", (), Ledger.of(Budget())).cancel()  # not watched: nothing to cancel, and no error
