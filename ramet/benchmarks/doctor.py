@@ -22,7 +22,10 @@ PARTS = (
     ("trio", "trio", "the runtime's second backend, and tests", "pip install 'ramet[dev]'"),
     ("tensorboard", "tensorboard", "learning curves in TensorBoard", "pip install tensorboard"),
     ("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
+    ("av", "av", "frames of videos", "pip install 'ramet[video]'"),
+    ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
 )
+OPTIONAL = ("trio", "av", "flash-attn")
 
 
 def _nano_works() -> str:
@@ -59,7 +62,7 @@ def run_doctor(out: Path | None) -> None:
     for module, package, purpose, remedy in PARTS:
         found = importlib.util.find_spec(module) is not None
         note(package, found, importlib.metadata.version(package) if found else f"missing: {remedy}", purpose)
-        if not found and package != "trio":
+        if not found and package not in OPTIONAL:
             broken.append(package)
     if broken:
         console.print(table)
