@@ -121,7 +121,7 @@ def anchored(
     own = {}
     for virtual, where in zip(plan.owned(group.rank), blocks, strict=True):
         parts = [attend(x.q[:, where], x.k[:, where], x.v[:, where], scale, True, backend)]
-        if plan.sees_anchor(virtual):
+        if anchor.stop:
             parts.append(attend(x.q[:, where], x.k[:, anchor], x.v[:, anchor], scale, backend=backend))
         own[virtual] = parts
     gathered: list[Tensor] = []

@@ -19,7 +19,7 @@ from ramet.errors import ConfigError
 
 
 class Kept:
-    """One layer: `parts` gives pairs of keys and values [Hk, T, D], the tail last."""
+    """One layer's keys and values [Hk, T, D], and their tail."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -51,10 +51,6 @@ class Kept:
     def rows(self) -> int:
         return self.keys.shape[1] + self._length
 
-    @property
-    def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + self._tail.nbytes
-
 
 @dataclass
 class Sequence:
@@ -76,10 +72,6 @@ class Sequence:
             raise ConfigError(f"a sequence of {self.length} rows with {self.plan.context} of context cannot be cut to {length}")
         layers = [layer.fork(length - self.plan.context) for layer in self.layers]
         return Sequence(self.plan, length, self.next_position - (self.length - length), layers)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers)
 
 
 class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]

@@ -33,10 +33,11 @@ def pairs(plan: Plan | Sharded, rank: int) -> float:
     """Query-key pairs that a rank attends to in a layer; half of a causal square and its diagonal."""
     if isinstance(plan, Sharded):
         return sum((start + stop + 1) * (stop - start) / 2 for start, stop in plan.blocks(rank))
-    total = len(plan.anchor_rows(rank)) * (len(plan.anchor_rows(rank)) + 1) / 2
+    anchor = plan.anchor_size(rank)
+    total = anchor * (anchor + 1) / 2
     for virtual in plan.owned(rank):
         size = plan.size(virtual)
-        total += size * (size + 1) / 2 + size * (len(plan.anchor_rows(rank)) + sum(map(plan.kept, plan.before(virtual))))
+        total += size * (size + 1) / 2 + size * (anchor + sum(map(plan.kept, plan.before(virtual))))
     start, stop = plan.anchor_shard(rank)
     total += plan.query * (stop - start + sum(plan.size(v) for v in plan.owned(rank)))
     return total + (plan.query * (plan.query + 1) / 2 if rank == plan.query_owner else 0)

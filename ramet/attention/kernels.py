@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, 
     if causal and rows > keys:
         raise ConfigError(f"causal attention needs a key for each of the {rows} queries, there are {keys}")
     if not rows or not keys:
-        return Partial(torch.zeros_like(q), q.new_full((heads, rows), -torch.inf, dtype=_wide(q)))
+        return Partial(torch.zeros_like(q), q.new_full((heads, rows), -torch.inf, dtype=wide(q)))
     if causal and rows == 1:
         causal = False
     if causal and rows < keys:
@@ -107,7 +107,8 @@ _ROWS = 512
 _Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], Partial]
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def wide(x: Tensor) -> torch.dtype:
+    """The type in which sums over x are kept: float32, or float64 for float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -173,7 +174,7 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> P
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
     out = scores.softmax(-1) @ wide_v
-    return Partial(out.reshape(q.shape).to(q.dtype), scores.logsumexp(-1).reshape(q.shape[:2]).to(_wide(q)))
+    return Partial(out.reshape(q.shape).to(q.dtype), scores.logsumexp(-1).reshape(q.shape[:2]).to(wide(q)))
 
 
 KERNELS: dict[str, _Kernel] = {"flash": _flash, "flash_attn": _flash_package, "flex": _flex, "reference": _reference}

@@ -115,9 +115,11 @@ class Plan:
             return tuple(range(self.anchor))
         return () if rank == 0 else (*range(self.context, self.length), *range(self.anchor))
 
-    def sees_anchor(self, virtual: int) -> bool:
-        """Whether a block attends to its rank's anchor copy."""
-        return bool(self.anchor_rows(self.owners[virtual]))
+    def anchor_size(self, rank: int) -> int:
+        """How many rows the anchor copy on `rank` has."""
+        if not self.fresh_anchor:
+            return self.anchor
+        return 0 if rank == 0 else self.query + self.anchor
 
     def anchor_shard(self, rank: int) -> Block:
         """The part of the anchor whose keys `rank` keeps. A fresh anchor is dropped: its rows are in the first block."""
@@ -137,12 +139,12 @@ class Plan:
 
     def positions(self, rank: int) -> list[int]:
         """Position ids of the local rows: those of the sequence, but a fresh anchor is numbered from 0."""
-        rows, fresh = self.rows(rank), len(self.anchor_rows(rank)) if self.fresh_anchor else 0
+        rows, fresh = self.rows(rank), self.anchor_size(rank) if self.fresh_anchor else 0
         return [*range(fresh), *rows[fresh:]]
 
     def slices(self, rank: int) -> tuple[slice, list[slice], slice]:
         """Where the anchor copy, each block and the query stand among the local rows."""
-        at = len(self.anchor_rows(rank))
+        at = self.anchor_size(rank)
         anchor, blocks = slice(0, at), []
         for virtual in self.owned(rank):
             blocks.append(slice(at, at + self.size(virtual)))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ramet.attention.kernels import wide
 from ramet.errors import ConfigError
 
 POOL = 5
@@ -19,7 +20,7 @@ Scorer = Callable[[Tensor, Tensor], Tensor]
 
 def mean_scores(q: Tensor, k: Tensor) -> Tensor:
     """k . mean of the query rows and of the KV head's query heads: one matrix-vector product a head, in float32."""
-    mean = q.reshape(k.shape[0], -1, q.shape[-1]).mean(1, dtype=_wide(q))
+    mean = q.reshape(k.shape[0], -1, q.shape[-1]).mean(1, dtype=wide(q))
     return torch.einsum("htd,hd->ht", k.to(mean.dtype), mean)
 
 
@@ -77,9 +78,5 @@ def rows_at(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _dots(q: Tensor, k: Tensor) -> Tensor:
-    grouped = q.reshape(k.shape[0], -1, q.shape[-1]).to(_wide(q))
-    return grouped @ k.to(_wide(q)).transpose(-1, -2)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+    grouped = q.reshape(k.shape[0], -1, q.shape[-1]).to(wide(q))
+    return grouped @ k.to(wide(q)).transpose(-1, -2)

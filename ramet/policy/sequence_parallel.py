@@ -276,7 +276,6 @@ class SequenceParallelPolicy(Serving):
         self._start: Callable[[], Workers] = partial(Pool, setup)
         super().__init__(int(_config(path).max_position_embeddings))
         self.restarts = 0
-        self.prefilled = self.cached = 0
         self._threshold, self._question, self._keep, self._max_batch = threshold, question, keep, max_batch
         self._workers: Workers | None = None
         self._next = 0
@@ -387,8 +386,6 @@ class SequenceParallelPolicy(Serving):
             step.extends.append((held.number, prompt[found:]))
         self._held[held.number] = held
         row.partial.prefilled, row.partial.cached = len(prompt) - found, found
-        self.prefilled += len(prompt) - found
-        self.cached += found
         return held
 
     def _find(self, prompt: Sequence[int]) -> tuple[_Held | None, int]:
