@@ -314,9 +314,9 @@ def bench_attention(
 def bench_needle(
     model: Annotated[str, typer.Option(help="A model directory.")],
     length: Annotated[int, typer.Option(min=64, help="Tokens of a text.")] = 8100,
-    hosts: Annotated[str, typer.Option(help="Numbers of hosts.")] = "2,4,8",
-    anchors: Annotated[str, typer.Option(help="Of Spava: the anchor is one part in so many of the context.")] = "64,16",
-    passings: Annotated[str, typer.Option(help="Of Spava: a block passes on one part in so many.")] = "256,64",
+    hosts: Annotated[str, typer.Option(help="Numbers of hosts; the lengths below are tried on the first.")] = "4,2,8",
+    anchors: Annotated[str, typer.Option(help="Of Spava: the anchor is one part in so many of the context.")] = "256,16",
+    passings: Annotated[str, typer.Option(help="Of Spava: a block passes on one part in so many.")] = "256,32",
     depths: Annotated[int, typer.Option(min=1, help="Places of the code in the text.")] = 5,
     samples: Annotated[int, typer.Option(min=1, help="Texts for each place.")] = 2,
     seed: _Seed = 0,

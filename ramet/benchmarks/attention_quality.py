@@ -44,7 +44,7 @@ from ramet.errors import ConfigError
 from ramet.policy.models import load_model
 
 console = Console()
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 16
 _PLACES = ("harbour", "library", "orchard", "station", "bakery", "museum", "quarry", "garden", "theatre", "market", "mill", "chapel")
 _DEEDS = ("was painted", "was quiet", "was closed early", "had many visitors", "smelled of rain", "was being repaired", "had a new door")
 _TIMES = ("On Monday", "In the morning", "Last winter", "At noon", "After the storm", "Before dawn", "In spring", "That evening")
@@ -95,20 +95,21 @@ def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
 
 
 def decode(
-    model: Any, group: Group, method: Method, given: Sample, forced: Sequence[int] | None = None, seen: list[list[Selections]] | None = None
+    model: Any, group: Group, method: Method, given: Sample, stop: int, forced: Sequence[int] = (), seen: list[list[Selections]] | None = None
 ) -> tuple[list[int], Tensor]:
-    """The ids that the method decodes greedily, and its logits [ANSWER_TOKENS, vocabulary] along `forced` ids, or its own."""
+    """The ids that the method decodes greedily, `stop` included, and its logits [ids, vocabulary] along `forced` ids, or its own."""
     (sequence,), first = prefill(model, group, method, [given.ids], [given.query], seen=seen)
 
-    def along(path: Sequence[int] | None) -> Tensor:
-        at, rows = sequence.fork(), [first[0]]
-        for step in range(ANSWER_TOKENS - 1):
-            token = int(rows[-1].argmax()) if path is None else path[step]
-            rows.append(extend(model, group, [at], [[token]], method)[0])
-        return torch.stack(rows)
+    def along(path: Sequence[int]) -> tuple[list[int], Tensor]:
+        at, rows, taken = sequence.fork(), [first[0]], list[int]()
+        while True:
+            taken.append(path[len(taken)] if path else int(rows[-1].argmax()))
+            if len(taken) == (len(path) or ANSWER_TOKENS) or (not path and taken[-1] == stop):
+                return taken, torch.stack(rows)
+            rows.append(extend(model, group, [at], [taken[-1:]], method)[0])
 
-    own = along(None)
-    return own.argmax(-1).tolist(), own if forced is None else along(forced)
+    own, logits = along(())
+    return own, along(forced)[1] if forced else logits
 
 
 def attended(model: Any, given: Sample) -> list[Tensor]:
@@ -135,13 +136,13 @@ def recall(plan: Plan, seen: Sequence[Selections], shares: Sequence[Tensor]) -> 
 
 
 def cases(hosts: Sequence[int], context: int, anchors: Sequence[int], passings: Sequence[int]) -> Iterator[tuple[str, Method, int]]:
-    """(label, method, hosts): defaults of all three, and Spava over anchor and passing lengths (shares of the context)."""
+    """(label, method, hosts): all three with their defaults; Spava over anchor and passing lengths on the first number of hosts."""
     for count in hosts:
         for name in ("spava", "apb", "star"):
             yield name, Method(name), count  # type: ignore[arg-type]
-        for anchor in anchors:
-            for passing in passings:
-                yield f"spava 1/{anchor} 1/{passing}", Method("spava", context // anchor, context // passing), count
+    for anchor in anchors:
+        for passing in passings:
+            yield f"spava 1/{anchor} 1/{passing}", Method("spava", context // anchor, context // passing), hosts[0]
 
 
 def bench_needle(
@@ -166,7 +167,7 @@ def bench_needle(
             if not todo and ("dense", 1, index) in done:
                 continue
             about = {"text": index, "depth": depth, "length": len(given.ids)}
-            said, expected = decode(model, Alone(), Method("dense"), given)
+            said, expected = decode(model, Alone(), Method("dense"), given, tokenizer.eos_token_id)
             shares = attended(model, given)
             if ("dense", 1, index) not in done:
                 found = given.code in tokenizer.decode(said)
@@ -175,7 +176,7 @@ def bench_needle(
                 plan = method.plan(context, given.query, count)
                 assert isinstance(plan, Plan)
                 seen = [[Selections() for _ in shares]]
-                task = partial(decode, model, method=method, given=given, forced=said, seen=seen)
+                task = partial(decode, model, method=method, given=given, stop=tokenizer.eos_token_id, forced=said, seen=seen)
                 own, logits = simulated(count, task)[0]
                 journal.append(
                     about
