@@ -113,6 +113,31 @@ async def test_a_worker_that_dies_fails_what_is_in_flight_and_the_pool_restarts(
         assert pool.restarts == 1
 
 
+async def test_a_worker_that_dies_in_the_middle_of_a_prefill_fails_it_and_the_pool_restarts() -> None:
+    """One worker is halted, so the other has begun to read and waits for what it passes on; then the halted one is killed."""
+    given = request(prompts(1, shared=300)[0])
+    async with policy(threshold=50) as pool:
+        expected = await pool.sample(request(prompts(1)[0]), Partial())
+        assert isinstance(pool.workers, Pool)
+        os.kill(pool.workers.processes[1].pid, signal.SIGSTOP)
+        failures: list[str] = []
+
+        async def read() -> None:
+            with pytest.raises(TransientPolicyError) as caught:
+                await pool.sample(given, Partial())
+            failures.append(str(caught.value))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await anyio.sleep(0.5)
+            assert not failures
+            os.kill(pool.workers.processes[1].pid, signal.SIGKILL)
+        assert "rank 1 with status -9" in failures[0]
+        assert (await pool.sample(request(prompts(1)[0]), Partial())).ids == expected.ids
+        assert len((await pool.sample(given, Partial())).ids) == 12
+        assert pool.restarts == 1
+
+
 async def test_a_tree_survives_a_killed_worker() -> None:
     """The runtime retries; the answer is that of an undisturbed run."""
     _, _, chat = load_model(BASE)
