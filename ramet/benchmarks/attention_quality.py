@@ -109,7 +109,7 @@ def decode(
             rows.append(extend(model, group, [at], [taken[-1:]], method)[0])
 
     own, logits = along(())
-    return own, along(forced)[1] if forced else logits
+    return own, logits if not forced or own == list(forced) else along(forced)[1]
 
 
 def attended(model: Any, given: Sample) -> list[Tensor]:

@@ -180,7 +180,8 @@ class Pool:
                     except (EOFError, OSError) as error:
                         raise self._died() from error
                     if isinstance(reply, str):
-                        raise PolicyError(f"the model failed: {reply}")
+                        # Where one dies, the others fail at their next exchange, and may be heard first.
+                        raise self._died() if wait(sentinels, 1.0) else PolicyError(f"the model failed: {reply}")
                     replies[self._pipes.index(pipe)] = reply
             if not any(isinstance(pipe, Connection) for pipe in ready):
                 raise self._died()
