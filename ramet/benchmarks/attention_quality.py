@@ -95,7 +95,13 @@ def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
 
 
 def decode(
-    model: Any, group: Group, method: Method, given: Sample, stop: int, forced: Sequence[int] = (), seen: list[list[Selections]] | None = None
+    model: Any,
+    group: Group,
+    method: Method,
+    given: Sample,
+    stop: int,
+    forced: Sequence[int] = (),
+    seen: list[list[Selections]] | None = None,
 ) -> tuple[list[int], Tensor]:
     """The ids that the method decodes greedily, `stop` included, and its logits [ids, vocabulary] along `forced` ids, or its own."""
     (sequence,), first = prefill(model, group, method, [given.ids], [given.query], seen=seen)
