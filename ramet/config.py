@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ramet.agents.budget import Budget
 from ramet.env.arithmetic import KEYS, ReferenceEnvironment, RowsEnvironment
 from ramet.env.environment import Environment
+from ramet.env.gym import GymEnvironment
+from ramet.env.maths import MathsEnvironment
+from ramet.env.multihop import MultihopEnvironment, words
 from ramet.errors import ConfigError, StorageError
 from ramet.policy.trainer import TrainConfig
 from ramet.rewards.penalty import Prices
@@ -28,17 +31,52 @@ _Config = TypeVar("_Config", bound=BaseModel)
 _Tokens = Annotated[int, Field(ge=1)]
 
 
+_MATHS = ("gsm8k", "math", "aime", "amc")
+_MULTIHOP = ("hotpotqa", "2wikimultihopqa", "musique")
+_FILES = ("data", "train", "ood", "fields")
+_OPTIONS = {
+    "rows": ("operands", "ood_operands", "row", "largest"),
+    "reference": ("graded",),
+    "gym": ("task", "options"),
+    **dict.fromkeys(_MATHS, (*_FILES, "levels", "last_year")),
+    **dict.fromkeys(_MULTIHOP, (*_FILES, "metric", "show", "only_gold", "tokens", "ood_tokens", "gold")),
+}
+"""The options that belong to each environment."""
+
+
 class EnvConfig(BaseModel):
-    """The environment. Ranges are inclusive; `graded` belongs to `reference`, everything else to `rows`."""
+    """The environment. Ranges are inclusive.
+
+    rows        operands, ood_operands, row, largest: see `ramet.env.arithmetic`
+    reference   graded
+    gym         task: a name of reasoning-gym; options: of its generator
+    data sets   data, train, ood: a file or hub id for what is measured, trained on, and out of distribution; fields: the field map
+      gsm8k, math, aime, amc               levels, last_year: see `ramet.env.maths`
+      hotpotqa, 2wikimultihopqa, musique   metric, show, only_gold, tokens, ood_tokens, gold: see `ramet.env.multihop`
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["rows", "reference"] = "rows"
+    kind: Literal["rows", "reference", "gym", "gsm8k", "math", "aime", "amc", "hotpotqa", "2wikimultihopqa", "musique"] = "rows"
     operands: tuple[int, int] = (2, 24)
     ood_operands: tuple[int, int] = (48, 54)
     row: tuple[int, int] = (5, 6)
     largest: Annotated[int, Field(ge=1, le=99)] = 9
     graded: bool = True
+    task: str = ""
+    options: dict[str, Any] = {}
+    data: str = ""
+    train: str = ""
+    ood: str = ""
+    fields: dict[str, str] = {}
+    levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = ()
+    last_year: int | None = None
+    metric: Literal["em", "f1"] = "em"
+    show: Literal["documents", "titles"] = "documents"
+    only_gold: bool = False
+    tokens: _Tokens | None = None
+    ood_tokens: _Tokens | None = None
+    gold: Literal["as is", "start", "middle", "end", "random"] = "as is"
 
     @model_validator(mode="after")
     def _ranges(self) -> EnvConfig:
@@ -50,14 +88,41 @@ class EnvConfig(BaseModel):
             raise ValueError(f"a sum has at most {len(KEYS)} rows; make operands shorter or row longer")
         return self
 
-    def build(self) -> Environment:
+    @model_validator(mode="after")
+    def _belongs(self) -> EnvConfig:
+        for name, field in type(self).model_fields.items():
+            if name != "kind" and name not in _OPTIONS[self.kind] and getattr(self, name) != field.default:
+                raise ValueError(f"{name} does not belong to the environment {self.kind}, which takes {', '.join(_OPTIONS[self.kind])}")
+        if self.kind == "gym" and not self.task:
+            raise ValueError("task names no task of reasoning-gym, such as leg_counting")
+        return self
+
+    @property
+    def language(self) -> bool:
+        """Does the environment ask questions in words, so that a method has to say how they are to be answered?"""
+        return self.kind != "rows"
+
+    def build(self, count: Callable[[str], int] = words) -> Environment:
+        """The environment; `count` gives the tokens of a text."""
+        sources = {"iid": self.data, "train": self.train, "ood": self.ood or (self.data if self.ood_tokens else "")}
+        if self.kind in _MULTIHOP:
+            return MultihopEnvironment(
+                sources, self.fields, self.kind, self.metric, self.show, self.only_gold, self.tokens, self.ood_tokens, self.gold, count
+            )
+        if self.kind in _MATHS:
+            return MathsEnvironment(sources, self.fields, self.kind, self.levels, self.last_year)
+        if self.kind == "gym":
+            return GymEnvironment(self.task, self.options)
         if self.kind == "reference":
             return ReferenceEnvironment(self.graded)
         return RowsEnvironment(self.operands, self.ood_operands, self.row, self.largest)
 
 
 class EvalConfig(BaseModel):
-    """What `ramet eval` and the reports measure."""
+    """What `ramet eval` and the reports measure.
+
+    repeats  times that every task is sampled, each time with seeds of its own
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -65,13 +130,16 @@ class EvalConfig(BaseModel):
     budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (48, 64, 96, 128, 160, 192, 256)
     ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (256, 320, 384, 448, 512, 640, 768)
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    repeats: _Tokens = 1
     seed: int = 1_000_003
 
 
 class RunConfig(BaseModel):
     """One run: what learns, on what, under which budgets.
 
-    model          "nano" (shipped) or a Hugging Face model directory
+    model          "nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or a hub id
+    backend        what samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)
+    url            of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
     budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given
     budgets        limits on generated tokens that training tasks are drawn with
     reward         what usage costs, in units of the score
@@ -80,6 +148,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = "nano"
+    backend: Literal["transformers", "vllm", "completions", "chat"] = "transformers"
+    url: str = ""
     chat: Literal["auto", "nano", "chatml", "template"] = "auto"
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -97,9 +167,20 @@ class RunConfig(BaseModel):
         for name in ("generated", "prefilled", "critical_path", "branch_generated", "turns", "context", "seconds"):
             if getattr(self.budget, name) == 0:
                 raise ValueError(f"budget.{name} is 0: nothing could be answered; give it more or leave it out")
+        if bool(self.url) != (self.backend in ("completions", "chat")):
+            raise ValueError("url and a backend that is a server (completions, chat) go together")
         if self.budget.generated is not None and self.budgets:
             raise ValueError("budget.generated and budgets both limit generated tokens; set budgets to [] to use the first")
         return self
+
+
+LANGUAGE: dict[str, Any] = {
+    "model": "smollm2-135m",
+    "budget": {"answer_reserve": 24, "context": "unlimited"},
+    "env": {"kind": "hotpotqa"},
+    "eval": {"tasks": 100, "budgets": [64, 128, 256, 512], "ood_budgets": [64, 128, 256, 512]},
+}
+"""What differs from the defaults for questions in words."""
 
 
 def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> _Config:
@@ -163,11 +244,16 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     return f"unknown key {where!r}; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
 
 
+def _given(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, in all sections."""
+    return {name: _given(value) if isinstance(value, Mapping) else value for name, value in data.items() if value is not None}
+
+
 def write(config: BaseModel, path: Path) -> None:
-    """The resolved configuration as TOML. TOML has no null: an unlimited budget is spelled out."""
+    """The resolved configuration as TOML. TOML has no null: an unlimited budget is spelled out, other defaults are left out."""
     data = config.model_dump(mode="json")
     budget = {name: "unlimited" if value is None else value for name, value in data.get("budget", {}).items()}
-    data = {name: value for name, value in data.items() if value is not None and name != "budget"}
+    data = _given({name: value for name, value in data.items() if name != "budget"})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".draft")

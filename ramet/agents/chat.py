@@ -201,7 +201,7 @@ class ChatMLFormat:
             ids += [
                 *self._opening("system"),
                 *self._encode(system + "\n\n" if system else ""),
-                *self._trusted(_TOOL_PREAMBLE),
+                *self._trusted(tool_preamble()),
                 *self._closing(),
             ]
         for message in messages:
@@ -233,13 +233,15 @@ class ChatMLFormat:
         return [self._end, *self._newline]
 
 
-_TOOL_PREAMBLE = (
-    "You have one tool. Its JSON schema:\n<tools>\n"
-    + json.dumps(tool_schema())
-    + "\n</tools>\nTo call it, write\n<tool_call>\n"
-    + '{"name": "spawn_clone", "arguments": {"objectives": ["..."]}}\n</tool_call>\n'
-    + "and end your turn. When you know the result, end with a line `Answer: ...`."
-)
+def tool_preamble() -> str:
+    """How the tool is described to models whose format has no place of its own for it."""
+    return (
+        "You have one tool. Its JSON schema:\n<tools>\n"
+        + json.dumps(tool_schema())
+        + "\n</tools>\nTo call it, write\n<tool_call>\n"
+        + '{"name": "spawn_clone", "arguments": {"objectives": ["..."]}}\n</tool_call>\n'
+        + "and end your turn. When you know the result, end with a line `Answer: ...`."
+    )
 
 
 def parse_spelled(text: str) -> ParsedTurn:

@@ -221,7 +221,8 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
     """The answer stated in one turn's text, by grammar.
 
     The last line of the form `Answer: ...` counts (its continuation on the next line if it is
-    empty). Without one, a finished turn's last non-empty line does; an unfinished turn has none.
+    empty). Without one, what stands in the last box does, or a finished turn's last non-empty line;
+    an unfinished turn without either has none.
     """
     text = text.rpartition("</think>")[2]
     found = max(_MARKER.finditer(text), key=lambda match: match.start(), default=None)
@@ -230,7 +231,24 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
         if rest:
             return rest
         return None
+    boxed = last_boxed(text)
+    if boxed is not None and boxed.strip():
+        return boxed.strip()
     if not finished:
         return None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else None
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last closed `\boxed{...}` of a text, braces balanced; None without one."""
+    opened: list[int] = []
+    last: tuple[int, int] | None = None
+    for match in re.finditer(r"[{}]", text):
+        if match.group() == "{":
+            opened.append(match.start())
+        elif opened:
+            start = opened.pop()
+            if text.endswith("\\boxed", 0, start) and (last is None or start > last[0]):
+                last = start, match.start()
+    return None if last is None else text[last[0] + 1 : last[1]]

@@ -12,14 +12,14 @@ same information: the task's rows are in every root prompt.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget, fair_shares
-from ramet.agents.chat import ControlTokenFormat
+from ramet.agents.chat import ChatFormat, ControlTokenFormat
 from ramet.agents.context import ContextStore, clone_prompt
-from ramet.agents.protocol import CloneResult, left_line, render_call, render_results
+from ramet.agents.protocol import CloneResult, left_line, parse_call, render_call, render_results
 from ramet.agents.runtime import Runtime
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, Task, Tree
@@ -28,7 +28,7 @@ from ramet.errors import ConfigError, PolicyError
 from ramet.nano.demonstrations import statement
 
 
-def _only_generated(budget: Budget) -> int:
+def only_generated(budget: Budget) -> int:
     """The limit on generated tokens. Methods that are programs divide that and no other currency."""
     others = ("prefilled", "critical_path", "clones", "branch_generated", "seconds")
     limited = [name for name in others if getattr(budget, name) is not None]
@@ -41,7 +41,11 @@ def _only_generated(budget: Budget) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One answer and its cost in tokens."""
+    """One answer and its cost: tokens as in `Usage`, and seconds on the clock.
+
+    recall  of the documents that support the answer, the share that was read apart from the others: named for a clone,
+            or retrieved. None where the task names none
+    """
 
     answer: str | None
     generated: int
@@ -50,12 +54,23 @@ class Outcome:
     spawned: bool
     clones: int
     status: str
+    cached: int = 0
+    attention: int = 0
+    recall: float | None = None
+    seconds: float = field(default=0.0, compare=False)
+
+
+def outcome(answer: str | None, status: str, trees: Sequence[Tree], path: int, clones: int, recall: float | None = None) -> Outcome:
+    """What several trees gave together, whose longest chain is `path` tokens."""
+    total = {name: sum(getattr(t.usage, name) for t in trees) for name in ("generated", "prefilled", "cached", "attention")}
+    return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, **total)
 
 
 Method = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
 
 
-def _checked(tree: Tree) -> Tree:
+def checked(tree: Tree) -> Tree:
+    """The tree, unless its root failed. Raises `PolicyError`."""
     if tree.root.status is Status.FAILED:
         raise PolicyError(f"task {tree.task_id} failed: {tree.error}")
     return tree
@@ -63,11 +78,28 @@ def _checked(tree: Tree) -> Tree:
 
 async def tree(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
     """Let the model decide within the budget."""
-    grown = _checked(await runtime.run(task, budget, seed))
-    usage = grown.usage
-    return Outcome(
-        grown.answer, usage.generated, usage.critical_path, usage.prefilled, grown.spawned, usage.clones, grown.root.status.value
-    )
+    grown = checked(await runtime.run(task, budget, seed))
+    recall = support_recall(task, named_keys(grown, runtime.chat))
+    return outcome(grown.answer, grown.root.status.value, [grown], grown.usage.critical_path, grown.usage.clones, recall)
+
+
+def named_keys(tree: Tree, chat: ChatFormat) -> set[str]:
+    """The context keys that the calls of a tree name."""
+    keys: set[str] = set()
+    for branch in tree.branches:
+        for turn in branch.turns:
+            if turn.clones:
+                keys.update(key for request in parse_call(chat.parse(turn.sampled).calls[0]).requests() for key in request.context_keys)
+    return keys
+
+
+def support_recall(task: Task, keys: Collection[str]) -> float | None:
+    """The share of the task's supporting documents that `keys` name; None where it has none."""
+    supporting = task.meta.get("supporting")
+    if not supporting:
+        return None
+    found = set(ContextStore(task.documents).resolve(keys)[0])
+    return sum(key in found for key in supporting) / len(supporting)
 
 
 async def best_of_n(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
@@ -76,22 +108,21 @@ async def best_of_n(runtime: Runtime, task: Task, budget: Budget, seed: int) -> 
     Attempts that were cut vote only if none finished. They are independent, so the critical path is
     the longest one's.
     """
-    total = _only_generated(budget)
+    total = only_generated(budget)
     left, votes, cut = total, Counter[str](), Counter[str]()
-    longest = prefilled = n = 0
+    trees: list[Tree] = []
     while left > 0:
         attempt = budget.model_copy(update={"generated": left, "depth": 0})
-        grown = _checked(await runtime.run(task, attempt, seed_of(seed, "best_of_n", n)))
-        n += 1
+        grown = checked(await runtime.run(task, attempt, seed_of(seed, "best_of_n", len(trees))))
+        trees.append(grown)
         left -= grown.usage.generated
-        longest = max(longest, grown.usage.generated)
-        prefilled += grown.usage.prefilled
         if grown.answer is not None:
             (votes if grown.root.status is Status.ANSWERED else cut)[grown.answer] += 1
         if grown.usage.generated == 0:
             break
     ranked = (votes or cut).most_common(1)
-    return Outcome(ranked[0][0] if ranked else None, total - left, longest, prefilled, False, 0, f"{n} samples")
+    longest = max((grown.usage.generated for grown in trees), default=0)
+    return outcome(ranked[0][0] if ranked else None, f"{len(trees)} samples", trees, longest, 0)
 
 
 def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
@@ -103,7 +134,7 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         if not isinstance(runtime.chat, ControlTokenFormat):
             raise ConfigError("map_reduce is written for the nano chat format")
-        generated = _only_generated(budget)
+        generated = only_generated(budget)
         size = rows_per_clone if isinstance(rows_per_clone, int) else rows_per_clone[generated]
         keys = list(task.documents)
         groups = [keys[i : i + size] for i in range(0, len(keys), size)]
@@ -116,7 +147,7 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
         async def clone(i: int) -> None:
             part = Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, OBJECTIVE, groups[i])),))
             limits = budget.model_copy(update={"generated": shares[i], "depth": 0})
-            trees[i] = _checked(await runtime.run(part, limits, seed_of(seed, "map", i)))
+            trees[i] = checked(await runtime.run(part, limits, seed_of(seed, "map", i)))
 
         async with task_group() as group:
             for i in range(len(groups)):
@@ -124,9 +155,8 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
         done = [grown for grown in trees if grown is not None]
         spent = sum(grown.usage.generated for grown in done)
         path = max(grown.usage.critical_path for grown in done)
-        prefilled = sum(grown.usage.prefilled for grown in done)
         if len(groups) == 1:
-            return Outcome(done[0].answer, spent, path, prefilled, True, 1, done[0].root.status.value)
+            return outcome(done[0].answer, done[0].root.status.value, done, path, 1)
         left, offered = (max(tokens - budget.answer_reserve, 0) for tokens in (generated - spent, generated))
         call = render_call([{"objective": OBJECTIVE, "context_keys": keys} for keys in groups])
         results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
@@ -138,15 +168,8 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
             *chat.after_turn(render_results(results, left_line(left, None), runtime.result_characters), closed=True),
         ]
         limits = budget.model_copy(update={"generated": generated - spent, "depth": 0})
-        reduced = _checked(await runtime.run(task, limits, seed_of(seed, "reduce", 0), prompt=prompt))
-        return Outcome(
-            reduced.answer,
-            spent + reduced.usage.generated,
-            path + reduced.usage.critical_path,
-            prefilled + reduced.usage.prefilled,
-            True,
-            len(groups),
-            reduced.root.status.value,
-        )
+        reduced = checked(await runtime.run(task, limits, seed_of(seed, "reduce", 0), prompt=prompt))
+        path += reduced.usage.critical_path
+        return outcome(reduced.answer, reduced.root.status.value, [*done, reduced], path, len(groups))
 
     return method

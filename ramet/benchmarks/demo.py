@@ -20,9 +20,10 @@ from ramet.agents.sampling import Sampling
 from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, run_training, tree_entry
 from ramet.benchmarks.report import write_report
 from ramet.benchmarks.reproduce import pictures, summary
-from ramet.benchmarks.session import meta, model_path, open_model, read_metrics, weights_id
+from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
 from ramet.benchmarks.show import bill, branch_view, grow_live, write_json
 from ramet.config import RunConfig, validate
+from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 
 console = Console()
@@ -39,10 +40,10 @@ def run_demo(directory: Path, seed: int) -> None:
     started = time.perf_counter()
     config = validate(RunConfig, {"seed": seed, **DEMO})
     claim_folder(directory, config)
-    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(model_path(config.model)))) as journal:
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(find(config.model)))) as journal:
         console.print(Rule("1. the base model, deciding for itself and without spawning"))
         entries = [tree_entry("base", config, True), tree_entry("base_serial", config, False)]
-        measured = run_measuring(config, model_path(config.model), entries, ("iid",), journal, "measuring")
+        measured = run_measuring(config, find(config.model), entries, ("iid",), journal, "measuring")
         print_points(summary(measured))
         console.print(Rule("2. reinforcement learning from one global reward"))
         trainer = run_training(config, directory / "trained", True, "training")

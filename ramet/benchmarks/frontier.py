@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from ramet.benchmarks.baselines import Outcome
 from ramet.benchmarks.harness import Measured
 from ramet.benchmarks.statistics import paired_difference, sign_test
 
@@ -15,6 +18,94 @@ def _scores(measured: Sequence[Measured]) -> dict[str, list[float]]:
     for m in measured:
         scores.setdefault(m.task, []).append(m.score)
     return scores
+
+
+COSTS = ("generated", "prefilled", "critical_path", "attention", "seconds", "money")
+"""What accuracy is drawn against: tokens, token pairs, seconds on the clock, and what a price table makes of tokens."""
+MILLION = 1e6
+
+
+def money(outcome: Outcome, prices: Mapping[str, float]) -> float:
+    """The price of an outcome; `prices` are per million tokens of `generated`, `prefilled` and `cached`."""
+    return sum(price * getattr(outcome, name) for name, price in prices.items()) / MILLION
+
+
+def matched(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: str, cost: str = "generated") -> list[dict[str, Any]]:
+    """`winner` less each baseline where it spends no more than the baseline did, which may have stopped early.
+
+    For every point of a baseline, the winner is taken at its largest budget whose mean cost is at most what the baseline spent
+    there. A baseline that is cheaper than the winner at any budget gets `difference` null: there is nothing to compare it with.
+    """
+
+    def mean(measured: Sequence[Measured]) -> float:
+        return sum(float(getattr(m.outcome, cost)) for m in measured) / len(measured)
+
+    records = []
+    for (policy, split, budget), measured in groups.items():
+        if policy == winner:
+            continue
+        spent = mean(measured)
+        own = {b: ms for (p, s, b), ms in groups.items() if (p, s) == (winner, split) and mean(ms) <= spent}
+        record: dict[str, Any] = {
+            "record": "matched", "policy": winner, "baseline": policy, "split": split, "budget": budget, "cost": cost,
+            "baseline_cost": spent, "winner_budget": None, "winner_cost": None, "n": len({m.task for m in measured}),
+            "difference": None, "ci_low": None, "ci_high": None, "p_value": None,
+        }  # fmt: skip
+        if own:
+            chosen = own[max(own)]
+            ours, theirs = _scores(chosen), _scores(measured)
+            interval = paired_difference(ours, theirs)
+            record |= {
+                "winner_budget": max(own), "winner_cost": mean(chosen), "difference": interval.mean, "ci_low": interval.low,
+                "ci_high": interval.high, "p_value": sign_test(ours, theirs),
+            }  # fmt: skip
+        records.append(record)
+    return records
+
+
+def areas(
+    groups: Mapping[tuple[str, str, int], Sequence[Measured]], cost: str = "generated", resamples: int = 2000
+) -> list[dict[str, Any]]:
+    """Area under each policy's frontier: the best accuracy for at most a cost, averaged over costs up to the largest of all.
+
+    Intervals are a bootstrap over tasks, the same draws for all policies.
+    """
+    records = []
+    for split in dict.fromkeys(s for _, s, _ in groups):
+        chosen = {key: ms for key, ms in groups.items() if key[1] == split}
+        tasks = sorted({m.task for ms in chosen.values() for m in ms})
+        place = {task: i for i, task in enumerate(tasks)}
+        table: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for (policy, _, _), ms in chosen.items():
+            sums = np.zeros((3, len(tasks)))
+            for m in ms:
+                sums[:, place[m.task]] += (m.score, float(getattr(m.outcome, cost)), 1.0)
+            if not (sums[2] > 0).all():
+                raise ValueError("areas need every policy measured on the same tasks")
+            table.setdefault(policy, []).append((sums[0] / sums[2], sums[1] / sums[2]))
+        most = max(float(c.mean()) for points in table.values() for _, c in points)
+        draws = np.random.default_rng(0).integers(0, len(tasks), size=(resamples, len(tasks)))
+        for policy, points in table.items():
+            area = _area(np.array([[s.mean() for s, _ in points]]), np.array([[c.mean() for _, c in points]]), most)[0]
+            sampled = _area(np.stack([s[draws].mean(1) for s, _ in points], 1), np.stack([c[draws].mean(1) for _, c in points], 1), most)
+            low, high = np.quantile(sampled, [0.025, 0.975])
+            records.append(
+                {
+                    "record": "area", "policy": policy, "split": split, "cost": cost, "most": most, "n": len(tasks),
+                    "area": float(area), "ci_low": float(low), "ci_high": float(high),
+                }
+            )  # fmt: skip
+    return records
+
+
+def _area(scores: np.ndarray, costs: np.ndarray, most: float) -> np.ndarray:
+    """Of each row of (score, cost) points, the mean over costs from 0 to `most` of the best score that costs no more."""
+    order = np.argsort(costs, axis=1, kind="stable")
+    best = np.maximum.accumulate(np.take_along_axis(scores, order, 1), axis=1)
+    at = np.minimum(np.take_along_axis(costs, order, 1), most)
+    until = np.concatenate([at[:, 1:], np.full((len(at), 1), most)], 1)
+    result: np.ndarray = (best * (until - at)).sum(1) / most if most else best[:, -1]
+    return result
 
 
 def comparisons(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: str = "trained") -> list[dict[str, Any]]:

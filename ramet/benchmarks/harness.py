@@ -7,8 +7,11 @@ stopped. Seeds are functions of the task, the method and the sweep's seed, never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import anyio
 
 from ramet.agents import drain
 from ramet.agents.actor import seed_of
@@ -16,12 +19,13 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
-from ramet.agents.sampling import Policy, Sampling
+from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
 from ramet.benchmarks.baselines import Method, Outcome
 from ramet.benchmarks.statistics import accuracy_interval
 from ramet.env.environment import Environment
+from ramet.policy.kv import common_prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,7 @@ class Entry:
     method: Method
     sampling: Sampling
     depth: int | None
+    width: int | None = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class Measured:
     size: int
     score: float
     outcome: Outcome
+    repeat: int = 0
 
     def record(self) -> dict[str, object]:
         return asdict(self)
@@ -54,6 +60,42 @@ class Measured:
         values = dict(record)
         values["outcome"] = Outcome(**values["outcome"])  # type: ignore[arg-type]
         return cls(**values)  # type: ignore[arg-type]
+
+
+_READ: ContextVar[list[tuple[int, ...]]] = ContextVar("contexts_read")
+
+
+class FreshCache:
+    """`policy` with prompt tokens counted as by a prefix cache that is perfect, and empty when an outcome begins.
+
+    What a backend really reuses depends on what ran before it and beside it: on the order of methods. The contexts of one outcome,
+    its samples and its clones share what they begin with; those of different outcomes share nothing.
+    """
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+
+    @property
+    def version(self) -> int:
+        return self._policy.version
+
+    @property
+    def context(self) -> int | None:
+        return self._policy.context
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        read = _READ.get()
+        cached = min(max((common_prefix(request.prompt, context) for context in read), default=0), len(request.prompt) - 1)
+        place = len(read)
+        read.append(request.prompt)
+        inner = Partial(partial.ids, partial.logprobs)
+        try:
+            sample = await self._policy.sample(request, inner)
+        finally:
+            if inner.prefilled or inner.cached:
+                partial.prefilled, partial.cached = len(request.prompt) - cached, cached
+        read[place] += sample.ids
+        return replace(sample, prefilled=len(request.prompt) - cached, cached=cached)
 
 
 async def measure(
@@ -69,38 +111,46 @@ async def measure(
     seed: int,
     report: Callable[[int], None] | None = None,
     in_flight: int = 64,
+    repeats: int = 1,
+    attempts: int = 4,
 ) -> list[Measured]:
-    """Every task at every budget by one method. Outcomes already in the journal are not computed again.
+    """Every task at every budget by one method, `repeats` times. Outcomes already in the journal are not computed again.
 
     `report` is told of outcomes as they come to be known, first of those in the journal. Raises `Drained`, when
     what is running is done, if the process is asked to stop.
     """
-    done = {(m.budget, m.task): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
-    wanted = [(budget, task) for budget in budgets for task in tasks]
-    todo = [(b, t) for b, t in wanted if (b, t.id) not in done]
+    done = {(m.budget, m.task, m.repeat): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
+    # Task by task: what one run of a task has read, its other budgets find in the backend's cache.
+    wanted = [(budget, task, repeat) for task in tasks for budget in budgets for repeat in range(repeats)]
+    todo = [(b, t, r) for b, t, r in wanted if (b, t.id, r) not in done]
     missing = iter(todo)
     if report is not None:
         report(len(wanted) - len(todo))
-    runtime = Runtime(policy, chat, entry.sampling)
+    runtime = Runtime(FreshCache(policy), chat, entry.sampling, attempts=attempts)
 
     async def worker() -> None:
-        for budget, task in missing:
+        for budget, task, repeat in missing:
             if drain.requested():
                 return
-            limits = template.model_copy(update={"generated": budget, "depth": entry.depth})
-            outcome = await entry.method(runtime, task, limits, seed_of(seed, f"{entry.policy}/{task.id}", budget))
-            measured = Measured(entry.policy, split, budget, task.id, env.size(task), env.grade(task, outcome.answer), outcome)
+            width = entry.width if template.width is None else min(template.width, entry.width or template.width)
+            limits = template.model_copy(update={"generated": budget, "depth": entry.depth, "width": width})
+            place = f"{entry.policy}/{task.id}" if repeat == 0 else f"{entry.policy}/{task.id}/{repeat}"
+            _READ.set([])
+            started = anyio.current_time()
+            outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
+            outcome = replace(outcome, seconds=anyio.current_time() - started)
+            measured = Measured(entry.policy, split, budget, task.id, env.size(task), env.grade(task, outcome.answer), outcome, repeat)
             journal.append(measured.record())
-            done[budget, task.id] = measured
+            done[budget, task.id, repeat] = measured
             if report is not None:
                 report(1)
 
     async with task_group() as group:
         for _ in range(in_flight):
             group.start_soon(worker)
-    if any((b, t.id) not in done for b, t in todo):
+    if any((b, t.id, r) not in done for b, t, r in todo):
         raise drain.Drained
-    return [done[budget, task.id] for budget, task in wanted]
+    return [done[budget, task.id, repeat] for budget, task, repeat in wanted]
 
 
 def point(measured: Sequence[Measured]) -> dict[str, object]:
@@ -128,6 +178,9 @@ def point(measured: Sequence[Measured]) -> dict[str, object]:
         "prefilled": mean("prefilled"),
         "spawn_rate": mean("spawned"),
         "clones": mean("clones"),
+        "cached": mean("cached"),
+        "attention": mean("attention"),
+        "seconds": mean("seconds"),
     }
 
 

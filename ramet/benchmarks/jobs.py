@@ -16,10 +16,10 @@ from rich.table import Table
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.sampling import Sampling
-from ramet.benchmarks import baselines, progress
+from ramet.benchmarks import baselines, methods, progress
 from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
 from ramet.benchmarks.plots import LABELS
-from ramet.benchmarks.session import make_trainer, meta, open_model, weights_id
+from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine, weights_id
 from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig, write
 from ramet.errors import ConfigError, StorageError
@@ -80,33 +80,40 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
 
 
 def run_measuring(
-    config: RunConfig, model: Path, entries: Sequence[Entry], splits: Sequence[str], journal: Journal, label: str
+    config: RunConfig, model: str | Path, entries: Sequence[Entry], splits: Sequence[str], journal: Journal, label: str
 ) -> list[Measured]:
     """Measure entries that share one model, on held-out tasks of each split.
 
     Outcomes go to `journal`. Until those of an entry on a split are all known, the samples of its trees are kept
     beside it, in a file of their own.
     """
-    weights, _, chat = open_model(config, model)
-    env = config.env.build()
+    engine, chat, count = open_engine(config, model)
+    env = config.env.build(count)
     seed = config.eval.seed + config.seed
+    # Each task in flight holds a context; a server may be restarted meanwhile.
+    in_flight = 64 if config.env.kind == "rows" else 4 if config.backend == "transformers" else 32
+    attempts = 24 if config.url else 4
 
     async def main() -> list[Measured]:
         found: list[Measured] = []
-        async with HFPolicy(weights, max_batch=config.train.max_batch) as engine:
+        async with engine:
             for split in splits:
+                if split not in env.splits:
+                    continue
                 budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
                 tasks = env.tasks(split, config.eval.tasks, seed)
                 for entry in entries:
+                    shown = entry.policy if config.env.language else LABELS.get(entry.policy, entry.policy)
                     beside = journal.path.with_name(f"{journal.path.stem}-{entry.policy}-{split}.jsonl")
                     with (
-                        progress.measuring(
-                            f"{label}: {LABELS.get(entry.policy, entry.policy)}, {split}", len(budgets) * len(tasks)
-                        ) as report,
+                        progress.measuring(f"{label}: {shown}, {split}", len(budgets) * len(tasks) * config.eval.repeats) as report,
                         Journal(beside, journal.job) as samples,
                     ):
                         policy = JournaledPolicy(engine, samples)
-                        found += await measure(policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report)
+                        found += await measure(
+                            policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
+                            in_flight, config.eval.repeats, attempts,
+                        )  # fmt: skip
                     beside.unlink()
         return found
 
@@ -114,8 +121,9 @@ def run_measuring(
 
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
-    """The model deciding by itself, with the tool or without."""
-    return Entry(policy, baselines.tree, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
+    """The model deciding by itself, with the tool or without; told so where questions are in words."""
+    method = methods.told(methods.DELEGATE if spawn else methods.COT) if config.env.language else baselines.tree
+    return Entry(policy, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
 
 def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -166,9 +174,9 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
 def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet eval`: one policy over the sweep of budgets."""
     claim_folder(directory, config)
-    path = resolve(policy)
+    path: str | Path = policy if config.backend == "chat" else resolve(policy)
     name = "base" if policy == "nano" else "trained"
-    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(path), spawn)) as journal:
+    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), engine_id(config, path), spawn)) as journal:
         entry = tree_entry(name if spawn else ("base_serial" if policy == "nano" else "solo"), config, spawn)
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
     records = [meta("eval", config.seed), *result_records(measured)]

@@ -44,7 +44,7 @@ def eval_work(folder: Path) -> tuple[Work, int]:
     """Outcomes by what was measured, and how many records repeat one."""
     records = read_records(folder / "journal.jsonl")
     work: Work = {
-        (r["policy"], r["split"], r["budget"], r["task"]): {n: v for n, v in r["outcome"].items() if n != "prefilled"} for r in records
+        (r["policy"], r["split"], r["budget"], r["task"]): {n: v for n, v in r["outcome"].items() if n != "seconds"} for r in records
     }
     return work, len(records) - len(work)
 

@@ -63,6 +63,41 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy of each method against each cost, one row a metric and split, with 95% bars."""
+    points = [r for r in records if r["record"] == "point"]
+    rows = list(dict.fromkeys((p["metric"], p["split"]) for p in points))
+    columns = [c for c in ("generated", "prefilled", "critical_path", "money") if any(p[c] for p in points)]
+    names = list(dict.fromkeys(p["method"] for p in points))
+    figure, axes = _axes(len(rows), len(columns))
+    for row, (metric, split) in enumerate(rows):
+        for column, cost in enumerate(columns):
+            shown = axes[row][column]
+            for colour, name in enumerate(names):
+                line = sorted((p for p in points if (p["metric"], p["split"], p["method"]) == (metric, split, name)), key=lambda p: p[cost])
+                ys = [p["accuracy"] for p in line]
+                bars = [
+                    [max(y - p["ci_low"], 0) for y, p in zip(ys, line, strict=True)],
+                    [max(p["ci_high"] - y, 0) for y, p in zip(ys, line, strict=True)],
+                ]
+                shown.errorbar(
+                    [p[cost] for p in line],
+                    ys,
+                    bars,
+                    marker="o",
+                    ms=3.5,
+                    lw=1.5,
+                    elinewidth=0.7,
+                    color=f"C{colour}",
+                    label=name.replace("_", " "),
+                )
+            shown.set(xscale="log", xlabel=f"mean cost of a task: {cost.replace('_', ' ')}", title=f"{metric}, {split}")
+            shown.set_ylim(bottom=0)
+        axes[row][0].set_ylabel(metric)
+    axes[0][0].legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
 def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
     """When the trained controller spawns, by length and budget, and accuracy by length at the largest budget of each split."""
     ample = sorted(ample_sizes(records), key=lambda r: r["size_low"])

@@ -11,7 +11,7 @@ from typing import Any
 from ramet.benchmarks.plots import LABELS, SPLITS
 from ramet.errors import StorageError
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -84,7 +84,7 @@ def write_report(path: Path, title: str, intro: str, records: Sequence[dict[str,
             parts.append(f'<p class="note">{escape(record["command"])}, seed {record["seed"]}, ramet {escape(record["version"])}, ')
             parts.append(f"{escape(record['machine']['cpu'])}, {record['machine']['threads']} threads, {escape(record['time'])}</p>")
     parts.append('<p class="note">Brackets are 95% intervals clustered by task (Wilson at the effective sample size).</p>')
-    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style></head><body>'
+    page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
     try:
         path.write_text(page + "".join(parts) + "</body></html>\n")
     except OSError as error:

@@ -24,10 +24,11 @@ from ramet.benchmarks import baselines, frontier, plots
 from ramet.benchmarks.harness import Entry, Measured, grouped, measure
 from ramet.benchmarks.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.benchmarks.report import write_report
-from ramet.benchmarks.session import meta, model_path, open_model, read_metrics, weights_id
+from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
 from ramet.benchmarks.show import write_json
 from ramet.benchmarks.tables import markdown
 from ramet.config import RunConfig
+from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 
 console = Console()
@@ -75,7 +76,7 @@ def choose(config: RunConfig, journal: Journal) -> tuple[dict[str, dict[int, int
 def reproduce_nano(config: RunConfig, directory: Path) -> None:
     """Train both, measure all, write `results.json`, `results.md`, pictures and `report.html` into `directory`."""
     claim_folder(directory, config)
-    base = model_path(config.model)
+    base = find(config.model)
     checkpoints = {}
     for name, spawn in (("trained", True), ("solo", False)):
         run_training(config, directory / name, spawn, name)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,13 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.config import RunConfig
-from ramet.nano import BASE
-from ramet.policy.models import load_model
+from ramet.env.multihop import words
+from ramet.policy.catalogue import find
+from ramet.policy.hf import HFPolicy
+from ramet.policy.models import load_model, load_tokenizer
+from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.trainer import Trainer, Verdict
 from ramet.rewards.penalty import scored
-
-
-def model_path(name: str) -> Path:
-    """Where a model's directory is: the shipped one for "nano", else `name` itself."""
-    return BASE if name == "nano" else Path(name)
 
 
 def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, ChatFormat]:
@@ -37,7 +36,35 @@ def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, C
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(path or model_path(config.model), config.chat, getattr(torch, config.dtype), device)
+    return load_model(path or find(config.model), config.chat, getattr(torch, config.dtype), device)
+
+
+def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, Callable[[str], int]]:
+    """(policy to be entered, chat format, tokens of a text) of the configured backend, for measuring.
+
+    `model` is a directory or a name; for a chat server, the server's name for it ("" for its first).
+    """
+    if config.backend == "chat":
+        wire = WireFormat()
+        return ChatPolicy(config.url, wire, str(model) or None), wire, words
+    path = find(str(model))
+    if config.backend == "transformers":
+        weights, tokenizer, chat = open_model(config, path)
+        policy: Any = HFPolicy(weights, max_batch=config.train.max_batch)
+    else:
+        tokenizer, chat = load_tokenizer(path, config.chat)
+        if config.backend == "completions":
+            policy = CompletionsPolicy(config.url)
+        else:
+            from ramet.policy.vllm import VLLMPolicy
+
+            policy = VLLMPolicy(path, dtype=config.dtype)
+    return policy, chat, lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def engine_id(config: RunConfig, model: str | Path) -> str:
+    """What tells engines apart in a journal: the weights, or for a chat server its address and model."""
+    return f"{config.url} {model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
 def weights_id(path: Path) -> str:
@@ -70,7 +97,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
     model, tokenizer, chat = open_model(config)
-    job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(model_path(config.model)))
+    job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(find(config.model)))
     return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job)
 
 

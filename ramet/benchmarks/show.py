@@ -25,9 +25,10 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Status, Task, Tree
-from ramet.benchmarks.session import meta, model_path, weights_id
+from ramet.benchmarks.session import meta, weights_id
 from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.errors import CheckpointError, ConfigError, PolicyError, StorageError
+from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
 from ramet.policy.sequence_parallel import Sharing
@@ -185,7 +186,7 @@ def resolve(policy: str) -> Path:
     """A model directory from a name, a directory, or a run folder (its last checkpoint)."""
     from ramet.policy.checkpoint import latest_checkpoint
 
-    path = model_path(policy)
+    path = find(policy)
     if not path.exists():
         raise CheckpointError(f"there is no model {policy!r}: give nano, a model directory or a run folder")
     if not (path / "config.json").exists():

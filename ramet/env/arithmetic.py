@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
 from ramet.errors import ConfigError, TaskError
-from ramet.rewards.exact_match import graded_integer, integer_match
+from ramet.rewards.exact_match import canonical_integer, graded_integer, integer_match
 
 OBJECTIVE = "sum"
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -42,6 +42,8 @@ class RowsEnvironment:
     row: tuple[int, int] = (5, 6)
     largest: int = 9
     name: str = "rows"
+    splits = ("iid", "ood")
+    metrics = ("accuracy",)
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
         if split not in ("train", "iid", "ood"):
@@ -60,8 +62,11 @@ class RowsEnvironment:
                 made.append(rows_task(values, f"{split}-{seed}-{len(made)}", row=row))
         return made
 
-    def grade(self, task: Task, answer: str | None) -> float:
+    def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         return integer_match(task, answer)
+
+    def canonical(self, answer: str) -> str:
+        return canonical_integer(answer)
 
     def size(self, task: Task) -> int:
         return int(task.meta["operands"])
@@ -102,6 +107,8 @@ class ReferenceEnvironment:
 
     graded: bool = True
     name: str = "reference"
+    splits = ("iid",)
+    metrics = ("accuracy",)
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
         rng = random.Random(f"reference/{split}/{seed}")
@@ -114,8 +121,11 @@ class ReferenceEnvironment:
             )
         return made
 
-    def grade(self, task: Task, answer: str | None) -> float:
+    def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         return graded_integer(task, answer) if self.graded else integer_match(task, answer)
+
+    def canonical(self, answer: str) -> str:
+        return canonical_integer(answer)
 
     def size(self, task: Task) -> int:
         return int(task.meta["operands"])

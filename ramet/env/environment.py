@@ -13,13 +13,29 @@ from ramet.agents.tree import Task
 
 
 class Environment(Protocol):
-    name: str
+    """
+    name     in results
+    splits   those of "iid" and "ood" that can be measured
+    metrics  what an answer can be graded by; `grade` without one uses the first
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def splits(self) -> tuple[str, ...]: ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]: ...
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
         """`count` tasks of `split` ("train", "iid" or "ood"); the same arguments give the same tasks."""
 
-    def grade(self, task: Task, answer: str | None) -> float:
+    def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         """Score in [0, 1]. Raises `TaskError` for a task without a reference."""
+
+    def canonical(self, answer: str) -> str:
+        """The same for answers that say the same, for votes."""
 
     def size(self, task: Task) -> int:
         """A task's difficulty in its own unit (operands, hops); reports group by it."""

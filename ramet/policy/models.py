@@ -13,19 +13,30 @@ from ramet.errors import CheckpointError, first_line
 
 def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:
     """(model, tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    tokenizer, format_ = load_tokenizer(path, chat)
+    if not any(path.glob("*.safetensors")):
+        raise CheckpointError(f"model directory {path} has no safetensors weights")
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+    except Exception as error:  # transformers raises many classes for a broken directory
+        raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
+    return model.to(device).eval(), tokenizer, format_
+
+
+def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
+    """(tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
+    from transformers import AutoTokenizer
 
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path} is not a model directory: it has no config.json")
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise CheckpointError(f"model directory {path} has no tokenizer; put its tokenizer files beside config.json")
-    if not any(path.glob("*.safetensors")):
-        raise CheckpointError(f"model directory {path} has no safetensors weights")
-    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
-    except Exception as error:  # transformers raises many classes for a broken directory
-        raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
-    return model.to(device).eval(), tokenizer, chat_format(chat, tokenizer)
+    except Exception as error:  # as below
+        raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}") from error
+    return tokenizer, chat_format(chat, tokenizer)

@@ -31,6 +31,12 @@ def stated_integer(answer: str | None) -> int | None:
     return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) and len(text) <= MAX_DIGITS else None
 
 
+def canonical_integer(answer: str) -> str:
+    """The integer that is stated, in plain digits; the answer as it is where there is none."""
+    value = stated_integer(answer)
+    return answer.strip() if value is None else str(value)
+
+
 def integer_match(task: Task, answer: str | None) -> float:
     """1.0 if the stated answer is the reference integer, else 0.0."""
     return float(stated_integer(answer) == reference_integer(task))

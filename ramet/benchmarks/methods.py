@@ -1,0 +1,160 @@
+"""Methods for questions in words, each under the same budget object and with the same information.
+
+A task says what is asked; a method adds one instruction at the end of its prompt and decides how many contexts work on it.
+
+- `direct`, `cot`: one context that answers at once, or after thinking.
+- `self_consistency`, `best_of_n`: several `cot` contexts side by side, which share the budget; the most frequent answer, or the one
+  that a score prefers.
+- `delegate`: the model is offered the tool and told what it is for.
+- `map_reduce`: a program gives a few documents to each clone and their answers to one more context.
+- `retrieve`: BM25 chooses documents; one context reads those.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget, fair_shares
+from ramet.agents.context import ContextStore, clone_prompt
+from ramet.agents.protocol import CloneResult, render_results
+from ramet.agents.runtime import Runtime
+from ramet.agents.tasks import task_group
+from ramet.agents.tree import Message, Task, Tree
+from ramet.benchmarks.baselines import Method, Outcome, checked, only_generated, outcome, support_recall, tree
+from ramet.env.environment import Environment
+from ramet.env.multihop import MultihopEnvironment
+from ramet.errors import ConfigError
+
+DIRECT = "Give only the answer, as short as it can be, in one line: `Answer: ...`."
+COT = "Think step by step, briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
+DELEGATE = (
+    "You may hand parts of this to clones of yourself with the tool: give each an objective, and the documents that it needs "
+    "by their titles as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
+)
+NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
+Score = Callable[[Task, Tree], float]
+
+
+def instructed(task: Task, instruction: str) -> Task:
+    """The task with an instruction at the end of its last message, so that prompts of different methods share their beginning."""
+    *before, last = task.messages
+    return replace(task, messages=(*before, Message(last.role, f"{last.content}\n\n{instruction}")))
+
+
+def told(instruction: str) -> Method:
+    """Let the model decide within the budget, told so."""
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        return await tree(runtime, instructed(task, instruction), budget, seed)
+
+    return method
+
+
+async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequence[Budget], seeds: Sequence[int]) -> list[Tree]:
+    """The trees of several tasks grown at the same time."""
+    trees: list[Tree | None] = [None] * len(tasks)
+
+    async def one(i: int) -> None:
+        trees[i] = checked(await runtime.run(tasks[i], budgets[i], seeds[i]))
+
+    async with task_group() as group:
+        for i in range(len(tasks)):
+            group.start_soon(one, i)
+    return [grown for grown in trees if grown is not None]
+
+
+async def _samples(runtime: Runtime, task: Task, budget: Budget, seed: int, count: int) -> list[Tree]:
+    """`count` contexts that think, each with its share of the tokens."""
+    shares = fair_shares(only_generated(budget), [None] * count)
+    budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for share in shares if share]
+    return await side_by_side(
+        runtime, [instructed(task, COT)] * len(budgets), budgets, [seed_of(seed, "sample", i) for i in range(len(budgets))]
+    )
+
+
+def _chosen(trees: Sequence[Tree], best: Tree | None) -> Outcome:
+    longest = max(grown.usage.critical_path for grown in trees)
+    return outcome(None if best is None else best.answer, f"{len(trees)} samples", trees, longest, 0)
+
+
+def self_consistency(env: Environment, count: int) -> Method:
+    """Vote of `count` samples; answers that the environment holds equal count as one; the earliest on ties."""
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        trees = await _samples(runtime, task, budget, seed, count)
+        said = [(env.canonical(grown.answer), grown) for grown in trees if grown.answer is not None]
+        winner = Counter(answer for answer, _ in said).most_common(1)
+        return _chosen(trees, next((grown for answer, grown in said if answer == winner[0][0]), None))
+
+    return method
+
+
+def likelihood(task: Task, grown: Tree) -> float:
+    """How sure the model was of what it said: the mean log-probability of the root's tokens."""
+    logprobs = [value for turn in grown.root.turns for value in turn.logprobs]
+    return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
+
+
+def best_of_n(count: int, score: Score = likelihood) -> Method:
+    """The sample of `count` that `score` likes best; the earliest on ties."""
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        trees = await _samples(runtime, task, budget, seed, count)
+        return _chosen(trees, max((grown for grown in trees if grown.answer is not None), key=lambda g: score(task, g), default=None))
+
+    return method
+
+
+def map_reduce(documents: int) -> Method:
+    """`documents` of them to each clone, in order; a third of the tokens is kept for the context that reads the notes."""
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        keys, question, generated = list(task.documents), str(task.meta["question"]), only_generated(budget)
+        parts = [keys[i : i + documents] for i in range(0, len(keys), documents)]
+        store = ContextStore(task.documents)
+        shares = fair_shares(generated - generated // 3, [None] * len(parts))
+        given = [(part, share) for part, share in zip(parts, shares, strict=True) if share]
+        objective = NOTE.format(question=question)
+        tasks = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, objective, part)),)) for i, (part, _) in enumerate(given)]
+        budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for _, share in given]
+        done = await side_by_side(runtime, tasks, budgets, [seed_of(seed, "map", i) for i in range(len(tasks))])
+        results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
+        notes = render_results(results, "", runtime.result_characters)
+        left = generated - sum(grown.usage.generated for grown in done)
+        asked = Task(task.id, (Message("user", f"Notes on documents:\n{notes}\n\nQuestion: {question}\n\n{DIRECT}"),))
+        last = checked(await runtime.run(asked, budget.model_copy(update={"generated": left, "depth": 0}), seed_of(seed, "reduce", 0)))
+        path = max((grown.usage.critical_path for grown in done), default=0) + last.usage.critical_path
+        named = [key for part, _ in given for key in part]
+        return outcome(last.answer, last.root.status.value, [*done, last], path, len(done), support_recall(task, named))
+
+    return method
+
+
+def retrieve(env: MultihopEnvironment, count: int) -> Method:
+    """The `count` documents that BM25 ranks first for the question, in their own order, then one context."""
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        keys = ranked(task, count)
+        limits = budget.model_copy(update={"depth": 0})
+        grown = checked(await runtime.run(instructed(env.with_documents(task, keys), COT), limits, seed))
+        return outcome(grown.answer, grown.root.status.value, [grown], grown.usage.critical_path, 0, support_recall(task, keys))
+
+    return method
+
+
+def ranked(task: Task, count: int) -> list[str]:
+    """Keys of the `count` documents that match the question best by BM25, in the order of the task."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ConfigError("retrieval needs bm25s: pip install 'ramet[data]'") from None
+    keys = list(task.documents)
+    texts = [f"{key} {task.documents[key]}" for key in keys]
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    asked = bm25s.tokenize([str(task.meta["question"])], stopwords="en", show_progress=False)
+    places, _ = index.retrieve(asked, k=min(count, len(keys)), show_progress=False)
+    return [keys[place] for place in sorted(int(place) for place in places[0])]

@@ -1,0 +1,207 @@
+"""`ramet frontier`: does delegation pay for this model on this data, at what cost, and how sure are we?
+
+Every method answers the same held-out tasks over a sweep of budgets. The results say, for every metric of the environment:
+accuracy with its interval against every cost, paired differences at equal budgets and at what each baseline really spent, cost
+at equal accuracy, and the area under each frontier. Everything resumes; the folder gets `results.json`, `frontier.png`,
+`report.html`, `results.csv` and `results.tex`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.sampling import Sampling
+from ramet.benchmarks import frontier, methods, plots
+from ramet.benchmarks.harness import Entry, Measured, grouped, point
+from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring
+from ramet.benchmarks.page import write_page
+from ramet.benchmarks.session import engine_id, meta
+from ramet.benchmarks.show import resolve, write_json
+from ramet.config import RunConfig
+from ramet.env.environment import Environment
+from ramet.env.multihop import MultihopEnvironment
+from ramet.errors import ConfigError, StorageError
+
+console = Console()
+METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
+SAMPLES = 4
+DOCUMENTS_PER_CLONE = 3
+RETRIEVED = 3
+TEMPERATURE = 0.7
+"""Of the methods that need samples to differ, where the rest is greedy."""
+
+
+def entries(
+    names: Sequence[str], config: RunConfig, env: Environment, depths: Sequence[int] = (), widths: Sequence[int] = ()
+) -> list[Entry]:
+    """What is measured: a method by name; `delegate` once for each depth and width. Raises `ConfigError` for what cannot be."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    if not config.env.language:
+        raise ConfigError("frontier measures questions in words; for rows there is `ramet reproduce nano`")
+    plain = Sampling(temperature=config.eval.temperature)
+    varied = Sampling(temperature=config.eval.temperature or TEMPERATURE)
+    documents = isinstance(env, MultihopEnvironment)
+    made: dict[str, Entry] = {
+        "direct": Entry("direct", methods.told(methods.DIRECT), plain, 0),
+        "cot": Entry("cot", methods.told(methods.COT), plain, 0),
+        "self_consistency": Entry("self_consistency", methods.self_consistency(env, SAMPLES), varied, 0),
+        "best_of_n": Entry("best_of_n", methods.best_of_n(SAMPLES), varied, 0),
+        **({"map_reduce": Entry("map_reduce", methods.map_reduce(DOCUMENTS_PER_CLONE), plain, 0)} if documents else {}),
+        **({"retrieve": Entry("retrieve", methods.retrieve(env, RETRIEVED), plain, 0)} if isinstance(env, MultihopEnvironment) else {}),
+    }
+    chosen = [made[name] for name in names if name in made]
+    if "delegate" in names:
+        told = methods.told(methods.DELEGATE)
+        for depth in depths or (config.budget.depth,):
+            for width in widths or (config.budget.width,):
+                name = "delegate" + (f" depth {depth}" if len(depths) > 1 else "") + (f" width {width}" if len(widths) > 1 else "")
+                chosen.append(Entry(name, told, plain, depth, width))
+    return chosen
+
+
+def frontier_job(
+    policy: str,
+    config: RunConfig,
+    directory: Path,
+    names: Sequence[str],
+    depths: Sequence[int],
+    widths: Sequence[int],
+    trained: str | None,
+    prices: Mapping[str, float],
+    out: Path | None,
+) -> None:
+    """Measure, compare, draw, write."""
+    claim_folder(directory, config)
+    model: str | Path = policy if config.backend == "chat" else resolve(policy)
+    env = config.env.build()
+    chosen = entries(names, config, env, depths, widths)
+    measured: list[Measured] = []
+    job = [config.model_dump(mode="json"), engine_id(config, model)]
+    with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
+        measured += run_measuring(config, model, chosen, env.splits, journal, policy)
+    if trained is not None:
+        path = resolve(trained)
+        entry = Entry("trained", methods.told(methods.DELEGATE), Sampling(temperature=config.eval.temperature), config.budget.depth)
+        with Journal(directory / "trained.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
+            measured += run_measuring(config, path, [entry], env.splits, journal, trained)
+    winner = "trained" if trained is not None else next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
+    records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, policy)]
+    write_json(directory / "results.json", records)
+    plots.costs(records, directory / "frontier.png")
+    write_page(directory / "report.html", f"{policy} on {config.env.kind}", records)
+    _write(directory / "results.csv", table(records))
+    _write(directory / "results.tex", latex(records))
+    first = env.metrics[0]
+    print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
+    _say(records, first)
+    console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
+    if out is not None:
+        write_json(out, records)
+
+
+def results(
+    measured: Sequence[Measured], config: RunConfig, env: Environment, winner: str | None, prices: Mapping[str, float], model: str
+) -> list[dict[str, Any]]:
+    """All records, for every metric of the environment: answers are kept, so each is graded by each."""
+    seed = config.eval.seed + config.seed
+    tasks = {task.id: task for split in env.splits for task in env.tasks(split, config.eval.tasks, seed)}
+    records: list[dict[str, Any]] = []
+    for metric in env.metrics:
+        graded = [replace(m, score=env.grade(tasks[m.task], m.outcome.answer, metric)) for m in measured]
+        groups = grouped(graded)
+        found: list[dict[str, Any]] = []
+        for group in groups.values():
+            spent = sum(frontier.money(m.outcome, prices) for m in group) / len(group) if prices else None
+            recalls = [m.outcome.recall for m in group if m.outcome.recall is not None]
+            statuses = [m.outcome.status for m in group]
+            found.append(
+                point(group)
+                | {
+                    "method": group[0].policy, "model": model, "money": spent,
+                    "recall": sum(recalls) / len(recalls) if recalls else None,
+                    "out_of_budget_rate": statuses.count("out of budget") / len(statuses),
+                }
+            )  # fmt: skip
+        if winner is not None:
+            compared = frontier.comparisons(groups, winner)
+            found += [*compared, *frontier.claims(compared), *frontier.matched(groups, winner), *frontier.equal_accuracy(found, winner)]
+        found += [area for cost in ("generated", "prefilled", "critical_path") for area in frontier.areas(groups, cost)]
+        records += [{**record, "env": config.env.kind, "metric": metric} for record in found]
+    return records
+
+
+def price_table(given: Sequence[str]) -> dict[str, float]:
+    """Prices per million tokens from `name=number` texts. Raises `ConfigError`."""
+    prices: dict[str, float] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            prices[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"--price {text!r} is not of the form generated=0.6") from None
+        if name.strip() not in ("generated", "prefilled", "cached") or not 0 <= prices[name.strip()] < float("inf"):
+            raise ConfigError(f"--price {text!r}: there are generated, prefilled and cached, at zero or more a million tokens")
+    return prices
+
+
+_COLUMNS = (
+    "env", "metric", "split", "method", "budget", "n", "accuracy", "ci_low", "ci_high", "generated", "prefilled", "cached",
+    "critical_path", "attention", "seconds", "money", "spawn_rate", "recall",
+)  # fmt: skip
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The points as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(r for r in records if r["record"] == "point")
+    return text.getvalue()
+
+
+def latex(records: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy by method and budget of each metric and split, as LaTeX tabulars."""
+    points = [r for r in records if r["record"] == "point"]
+    parts = []
+    for metric, split in dict.fromkeys((p["metric"], p["split"]) for p in points):
+        chosen = {(p["method"], p["budget"]): p for p in points if (p["metric"], p["split"]) == (metric, split)}
+        budgets = sorted({budget for _, budget in chosen})
+        lines = [f"% {metric}, {split}, n = {next(iter(chosen.values()))['n']}", rf"\begin{{tabular}}{{l{'r' * len(budgets)}}}"]
+        lines.append(" & ".join(["method", *map(str, budgets)]) + r" \\ \hline")
+        for method in dict.fromkeys(name for name, _ in chosen):
+            cells = [chosen.get((method, budget)) for budget in budgets]
+            shown = [f"${p['accuracy']:.3f}\\,[{p['ci_low']:.2f}, {p['ci_high']:.2f}]$" if p else "" for p in cells]
+            lines.append(" & ".join([method.replace("_", r"\_"), *shown]) + r" \\")
+        parts.append("\n".join([*lines, r"\end{tabular}", ""]))
+    return "\n".join(parts)
+
+
+def _say(records: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """What the comparison at matched cost says, one line a baseline and split."""
+    chosen = [r for r in records if r["record"] == "matched" and r["metric"] == metric]
+    for baseline, split in dict.fromkeys((r["baseline"], r["split"]) for r in chosen):
+        rows = [r for r in chosen if (r["baseline"], r["split"]) == (baseline, split)]
+        known = [r for r in rows if r["difference"] is not None]
+        better, worse = (sum(sign * r[end] > 0 and r["p_value"] < 0.05 for r in known) for sign, end in ((1, "ci_low"), (-1, "ci_high")))
+        none = len(rows) - len(known)
+        console.print(
+            f"{rows[0]['policy']} for at most what {baseline} spent ({split}, {metric}): clearly better at {better}, "
+            f"clearly worse at {worse} of {len(known)} budgets" + (f"; at {none} it costs more at any budget" if none else "")
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

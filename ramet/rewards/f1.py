@@ -1,0 +1,56 @@
+"""Answers in words: exact match and F1 after SQuAD's normalisation, the best over aliases.
+
+The rules are those of the official scorers of HotpotQA, 2WikiMultihopQA and MuSiQue: lower case, no punctuation, no
+articles, single spaces. Where one side says yes, no or noanswer and the other does not, the HotpotQA and 2Wiki scorers give
+no partial credit (`verdicts`); MuSiQue's does not make this exception.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from ramet.agents.tree import Task
+from ramet.errors import TaskError
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+VERDICTS = ("yes", "no", "noanswer")
+
+
+def normalise(text: str) -> str:
+    """Lower case, ASCII punctuation and articles removed, spaces single."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def references(task: Task) -> Sequence[str]:
+    """The task's reference answers, aliases included. Raises `TaskError` where there is none."""
+    found = task.reference
+    if not isinstance(found, (tuple, list)) or not found or not all(isinstance(answer, str) for answer in found):
+        raise TaskError(f"task {task.id} has no reference answer in words; add one or choose another reward")
+    return found
+
+
+def exact_match(task: Task, answer: str | None) -> float:
+    """1.0 if the answer, normalised, is one of the references."""
+    golds = references(task)
+    return float(answer is not None and any(normalise(answer) == normalise(gold) for gold in golds))
+
+
+def f1(task: Task, answer: str | None, verdicts: bool = True) -> float:
+    """The best token F1 over the references."""
+    return max(token_f1(answer or "", gold, verdicts) for gold in references(task))
+
+
+def token_f1(answer: str, gold: str, verdicts: bool = True) -> float:
+    """Harmonic mean of precision and recall of normalised tokens, as multisets."""
+    ours, theirs = normalise(answer), normalise(gold)
+    if verdicts and ours != theirs and (ours in VERDICTS or theirs in VERDICTS):
+        return 0.0
+    said, wanted = ours.split(), theirs.split()
+    if not said or not wanted:
+        return float(not verdicts and said == wanted)
+    common = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * common / (len(said) + len(wanted)) if common else 0.0
