@@ -56,7 +56,7 @@ def train_work(folder: Path) -> tuple[Work, int]:
     work: Work = {("update", line["update"]): {n: v for n, v in line.items() if not n.startswith("seconds")} for line in lines}
     for record in json.loads((folder / "evaluation.json").read_text()):
         if record["record"] == "point":
-            work["point", record["split"], record["budget"]] = {n: v for n, v in record.items() if n != "prefilled"}
+            work["point", record["split"], record["budget"]] = {n: v for n, v in record.items() if n != "seconds"}
     return work, repeated
 
 
