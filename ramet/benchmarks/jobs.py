@@ -91,7 +91,7 @@ def run_measuring(
     env = config.env.build(count)
     seed = config.eval.seed + config.seed
     # Each task in flight holds a context; a server may be restarted meanwhile.
-    in_flight = 64 if config.env.kind == "rows" else 4 if config.backend == "transformers" else 32
+    in_flight = 64 if config.env.kind == "rows" else 8 if config.backend == "transformers" else 32
     attempts = 24 if config.url else 4
 
     async def main() -> list[Measured]:

@@ -50,7 +50,8 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     path = find(str(model))
     if config.backend == "transformers":
         weights, tokenizer, chat = open_model(config, path)
-        policy: Any = HFPolicy(weights, max_batch=config.train.max_batch)
+        # Room for the documents of some thirty tasks: methods come one after another, and begin alike.
+        policy: Any = HFPolicy(weights, max_batch=config.train.max_batch, prefix_bytes=2**31)
     else:
         tokenizer, chat = load_tokenizer(path, config.chat)
         if config.backend == "completions":
