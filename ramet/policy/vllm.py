@@ -103,6 +103,9 @@ class VLLMPolicy:
             raise PolicyError("the policy is not serving: use `async with policy`")
         if request.media:
             raise PolicyError("this policy has no vision; it cannot take media")
+        if self._context is not None and len(request.prompt) + request.max_tokens > self._context:
+            # The engine would cut the answer instead.
+            raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
         asked = request.sampling
         params = SamplingParams(
             max_tokens=request.max_tokens, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,

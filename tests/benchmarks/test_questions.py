@@ -1,0 +1,254 @@
+"""Methods for questions in words keep their budgets and do what they say; what a sweep says equals a slow way of counting it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import anyio
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from ramet.agents.budget import Budget
+from ramet.agents.journal import Journal
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
+from ramet.agents.tree import StopReason, Task
+from ramet.benchmarks import frontier, methods
+from ramet.benchmarks.baselines import Outcome
+from ramet.benchmarks.harness import Entry, Measured, grouped, measure
+from ramet.benchmarks.sweep import latex, price_table, table
+from ramet.cli import app
+from ramet.env.multihop import MultihopEnvironment
+from ramet.errors import ConfigError
+from ramet.nano import BASE
+from ramet.policy.openai import WireFormat
+
+CALL = '<tool_call>{"name": "spawn_clone", "arguments": {"objectives": [{"objective": "who?", "context_keys": ["Hall 1"]}]}}</tool_call>'
+
+
+@pytest.fixture
+def env(tmp_path) -> MultihopEnvironment:
+    rows = []
+    for n in range(6):
+        titles = [f"Hall {n}", *(f"Filler {n}.{i}" for i in range(7)), f"Ann {n}"]
+        texts = [f"Hall {n} was built by Ann {n}.", *(f"Sheep graze on hill {i}." for i in range(7)), f"Ann {n} lived in Ghent{n}."]
+        rows.append(
+            {
+                "id": n, "question": f"Where did the builder of Hall {n} live?", "answer": f"Ghent{n}",
+                "supporting_facts": [[f"Hall {n}", 0], [f"Ann {n}", 0]], "context": [[t, [x]] for t, x in zip(titles, texts, strict=True)],
+            }
+        )  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return MultihopEnvironment({"iid": str(path)}, name="hotpotqa")
+
+
+class Says:
+    """A policy that says a text, in pieces of three characters, one id each; what it was asked is kept."""
+
+    version = 0
+    context = None
+
+    def __init__(self, wire: WireFormat, text: Callable[[str, SampleRequest], str]):
+        self.wire, self.text, self.asked = wire, text, list[SampleRequest]()
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        await anyio.lowlevel.checkpoint()
+        self.asked.append(request)
+        said = self.text(self.wire.text(request.prompt), request)
+        ids = tuple(self.wire.piece(said[i : i + 3]) for i in range(0, len(said), 3))
+        stop = StopReason.END if len(ids) <= request.max_tokens else StopReason.LENGTH
+        ids = ids[: request.max_tokens]
+        return Sample(ids, (-1.0,) * len(ids), stop, len(request.prompt), 0)
+
+
+def answer(env, method, text, generated=200, task=0, seed=0) -> tuple[Outcome, Says, Task]:
+    wire = WireFormat()
+    policy = Says(wire, text)
+    chosen = env.tasks("iid", 6, 0)[task]
+    outcome = anyio.run(method, Runtime(policy, wire), chosen, Budget(generated=generated, answer_reserve=8), seed)
+    return outcome, policy, chosen
+
+
+def all_methods(env) -> dict[str, methods.Method]:
+    return {
+        "direct": methods.told(methods.DIRECT), "cot": methods.told(methods.COT), "delegate": methods.told(methods.DELEGATE),
+        "self_consistency": methods.self_consistency(env, 4), "best_of_n": methods.best_of_n(4),
+        "map_reduce": methods.map_reduce(3), "retrieve": methods.retrieve(env, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["direct", "cot", "delegate", "self_consistency", "best_of_n", "map_reduce", "retrieve"])
+@pytest.mark.parametrize("generated", [1, 9, 40, 200])
+def test_every_method_keeps_its_budget_and_counts_what_was_spent(env, name, generated):
+    rng = random.Random(f"{name}{generated}")
+    spent: list[int] = []
+
+    def text(prompt: str, request: SampleRequest) -> str:
+        said = "thinking " * rng.randint(0, 30) + rng.choice([CALL, "Answer: Ghent0", "Answer:", "no idea"])
+        spent.append(min(-(-len(said) // 3), request.max_tokens))
+        return said
+
+    outcome, _, _ = answer(env, all_methods(env)[name], text, generated)
+    assert outcome.generated == sum(spent) <= generated
+    assert outcome.critical_path <= outcome.generated
+
+
+def test_what_each_method_reads(env):
+    said = lambda prompt, request: "Answer: x"  # noqa: E731
+    for name, method in all_methods(env).items():
+        _, policy, task = answer(env, method, said)
+        prompts = [policy.wire.text(r.prompt) for r in policy.asked]
+        question = task.meta["question"]
+        if name == "map_reduce":
+            *parts, last = prompts
+            assert len(parts) == 3 and "Notes on documents:\n1: x\n2: x\n3: x" in last and question in last
+            for key, value in task.documents.items():
+                assert sum(f"{key}: {value}" in part for part in parts) == 1
+        elif name == "retrieve":
+            assert all(f"{key}: " in prompts[0] for key in task.meta["supporting"]) and "Sheep" not in prompts[0]
+        else:
+            assert all(all(f"{key}: {value}" in p for key, value in task.documents.items()) and question in p for p in prompts)
+        assert len(prompts) == {"self_consistency": 4, "best_of_n": 4, "map_reduce": 4}.get(name, 1)
+    *_, task = answer(env, methods.told("x"), said)
+    supporting = set(task.meta["supporting"])
+    assert set(methods.ranked(task, 2)) == supporting and len(methods.ranked(task, 100)) == len(task.documents)
+
+
+def test_votes_count_equal_answers_as_one_and_scores_choose(env):
+    answers = iter(["Answer: The Paris", "Answer: Rome", "Answer: paris.", "no\nAnswer:"])
+    outcome, _, _ = answer(env, methods.self_consistency(env, 4), lambda p, r: next(answers))
+    assert outcome.answer == "The Paris"
+    answers = iter(["Answer: a", "Answer: bbb", "Answer: cc", "Answer:"])
+    longest = methods.best_of_n(4, lambda task, tree: len(tree.answer or ""))
+    assert answer(env, longest, lambda p, r: next(answers))[0].answer == "bbb"
+    assert answer(env, methods.self_consistency(env, 4), lambda p, r: "Answer:")[0].answer is None
+
+
+def test_delegation_gives_documents_by_key_and_reports_which(env):
+    def text(prompt: str, request: SampleRequest) -> str:
+        if "You are a clone" in prompt:
+            assert "Hall 1: Hall 1 was built by Ann 1." in prompt and "Sheep" not in prompt
+            return "Answer: Ann 1"
+        return "Answer: Ghent1" if CALL in prompt and "1: Ann 1" in prompt.partition(CALL)[2] else CALL
+
+    at = [t.meta["question"] for t in env.tasks("iid", 6, 0)].index("Where did the builder of Hall 1 live?")
+    outcome, _, task = answer(env, methods.told(methods.DELEGATE), text, task=at)
+    assert outcome.answer == "Ghent1" and outcome.spawned and outcome.recall == 0.5 and env.grade(task, outcome.answer) == 1.0
+
+
+def test_prompt_tokens_do_not_depend_on_what_ran_before(env, tmp_path):
+    """A backend that claims to have cached everything changes nothing; samples of one outcome share their prompt."""
+    wire = WireFormat()
+
+    class Warm(Says):
+        async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+            sample = await super().sample(request, partial)
+            return replace(sample, prefilled=1, cached=len(request.prompt) - 1)
+
+    tasks = env.tasks("iid", 2, 0)
+
+    async def run(policy: Says, name: str) -> list[Measured]:
+        with Journal(tmp_path / name, name) as journal:
+            entry = Entry("sc", methods.self_consistency(env, 3), Sampling(0.0), 0)
+            return await measure(policy, wire, entry, env, tasks, "iid", [60, 90], Budget(), journal, 0, repeats=2)
+
+    said = lambda p, r: "Answer: x"  # noqa: E731
+    cold, warm = (anyio.run(run, kind(wire, said), kind.__name__) for kind in (Says, Warm))
+    assert cold == warm and len(cold) == 8
+    assert len({(m.budget, m.task, m.repeat) for m in cold}) == 8
+    for m in cold:
+        # Three samples of one prompt of n tokens: it is computed once, and its last token for the others.
+        n = m.outcome.prefilled - 2
+        assert m.outcome.cached == 2 * (n - 1)
+
+
+def fake(rng: random.Random, policies: int, tasks: int) -> list[Measured]:
+    made = []
+    for p in range(policies):
+        for budget in (10, 20, 40, 80):
+            for t in range(tasks):
+                spent = rng.randint(1, budget)
+                outcome = Outcome(None, spent, spent, 2 * spent, False, 0, "answered")
+                made.append(Measured(f"p{p}", "iid", budget, f"t{t}", 0, float(rng.random() < 0.2 + budget / 200), outcome))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_matched_costs_and_areas_equal_a_slow_count(seed):
+    rng = random.Random(seed)
+    groups = grouped(fake(rng, 3, rng.randint(2, 30)))
+    mean = lambda ms, name: sum(getattr(m.outcome, name) for m in ms) / len(ms)  # noqa: E731
+    accuracy = lambda ms: sum(m.score for m in ms) / len(ms)  # noqa: E731
+    for record in frontier.matched(groups, "p0"):
+        theirs = groups[record["baseline"], "iid", record["budget"]]
+        allowed = [b for b in (10, 20, 40, 80) if mean(groups["p0", "iid", b], "generated") <= mean(theirs, "generated")]
+        if not allowed:
+            assert record["difference"] is None and record["winner_cost"] is None
+            continue
+        assert record["winner_budget"] == max(allowed)
+        ours = groups["p0", "iid", max(allowed)]
+        assert record["difference"] == pytest.approx(accuracy(ours) - accuracy(theirs))
+        assert record["ci_low"] <= record["difference"] <= record["ci_high"]
+        assert record["winner_cost"] <= record["baseline_cost"]
+    most = max(mean(ms, "prefilled") for ms in groups.values())
+    for record in frontier.areas(groups, "prefilled", resamples=200):
+        points = [(mean(ms, "prefilled"), accuracy(ms)) for (p, _, _), ms in groups.items() if p == record["policy"]]
+        grid = np.linspace(0, most, 200_001)
+        best = np.zeros_like(grid)
+        for cost, value in points:
+            best = np.where(grid >= cost, np.maximum(best, value), best)
+        assert record["area"] == pytest.approx(best[:-1].mean(), abs=1e-4)
+        assert record["ci_low"] <= record["ci_high"] <= 1 and math.isclose(record["most"], most)
+
+
+def test_prices():
+    outcome = Outcome(None, 1_000_000, 1, 500_000, False, 0, "answered", cached=2_000_000)
+    assert frontier.money(outcome, price_table(["generated=0.6", "prefilled=0.15", "cached=0.01"])) == pytest.approx(0.6 + 0.075 + 0.02)
+    for bad in ("generated", "generated=x", "tokens=1", "generated=-1", "generated=inf"):
+        with pytest.raises(ConfigError, match="--price"):
+            price_table([bad])
+
+
+def test_frontier_from_the_command_line(tmp_path, env):
+    """The whole command on the shipped model, which has never seen words: what it writes is whole, and it resumes."""
+    out = tmp_path / "f.json"
+    arguments = [
+        "frontier", "--policy", str(BASE), "--env", "hotpotqa", "--data", env.sources["iid"], "--limit", "2", "--budgets", "8,16",
+        "--methods", "direct,self_consistency,map_reduce,retrieve,delegate", "--price", "generated=1", "--runs", str(tmp_path),
+        "--name", "f", "--set", "budget.answer_reserve=2", "--set", "threads=1", "--widths", "1,2", "--json", str(out),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    records = json.loads(out.read_text())
+    points = [r for r in records if r["record"] == "point"]
+    names = {"direct", "self_consistency", "map_reduce", "retrieve", "delegate width 1", "delegate width 2"}
+    assert {p["method"] for p in points} == names and {p["metric"] for p in points} == {"em", "f1"}
+    assert len(points) == 2 * 2 * 6 and all(p["env"] == "hotpotqa" and p["n"] == 2 and p["generated"] <= p["budget"] for p in points)
+    assert {r["record"] for r in records} >= {"meta", "point", "comparison", "matched", "area"}
+    folder = tmp_path / "f"
+    assert table(records).count("\n") == len(points) + 1 == (folder / "results.csv").read_text().count("\n")
+    assert latex(records) == (folder / "results.tex").read_text() and latex(records).count(r"\begin{tabular}") == 2
+    page = (folder / "report.html").read_text()
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "") and "</script" in page
+    assert (folder / "frontier.png").stat().st_size > 10_000
+    before = (folder / "journal.jsonl").read_bytes()
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert (folder / "journal.jsonl").read_bytes() == before
+    other = CliRunner().invoke(app, [*arguments[:8], "3", *arguments[9:]])
+    assert other.exit_code != 0 and "another configuration" in str(other.exception)
+
+
+def test_what_cannot_be_measured_is_named(tmp_path, env):
+    def run(*arguments: str) -> str:
+        return str(CliRunner().invoke(app, ["frontier", "--policy", str(BASE), "--runs", str(tmp_path), *arguments]).exception)
+
+    assert "no method magic" in run("--env", "hotpotqa", "--data", env.sources["iid"], "--methods", "magic")
+    assert "env.kind" in run("--env", "chess")
+    assert "env.data names no" in run("--env", "hotpotqa")
+    assert "for rows there is" in run("--env", "rows")
