@@ -19,8 +19,10 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
+from ramet.benchmarks.methods import COT, DELEGATE, instructed
 from ramet.config import RunConfig
 from ramet.env.multihop import words
+from ramet.errors import ConfigError
 from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model, load_tokenizer
@@ -78,12 +80,17 @@ def weights_id(path: Path) -> str:
 
 def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
     """A trainer of the configured model; without `spawn` the tool is never offered."""
-    env = config.env.build()
+    if config.backend != "transformers":
+        raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
+    model, tokenizer, chat = open_model(config)
+    env = config.env.build(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
     depth = config.budget.depth if spawn else 0
 
     def draw(update: int) -> list[tuple[Task, Budget]]:
         rng = random.Random(f"budgets/{config.seed}/{update}")
         tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
+        if config.env.language:
+            tasks = [instructed(task, DELEGATE if spawn else COT) for task in tasks]
         return [
             (
                 task,
@@ -97,7 +104,6 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         penalties = config.reward.penalties(tree)
         return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
-    model, tokenizer, chat = open_model(config)
     job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(find(config.model)))
     return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job)
 

@@ -1,7 +1,8 @@
 """Checkpoints: weights and optimiser state as safetensors, position and RNG beside them.
 
-A checkpoint is a directory `step-000040` that is also a Hugging Face model directory. It is written under
-another name and renamed when complete, so that whatever bears the name is whole.
+A checkpoint is a directory `step-000040` that is also a Hugging Face model directory, adapters merged into it; adapters
+that are trained are kept beside it as they are. It is written under another name and renamed when complete, so that whatever
+bears the name is whole.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ramet.errors import CheckpointError, StorageError
+from ramet.policy.lora import merged, trainable
 
+ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 
@@ -29,7 +32,10 @@ def save_checkpoint(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        model.save_pretrained(draft)
+        whole = merged(model)
+        model.save_pretrained(draft, **({} if whole is None else {"state_dict": whole}))
+        if whole is not None:
+            save_file({name: weight.detach().contiguous() for name, weight in trainable(model).items()}, draft / ADAPTERS)
         tokenizer.save_pretrained(draft)
         save_file(_flatten(model, optimizer), draft / OPTIMIZER)
         (draft / TRAINER).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
@@ -61,13 +67,13 @@ def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) ->
     """Load weights, optimiser and RNG in place; returns the saved state. Raises `CheckpointError`."""
     try:
         state: dict[str, Any] = json.loads((path / TRAINER).read_text())
-        weights = load_file(path / "model.safetensors")
+        weights = load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else "model.safetensors"))
         slots = load_file(path / OPTIMIZER)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it to resume from an older one") from error
     except Exception as error:  # safetensors' own class for a damaged file
         raise CheckpointError(f"checkpoint {path} is damaged ({error}); remove it to resume from an older one") from error
-    named = dict(model.named_parameters())
+    named = trainable(model)
     for name, parameter in named.items():
         if name not in weights or weights[name].shape != parameter.shape:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {name} is missing or has another shape")

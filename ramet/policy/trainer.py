@@ -39,6 +39,7 @@ from ramet.errors import ConfigError, PolicyError, RametError, RewardError, Stor
 from ramet.policy.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.credit import ESTIMATORS, ScoredTree
 from ramet.policy.hf import HFPolicy
+from ramet.policy.lora import adapt, trainable
 from ramet.policy.loss import policy_loss
 from ramet.policy.rows import Row, batches, rows_of, token_logprobs
 
@@ -52,6 +53,7 @@ class TrainConfig(BaseModel):
     group_size      trees per task
     minibatches     optimiser steps per epoch of an update
     decay           share of the learning rate that is lost, linearly, between the warm-up and the last update
+    lora_rank       0: all weights are trained; else adapters of this rank
     length_scale    tokens; divides the summed loss of a tree. A constant, so it sets the size of the
                     gradient before clipping and nothing else
     """
@@ -73,6 +75,7 @@ class TrainConfig(BaseModel):
     kl: Annotated[float, Field(ge=0)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
+    lora_rank: Annotated[int, Field(ge=0)] = 0
     length_scale: _Count = 64
     batch_tokens: _Count = 1024
     checkpoint_every: _Count = 20
@@ -123,9 +126,12 @@ class Trainer:
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
         self.policy = HFPolicy(model, max_batch=config.max_batch)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
-        self.start = 0
         self._reference = _frozen_copy(model) if config.kl else None
+        if config.lora_rank:
+            adapt(model, config.lora_rank, seed)
+        self._weights = list(trainable(model).values())
+        self.optimizer = torch.optim.AdamW(self._weights, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        self.start = 0
         self._metrics = directory / "metrics.jsonl"
 
     @property
@@ -285,7 +291,7 @@ class Trainer:
                     fed, padded = fed + real, padded + all_
                     for name in sums:
                         sums[name] += batch_sums[name]
-                norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.gradient_clip)
+                norm = torch.nn.utils.clip_grad_norm_(self._weights, config.gradient_clip)
                 if not torch.isfinite(norm):
                     raise PolicyError(
                         f"the gradient of update {update} is not finite; lower learning_rate and resume from the last checkpoint"

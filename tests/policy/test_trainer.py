@@ -19,6 +19,7 @@ from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usag
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
 from ramet.policy.checkpoint import latest_checkpoint
+from ramet.policy.models import load_model
 from ramet.policy.trainer import TrainConfig, Trainer, Verdict, learning_rate, run_trainer
 from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
 
@@ -99,6 +100,34 @@ def test_optimiser_steps_are_fixed_and_metrics_complete(random_model, nano_token
     assert all(math.isfinite(v) for v in metrics.values())
     assert metrics["reward"] == pytest.approx(metrics["accuracy"] - metrics["penalty_generated"])
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_adapters_are_trained_alone_resume_and_merge_into_a_plain_model(random_model, nano_tokenizer, tmp_path):
+    config = CONFIG.model_copy(update={"lora_rank": 4, "kl": 0.01})
+    whole = trainer(random_model, nano_tokenizer, tmp_path / "whole", config)
+    run_trainer(whole)
+    before = dict(random_model.named_parameters())
+    for name, weight in whole.model.named_parameters():
+        plain = before.get(name.replace(".base_layer.", "."))
+        assert torch.equal(weight, plain) if plain is not None else "lora_" in name
+    assert any(weight.abs().max() > 0 for name, weight in whole.model.named_parameters() if "lora_B" in name)
+
+    def kill(metrics) -> None:
+        if metrics["update"] == 2:
+            raise Killed
+
+    with pytest.raises((Killed, BaseExceptionGroup)):
+        run_trainer(trainer(random_model, nano_tokenizer, tmp_path / "cut", config), kill)
+    resumed = trainer(random_model, nano_tokenizer, tmp_path / "cut", config)
+    run_trainer(resumed)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert all(map(torch.equal, weights(resumed), weights(whole)))
+    plain, _, _ = load_model(tmp_path / "whole" / "checkpoints" / "step-000004")
+    ids = torch.randint(10, 60, (2, 40))
+    with torch.inference_mode():
+        assert torch.allclose(plain(ids).logits, whole.model.eval()(ids).logits, atol=1e-5)
+        assert not torch.allclose(plain(ids).logits, random_model(ids).logits, atol=1e-5)
+    assert not any("lora" in name for name, _ in plain.named_parameters())
 
 
 def test_training_moves_the_policy_towards_reward(random_model, nano_tokenizer, tmp_path):
