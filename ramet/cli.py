@@ -233,6 +233,7 @@ def bench_sampling(
     model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
     requests: Annotated[int, typer.Option(min=8, help="Requests of the workload.")] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; backends take turns within each.")] = 3,
+    backend: Annotated[str, typer.Option(help="transformers; or vllm: that many trees beside LLM.generate.")] = "transformers",
     seed: _Seed = 0,
     json: _Json = None,
 ) -> None:
@@ -240,8 +241,12 @@ def bench_sampling(
 
     Example: ramet bench sampling --json sampling.json
     """
-    from ramet.benchmarks.sampling import bench_sampling as bench_
-
+    if backend == "vllm":
+        from ramet.benchmarks.vllm_sampling import bench_vllm as bench_
+    elif backend == "transformers":
+        from ramet.benchmarks.sampling import bench_sampling as bench_
+    else:
+        raise ConfigError(f"no backend {backend!r}; there are transformers and vllm")
     bench_(model, requests, repeats, seed or 0, json)
 
 

@@ -102,6 +102,11 @@ class EnvConfig(BaseModel):
         """Does the environment ask questions in words, so that a method has to say how they are to be answered?"""
         return self.kind != "rows"
 
+    @property
+    def multihop(self) -> bool:
+        """Are there documents?"""
+        return self.kind in _MULTIHOP
+
     def build(self, count: Callable[[str], int] = words) -> Environment:
         """The environment; `count` gives the tokens of a text."""
         sources = {"iid": self.data, "train": self.train, "ood": self.ood or (self.data if self.ood_tokens else "")}

@@ -96,6 +96,7 @@ class Setting:
     attempts: int
     clone_system: str
     watched: bool = False
+    tell_all: bool = True
 
     @property
     def context(self) -> int | None:
@@ -118,9 +119,10 @@ class Setting:
         return left_line(ledger.sampleable(final), ledger.left("clones"))
 
     def prompt(self, messages: Sequence[Message], ledger: Ledger, tools: bool) -> list[int]:
-        """A branch's prompt ids; the last message says what is left."""
+        """A branch's prompt ids; the last message says what is left, to branches without the tool only if all are told."""
         *before, last = messages
-        content = "\n".join(filter(None, [last.content, self.left(ledger)]))
+        left = self.left(ledger) if tools or self.tell_all else ""
+        content = "\n".join(filter(None, [last.content, left]))
         return self.chat.render([*before, Message(last.role, content)], tools)
 
 

@@ -214,13 +214,13 @@ def left_line(generated: int | None, clones: int | None) -> str:
     return f"[left {', '.join(parts)}]" if parts else ""
 
 
-_MARKER = re.compile(r"^[ \t]*(?:final[ \t]+)?answer[ \t]*:[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_MARKER = re.compile(r"^[ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?[ \t]*:[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 def extract_answer(text: str, finished: bool = True) -> str | None:
     """The answer stated in one turn's text, by grammar.
 
-    The last line of the form `Answer: ...` counts (its continuation on the next line if it is
+    The last line of the form `Answer: ...` or `The answer is: ...` counts (its continuation on the next line if it is
     empty). Without one, what stands in the last box does, or a finished turn's last non-empty line;
     an unfinished turn without either has none.
     """

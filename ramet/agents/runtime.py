@@ -47,6 +47,8 @@ class Runtime:
     max_turn_tokens    longest turn when nothing else limits it
     result_characters  longest tool message, results together
     attempts           tries of a sample that fails transiently
+    tell_all           say what may be spent in every prompt, not only where there are clones to spend it on; small models take the
+                       line for part of the question. Tool messages say it always
     watch              called with each root as it starts to grow, for display and for cancelling single branches
     """
 
@@ -58,6 +60,7 @@ class Runtime:
     result_characters: int = 4096
     attempts: int = 4
     clone_system: str = CLONE_SYSTEM
+    tell_all: bool = True
     watch: Callable[[Growth], None] | None = None
     _slots: Slots | None = None
 
@@ -85,6 +88,7 @@ class Runtime:
             attempts=self.attempts,
             clone_system=self.clone_system,
             watched=self.watch is not None,
+            tell_all=self.tell_all,
         )
         root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger)
         if self.watch is not None:

@@ -113,6 +113,7 @@ async def measure(
     in_flight: int = 64,
     repeats: int = 1,
     attempts: int = 4,
+    tell_all: bool = True,
 ) -> list[Measured]:
     """Every task at every budget by one method, `repeats` times. Outcomes already in the journal are not computed again.
 
@@ -126,7 +127,7 @@ async def measure(
     missing = iter(todo)
     if report is not None:
         report(len(wanted) - len(todo))
-    runtime = Runtime(FreshCache(policy), chat, entry.sampling, attempts=attempts)
+    runtime = Runtime(FreshCache(policy), chat, entry.sampling, attempts=attempts, tell_all=tell_all)
 
     async def worker() -> None:
         for budget, task, repeat in missing:

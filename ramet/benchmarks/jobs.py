@@ -112,7 +112,7 @@ def run_measuring(
                         policy = JournaledPolicy(engine, samples)
                         found += await measure(
                             policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
-                            in_flight, config.eval.repeats, attempts,
+                            in_flight, config.eval.repeats, attempts, not config.env.language,
                         )  # fmt: skip
                     beside.unlink()
         return found
@@ -122,7 +122,7 @@ def run_measuring(
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
     """The model deciding by itself, with the tool or without; told so where questions are in words."""
-    method = methods.told(methods.DELEGATE if spawn else methods.COT) if config.env.language else baselines.tree
+    method = methods.told(methods.instruction(config.env, spawn)) if config.env.language else baselines.tree
     return Entry(policy, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
 

@@ -24,6 +24,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Task, Tree
 from ramet.benchmarks.baselines import Method, Outcome, checked, only_generated, outcome, support_recall, tree
+from ramet.config import EnvConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError
@@ -36,6 +37,11 @@ DELEGATE = (
 )
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
 Score = Callable[[Task, Tree], float]
+
+
+def instruction(env: EnvConfig, spawn: bool) -> str:
+    """What a model that decides by itself is told: with documents at hand, to answer at once; else to think."""
+    return DELEGATE if spawn else DIRECT if env.multihop else COT
 
 
 def instructed(task: Task, instruction: str) -> Task:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
-from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest
 from ramet.benchmarks.session import meta
 from ramet.benchmarks.show import resolve, write_json
 from ramet.env.arithmetic import RowsEnvironment
@@ -36,10 +36,10 @@ BATCH = 64
 console = Console()
 
 
-class _Recorder:
+class Recorder:
     """A policy that notes what passes through it."""
 
-    def __init__(self, policy: HFPolicy):
+    def __init__(self, policy: Policy):
         self._policy = policy
         self.requests: list[SampleRequest] = []
 
@@ -48,7 +48,7 @@ class _Recorder:
         return self._policy.version
 
     @property
-    def context(self) -> int:
+    def context(self) -> int | None:
         return self._policy.context
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
@@ -61,7 +61,7 @@ async def _record(model: Any, chat: Any, count: int, seed: int) -> list[SampleRe
     tasks = RowsEnvironment(operands=(2, 48)).tasks("iid", count, seed)
     budget = Budget(generated=512, answer_reserve=8, context=min(768, model.config.max_position_embeddings))
     async with HFPolicy(model, max_batch=BATCH) as policy:
-        recorder = _Recorder(policy)
+        recorder = Recorder(policy)
         async with Runtime(recorder, chat).run_many((Job(task, budget, i) for i, task in enumerate(tasks)), in_flight=BATCH) as trees:
             async for _ in trees:
                 if len(recorder.requests) >= count:

@@ -19,7 +19,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
-from ramet.benchmarks.methods import COT, DELEGATE, instructed
+from ramet.benchmarks.methods import instructed, instruction
 from ramet.config import RunConfig
 from ramet.env.multihop import words
 from ramet.errors import ConfigError
@@ -90,7 +90,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         rng = random.Random(f"budgets/{config.seed}/{update}")
         tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
         if config.env.language:
-            tasks = [instructed(task, DELEGATE if spawn else COT) for task in tasks]
+            tasks = [instructed(task, instruction(config.env, spawn)) for task in tasks]
         return [
             (
                 task,
@@ -105,7 +105,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
     job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(find(config.model)))
-    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job)
+    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, not config.env.language)
 
 
 def machine() -> dict[str, Any]:

