@@ -23,9 +23,25 @@ PARTS = (
     ("tensorboard", "tensorboard", "learning curves in TensorBoard", "pip install tensorboard"),
     ("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
     ("av", "av", "frames of videos", "pip install 'ramet[video]'"),
+    ("datasets", "datasets", "questions from Parquet files and hubs", "pip install 'ramet[data]'"),
+    ("math_verify", "math-verify", "equivalence of mathematical answers", "pip install 'ramet[data]'"),
+    ("bm25s", "bm25s", "the method retrieve", "pip install 'ramet[data]'"),
+    ("reasoning_gym", "reasoning-gym", "the environment gym", "pip install 'ramet[data]'"),
+    ("peft", "peft", "train.lora_rank", "pip install 'ramet[data]'"),
+    ("vllm", "vllm", "the backend vllm", "pip install 'ramet[vllm]'; on CPUs make test-vllm"),
     ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
 )
-OPTIONAL = ("trio", "av", "flash-attn")
+OPTIONAL = ("trio", "av", "datasets", "math-verify", "bm25s", "reasoning-gym", "peft", "vllm", "flash-attn")
+
+
+def _version(package: str) -> str:
+    """vLLM for CPUs is installed under another name than it is imported by."""
+    for name in (package, f"{package}-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "of unknown version"
 
 
 def _nano_works() -> str:
@@ -61,7 +77,7 @@ def run_doctor(out: Path | None) -> None:
     note("python", sys.version_info >= (3, 11), sys.version.split()[0], "3.11 or newer")
     for module, package, purpose, remedy in PARTS:
         found = importlib.util.find_spec(module) is not None
-        note(package, found, importlib.metadata.version(package) if found else f"missing: {remedy}", purpose)
+        note(package, found, _version(package) if found else f"missing: {remedy}", purpose)
         if not found and package not in OPTIONAL:
             broken.append(package)
     if broken:
@@ -71,6 +87,7 @@ def run_doctor(out: Path | None) -> None:
 
     from ramet.benchmarks.session import meta
     from ramet.benchmarks.show import write_json
+    from ramet.policy.catalogue import CATALOGUE, cache
 
     note("CUDA", True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU", "larger models")
     try:
@@ -78,6 +95,9 @@ def run_doctor(out: Path | None) -> None:
     except (RametError, RuntimeError, OSError) as error:
         note("nano model", False, str(error), "ramet demo, run, train, eval")
         broken.append("nano model")
+    for name, model in CATALOGUE.items():
+        here = (cache() / name / "config.json").exists()
+        note(name, here, "fetched" if here else f"not here: ramet models get {name}", model.about.partition(",")[0])
     console.print(table)
     if out is not None:
         write_json(out, [meta("doctor", 0), *records])

@@ -23,6 +23,7 @@ from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine,
 from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig, write
 from ramet.errors import ConfigError, StorageError
+from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 
@@ -191,6 +192,8 @@ def list_models() -> None:
     path = resolve("nano")
     recipe = json.loads((path / "pretrain.json").read_text())
     size = (path / "model.safetensors").stat().st_size / 2**20
+    for name, model in CATALOGUE.items():
+        console.print(f"{name}: {model.about}; " + ("fetched" if (cache() / name / "config.json").exists() else f"ramet models get {name}"))
     console.print(
         f"nano: {recipe['layers']}-layer Llama of width {recipe['width']}, {size:.1f} MiB, adds up rows of small integers; shipped"
     )
