@@ -372,7 +372,7 @@ def bench_attention(
 
 @bench.command("needle")
 def bench_needle(
-    model: Annotated[str, typer.Option(help="A model directory.")],
+    model: Annotated[str, typer.Option(help="smollm2-135m, or a model directory.")] = "smollm2-135m",
     length: Annotated[int, typer.Option(min=64, help="Tokens of a text.")] = 8100,
     hosts: Annotated[str, typer.Option(help="Numbers of hosts; the lengths below are tried on the first.")] = "4,2,8",
     anchors: Annotated[str, typer.Option(help="Of Spava: the anchor is one part in so many of the context.")] = "256,16",
@@ -384,7 +384,7 @@ def bench_needle(
 ) -> None:
     """What approximate attention loses on a real model: a code in a long text, divergence from dense, recall. Resumes.
 
-    Example: ramet bench needle --model SmolLM2-135M-Instruct --hosts 4
+    Example: ramet bench needle --model smollm2-135m --hosts 4
     """
     from ramet.benchmarks.attention_quality import bench_needle
     from ramet.benchmarks.attention_speed import numbers

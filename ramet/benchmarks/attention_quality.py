@@ -45,6 +45,8 @@ from ramet.policy.models import load_model
 
 console = Console()
 ANSWER_TOKENS = 16
+EXACT = 1e-8
+"""Nats below which a divergence is rounding."""
 _PLACES = ("harbour", "library", "orchard", "station", "bakery", "museum", "quarry", "garden", "theatre", "market", "mill", "chapel")
 _DEEDS = ("was painted", "was quiet", "was closed early", "had many visitors", "smelled of rain", "was being repaired", "had a new door")
 _TIMES = ("On Monday", "In the morning", "Last winter", "At noon", "After the storm", "Before dawn", "In spring", "That evening")
@@ -233,12 +235,12 @@ def show(records: Sequence[dict[str, Any]]) -> None:
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Attention saved on the busiest host against divergence from dense."""
+    """Attention saved on the busiest host against divergence from dense; what is exact, as Star on two hosts, has no place there."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    shown = [r for r in records if r["case"] != "dense"]
+    shown = [r for r in records if r["divergence"] > EXACT]
     for colour, case in enumerate(dict.fromkeys(r["case"] for r in shown)):
         points = sorted((1 / r["pairs"], r["divergence"], r["hosts"]) for r in shown if r["case"] == case)
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=f"C{colour}", ms=4, label=case)
@@ -247,6 +249,6 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set(
         xscale="log", yscale="log", xlabel="times less attention than dense, busiest host", ylabel="divergence from dense, nats a token"
     )
-    axes.legend(title="points: hosts", fontsize=8)
+    figure.legend(title="method, anchor, passing;\npoints: hosts", fontsize=8, title_fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
     save(figure, path)
