@@ -284,6 +284,7 @@ def attention_check(
     query: Annotated[int, typer.Option(min=1, help="Random tokens of the question.")] = 16,
     anchor: _Anchor = None,
     passing: _Passing = None,
+    dtype: Annotated[str, typer.Option(help="float32, or float64: hardly any rounding, twice the memory.")] = "float32",
     seed: _Seed = 0,
     json: _Json = None,
 ) -> None:
@@ -293,7 +294,7 @@ def attention_check(
     """
     from ramet.benchmarks.attention import check
 
-    check(model, [_method(name, anchor, passing) for name in ("spava", "apb")], hosts, context, query, seed or 0, json)
+    check(model, [_method(name, anchor, passing) for name in ("spava", "apb")], hosts, context, query, seed or 0, json, dtype)
 
 
 @models.command("list")
@@ -349,6 +350,7 @@ def bench_kills(
     bench_kills(kills, seed or 0, json)
 
 
+@attention.command("bench")
 @bench.command("attention")
 def bench_attention(
     method: Annotated[str, typer.Option(help="all, or names with commas between them.")] = "all",

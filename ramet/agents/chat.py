@@ -260,6 +260,37 @@ def parse_spelled(text: str) -> ParsedTurn:
     return ParsedTurn("".join(visible), tuple(calls))
 
 
+def with_arguments(call: str) -> str:
+    """A call whose arguments are called `parameters`, as Llama has it, with their usual name; anything else as it is."""
+    try:
+        data = json.loads(call)
+    except (ValueError, RecursionError):
+        return call.strip()
+    if isinstance(data, dict) and "parameters" in data and "arguments" not in data:
+        data["arguments"] = data.pop("parameters")
+        data.pop("type", None)
+        return json.dumps(data)
+    return call.strip()
+
+
+def _is_call(text: str) -> bool:
+    """Is the whole turn a JSON object that names a function?"""
+    try:
+        data = json.loads(text) if text.lstrip().startswith("{") else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "name" in data and ("parameters" in data or "arguments" in data)
+
+
+def mistral_calls(text: str) -> tuple[str, ...]:
+    """What follows `[TOOL_CALLS]`: a list of calls. What is no list is one call, which its reader will find fault with."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        return (text.strip(),)
+    return tuple(json.dumps(call) for call in data) if isinstance(data, list) and data else (text.strip(),)
+
+
 class TemplateFormat:
     """Any Hugging Face chat template, by prefix difference.
 
@@ -313,10 +344,20 @@ class TemplateFormat:
         return [*end, *self._encode_template(before), *self._encode(text), *self._encode_template(after)]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
+        """Calls as this tokenizer's model spells them: between tags, after `[TOOL_CALLS]` (Mistral), or as a turn that is JSON (Llama)."""
         added = self._tokenizer.get_added_vocab()
         if "<tool_call>" in added and "</tool_call>" in added:
             return _parse_marked(self._tokenizer, sampled, self.stop_ids, added["<tool_call>"], added["</tool_call>"])
-        return parse_spelled(_decode(self._tokenizer, [i for i in sampled if i not in self.stop_ids]))
+        body = [i for i in sampled if i not in self.stop_ids]
+        if "[TOOL_CALLS]" in added:
+            at = _index(body, added["[TOOL_CALLS]"], 0)
+            text = _decode(self._tokenizer, body if at is None else body[:at])
+            return ParsedTurn(text) if at is None else ParsedTurn(text, mistral_calls(_decode(self._tokenizer, body[at + 1 :])))
+        if "<|python_tag|>" in added:
+            marked = bool(body) and body[0] == added["<|python_tag|>"]
+            text = _decode(self._tokenizer, body[1:] if marked else body)
+            return ParsedTurn("", (with_arguments(text),)) if marked or _is_call(text) else ParsedTurn(text)
+        return parse_spelled(_decode(self._tokenizer, body))
 
     def text(self, ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from typing import Any
 
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatMLFormat, ControlTokenFormat, TemplateFormat, TextEncoder, chat_format, parse_spelled
-from ramet.agents.protocol import render_call
+from ramet.agents.protocol import parse_call, render_call
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import Message, StopReason, Task
-from ramet.errors import ChatFormatError
+from ramet.errors import CallError, ChatFormatError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -262,3 +263,40 @@ def test_megabytes_of_markers_are_read_in_one_pass(chat):
     marks = tokenizer.encode("<tool_call></tool_call>", add_special_tokens=False)
     parsed = chat.parse(marks * 20_000)
     assert len(parsed.calls) == 20_000 or parsed.error or not parsed.calls
+
+
+LLAMA = (
+    "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+ARGUMENTS = {"objectives": ["a", {"objective": "b", "context_keys": ["k"]}]}
+
+
+@pytest.mark.parametrize(
+    ("special", "said", "calls"),
+    [
+        (["[TOOL_CALLS]"], ["[TOOL_CALLS]", json.dumps([{"name": "spawn_clone", "arguments": ARGUMENTS}])], 1),
+        (["[TOOL_CALLS]"], ["hm [TOOL_", "CALLS][]"], 0),
+        (["[TOOL_CALLS]"], ["[TOOL_CALLS]", "[] or so"], 1),
+        (["[TOOL_CALLS]"], ["[TOOL_CALLS]", "[" * 5000], 1),
+        (["<|python_tag|>"], [json.dumps({"name": "spawn_clone", "parameters": ARGUMENTS})], 1),
+        (["<|python_tag|>"], ["<|python_tag|>", json.dumps({"type": "function", "name": "spawn_clone", "parameters": ARGUMENTS})], 1),
+        (["<|python_tag|>"], ["<|python_tag|>", "print(1)"], 1),
+        (["<|python_tag|>"], ['Answer: {"name": "x"}'], 0),
+        (["<|python_tag|>"], ['{"answer": 4}'], 0),
+        (["<|python_tag|>"], ["{" * 5000], 0),
+    ],
+)
+def test_calls_in_a_model_s_native_style(special, said, calls):
+    tokenizer = byte_tokenizer(["<|start|>", "<|eot|>", *special], template=LLAMA)
+    made = TemplateFormat(tokenizer)
+    ids = [i for piece in said for i in (tokenizer.encode(piece, add_special_tokens=False) if piece in special else made._encode(piece))]
+    parsed = made.parse([*ids, tokenizer.convert_tokens_to_ids("<|eot|>")])
+    assert len(parsed.calls) == calls and not parsed.error
+    if not calls:
+        assert parsed.text == "".join(said)
+    elif "spawn_clone" in said[-1]:
+        assert [r.objective for r in parse_call(parsed.calls[0]).requests()] == ["a", "b"]
+    else:
+        with pytest.raises(CallError):
+            parse_call(parsed.calls[0])
