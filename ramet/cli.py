@@ -193,6 +193,7 @@ def frontier(
     depths: Annotated[str, typer.Option(help="Of delegate: levels of clones, to sweep over.")] = "",
     widths: Annotated[str, typer.Option(help="Of delegate: clones a call, to sweep over.")] = "",
     trained: Annotated[str | None, typer.Option(help="A trained controller to compare: model directory or run folder.")] = None,
+    reward_model: Annotated[Path | None, typer.Option(help="Of best_of_n: a directory; by default the likelihood decides.")] = None,
     price: Annotated[
         list[str] | None, typer.Option(help="Money per million tokens, such as generated=0.6; also prefilled, cached.")
     ] = None,
@@ -217,8 +218,9 @@ def frontier(
     folder = runs / (name or f"frontier-{Path(policy).name}-{resolved.env.kind}")
     with draining(console.print):
         frontier_job(
-            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, price_table(price or []), json
-        )
+            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, reward_model,
+            price_table(price or []), json,
+        )  # fmt: skip
 
 
 def _questions(env: str | None, data: str | None, limit: int | None, budgets: str | None) -> list[str]:

@@ -36,7 +36,8 @@ DELEGATE = (
     "by their titles as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
 )
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
-Score = Callable[[Task, Tree], float]
+Score = Callable[[Task, Tree, str], float]
+"""What a sample is worth: of the task, the tree, and what its root said last."""
 
 
 def instruction(env: EnvConfig, spawn: bool) -> str:
@@ -98,7 +99,7 @@ def self_consistency(env: Environment, count: int) -> Method:
     return method
 
 
-def likelihood(task: Task, grown: Tree) -> float:
+def likelihood(task: Task, grown: Tree, said: str) -> float:
     """How sure the model was of what it said: the mean log-probability of the root's tokens."""
     logprobs = [value for turn in grown.root.turns for value in turn.logprobs]
     return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
@@ -109,7 +110,11 @@ def best_of_n(count: int, score: Score = likelihood) -> Method:
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         trees = await _samples(runtime, task, budget, seed, count)
-        return _chosen(trees, max((grown for grown in trees if grown.answer is not None), key=lambda g: score(task, g), default=None))
+
+        def worth(grown: Tree) -> float:
+            return score(task, grown, runtime.chat.parse(grown.root.turns[-1].sampled).text)
+
+        return _chosen(trees, max((grown for grown in trees if grown.answer is not None), key=worth, default=None))
 
     return method
 

@@ -23,12 +23,13 @@ from ramet.benchmarks import frontier, methods, plots
 from ramet.benchmarks.harness import Entry, Measured, grouped, point
 from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring
 from ramet.benchmarks.page import write_page
-from ramet.benchmarks.session import engine_id, meta
+from ramet.benchmarks.session import engine_id, meta, weights_id
 from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError, StorageError
+from ramet.rewards.preference import PreferenceModel
 
 console = Console()
 METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
@@ -40,7 +41,12 @@ TEMPERATURE = 0.7
 
 
 def entries(
-    names: Sequence[str], config: RunConfig, env: Environment, depths: Sequence[int] = (), widths: Sequence[int] = ()
+    names: Sequence[str],
+    config: RunConfig,
+    env: Environment,
+    depths: Sequence[int] = (),
+    widths: Sequence[int] = (),
+    score: methods.Score = methods.likelihood,
 ) -> list[Entry]:
     """What is measured: a method by name; `delegate` once for each depth and width. Raises `ConfigError` for what cannot be."""
     unknown = [name for name in names if name not in METHODS]
@@ -55,7 +61,7 @@ def entries(
         "direct": Entry("direct", methods.told(methods.DIRECT), plain, 0),
         "cot": Entry("cot", methods.told(methods.COT), plain, 0),
         "self_consistency": Entry("self_consistency", methods.self_consistency(env, SAMPLES), varied, 0),
-        "best_of_n": Entry("best_of_n", methods.best_of_n(SAMPLES), varied, 0),
+        "best_of_n": Entry("best_of_n", methods.best_of_n(SAMPLES, score), varied, 0),
         **({"map_reduce": Entry("map_reduce", methods.map_reduce(DOCUMENTS_PER_CLONE), plain, 0)} if documents else {}),
         **({"retrieve": Entry("retrieve", methods.retrieve(env, RETRIEVED), plain, 0)} if isinstance(env, MultihopEnvironment) else {}),
     }
@@ -77,6 +83,7 @@ def frontier_job(
     depths: Sequence[int],
     widths: Sequence[int],
     trained: str | None,
+    reward_model: Path | None,
     prices: Mapping[str, float],
     out: Path | None,
 ) -> None:
@@ -84,11 +91,11 @@ def frontier_job(
     claim_folder(directory, config)
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
-    chosen = entries(names, config, env, depths, widths)
+    chosen = entries(names, config, env, depths, widths, methods.likelihood if reward_model is None else preference(reward_model))
     if not env.splits:
         raise ConfigError("env.data names no file or data set: give --data")
     measured: list[Measured] = []
-    job = [config.model_dump(mode="json"), engine_id(config, model)]
+    job = [config.model_dump(mode="json"), engine_id(config, model), None if reward_model is None else weights_id(reward_model)]
     with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
         measured += run_measuring(config, model, chosen, env.splits, journal, policy)
     if trained is not None:
@@ -109,6 +116,12 @@ def frontier_job(
     console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
     if out is not None:
         write_json(out, records)
+
+
+def preference(path: Path) -> methods.Score:
+    """The score of a reward model: what the task asks, and what the root said last."""
+    model = PreferenceModel(path)
+    return lambda task, tree, said: model.score(task.messages[-1].content, said)
 
 
 def results(

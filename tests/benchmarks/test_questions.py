@@ -125,7 +125,7 @@ def test_votes_count_equal_answers_as_one_and_scores_choose(env):
     outcome, _, _ = answer(env, methods.self_consistency(env, 4), lambda p, r: next(answers))
     assert outcome.answer == "The Paris"
     answers = iter(["Answer: a", "Answer: bbb", "Answer: cc", "Answer:"])
-    longest = methods.best_of_n(4, lambda task, tree: len(tree.answer or ""))
+    longest = methods.best_of_n(4, lambda task, tree, said: len(said))
     assert answer(env, longest, lambda p, r: next(answers))[0].answer == "bbb"
     assert answer(env, methods.self_consistency(env, 4), lambda p, r: "Answer:")[0].answer is None
 
