@@ -16,12 +16,12 @@ from typing import Any
 import anyio
 
 from ramet.agents.journal import Journal
-from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest
+from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError, TransientPolicyError
 
 
-class JournaledPolicy:
+class JournaledPolicy(PolicyWrapper):
     """`policy`, with every attempt that ended written to `journal` and those in it given back.
 
     Requests are told apart by (group, seed), which must be unique in the job, and compared by what they
@@ -29,21 +29,13 @@ class JournaledPolicy:
     """
 
     def __init__(self, policy: Policy, journal: Journal):
-        self._policy = policy
+        super().__init__(policy)
         self._journal = journal
         self._known: dict[tuple[str, int], deque[dict[str, Any]]] = {}
         for record in journal:
             self._known.setdefault((record["group"], record["seed"]), deque()).append(record)
         self.replayed = self.sampled = 0
         """Attempts taken from the journal, and attempts made."""
-
-    @property
-    def version(self) -> int:
-        return self._policy.version
-
-    @property
-    def context(self) -> int | None:
-        return self._policy.context
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         asked = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling)).encode())

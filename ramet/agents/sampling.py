@@ -83,3 +83,21 @@ class Policy(Protocol):
 
         Raises `TransientPolicyError` for what may pass, `PolicyError` for what will not.
         """
+
+
+class PolicyWrapper:
+    """A policy that passes on what it is asked to another one. Subclasses say what they do besides."""
+
+    def __init__(self, policy: Policy):
+        self._policy = policy
+
+    @property
+    def version(self) -> int:
+        return self._policy.version
+
+    @property
+    def context(self) -> int | None:
+        return self._policy.context
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        return await self._policy.sample(request, partial)

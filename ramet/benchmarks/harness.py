@@ -19,7 +19,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
-from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
+from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
 from ramet.benchmarks.baselines import Method, Outcome
@@ -65,23 +65,12 @@ class Measured:
 _READ: ContextVar[list[tuple[int, ...]]] = ContextVar("contexts_read")
 
 
-class FreshCache:
+class FreshCache(PolicyWrapper):
     """`policy` with prompt tokens counted as by a prefix cache that is perfect, and empty when an outcome begins.
 
     What a backend really reuses depends on what ran before it and beside it: on the order of methods. The contexts of one outcome,
     its samples and its clones share what they begin with; those of different outcomes share nothing.
     """
-
-    def __init__(self, policy: Policy):
-        self._policy = policy
-
-    @property
-    def version(self) -> int:
-        return self._policy.version
-
-    @property
-    def context(self) -> int | None:
-        return self._policy.context
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         read = _READ.get()

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
-from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest
+from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.benchmarks.session import meta
 from ramet.benchmarks.show import resolve, write_json
 from ramet.env.arithmetic import RowsEnvironment
@@ -36,23 +36,15 @@ BATCH = 64
 console = Console()
 
 
-class Recorder:
+class Recorder(PolicyWrapper):
     """A policy that notes what passes through it."""
 
     def __init__(self, policy: Policy):
-        self._policy = policy
+        super().__init__(policy)
         self.requests: list[SampleRequest] = []
 
-    @property
-    def version(self) -> int:
-        return self._policy.version
-
-    @property
-    def context(self) -> int | None:
-        return self._policy.context
-
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        sample = await self._policy.sample(request, partial)
+        sample = await super().sample(request, partial)
         self.requests.append(replace(request, max_tokens=len(sample.ids), stop_ids=frozenset()))
         return sample
 
