@@ -193,6 +193,7 @@ def frontier(
     depths: Annotated[str, typer.Option(help="Of delegate: levels of clones, to sweep over.")] = "",
     widths: Annotated[str, typer.Option(help="Of delegate: clones a call, to sweep over.")] = "",
     trained: Annotated[str | None, typer.Option(help="A trained controller to compare: model directory or run folder.")] = None,
+    solo: Annotated[str | None, typer.Option(help="The same, trained without the tool and measured without it.")] = None,
     reward_model: Annotated[Path | None, typer.Option(help="Of best_of_n: a directory; by default the likelihood decides.")] = None,
     price: Annotated[
         list[str] | None, typer.Option(help="Money per million tokens, such as generated=0.6; also prefilled, cached.")
@@ -214,11 +215,12 @@ def frontier(
 
     given = _questions(env, data, limit, budgets) + (set_ or [])
     resolved = _run_config(config, given, seed, LANGUAGE)
-    chosen = METHODS if methods is None else [m.strip() for m in methods.split(",")]
+    every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
+    chosen = every if methods is None else [m.strip() for m in methods.split(",")]
     folder = runs / (name or f"frontier-{Path(policy).name}-{resolved.env.kind}")
     with draining(console.print):
         frontier_job(
-            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, reward_model,
+            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model,
             price_table(price or []), json,
         )  # fmt: skip
 
@@ -227,7 +229,7 @@ def _questions(env: str | None, data: str | None, limit: int | None, budgets: st
     """Options that say which questions, as overrides of the configuration."""
     given = {"env.kind": env, "env.data": data, "eval.tasks": limit}
     overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return overrides + ([f"eval.budgets=[{budgets}]"] if budgets else [])
+    return overrides + ([f"eval.budgets=[{budgets}]", f"eval.ood_budgets=[{budgets}]"] if budgets else [])
 
 
 @bench.command("sampling")

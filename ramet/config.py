@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,11 @@ class EnvConfig(BaseModel):
     def language(self) -> bool:
         """Does the environment ask questions in words, so that a method has to say how they are to be answered?"""
         return self.kind != "rows"
+
+    def files(self) -> dict[str, str]:
+        """SHA-256 of the local files that tasks are made of: a journal of other rows is not this job's."""
+        paths = {name: Path(getattr(self, name)) for name in ("data", "train", "ood") if getattr(self, name)}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
     @property
     def multihop(self) -> bool:

@@ -214,13 +214,13 @@ def left_line(generated: int | None, clones: int | None) -> str:
     return f"[left {', '.join(parts)}]" if parts else ""
 
 
-_MARKER = re.compile(r"^[ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?[ \t]*:[ \t]*(.*)$", re.IGNORECASE | re.MULTILINE)
+_MARKER = re.compile(r"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?[ \t*_`]*:[ \t*_`]*(.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 def extract_answer(text: str, finished: bool = True) -> str | None:
     """The answer stated in one turn's text, by grammar.
 
-    The last line of the form `Answer: ...` or `The answer is: ...` counts (its continuation on the next line if it is
+    The last line of the form `Answer: ...` or `The answer is: ...`, emphasised or not, counts (its continuation on the next line if it is
     empty). Without one, what stands in the last box does, or a finished turn's last non-empty line;
     an unfinished turn without either has none.
     """
@@ -228,9 +228,9 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
     found = max(_MARKER.finditer(text), key=lambda match: match.start(), default=None)
     if found is not None:
         rest = found.group(1).strip() or text[found.end() :].strip().partition("\n")[0].strip()
-        if rest:
-            return rest
-        return None
+        boxed = last_boxed(rest)
+        rest = rest.rstrip(" \t*_`") if boxed is None else boxed.strip()
+        return rest or None
     boxed = last_boxed(text)
     if boxed is not None and boxed.strip():
         return boxed.strip()

@@ -34,6 +34,12 @@ class JournaledPolicy(PolicyWrapper):
         self._known: dict[tuple[str, int], deque[dict[str, Any]]] = {}
         for record in journal:
             self._known.setdefault((record["group"], record["seed"]), deque()).append(record)
+        for key, records in list(self._known.items()):
+            # Errors that nothing came after are what ended the run, or what it was interrupted in: they are not for ever.
+            while records and "error" in records[-1]:
+                records.pop()
+            if not records:
+                del self._known[key]
         self.replayed = self.sampled = 0
         """Attempts taken from the journal, and attempts made."""
 

@@ -166,7 +166,7 @@ def bench_needle(
     attach(model)
     places = [(2 * i + 1) / (2 * depths) for i in range(depths)]
     texts = [(depth, sample(tokenizer, length, depth, seed + n)) for n in range(samples) for depth in places]
-    job = fingerprint("needle", length, seed, weights_id(path))
+    job = fingerprint("needle", length, depths, seed, weights_id(path))
     with Journal(out / "journal.jsonl", job) as journal:
         done = {(r["case"], r["hosts"], r["text"]) for r in journal.records}
         for index, (depth, given) in enumerate(texts):

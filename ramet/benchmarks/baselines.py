@@ -70,9 +70,10 @@ Method = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
 
 
 def checked(tree: Tree) -> Tree:
-    """The tree, unless its root failed. Raises `PolicyError`."""
-    if tree.root.status is Status.FAILED:
-        raise PolicyError(f"task {tree.task_id} failed: {tree.error}")
+    """The tree, unless the backend failed one of its branches: that says nothing about the method. Raises `PolicyError`."""
+    failed = next((branch for branch in tree.branches if branch.status is Status.FAILED), None)
+    if failed is not None:
+        raise PolicyError(f"task {tree.task_id} failed: {tree.error or failed.reason}")
     return tree
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import anyio
@@ -62,7 +63,7 @@ class Measured:
         return cls(**values)  # type: ignore[arg-type]
 
 
-_READ: ContextVar[list[tuple[int, ...]]] = ContextVar("contexts_read")
+_READ: ContextVar[list[list[tuple[int, ...]]]] = ContextVar("contexts_read")
 
 
 class FreshCache(PolicyWrapper):
@@ -74,16 +75,19 @@ class FreshCache(PolicyWrapper):
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         read = _READ.get()
-        cached = min(max((common_prefix(request.prompt, context) for context in read), default=0), len(request.prompt) - 1)
-        place = len(read)
-        read.append(request.prompt)
+        contexts = (tuple(chain.from_iterable(parts)) for parts in read)
+        cached = min(max((common_prefix(request.prompt, context) for context in contexts), default=0), len(request.prompt) - 1)
+        context = [request.prompt]
+        read.append(context)
         inner = Partial(partial.ids, partial.logprobs)
         try:
             sample = await self._policy.sample(request, inner)
         finally:
             if inner.prefilled or inner.cached:
                 partial.prefilled, partial.cached = len(request.prompt) - cached, cached
-        read[place] += sample.ids
+            else:
+                read.remove(context)  # an attempt that was refused has read nothing
+        context.append(sample.ids)
         return replace(sample, prefilled=len(request.prompt) - cached, cached=cached)
 
 

@@ -24,6 +24,7 @@ from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig, write
 from ramet.errors import ConfigError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
+from ramet.policy.checkpoint import TRAINER
 from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 
@@ -176,9 +177,12 @@ def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: 
     """`ramet eval`: one policy over the sweep of budgets."""
     claim_folder(directory, config)
     path: str | Path = policy if config.backend == "chat" else resolve(policy)
-    name = "base" if policy == "nano" else "trained"
-    with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), engine_id(config, path), spawn)) as journal:
-        entry = tree_entry(name if spawn else ("base_serial" if policy == "nano" else "solo"), config, spawn)
+    base = isinstance(path, str) or not (path / TRAINER).exists()
+    name = ("base" if spawn else "base_serial") if base else ("trained" if spawn else "solo")
+    with Journal(
+        directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), config.env.files(), engine_id(config, path), spawn)
+    ) as journal:
+        entry = tree_entry(name, config, spawn)
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
     records = [meta("eval", config.seed), *result_records(measured)]
     write_json(directory / "results.json", records)

@@ -35,6 +35,12 @@ DELEGATE = (
     "You may hand parts of this to clones of yourself with the tool: give each an objective, and the documents that it needs "
     "by their titles as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
 )
+DELEGATE_PARTS = (
+    "You may hand parts of this to clones of yourself with the tool: give each an objective that says all it needs. Think step by step, "
+    "briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
+)
+LEAST = 24
+"""Tokens that a context needs to say anything; fewer samples, or larger parts, are made rather than smaller shares."""
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
 Score = Callable[[Task, Tree, str], float]
 """What a sample is worth: of the task, the tree, and what its root said last."""
@@ -42,7 +48,9 @@ Score = Callable[[Task, Tree, str], float]
 
 def instruction(env: EnvConfig, spawn: bool) -> str:
     """What a model that decides by itself is told: with documents at hand, to answer at once; else to think."""
-    return DELEGATE if spawn else DIRECT if env.multihop else COT
+    if spawn:
+        return DELEGATE if env.multihop else DELEGATE_PARTS
+    return DIRECT if env.multihop else COT
 
 
 def instructed(task: Task, instruction: str) -> Task:
@@ -73,10 +81,20 @@ async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequenc
     return [grown for grown in trees if grown is not None]
 
 
+def _limited(budget: Budget, share: int) -> Budget:
+    """The limits of one context with `share` tokens, of which it keeps at most a third for its answer."""
+    return budget.model_copy(update={"generated": share, "depth": 0, "answer_reserve": min(budget.answer_reserve or 0, share // 3)})
+
+
+def _shared(budget: Budget, generated: int, count: int) -> list[Budget]:
+    """`generated` tokens for `count` contexts that run side by side."""
+    return [_limited(budget, share or 0) for share in fair_shares(generated, [None] * count)]
+
+
 async def _samples(runtime: Runtime, task: Task, budget: Budget, seed: int, count: int) -> list[Tree]:
-    """`count` contexts that think, each with its share of the tokens."""
-    shares = fair_shares(only_generated(budget), [None] * count)
-    budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for share in shares if share]
+    """`count` contexts that think, each with its share of the tokens; fewer where the shares would be too small."""
+    generated = only_generated(budget)
+    budgets = _shared(budget, generated, max(1, min(count, generated // LEAST)))
     return await side_by_side(
         runtime, [instructed(task, COT)] * len(budgets), budgets, [seed_of(seed, "sample", i) for i in range(len(budgets))]
     )
@@ -120,26 +138,25 @@ def best_of_n(count: int, score: Score = likelihood) -> Method:
 
 
 def map_reduce(documents: int) -> Method:
-    """`documents` of them to each clone, in order; a third of the tokens is kept for the context that reads the notes."""
+    """`documents` of them to each clone, in order, or more where tokens are few; a third of the tokens is for who reads the notes."""
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         keys, question, generated = list(task.documents), str(task.meta["question"]), only_generated(budget)
-        parts = [keys[i : i + documents] for i in range(0, len(keys), documents)]
+        mapped = generated - generated // 3
+        count = max(1, min(-(-len(keys) // documents), mapped // LEAST))
+        parts = [keys[len(keys) * i // count : len(keys) * (i + 1) // count] for i in range(count)]
         store = ContextStore(task.documents)
-        shares = fair_shares(generated - generated // 3, [None] * len(parts))
-        given = [(part, share) for part, share in zip(parts, shares, strict=True) if share]
         objective = NOTE.format(question=question)
-        tasks = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, objective, part)),)) for i, (part, _) in enumerate(given)]
-        budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for _, share in given]
+        tasks = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, objective, part)),)) for i, part in enumerate(parts)]
+        budgets = _shared(budget, mapped, count)
         done = await side_by_side(runtime, tasks, budgets, [seed_of(seed, "map", i) for i in range(len(tasks))])
         results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
         notes = render_results(results, "", runtime.result_characters)
         left = generated - sum(grown.usage.generated for grown in done)
         asked = Task(task.id, (Message("user", f"Notes on documents:\n{notes}\n\nQuestion: {question}\n\n{DIRECT}"),))
-        last = checked(await runtime.run(asked, budget.model_copy(update={"generated": left, "depth": 0}), seed_of(seed, "reduce", 0)))
+        last = checked(await runtime.run(asked, _limited(budget, left), seed_of(seed, "reduce", 0)))
         path = max((grown.usage.critical_path for grown in done), default=0) + last.usage.critical_path
-        named = [key for part, _ in given for key in part]
-        return outcome(last.answer, last.root.status.value, [*done, last], path, len(done), support_recall(task, named))
+        return outcome(last.answer, last.root.status.value, [*done, last], path, len(done), support_recall(task, keys))
 
     return method
 

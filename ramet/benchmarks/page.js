@@ -4,7 +4,7 @@ const colours = ["#c0392b", "#2c7fb8", "#3a8f5c", "#e08e0b", "#7f8c8d", "#8e44ad
 const methods = [...new Set(points.map(p => p.method))], hidden = new Set();
 function fill(id, values) { for (const v of values) $(id).add(new Option(v.replaceAll("_", " "), v)); $(id).onchange = draw; }
 fill("metric", [...new Set(points.map(p => p.metric))]); fill("split", [...new Set(points.map(p => p.split))]);
-fill("cost", ["generated", "prefilled", "critical_path", "attention", "seconds", "money"].filter(c => points.some(p => p[c] != null)));
+fill("cost", ["generated", "prefilled", "critical_path", "attention", "money"].filter(c => points.some(p => p[c] != null)));
 $("log").onchange = draw;
 function el(name, attributes, text) {
   const e = document.createElementNS("http://www.w3.org/2000/svg", name);

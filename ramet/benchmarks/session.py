@@ -104,7 +104,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         penalties = config.reward.penalties(tree)
         return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
-    job = fingerprint(config.model_dump(mode="json"), spawn, weights_id(find(config.model)))
+    job = fingerprint(config.model_dump(mode="json"), config.env.files(), spawn, weights_id(find(config.model)))
     return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, not config.env.language)
 
 

@@ -21,7 +21,7 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import frontier, methods, plots
 from ramet.benchmarks.harness import Entry, Measured, grouped, point
-from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring
+from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, tree_entry
 from ramet.benchmarks.page import write_page
 from ramet.benchmarks.session import engine_id, meta, weights_id
 from ramet.benchmarks.show import resolve, write_json
@@ -29,6 +29,7 @@ from ramet.config import RunConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError, StorageError
+from ramet.rewards.maths import SECONDS, expired
 from ramet.rewards.preference import PreferenceModel
 
 console = Console()
@@ -38,6 +39,11 @@ DOCUMENTS_PER_CLONE = 3
 RETRIEVED = 3
 TEMPERATURE = 0.7
 """Of the methods that need samples to differ, where the rest is greedy."""
+
+
+PROTOCOL = [SAMPLES, DOCUMENTS_PER_CLONE, RETRIEVED, TEMPERATURE, methods.LEAST]
+PROTOCOL += [methods.DIRECT, methods.COT, methods.DELEGATE, methods.DELEGATE_PARTS, methods.NOTE]
+"""What outcomes depend on besides the configuration."""
 
 
 def entries(
@@ -52,25 +58,27 @@ def entries(
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    documents = isinstance(env, MultihopEnvironment)
+    if not documents and not {"map_reduce", "retrieve"}.isdisjoint(names):
+        raise ConfigError(f"map_reduce and retrieve need documents, which {config.env.kind} has none of; leave them out of --methods")
     if not config.env.language:
         raise ConfigError("frontier measures questions in words; for rows there is `ramet reproduce nano`")
     plain = Sampling(temperature=config.eval.temperature)
     varied = Sampling(temperature=config.eval.temperature or TEMPERATURE)
-    documents = isinstance(env, MultihopEnvironment)
     made: dict[str, Entry] = {
         "direct": Entry("direct", methods.told(methods.DIRECT), plain, 0),
         "cot": Entry("cot", methods.told(methods.COT), plain, 0),
         "self_consistency": Entry("self_consistency", methods.self_consistency(env, SAMPLES), varied, 0),
         "best_of_n": Entry("best_of_n", methods.best_of_n(SAMPLES, score), varied, 0),
-        **({"map_reduce": Entry("map_reduce", methods.map_reduce(DOCUMENTS_PER_CLONE), plain, 0)} if documents else {}),
+        "map_reduce": Entry("map_reduce", methods.map_reduce(DOCUMENTS_PER_CLONE), plain, 0),
         **({"retrieve": Entry("retrieve", methods.retrieve(env, RETRIEVED), plain, 0)} if isinstance(env, MultihopEnvironment) else {}),
     }
     chosen = [made[name] for name in names if name in made]
     if "delegate" in names:
-        told = methods.told(methods.DELEGATE)
+        told = methods.told(methods.instruction(config.env, True))
         for depth in depths or (config.budget.depth,):
             for width in widths or (config.budget.width,):
-                name = "delegate" + (f" depth {depth}" if len(depths) > 1 else "") + (f" width {width}" if len(widths) > 1 else "")
+                name = "delegate" + (f" depth {depth}" if depths else "") + (f" width {width}" if widths else "")
                 chosen.append(Entry(name, told, plain, depth, width))
     return chosen
 
@@ -83,11 +91,14 @@ def frontier_job(
     depths: Sequence[int],
     widths: Sequence[int],
     trained: str | None,
+    solo: str | None,
     reward_model: Path | None,
     prices: Mapping[str, float],
     out: Path | None,
 ) -> None:
     """Measure, compare, draw, write."""
+    if (trained or solo) and config.url:
+        raise ConfigError("a server samples with the weights that it has loaded; measure trained ones with another --set backend")
     claim_folder(directory, config)
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
@@ -95,16 +106,19 @@ def frontier_job(
     if not env.splits:
         raise ConfigError("env.data names no file or data set: give --data")
     measured: list[Measured] = []
-    job = [config.model_dump(mode="json"), engine_id(config, model), None if reward_model is None else weights_id(reward_model)]
+    job = [config.model_dump(mode="json"), config.env.files(), engine_id(config, model), PROTOCOL]
+    job += [None if reward_model is None else weights_id(reward_model)]
     with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
         measured += run_measuring(config, model, chosen, env.splits, journal, policy)
-    if trained is not None:
-        path = resolve(trained)
-        entry = Entry("trained", methods.told(methods.DELEGATE), Sampling(temperature=config.eval.temperature), config.budget.depth)
-        with Journal(directory / "trained.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
-            measured += run_measuring(config, path, [entry], env.splits, journal, trained)
+    for name, weights in (("trained", trained), ("solo", solo)):
+        if weights is not None:
+            path = resolve(weights)
+            entry = tree_entry(name, config, name == "trained")
+            with Journal(directory / f"{name}.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
+                measured += run_measuring(config, path, [entry], env.splits, journal, weights)
     winner = "trained" if trained is not None else next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
-    records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, policy)]
+    models = {"trained": trained or policy, "solo": solo or policy}
+    records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, models, policy)]
     write_json(directory / "results.json", records)
     plots.costs(records, directory / "frontier.png")
     write_page(directory / "report.html", f"{policy} on {config.env.kind}", records)
@@ -113,6 +127,8 @@ def frontier_job(
     first = env.metrics[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
     _say(records, first)
+    if expired():
+        console.print(f"{expired()} answers could not be verified within {SECONDS:g} seconds, and count as wrong")
     console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
     if out is not None:
         write_json(out, records)
@@ -125,7 +141,13 @@ def preference(path: Path) -> methods.Score:
 
 
 def results(
-    measured: Sequence[Measured], config: RunConfig, env: Environment, winner: str | None, prices: Mapping[str, float], model: str
+    measured: Sequence[Measured],
+    config: RunConfig,
+    env: Environment,
+    winner: str | None,
+    prices: Mapping[str, float],
+    models: Mapping[str, str],
+    model: str,
 ) -> list[dict[str, Any]]:
     """All records, for every metric of the environment: answers are kept, so each is graded by each."""
     seed = config.eval.seed + config.seed
@@ -142,7 +164,7 @@ def results(
             found.append(
                 point(group)
                 | {
-                    "method": group[0].policy, "model": model, "money": spent,
+                    "method": group[0].policy, "model": models.get(group[0].policy, model), "money": spent,
                     "recall": sum(recalls) / len(recalls) if recalls else None,
                     "out_of_budget_rate": statuses.count("out of budget") / len(statuses),
                 }
@@ -156,7 +178,7 @@ def results(
 
 
 def price_table(given: Sequence[str]) -> dict[str, float]:
-    """Prices per million tokens from `name=number` texts. Raises `ConfigError`."""
+    """Prices per million tokens from `name=number` texts; cached tokens cost what prefilled ones do unless said. Raises `ConfigError`."""
     prices: dict[str, float] = {}
     for text in given:
         name, _, value = text.partition("=")
@@ -166,7 +188,7 @@ def price_table(given: Sequence[str]) -> dict[str, float]:
             raise ConfigError(f"--price {text!r} is not of the form generated=0.6") from None
         if name.strip() not in ("generated", "prefilled", "cached") or not 0 <= prices[name.strip()] < float("inf"):
             raise ConfigError(f"--price {text!r}: there are generated, prefilled and cached, at zero or more a million tokens")
-    return prices
+    return {"cached": prices["prefilled"], **prices} if "prefilled" in prices else prices
 
 
 _COLUMNS = (

@@ -2,7 +2,7 @@
 
 Trees of the model are grown by the runtime, and what they sampled is noted. Then vLLM's own offline loop gets every one of
 those requests at once, with the prompts as token ids and the recorded lengths, so that it never waits for a tree's next turn.
-`share` is its time over ours. Both engines have the same settings and start anew; the first pass of each warms it up.
+`share` is our tokens a second over its. Both engines have the same settings and start anew; the first pass of each warms it up.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
     context = 768
 
     async def grow() -> tuple[list[float], list[SampleRequest], list[Tree]]:
-        """Seconds of each pass; the requests and trees of the last."""
-        seconds: list[float] = []
+        """Tokens a second in each pass; the requests and trees of the last."""
+        rates: list[float] = []
         requests: list[SampleRequest] = []
         trees: list[Tree] = []
         async with VLLMPolicy(path) as policy:
@@ -53,27 +53,26 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
                 jobs = (Job(task, budget, repeats * i + number) for i, task in enumerate(tasks))
                 async with Runtime(recorder, chat).run_many(jobs, in_flight=IN_FLIGHT) as results:
                     trees = [tree async for _, tree in results]
-                seconds.append(time.perf_counter() - begun)
+                rates.append(sum(tree.usage.generated for tree in trees) / (time.perf_counter() - begun))
                 requests = recorder.requests
                 await policy.forget()
-        return seconds[1:], requests, trees
+        return rates[1:], requests, trees
 
     ours, requests, trees = anyio.run(grow)
     raw = _raw(path, requests, repeats)
     tokens, prefilled, cached = (sum(getattr(t.usage, n) for t in trees) for n in ("generated", "prefilled", "cached"))
-    share = statistics.median(raw) / statistics.median(ours)
+    share = statistics.median(ours) / statistics.median(raw)
     record: dict[str, Any] = {
         "record": "vllm", "model": name, "trees": len(trees), "requests": len(requests), "tokens": tokens,
-        "trees_per_second": len(trees) / statistics.median(ours), "tokens_per_second": tokens / statistics.median(ours),
-        "tokens_per_second_raw": tokens / statistics.median(raw), "share": share,
-        "share_min": min(raw) / max(ours), "share_max": max(raw) / min(ours),
+        "trees_per_second": statistics.median(ours) * len(trees) / tokens, "tokens_per_second": statistics.median(ours),
+        "tokens_per_second_raw": statistics.median(raw), "share": share,
+        "share_min": min(ours) / max(raw), "share_max": max(ours) / min(raw),
         "prefilled": prefilled, "cached": cached, "repeats": repeats,
     }  # fmt: skip
     about = f"{len(trees)} trees, {len(requests)} requests, {tokens} tokens"
-    table = Table("", "seconds, median", "least", "most", "tokens/s", title=about)
-    for label, times in (("trees through the policy", ours), ("LLM.generate, all at once", raw)):
-        numbers = (statistics.median(times), min(times), max(times))
-        table.add_row(label, *(f"{n:.2f}" for n in numbers), f"{tokens / numbers[0]:,.0f}")
+    table = Table("tokens a second", "median", "least", "most", title=about)
+    for label, rates in (("trees through the policy", ours), ("LLM.generate, all at once", raw)):
+        table.add_row(label, *(f"{n:,.0f}" for n in (statistics.median(rates), min(rates), max(rates))))
     console.print(table)
     console.print(
         f"share of raw throughput {share:.0%} ({record['share_min']:.0%} to {record['share_max']:.0%}); "
@@ -84,18 +83,19 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
 
 
 def _raw(path: Path, requests: list[SampleRequest], repeats: int) -> list[float]:
-    """Seconds of vLLM's own loop on all requests at once."""
+    """Tokens a second of vLLM's own loop on all requests at once."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(**VLLMPolicy.settings(path))
     prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
     params = [SamplingParams(max_tokens=r.max_tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=r.seed % 2**63) for r in requests]
-    seconds = []
+    rates = []
     for number in range(repeats + 1):
         console.print(f"LLM.generate: pass {number} of {repeats}", end="\r")
         begun = time.perf_counter()
         made = engine.generate(prompts, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - begun)
-        assert sum(len(m.outputs[0].token_ids) for m in made) == sum(r.max_tokens for r in requests)
+        tokens = sum(len(m.outputs[0].token_ids) for m in made)
+        rates.append(tokens / (time.perf_counter() - begun))
+        assert tokens == sum(r.max_tokens for r in requests)
         engine.reset_prefix_cache()
-    return seconds[1:]
+    return rates[1:]

@@ -1,4 +1,8 @@
-"""The procedural tasks of reasoning-gym, by name: graded by the library's own verifiers."""
+"""The procedural tasks of reasoning-gym, by name, that have one right answer.
+
+Some of its tasks bring a verifier of their own, and several of those evaluate the answer as code. An answer is text that a model
+wrote, so these tasks are refused; the others are graded by comparison.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +33,21 @@ class GymEnvironment:
         own = seed_of(seed, f"gym/{self.task}/{split}", 0) % 2**31
         try:
             made = reasoning_gym.create_dataset(self.task, size=count, seed=own, **self.options)
+            by_itself = type(made).score_answer is not reasoning_gym.dataset.ProceduralDataset.score_answer
         except Exception as error:  # an unknown name, an option that its generator does not take
             raise ConfigError(f"reasoning-gym does not make {self.task!r}: {first_line(error)}") from error
+        if by_itself:
+            raise ConfigError(f"{self.task} is graded by a verifier of its own, which may run answers as code; choose another task")
         return [
-            Task(f"{self.task}-{split}-{seed}-{n}", (Message("user", entry["question"]),), {}, entry, {"grader": made})
+            Task(f"{self.task}-{split}-{seed}-{n}", (Message("user", entry["question"]),), {}, str(entry["answer"]))
             for n, entry in enumerate(made)
         ]
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
-        return float(task.meta["grader"].score_answer(answer, task.reference))
+        return float(answer is not None and self.canonical(answer) == self.canonical(str(task.reference)))
 
     def canonical(self, answer: str) -> str:
-        return answer.strip()
+        return " ".join(answer.split()).casefold()
 
     def size(self, task: Task) -> int:
         return 0

@@ -17,7 +17,7 @@ from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
 from ramet.env.questions import Questions, text, texts
 from ramet.env.rows import Row, field, load_rows
-from ramet.errors import TaskError
+from ramet.errors import TaskError, first_line
 from ramet.rewards.f1 import exact_match, f1, normalise
 
 Metric = Literal["em", "f1"]
@@ -122,6 +122,13 @@ class MultihopEnvironment(Questions):
 
 def documents(row: Row, fields: Mapping[str, str], where: str) -> tuple[dict[str, str], set[str]]:
     """(text by title, titles that support the answer) of a row in any of the three sets' formats. Texts of one title are joined."""
+    try:
+        return _documents(row, fields, where)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise TaskError(f"{where}: its documents are not as any of the sets has them ({first_line(error)})") from None
+
+
+def _documents(row: Row, fields: Mapping[str, str], where: str) -> tuple[dict[str, str], set[str]]:
     paragraphs = field(row, "paragraphs", fields, where, None)
     if paragraphs is not None:
         pairs = [(p.get("title"), p.get("paragraph_text"), bool(p.get("is_supporting"))) for p in paragraphs]
@@ -131,10 +138,7 @@ def documents(row: Row, fields: Mapping[str, str], where: str) -> tuple[dict[str
         facts = _decoded(field(row, "supporting_facts", fields, where, []))
         listed = list(zip(context["title"], context["sentences"], strict=True)) if isinstance(context, Mapping) else context
         supporting = {str(t) for t in (facts["title"] if isinstance(facts, Mapping) else [fact[0] for fact in facts])}
-        try:
-            pairs = [(title, " ".join(s.strip() for s in sentences), False) for title, sentences in listed]
-        except (TypeError, ValueError, AttributeError):
-            raise TaskError(f"{where}: its context is not a list of [title, sentences]") from None
+        pairs = [(title, " ".join(s.strip() for s in sentences), False) for title, sentences in listed]
     joined: dict[str, str] = {}
     spelled: dict[str, str] = {}
     for title, body, _ in pairs:

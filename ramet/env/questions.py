@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -51,8 +52,7 @@ class Questions(ABC):
         for place, chosen in enumerate(order[:count]):
             index, row = rows[chosen]
             lap = f"-{place // len(rows)}" if place >= len(rows) else ""
-            name = row.get("id") or row.get("_id") or index
-            made.append(self.task(row, f"{self.name}-{split}-{name}{lap}", f"{source}, row {index + 1}", split))
+            made.append(self.task(row, f"{self.name}-{split}-{index}{lap}", f"{source}, row {index + 1}", split))
         return made
 
     def wanted(self, row: Row, split: str) -> bool:
@@ -66,8 +66,8 @@ class Questions(ABC):
 
 def text(value: object, what: str, where: str) -> str:
     """`value` if it is text that says something. Raises `TaskError`."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(int(value)) if value == int(value) else repr(value)
     if not isinstance(value, str) or not value.strip():
         raise TaskError(f"{where}: its {what} is {str(value)[:40]!r}, not text")
     return value.strip()

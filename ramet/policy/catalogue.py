@@ -3,14 +3,13 @@
     get("smollm2-135m", say=print)       # `ramet models get smollm2-135m`
     find("smollm2-135m")                 # its directory in the cache
 
-A name that is not in the catalogue is a model directory, or the id of a model on a hub (where one can be reached).
+A name that is not in the catalogue is a model directory, or with `hf:` before it the id of a model on the hub.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,8 @@ from pathlib import Path
 from ramet.errors import CheckpointError, StorageError, first_line
 from ramet.nano import BASE
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB = "hf:"
+"""Before the id of a model on the hub, so that a mistyped directory is not taken for one."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def find(name: str) -> Path:
         if not (path / "config.json").exists():
             raise CheckpointError(f"{name} is not here yet: run `ramet models get {name}`")
         return path
-    return _from_hub(name) if name.count("/") == 1 and not Path(name).exists() and _HUB_ID.fullmatch(name) else Path(name)
+    return _from_hub(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name)
 
 
 def _from_hub(name: str) -> Path:
@@ -73,7 +73,7 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # it raises many classes, for what is missing, gated or offline
         said = first_line(error)
-        raise CheckpointError(f"{name} is neither a directory nor a model that a hub gives: {said}") from error
+        raise CheckpointError(f"the hub does not give {name}: {said}") from error
 
 
 def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print) -> Path:

@@ -22,6 +22,8 @@ def adapt(model: Any, rank: int, seed: int) -> None:
     except ImportError:
         raise ConfigError("train.lora_rank needs peft: pip install 'ramet[data]'") from None
     inside = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and ".layers." in name}
+    if not inside:
+        raise ConfigError("adapters need a decoder whose linear maps stand in .layers.; train all weights (train.lora_rank=0)")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(inside)), model)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -29,7 +30,8 @@ from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, StopReason
 from ramet.errors import PolicyError, TransientPolicyError, first_line
 
-STOPS = {"stop": StopReason.END, "length": StopReason.LENGTH}
+STOPS = {"stop": StopReason.END, "content_filter": StopReason.END, "length": StopReason.LENGTH}
+"""How servers say that a sample has ended. What a filter cut short is an answer: asking again would be cut again."""
 MAX_LINE = 2**22
 """Bytes of one event of a stream; a server that sends more is not read on."""
 
@@ -54,10 +56,12 @@ class _Server(ABC):
     ) -> None:  # fmt: skip
         if not url.startswith(("http://", "https://")):
             raise PolicyError(f"{url!r} is not the address of a server, such as http://127.0.0.1:8000/v1")
+        if httpx.URL(url).userinfo:
+            raise PolicyError(f"the address of the server names a user; put the key into the environment variable {key} instead")
         self.version = 0
         self.model = model or ""
         self._url, self._seconds, self._context = url.rstrip("/"), seconds, context
-        self._key = key
+        self._key, self._secret = key, ""
         self._slots = Slots(concurrency)
         self._client: httpx.AsyncClient | None = None
 
@@ -66,7 +70,10 @@ class _Server(ABC):
         return self._context
 
     async def __aenter__(self) -> Self:
-        secret = os.environ.get(self._key)
+        secret = os.environ.get(self._key, "").strip()
+        if not (secret.isascii() and secret.isprintable()):
+            raise PolicyError(f"the environment variable {self._key} holds what cannot be a key")
+        self._secret = secret
         headers = {"Authorization": f"Bearer {secret}"} if secret else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._client = httpx.AsyncClient(headers=headers, timeout=self._seconds, limits=limits)
@@ -88,15 +95,20 @@ class _Server(ABC):
         assert self._client is not None
         try:
             reply = await self._client.get(f"{self._url}/models")
-            listed = reply.json()["data"] if reply.status_code == 200 else []
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        except httpx.HTTPError as error:
             raise PolicyError(f"no OpenAI-compatible server answers at {self._url}: {first_line(error)}") from error
-        found = next((m for m in listed if self.model in ("", m.get("id"))), None)
-        if found is None:
-            names = ", ".join(str(m.get("id")) for m in listed)
+        try:
+            listed = {str(m["id"]): m for m in reply.json()["data"]} if reply.status_code == 200 else {}
+        except (ValueError, KeyError, TypeError):
+            listed = {}
+        if not listed and self.model:
+            return  # it has no list; the first request will tell whether it has the model
+        if (self.model or next(iter(listed), "")) not in listed:
+            names = ", ".join(listed)
             raise PolicyError(f"{self._url} (status {reply.status_code}) does not list {self.model or 'a model'}; it has {names or 'none'}")
-        self.model = str(found["id"])
-        self._context = self._context or found.get("max_model_len")
+        self.model = self.model or next(iter(listed))
+        length = listed[self.model].get("max_model_len")
+        self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         """Sample one turn; see `ramet.agents.sampling.Policy`."""
@@ -109,7 +121,10 @@ class _Server(ABC):
             finished = None
             async with self._events({"model": self.model, "stream": True, **self._body(request)}) as events:
                 async for event in events:
-                    finished = self._take(event, request, partial) or finished
+                    try:
+                        finished = self._take(event, request, partial) or finished
+                    except (KeyError, TypeError, ValueError, AttributeError) as error:
+                        raise PolicyError(f"{self._url} sends an event that is not as the protocol has it: {first_line(error)}") from error
         finally:
             self._slots.release()
         if finished not in STOPS:
@@ -130,7 +145,7 @@ class _Server(ABC):
         try:
             async with self._client.stream("POST", f"{self._url}/{self.path}", json=body) as reply:
                 if reply.status_code != 200:
-                    raise _refusal(self._url, reply, await reply.aread())
+                    raise self._refusal(reply, await _beginning(reply))
                 yield self._decoded(reply)
         except (httpx.TransportError, httpx.StreamError) as error:
             raise TransientPolicyError(f"{self._url}: {type(error).__name__} {first_line(error)}") from error
@@ -156,24 +171,42 @@ class _Server(ABC):
                 yield event
 
     def _usage(self, event: Mapping[str, Any], partial: Partial, prompt: int) -> None:
-        """Prompt tokens computed and reused, as the server counts them; all computed, where it says nothing of reuse."""
+        """Prompt tokens computed and reused, of the `prompt` ids that were sent; all computed, where the server says nothing of reuse."""
         usage = event.get("usage")
-        total = int(usage["prompt_tokens"]) if usage else prompt
         cached = int(((usage or {}).get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        partial.prefilled, partial.cached = total - cached, cached
+        partial.cached = min(max(cached, 0), prompt)
+        partial.prefilled = prompt - partial.cached
+
+    def _refusal(self, reply: httpx.Response, body: bytes) -> PolicyError:
+        try:
+            said = json.loads(body)
+            said = said.get("error", said)
+            said = said.get("message", said) if isinstance(said, dict) else said
+        except (ValueError, AttributeError, RecursionError):
+            said = body[:200].decode("utf-8", "replace")
+        text = f"{self._url} answers {reply.status_code}: {str(said).strip()[:300]}"
+        if self._secret:
+            text = text.replace(self._secret, "...")
+        if reply.status_code in (408, 409, 429) or reply.status_code >= 500:
+            return TransientPolicyError(text, retry_after(reply.headers.get("retry-after")))
+        return PolicyError(text)
 
 
-def _refusal(url: str, reply: httpx.Response, body: bytes) -> PolicyError:
-    try:
-        said = json.loads(body)
-        said = said.get("error", said)
-        said = said.get("message", said) if isinstance(said, dict) else said
-    except (ValueError, AttributeError):
-        said = body[:200].decode("utf-8", "replace")
-    text = f"{url} answers {reply.status_code}: {str(said).strip()[:300]}"
-    if reply.status_code in (408, 409, 429) or reply.status_code >= 500:
-        return TransientPolicyError(text, retry_after(reply.headers.get("retry-after")))
-    return PolicyError(text)
+async def _beginning(reply: httpx.Response, most: int = 2**16) -> bytes:
+    """The first bytes of a reply; an error may come with a page of any length."""
+    body = b""
+    async for block in reply.aiter_bytes():
+        body += block
+        if len(body) >= most:
+            break
+    return body[:most]
+
+
+def _logprob(value: Any) -> float:
+    """A log-probability. Raises `ValueError` for what is no finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"a log-probability of {value!r}")
+    return float(value)
 
 
 def retry_after(value: str | None) -> float | None:
@@ -218,7 +251,7 @@ class CompletionsPolicy(_Server):
             if len(logprobs) != len(ids):
                 raise PolicyError(f"{self._url} returns {len(logprobs)} log-probabilities for {len(ids)} tokens")
             partial.ids += ids
-            partial.logprobs += [0.0] * len(ids) if request.sampling.temperature == 0 else map(float, logprobs)
+            partial.logprobs += [0.0] * len(ids) if request.sampling.temperature == 0 else map(_logprob, logprobs)
             finished = choice.get("finish_reason")
         self._usage(event, partial, len(request.prompt))
         return finished
@@ -227,7 +260,8 @@ class CompletionsPolicy(_Server):
 class WireFormat:
     """Messages as ids of our own: a few that mark roles, the others pieces of text. Tool calls are spelled Hermes tags.
 
-    A prompt is cut into pieces of four characters, about a token each, so that limits on context mean about what they say.
+    An id is the bytes of its piece, read as a number, so that a journal of ids can be read by any process. A prompt is cut into
+    pieces of four characters, about a token each: limits on context and counts of prompt tokens are estimates.
     """
 
     ROLES = ("system", "user", "assistant", "tool")
@@ -235,16 +269,14 @@ class WireFormat:
 
     def __init__(self) -> None:
         self.stop_ids = frozenset({self.END})
-        self._pieces: list[str] = [""] * (self.END + 1)
-        self._known: dict[str, int] = {}
 
     def piece(self, text: str) -> int:
         """The id of a piece of text."""
-        found = self._known.get(text)
-        if found is None:
-            found = self._known[text] = len(self._pieces)
-            self._pieces.append(text)
-        return found
+        return self.END + int.from_bytes(b"\1" + text.encode("utf-8", "replace"), "big")
+
+    def _text(self, piece: int) -> str:
+        number = piece - self.END
+        return number.to_bytes((number.bit_length() + 7) // 8, "big")[1:].decode("utf-8", "replace") if number > 0 else ""
 
     def _content(self, role: str, text: str) -> list[int]:
         return [self.ROLES.index(role), *(self.piece(text[i : i + 4]) for i in range(0, len(text), 4)), self.END]
@@ -266,7 +298,7 @@ class WireFormat:
         return parse_spelled(self.text(sampled))
 
     def text(self, ids: Sequence[int]) -> str:
-        return "".join(self._pieces[i] for i in ids)
+        return "".join(map(self._text, ids))
 
     def messages(self, ids: Sequence[int]) -> list[dict[str, str]]:
         """The messages that ids stand for. Tool results go as the user's, marked: servers differ in what else they take."""
@@ -275,7 +307,7 @@ class WireFormat:
             if i < self.END:
                 found.append({"role": self.ROLES[i], "content": ""})
             elif i > self.END and found:
-                found[-1]["content"] += self._pieces[i]
+                found[-1]["content"] += self._text(i)
         if found and found[-1] == {"role": "assistant", "content": ""}:
             found.pop()
         for message in found:
@@ -310,11 +342,14 @@ class ChatPolicy(_Server):
             if pieces and "".join(pieces) != said:  # tokens that are part of a character, or a stop token that is not shown
                 pieces = [said, *[""] * (len(pieces) - 1)]
             partial.ids += map(self._chat.piece, pieces)
-            partial.logprobs += [float(token.get("logprob") or 0.0) for token in tokens]
+            partial.logprobs += [_logprob(token.get("logprob") or 0.0) for token in tokens]
             finished = choice.get("finish_reason")
         usage = event.get("usage")
         if usage:  # tokens that came without text of their own are charged too, within the grant
-            missing = min(int(usage.get("completion_tokens") or 0), request.max_tokens) - len(partial.ids)
+            count = int(usage.get("completion_tokens") or 0)
+            if count > request.max_tokens:
+                raise PolicyError(f"{self._url} generated {count} tokens for a grant of {request.max_tokens}")
+            missing = count - len(partial.ids)
             partial.ids += [self._chat.piece("")] * missing
             partial.logprobs += [0.0] * missing
         self._usage(event, partial, len(request.prompt))

@@ -116,6 +116,11 @@ class Verifier:
 _VERIFIER: Verifier | None = None
 
 
+def expired() -> int:
+    """How many answers of this process could not be verified in time."""
+    return 0 if _VERIFIER is None else _VERIFIER.expired
+
+
 def _shared() -> Verifier:
     global _VERIFIER
     if _VERIFIER is None:

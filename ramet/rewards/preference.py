@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ramet.agents.chat import TextEncoder, chat_format
+from ramet.agents.tree import Message
 from ramet.errors import CheckpointError, RewardError, first_line
 
 
@@ -28,6 +30,7 @@ class PreferenceModel:
             self._model = AutoModelForSequenceClassification.from_pretrained(path, local_files_only=True).eval()
         except Exception as error:  # transformers raises many classes for a broken directory
             raise CheckpointError(f"reward model {path} cannot be loaded: {first_line(error)}") from error
+        self._encode = TextEncoder(self._tokenizer)
         if self._model.config.num_labels != 1:
             raise CheckpointError(f"{path} has {self._model.config.num_labels} outputs; a reward model has one")
 
@@ -35,10 +38,10 @@ class PreferenceModel:
     def score(self, question: str, answer: str) -> float:
         """Higher is better. Raises `RewardError` for what is too long to be read whole, and for a score that is no number."""
         if self._tokenizer.chat_template:
-            chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            ids = self._tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+            chat = chat_format("auto", self._tokenizer)
+            ids = [*chat.render([Message("user", question)], tools=False), *self._encode(answer), min(chat.stop_ids)]
         else:
-            ids = self._tokenizer.encode(f"{question}\n{answer}")
+            ids = self._encode(f"{question}\n{answer}")
         limit = self._model.config.max_position_embeddings
         if len(ids) > limit:
             raise RewardError(f"{len(ids)} tokens are more than the reward model's {limit}; nothing is scored in part")

@@ -115,3 +115,48 @@ def test_nesting_that_breaks_the_reader_is_damage(tmp_path):
     (tmp_path / "j").write_bytes(head + line + line)
     with pytest.raises(CheckpointError, match="damaged at line 2"):
         Journal(tmp_path / "j", "job")
+
+
+def test_errors_that_ended_a_run_are_not_replayed_for_ever(tmp_path):
+    """A server that is back is asked again; a failure that a sample followed is replayed with what it cost."""
+    import anyio
+
+    from ramet.agents.resume import JournaledPolicy
+    from ramet.agents.sampling import Partial, Sample, SampleRequest
+    from ramet.agents.tree import StopReason
+    from ramet.errors import PolicyError, TransientPolicyError
+
+    class Server:
+        version, context, down = 0, None, 3
+
+        async def sample(self, request, partial):
+            if self.down:
+                self.down -= 1
+                partial.ids += [1]
+                partial.logprobs += [0.0]
+                raise PolicyError("404") if request.seed else TransientPolicyError("503", 0.0)
+            return Sample((5,), (0.0,), StopReason.END)
+
+    async def ask(policy, seed):
+        partial = Partial()
+        try:
+            return (await policy.sample(SampleRequest((1,), 4, frozenset(), seed), partial)).ids
+        except PolicyError as error:
+            return f"{error} after {len(partial.ids)}"
+
+    def run(down, seed, times):
+        server = Server()
+        server.down = down
+        with Journal(tmp_path / f"{seed}", "job") as journal:
+            policy = JournaledPolicy(server, journal)
+
+            async def main():
+                return [await ask(policy, seed) for _ in range(times)]
+
+            return anyio.run(main), policy.replayed
+
+    assert run(2, 0, 2) == (["503 after 1"] * 2, 0)
+    assert run(1, 0, 2) == (["503 after 1", (5,)], 0), "the run that ended in errors begins anew"
+    assert run(0, 0, 4)[0][-1] == (5,) and run(0, 0, 1)[1] == 1
+    assert run(1, 7, 1) == (["404 after 1"], 0)
+    assert run(0, 7, 1) == ([(5,)], 0)

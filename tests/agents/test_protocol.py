@@ -166,3 +166,15 @@ def test_elision_keeps_its_limit_and_shows_itself(text, limit):
         assert cut == text
     else:
         assert "characters cut ...]" in cut or cut.endswith("…")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("`Answer: Paris`", "Paris"), ("**Answer:** Paris", "Paris"), ("**Answer: Paris**", "Paris"), ("> *Final answer*: 5", "5"),
+        ("# Answer: x", "x"), ("Answer: \\boxed{5}", "5"), ("The answer is: 7.", "7."), ("answer is 7", "answer is 7"),
+        ("Answer: `a_b`", "a_b"), ("Answer: **", None), ("Answer: 2*3", "2*3"),
+    ],
+)  # fmt: skip
+def test_answers_as_chat_models_write_them(text, expected):
+    assert extract_answer(text) == expected

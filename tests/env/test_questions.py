@@ -62,6 +62,8 @@ def test_order_is_seeded_and_fewer_are_the_first_of_more(tmp_path):
     env = MultihopEnvironment({"iid": path, "train": path}, name="hotpotqa")
     ids = [t.id for t in env.tasks("iid", 100, 3)]
     assert len(ids) == len(set(ids)) == 20
+    twice = MultihopEnvironment({"iid": write(tmp_path / "t.jsonl", hotpot(1), hotpot(1))}, name="hotpotqa")
+    assert len({t.id for t in twice.tasks("iid", 5, 0)}) == 2, "rows with the same id are different tasks"
     assert [t.id for t in env.tasks("iid", 7, 3)] == ids[:7]
     assert [t.id for t in env.tasks("iid", 100, 4)] != ids
     train = [t.id for t in env.tasks("train", 45, 0)]
@@ -103,7 +105,7 @@ def test_titles_only_and_support_only(tmp_path):
         (['{"question": "q"}'], "has no field 'answer'"),
         (['{"question": "", "answer": "a", "context": []}'], "its question is ''"),
         (['{"question": "q", "answer": "a", "context": []}'], "has no documents"),
-        (['{"question": "q", "answer": "a", "context": [["t", "not a list"], 5]}'], "not a list of"),
+        (['{"question": "q", "answer": "a", "context": [["t", "not a list"], 5]}'], "not as any of the sets"),
         (['{"question": "q", "answer": {"x": 1}, "context": [["t", ["s"]]]}'], "its answer is"),
         (["[1, 2]"], "not a list of rows"),
         ([""], "not a list of rows"),
@@ -150,15 +152,23 @@ def test_maths_sets(tmp_path):
     assert final_answer("work\n#### 1,234") == "1234"
     with pytest.raises(TaskError, match="neither"):
         final_answer("a\nb")
+    floats = write(tmp_path / "amc.jsonl", *({"problem": "p", "answer": v} for v in (1234567.0, 3.14159265, 12, "7")))
+    amc = MathsEnvironment({"iid": floats}, name="amc").tasks("iid", 9, 0)
+    assert {t.reference for t in amc} == {"1234567", "3.14159265", "12", "7"}
+    with pytest.raises(TaskError, match="its answer is 'nan'"):
+        MathsEnvironment({"iid": write(tmp_path / "nan.jsonl", {"problem": "p", "answer": float("nan")})}, name="amc").tasks("iid", 1, 0)
 
 
-def test_reasoning_gym_is_graded_by_itself():
+def test_reasoning_gym_is_graded_by_comparison_and_never_runs_an_answer():
     env = GymEnvironment("leg_counting")
     tasks = env.tasks("iid", 4, 0)
-    assert [env.grade(t, t.reference["answer"]) for t in tasks] == [1.0] * 4
+    assert [env.grade(t, f" {t.reference} ") for t in tasks] == [1.0] * 4
     assert [t.messages for t in tasks] == [t.messages for t in env.tasks("iid", 4, 0)]
     assert [t.messages for t in tasks] != [t.messages for t in env.tasks("iid", 4, 1)]
     assert env.grade(tasks[0], None) == 0.0
+    for name in ("string_insertion", "n_queens", "countdown", "puzzle24", "binary_matrix", "simple_integration"):
+        with pytest.raises(ConfigError, match="which may run answers as code"):
+            GymEnvironment(name).tasks("iid", 1, 0)
     with pytest.raises(ConfigError, match="does not make 'nonsense'"):
         GymEnvironment("nonsense").tasks("iid", 1, 0)
 

@@ -128,7 +128,16 @@ async def test_token_ids_go_out_and_come_back(monkeypatch):
         (lambda b, h: stream(h, {"error": {"message": "engine died"}}), TransientPolicyError, "engine died"),
         (lambda b, h: stream(h, {"choices": [{"text": "hi", "finish_reason": "stop"}]}), PolicyError, "use the chat backend"),
         (lambda b, h: stream(h, {"choices": [{"token_ids": [1, 2], "logprobs": None}]}), PolicyError, "0 log-probabilities for 2"),
-        (lambda b, h: stream(h, chunk([5], "content_filter")), TransientPolicyError, "content_filter"),
+        (lambda b, h: stream(h, chunk([5], "tool_calls")), TransientPolicyError, "tool_calls"),
+        (
+            lambda b, h: stream(h, {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [None]}}]}),
+            PolicyError,
+            "not as the protocol",
+        ),
+        (lambda b, h: stream(h, b'{"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [NaN]}}]}'), PolicyError, "not as the"),
+        (lambda b, h: stream(h, {"choices": "x"}), PolicyError, "not as the protocol"),
+        (lambda b, h: send(h, 401, b"bad key: Bearer sk-secret"), PolicyError, "401: bad key: Bearer ..."),
+        (lambda b, h: send(h, 500, b"y" * 2**20), TransientPolicyError, "500: y"),
         (lambda b, h: h.connection.shutdown(2), TransientPolicyError, "Error"),
         (lambda b, h: stream(h, b"x" * 2**23), PolicyError, "more than 4194304 bytes"),
     ],
@@ -170,6 +179,36 @@ async def test_no_server_and_no_model_are_named():
     with server(lambda b, h: None) as (url, _):
         with pytest.raises(PolicyError, match="does not list large; it has small"):
             await one(CompletionsPolicy(url, "large"))
+
+
+async def test_keys_that_are_none_and_users_in_addresses_are_refused_without_being_shown(monkeypatch):
+    with server(lambda b, h: stream(h, chunk([9], "stop"), USAGE)) as (url, asked):
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+        await one(CompletionsPolicy(url))
+        assert asked[0]["authorization"] == "Bearer sk-secret", "the newline of a secret file is not part of the key"
+        for bad in ("sk-sécret", "sk\rsecret"):
+            monkeypatch.setenv("OPENAI_API_KEY", bad)
+            with pytest.raises(PolicyError, match="holds what cannot be a key") as caught:
+                await one(CompletionsPolicy(url))
+            assert bad not in str(caught.value)
+    with pytest.raises(PolicyError, match="names a user") as caught:
+        CompletionsPolicy("http://me:hunter2@127.0.0.1/v1")
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_a_server_without_a_list_of_models_serves_the_one_that_is_named():
+    with server(lambda b, h: stream(h, chunk([9], "stop"), USAGE), {"object": "none"}) as (url, _):
+        assert (await one(CompletionsPolicy(url, "mine"))).ids == (9,)
+        with pytest.raises(PolicyError, match="does not list a model"):
+            await one(CompletionsPolicy(url))
+
+
+async def test_more_than_the_grant_is_an_error_not_a_discount():
+    events = [{"choices": [{"delta": {"content": "Answer: 7"}, "finish_reason": "stop"}]}, {"usage": {"completion_tokens": 99}}]
+    wire = WireFormat()
+    with server(lambda b, h: stream(h, *events)) as (url, _):
+        with pytest.raises(PolicyError, match="generated 99 tokens for a grant of 8"):
+            await one(ChatPolicy(url, wire), SampleRequest((1, wire.piece("hi"), wire.END, 2), 8, wire.stop_ids))
 
 
 async def test_requests_at_one_server_are_bounded():
@@ -231,7 +270,9 @@ async def test_a_tree_through_a_chat_server_is_priced_in_the_server_s_tokens_and
     assert len(asked) == 4 and tree.usage.clones == 1
     said = [call, "Answer: 42", "Answer: 43"]
     assert tree.usage.generated == sum(-(-len(text) // 3) + 1 for text in said)
-    assert tree.usage.prefilled == 150
+    assert tree.usage.prefilled == sum(len(branch.prompt) for branch in tree.branches) + len(tree.root.ids) - len(
+        tree.root.turns[-1].sampled
+    )
 
 
 async def test_text_that_the_server_gives_without_tokens_is_kept_and_charged():
@@ -246,7 +287,9 @@ async def test_text_that_the_server_gives_without_tokens_is_kept_and_charged():
     assert wire.text(sample.ids) == "Answer: 7" and len(sample.ids) == 6 and sample.stop is StopReason.LENGTH
 
 
-def test_the_wire_format_gives_messages_back():
+def test_the_wire_format_gives_messages_back_in_any_process():
+    ids_of = WireFormat().render([Message("user", "héllo 世界 \ud800")], tools=False)
+    assert WireFormat().messages(ids_of) == [{"role": "user", "content": "héllo 世界 ?"}]
     wire = WireFormat()
     ids = wire.render([Message("system", "be brief"), Message("user", "héllo ￿ <|im_end|>")], tools=False)
     ids += [wire.piece("I "), wire.piece("say"), *wire.after_turn("1: x", closed=False)]

@@ -24,7 +24,7 @@ from ramet.benchmarks.harness import Entry, Measured, grouped, measure
 from ramet.benchmarks.sweep import latex, price_table, table
 from ramet.cli import app
 from ramet.env.multihop import MultihopEnvironment
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, TransientPolicyError
 from ramet.nano import BASE
 from ramet.policy.openai import WireFormat
 
@@ -156,7 +156,7 @@ def test_prompt_tokens_do_not_depend_on_what_ran_before(env, tmp_path):
     async def run(policy: Says, name: str) -> list[Measured]:
         with Journal(tmp_path / name, name) as journal:
             entry = Entry("sc", methods.self_consistency(env, 3), Sampling(0.0), 0)
-            return await measure(policy, wire, entry, env, tasks, "iid", [60, 90], Budget(), journal, 0, repeats=2)
+            return await measure(policy, wire, entry, env, tasks, "iid", [72, 90], Budget(), journal, 0, repeats=2)
 
     said = lambda p, r: "Answer: x"  # noqa: E731
     cold, warm = (anyio.run(run, kind(wire, said), kind.__name__) for kind in (Says, Warm))
@@ -166,6 +166,38 @@ def test_prompt_tokens_do_not_depend_on_what_ran_before(env, tmp_path):
         # Three samples of one prompt of n tokens: it is computed once, and its last token for the others.
         n = m.outcome.prefilled - 2
         assert m.outcome.cached == 2 * (n - 1)
+
+
+def test_a_refused_attempt_has_read_nothing(env, tmp_path):
+    """What a server refused is computed by the attempt that it takes."""
+    wire = WireFormat()
+
+    class Refuses(Says):
+        refused = False
+
+        async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+            if not self.refused:
+                self.refused = True
+                raise TransientPolicyError("429", 0.0)
+            return await super().sample(request, partial)
+
+    async def run(policy: Says, name: str) -> list[Measured]:
+        with Journal(tmp_path / name, name) as journal:
+            entry = Entry("d", methods.told(methods.DIRECT), Sampling(0.0), 0)
+            return await measure(policy, wire, entry, env, env.tasks("iid", 2, 0), "iid", [60], Budget(), journal, 0, in_flight=1)
+
+    said = lambda p, r: "Answer: x"  # noqa: E731
+    assert anyio.run(run, Refuses(wire, said), "a") == anyio.run(run, Says(wire, said), "b")
+
+
+def test_small_budgets_make_fewer_contexts_not_useless_ones(env):
+    said = lambda prompt, request: "Answer: x"  # noqa: E731
+    for generated, samples, parts in ((10, 1, 1), (50, 2, 1), (64, 2, 1), (96, 4, 2), (400, 4, 3)):
+        assert len(answer(env, methods.self_consistency(env, 4), said, generated)[1].asked) == samples
+        outcome, policy, task = answer(env, methods.map_reduce(3), said, generated)
+        assert outcome.clones == parts
+        read = "".join(policy.wire.text(r.prompt) for r in policy.asked[:-1])
+        assert all(read.count(f"{key}: {value}") == 1 for key, value in task.documents.items()), "every document is read once"
 
 
 def fake(rng: random.Random, policies: int, tasks: int) -> list[Measured]:
@@ -229,6 +261,7 @@ def test_frontier_from_the_command_line(tmp_path, env):
     points = [r for r in records if r["record"] == "point"]
     names = {"direct", "self_consistency", "map_reduce", "retrieve", "delegate width 1", "delegate width 2"}
     assert {p["method"] for p in points} == names and {p["metric"] for p in points} == {"em", "f1"}
+    assert {p["model"] for p in points} == {str(BASE)}
     assert len(points) == 2 * 2 * 6 and all(p["env"] == "hotpotqa" and p["n"] == 2 and p["generated"] <= p["budget"] for p in points)
     assert {r["record"] for r in records} >= {"meta", "point", "comparison", "matched", "area"}
     folder = tmp_path / "f"
@@ -251,4 +284,7 @@ def test_what_cannot_be_measured_is_named(tmp_path, env):
     assert "no method magic" in run("--env", "hotpotqa", "--data", env.sources["iid"], "--methods", "magic")
     assert "env.kind" in run("--env", "chess")
     assert "env.data names no" in run("--env", "hotpotqa")
-    assert "for rows there is" in run("--env", "rows")
+    assert "for rows there is" in run("--env", "rows", "--methods", "cot")
+    assert "need documents" in run("--env", "gsm8k", "--data", "x.jsonl", "--methods", "cot,retrieve")
+    server = ("--set", "backend=completions", "--set", "url=http://127.0.0.1:9/v1")
+    assert "that it has loaded" in run("--env", "hotpotqa", "--data", env.sources["iid"], "--trained", str(BASE), *server)
