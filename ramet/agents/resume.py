@@ -20,6 +20,8 @@ from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, Sample
 from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError, TransientPolicyError
 
+GAVE_UP = "gave_up"
+
 
 class JournaledPolicy(PolicyWrapper):
     """`policy`, with every attempt that ended written to `journal` and those in it given back.
@@ -33,15 +35,24 @@ class JournaledPolicy(PolicyWrapper):
         self._journal = journal
         self._known: dict[tuple[str, int], deque[dict[str, Any]]] = {}
         for record in journal:
-            self._known.setdefault((record["group"], record["seed"]), deque()).append(record)
+            if GAVE_UP in record:
+                self._forget_errors()
+            else:
+                self._known.setdefault((record["group"], record["seed"]), deque()).append(record)
+        self.replayed = self.sampled = 0
+        """Attempts taken from the journal, and attempts made."""
+
+    def give_up(self) -> None:
+        """Note that the run ends because of errors: the next one asks again, instead of being given them."""
+        self._journal.append({GAVE_UP: True}, keep=False)
+
+    def _forget_errors(self) -> None:
+        """Drop the attempts that no sample came after."""
         for key, records in list(self._known.items()):
-            # Errors that nothing came after are what ended the run, or what it was interrupted in: they are not for ever.
             while records and "error" in records[-1]:
                 records.pop()
             if not records:
                 del self._known[key]
-        self.replayed = self.sampled = 0
-        """Attempts taken from the journal, and attempts made."""
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         asked = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling)).encode())

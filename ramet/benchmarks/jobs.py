@@ -22,7 +22,7 @@ from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine, weights_id
 from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig, write
-from ramet.errors import ConfigError, StorageError
+from ramet.errors import ConfigError, PolicyError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.checkpoint import TRAINER
 from ramet.policy.hf import HFPolicy
@@ -112,10 +112,14 @@ def run_measuring(
                         Journal(beside, journal.job) as samples,
                     ):
                         policy = JournaledPolicy(engine, samples)
-                        found += await measure(
-                            policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
-                            in_flight, config.eval.repeats, attempts, not config.env.language,
-                        )  # fmt: skip
+                        try:
+                            found += await measure(
+                                policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
+                                in_flight, config.eval.repeats, attempts, not config.env.language,
+                            )  # fmt: skip
+                        except PolicyError:
+                            policy.give_up()
+                            raise
                     beside.unlink()
         return found
 

@@ -164,6 +164,8 @@ def run_one(
                 return await grow_live(source, chat, task, budget, seed, Sampling(temperature=temperature))
 
         tree = anyio.run(main)
+        if tree.root.status is Status.FAILED and isinstance(source, JournaledPolicy):
+            source.give_up()
     if isinstance(source, JournaledPolicy) and source.replayed:
         console.print(f"{source.replayed} samples taken from {kept}, {source.sampled} made")
     if tree.root.status is Status.FAILED:

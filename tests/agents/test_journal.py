@@ -118,7 +118,7 @@ def test_nesting_that_breaks_the_reader_is_damage(tmp_path):
 
 
 def test_errors_that_ended_a_run_are_not_replayed_for_ever(tmp_path):
-    """A server that is back is asked again; a failure that a sample followed is replayed with what it cost."""
+    """A run that gave up asks again; one that was interrupted is given its failures with what they cost."""
     import anyio
 
     from ramet.agents.resume import JournaledPolicy
@@ -144,19 +144,23 @@ def test_errors_that_ended_a_run_are_not_replayed_for_ever(tmp_path):
         except PolicyError as error:
             return f"{error} after {len(partial.ids)}"
 
-    def run(down, seed, times):
+    def run(name, down, seed, times):
         server = Server()
         server.down = down
-        with Journal(tmp_path / f"{seed}", "job") as journal:
+        with Journal(tmp_path / f"{name}{seed}", "job") as journal:
             policy = JournaledPolicy(server, journal)
 
             async def main():
                 return [await ask(policy, seed) for _ in range(times)]
 
-            return anyio.run(main), policy.replayed
+            said = anyio.run(main)
+            if "give up" in name:
+                policy.give_up()
+            return said, policy.replayed
 
-    assert run(2, 0, 2) == (["503 after 1"] * 2, 0)
-    assert run(1, 0, 2) == (["503 after 1", (5,)], 0), "the run that ended in errors begins anew"
-    assert run(0, 0, 4)[0][-1] == (5,) and run(0, 0, 1)[1] == 1
-    assert run(1, 7, 1) == (["404 after 1"], 0)
-    assert run(0, 7, 1) == ([(5,)], 0)
+    assert run("interrupted", 2, 0, 2) == (["503 after 1"] * 2, 0)
+    assert run("interrupted", 0, 0, 3) == (["503 after 1", "503 after 1", (5,)], 2)
+    for seed, error in ((0, "503"), (7, "404")):
+        assert run("give up", 2, seed, 2) == ([f"{error} after 1"] * 2, 0)
+        assert run("give up", 0, seed, 1) == ([(5,)], 0)
+        assert run("give up", 0, seed, 1) == ([(5,)], 1), "what was sampled is kept"
