@@ -116,7 +116,8 @@ def frontier_job(
             entry = tree_entry(name, config, name == "trained")
             with Journal(directory / f"{name}.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
                 measured += run_measuring(config, path, [entry], env.splits, journal, weights)
-    winner = "trained" if trained is not None else next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
+    delegates = next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
+    winner = "trained" if trained else "solo" if solo else delegates
     models = {"trained": trained or policy, "solo": solo or policy}
     records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, models, policy)]
     write_json(directory / "results.json", records)
