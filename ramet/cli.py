@@ -183,7 +183,7 @@ def reproduce(
 @app.command()
 def frontier(
     policy: Annotated[
-        str, typer.Option(help="A model: smollm2-135m, a directory, a run folder, a hub id; a chat server's name.")
+        str, typer.Option(help="A model: smollm2-135m, a directory, a run folder, hf:owner/name; a chat server's name.")
     ] = "smollm2-135m",
     env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, reference.")] = None,
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,

@@ -148,7 +148,7 @@ class EvalConfig(BaseModel):
 class RunConfig(BaseModel):
     """One run: what learns, on what, under which budgets.
 
-    model          "nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or a hub id
+    model          "nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name
     backend        what samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)
     url            of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
     budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given

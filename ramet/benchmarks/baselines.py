@@ -77,6 +77,19 @@ def checked(tree: Tree) -> Tree:
     return tree
 
 
+async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequence[Budget], seeds: Sequence[int]) -> list[Tree]:
+    """The trees of several tasks grown at the same time."""
+    trees: list[Tree | None] = [None] * len(tasks)
+
+    async def one(i: int) -> None:
+        trees[i] = checked(await runtime.run(tasks[i], budgets[i], seeds[i]))
+
+    async with task_group() as group:
+        for i in range(len(tasks)):
+            group.start_soon(one, i)
+    return [grown for grown in trees if grown is not None]
+
+
 async def tree(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
     """Let the model decide within the budget."""
     grown = checked(await runtime.run(task, budget, seed))
@@ -143,17 +156,9 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
         # The reducer keeps twelve tokens for each result that it has to add, and the answer.
         kept = 0 if len(groups) == 1 else min(12 * len(groups), generated // 2)
         shares = fair_shares(generated - kept, [None] * len(groups))
-        trees: list[Tree | None] = [None] * len(groups)
-
-        async def clone(i: int) -> None:
-            part = Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, OBJECTIVE, groups[i])),))
-            limits = budget.model_copy(update={"generated": shares[i], "depth": 0})
-            trees[i] = checked(await runtime.run(part, limits, seed_of(seed, "map", i)))
-
-        async with task_group() as group:
-            for i in range(len(groups)):
-                group.start_soon(clone, i)
-        done = [grown for grown in trees if grown is not None]
+        parts = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, OBJECTIVE, keys)),)) for i, keys in enumerate(groups)]
+        budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for share in shares]
+        done = await side_by_side(runtime, parts, budgets, [seed_of(seed, "map", i) for i in range(len(groups))])
         spent = sum(grown.usage.generated for grown in done)
         path = max(grown.usage.critical_path for grown in done)
         if len(groups) == 1:

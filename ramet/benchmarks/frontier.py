@@ -20,8 +20,6 @@ def _scores(measured: Sequence[Measured]) -> dict[str, list[float]]:
     return scores
 
 
-COSTS = ("generated", "prefilled", "critical_path", "attention", "seconds", "money")
-"""What accuracy is drawn against: tokens, token pairs, seconds on the clock, and what a price table makes of tokens."""
 MILLION = 1e6
 
 

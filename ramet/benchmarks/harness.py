@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from typing import Any
 
 import anyio
@@ -37,7 +36,8 @@ class Entry:
     method: Method
     sampling: Sampling
     depth: int | None
-    width: int | None = 32
+    width: int | None = None
+    """Clones in one call; None: as the budget has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Measured:
         return cls(**values)  # type: ignore[arg-type]
 
 
-_READ: ContextVar[list[list[tuple[int, ...]]]] = ContextVar("contexts_read")
+_READ: ContextVar[list[tuple[int, ...]]] = ContextVar("contexts_read")
 
 
 class FreshCache(PolicyWrapper):
@@ -75,10 +75,8 @@ class FreshCache(PolicyWrapper):
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         read = _READ.get()
-        contexts = (tuple(chain.from_iterable(parts)) for parts in read)
-        cached = min(max((common_prefix(request.prompt, context) for context in contexts), default=0), len(request.prompt) - 1)
-        context = [request.prompt]
-        read.append(context)
+        cached = min(max((common_prefix(request.prompt, context) for context in read), default=0), len(request.prompt) - 1)
+        read.append(request.prompt)
         inner = Partial(partial.ids, partial.logprobs)
         try:
             sample = await self._policy.sample(request, inner)
@@ -86,8 +84,8 @@ class FreshCache(PolicyWrapper):
             if inner.prefilled or inner.cached:
                 partial.prefilled, partial.cached = len(request.prompt) - cached, cached
             else:
-                read.remove(context)  # an attempt that was refused has read nothing
-        context.append(sample.ids)
+                read.remove(request.prompt)  # an attempt that was refused has read nothing
+        read.append(request.prompt + sample.ids)
         return replace(sample, prefilled=len(request.prompt) - cached, cached=cached)
 
 
@@ -126,8 +124,8 @@ async def measure(
         for budget, task, repeat in missing:
             if drain.requested():
                 return
-            width = entry.width if template.width is None else min(template.width, entry.width or template.width)
-            limits = template.model_copy(update={"generated": budget, "depth": entry.depth, "width": width})
+            width = {} if entry.width is None else {"width": entry.width}
+            limits = template.model_copy(update={"generated": budget, "depth": entry.depth, **width})
             place = f"{entry.policy}/{task.id}" if repeat == 0 else f"{entry.policy}/{task.id}/{repeat}"
             _READ.set([])
             started = anyio.current_time()

@@ -21,9 +21,8 @@ from ramet.agents.budget import Budget, fair_shares
 from ramet.agents.context import ContextStore, clone_prompt
 from ramet.agents.protocol import CloneResult, render_results
 from ramet.agents.runtime import Runtime
-from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Task, Tree
-from ramet.benchmarks.baselines import Method, Outcome, checked, only_generated, outcome, support_recall, tree
+from ramet.benchmarks.baselines import Method, Outcome, checked, only_generated, outcome, side_by_side, support_recall, tree
 from ramet.config import EnvConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
@@ -66,19 +65,6 @@ def told(instruction: str) -> Method:
         return await tree(runtime, instructed(task, instruction), budget, seed)
 
     return method
-
-
-async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequence[Budget], seeds: Sequence[int]) -> list[Tree]:
-    """The trees of several tasks grown at the same time."""
-    trees: list[Tree | None] = [None] * len(tasks)
-
-    async def one(i: int) -> None:
-        trees[i] = checked(await runtime.run(tasks[i], budgets[i], seeds[i]))
-
-    async with task_group() as group:
-        for i in range(len(tasks)):
-            group.start_soon(one, i)
-    return [grown for grown in trees if grown is not None]
 
 
 def _limited(budget: Budget, share: int) -> Budget:

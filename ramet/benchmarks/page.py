@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.benchmarks.report import STYLE, table
-from ramet.errors import StorageError
+from ramet.benchmarks.show import write_text
 
 SCRIPT = Path(__file__).with_name("page.js")
 _MORE = """
@@ -58,7 +58,4 @@ def write_page(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> 
             parts.append(f'<p class="note">{escape(about)}</p>')
     parts.append(f'<script type="application/json" id="points">{data}</script><script>{SCRIPT.read_text()}</script>')
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}{_MORE}</style>'
-    try:
-        path.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n')
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n')

@@ -62,7 +62,12 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
             from ramet.policy.vllm import VLLMPolicy
 
             policy = VLLMPolicy(path, dtype=config.dtype)
-    return policy, chat, lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+    return policy, chat, token_count(tokenizer)
+
+
+def token_count(tokenizer: Any) -> Callable[[str], int]:
+    """Tokens of a text, by this tokenizer."""
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
 def engine_id(config: RunConfig, model: str | Path) -> str:
@@ -83,7 +88,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     if config.backend != "transformers":
         raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
     model, tokenizer, chat = open_model(config)
-    env = config.env.build(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+    env = config.env.build(token_count(tokenizer))
     depth = config.budget.depth if spawn else 0
 
     def draw(update: int) -> list[tuple[Task, Budget]]:

@@ -201,10 +201,15 @@ def resolve(policy: str) -> Path:
 
 def write_json(path: Path, records: list[dict[str, Any]]) -> None:
     """A list of flat records, written whole or not at all."""
+    write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, written whole or not at all. Raises `StorageError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".draft")
-        draft.write_text(json.dumps(records, indent=1, allow_nan=False) + "\n")
+        draft.write_text(text)
         draft.replace(path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -24,11 +24,11 @@ from ramet.benchmarks.harness import Entry, Measured, grouped, point
 from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, tree_entry
 from ramet.benchmarks.page import write_page
 from ramet.benchmarks.session import engine_id, meta, weights_id
-from ramet.benchmarks.show import resolve, write_json
+from ramet.benchmarks.show import resolve, write_json, write_text
 from ramet.config import RunConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
-from ramet.errors import ConfigError, StorageError
+from ramet.errors import ConfigError
 from ramet.rewards.maths import SECONDS, expired
 from ramet.rewards.preference import PreferenceModel
 
@@ -123,8 +123,8 @@ def frontier_job(
     write_json(directory / "results.json", records)
     plots.costs(records, directory / "frontier.png")
     write_page(directory / "report.html", f"{policy} on {config.env.kind}", records)
-    _write(directory / "results.csv", table(records))
-    _write(directory / "results.tex", latex(records))
+    write_text(directory / "results.csv", table(records))
+    write_text(directory / "results.tex", latex(records))
     first = env.metrics[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
     _say(records, first)
@@ -236,10 +236,3 @@ def _say(records: Sequence[Mapping[str, Any]], metric: str) -> None:
             f"{rows[0]['policy']} for at most what {baseline} spent ({split}, {metric}): clearly better at {better}, "
             f"clearly worse at {worse} of {len(known)} budgets" + (f"; at {none} it costs more at any budget" if none else "")
         )
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
