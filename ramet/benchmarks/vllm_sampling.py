@@ -19,15 +19,16 @@ from rich.table import Table
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import SampleRequest
-from ramet.agents.tree import Tree
+from ramet.agents.tree import Status, Tree
 from ramet.benchmarks.sampling import Recorder
 from ramet.benchmarks.session import meta
 from ramet.benchmarks.show import resolve, write_json
 from ramet.env.arithmetic import RowsEnvironment
+from ramet.errors import PolicyError
 from ramet.policy.models import load_tokenizer
 from ramet.policy.vllm import VLLMPolicy
 
-IN_FLIGHT = 64
+IN_FLIGHT = 256
 console = Console()
 
 
@@ -53,6 +54,9 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
                 jobs = (Job(task, budget, repeats * i + number) for i, task in enumerate(tasks))
                 async with Runtime(recorder, chat).run_many(jobs, in_flight=IN_FLIGHT) as results:
                     trees = [tree async for _, tree in results]
+                for tree in trees:
+                    if tree.root.status is Status.FAILED:
+                        raise PolicyError(tree.error)
                 rates.append(sum(tree.usage.generated for tree in trees) / (time.perf_counter() - begun))
                 requests = recorder.requests
                 await policy.forget()

