@@ -17,11 +17,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ramet.agents.protocol import tool_schema
-from ramet.agents.tree import Message
+from ramet.agents.tree import Message, Segment
 from ramet.errors import ChatFormatError
 
 
@@ -34,11 +34,21 @@ class ParsedTurn:
     error: str = ""
 
 
+See = Callable[[Segment], Sequence[int]]
+
+
+def blind(segment: Segment) -> Sequence[int]:
+    """For formats of models without vision."""
+    raise ChatFormatError(f"the task has a video ({segment.file}), and this model has no vision here; choose one that has")
+
+
 class ChatFormat(Protocol):
     """How a model's conversations are spelled in token ids."""
 
     stop_ids: frozenset[int]
     """Ids that end a turn."""
+    see: See
+    """The placeholder ids of a video; formats of models without vision refuse."""
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
         """A branch's prompt, up to and including the opening of the first assistant turn."""
@@ -131,7 +141,17 @@ def _index(ids: list[int], wanted: int, start: int) -> int | None:
         return None
 
 
-class ControlTokenFormat:
+class _Content:
+    """The content of a message as ids: its videos, then its text."""
+
+    _encode: TextEncoder
+    see: See = staticmethod(blind)
+
+    def _content(self, message: Message) -> list[int]:
+        return [*(i for segment in message.media for i in self.see(segment)), *self._encode(message.content)]
+
+
+class ControlTokenFormat(_Content):
     """The nano model's format: every piece of structure is one control token.
 
     `<|begin|>`, then `<|tools|>` if the branch may spawn, then messages `<|role|>content<|end|>`.
@@ -152,7 +172,7 @@ class ControlTokenFormat:
             ids.append(self._id["<|tools|>"])
         for message in messages:
             if message.role != "system":
-                ids += [self._id[f"<|{message.role}|>"], *self._encode(message.content), self._id["<|end|>"]]
+                ids += [self._id[f"<|{message.role}|>"], *self._content(message), self._id["<|end|>"]]
         return [*ids, self._id["<|assistant|>"]]
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
@@ -173,7 +193,7 @@ class ControlTokenFormat:
         return _decode(self._tokenizer, ids)
 
 
-class ChatMLFormat:
+class ChatMLFormat(_Content):
     """`<|im_start|>role ... <|im_end|>` with Hermes tool calls.
 
     Where the tokenizer has `<tool_call>` as one token (Qwen) only that token opens a call; where it
@@ -205,7 +225,7 @@ class ChatMLFormat:
                 *self._closing(),
             ]
         for message in messages:
-            ids += self._opening(message.role) + self._encode(message.content) + self._closing()
+            ids += self._opening(message.role) + self._content(message) + self._closing()
         return ids + self._opening("assistant")
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
@@ -291,7 +311,7 @@ def mistral_calls(text: str) -> tuple[str, ...]:
     return tuple(json.dumps(call) for call in data) if isinstance(data, list) and data else (text.strip(),)
 
 
-class TemplateFormat:
+class TemplateFormat(_Content):
     """Any Hugging Face chat template, by prefix difference.
 
     The template is rendered with placeholders where content goes; the text around them is encoded
@@ -335,7 +355,7 @@ class TemplateFormat:
             before, found, text = text.partition(_slot(i))
             if not found:
                 raise ChatFormatError(f"the template leaves out the {message.role} message")
-            ids += self._encode_template(before) + self._encode(message.content)
+            ids += self._encode_template(before) + self._content(message)
         return ids + self._encode_template(text)
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
@@ -396,7 +416,7 @@ def _fold_system(messages: Sequence[Message]) -> list[Message]:
     """System messages put at the head of the first other one, for templates that have no system role."""
     system = [m.content for m in messages if m.role == "system"]
     rest = [m for m in messages if m.role != "system"]
-    return [Message(rest[0].role, "\n\n".join([*system, rest[0].content])), *rest[1:]] if system and rest else rest
+    return [replace(rest[0], content="\n\n".join([*system, rest[0].content])), *rest[1:]] if system and rest else rest
 
 
 def _slot(index: int) -> str:

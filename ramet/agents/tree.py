@@ -47,11 +47,21 @@ class Status(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of a video, in seconds from its beginning; to its end if `end` is None."""
+
+    file: str
+    start: float = 0.0
+    end: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. `content` is untrusted: no part of it can become a control token."""
+    """One chat message. `content` is untrusted: no part of it can become a control token. `media` stand before it."""
 
     role: Role
     content: str
+    media: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ demonstrations, as it is in the vocabulary of a large model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ramet.agents.chat import ControlTokenFormat
@@ -15,8 +15,8 @@ from ramet.agents.chat import ControlTokenFormat
 SPLIT = r"[0-9+\-=\n]|(?<![A-Za-z])[A-Z](?![A-Za-z])"
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Any:
-    """A Hugging Face fast tokenizer with the nano format's control tokens."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int = 512, extra: Sequence[str] = ()) -> Any:
+    """A Hugging Face fast tokenizer with the nano format's control tokens, and `extra` ones."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(ControlTokenFormat.CONTROL),
+        special_tokens=[*ControlTokenFormat.CONTROL, *extra],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -40,5 +40,5 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 512) -> Any:
         pad_token="<|pad|>",
         bos_token="<|begin|>",
         eos_token="<|end|>",
-        extra_special_tokens=list(ControlTokenFormat.CONTROL[3:]),
+        extra_special_tokens=[*ControlTokenFormat.CONTROL[3:], *extra],
     )

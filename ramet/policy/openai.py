@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import httpx
 
-from ramet.agents.chat import ParsedTurn, parse_spelled, tool_preamble
+from ramet.agents.chat import ParsedTurn, See, blind, parse_spelled, tool_preamble
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, StopReason
@@ -266,6 +266,7 @@ class WireFormat:
 
     ROLES = ("system", "user", "assistant", "tool")
     END = len(ROLES)
+    see: See = staticmethod(blind)
 
     def __init__(self) -> None:
         self.stop_ids = frozenset({self.END})
@@ -288,6 +289,8 @@ class WireFormat:
         ids = self._content("system", system) if system else []
         for message in messages:
             if message.role != "system":
+                for segment in message.media:
+                    self.see(segment)
                 ids += self._content(message.role, message.content)
         return [*ids, self.ROLES.index("assistant")]
 

@@ -1,0 +1,101 @@
+"""Clips whose truth is known, drawn here: squares of a colour, several squares, one colour after another.
+
+The clips of the category `order` show the same kind of frames in either order, so that nothing but their order answers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ramet.errors import ConfigError, StorageError
+
+COLOURS = {
+    "red": (210, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (50, 70, 210),
+    "yellow": (225, 210, 50),
+    "purple": (150, 60, 180),
+    "white": (240, 240, 240),
+}
+CATEGORIES = ("colour", "count", "order")
+SIDE, FRAMES, RATE = 56, 8, 8
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One clip: its frames, a question about it and what is right."""
+
+    frames: np.ndarray
+    question: str
+    answer: str
+    choices: tuple[str, ...]
+    category: str
+
+
+def draw_clip(category: str, rng: random.Random) -> Drawn:
+    """A clip of a category, at random."""
+    background = np.random.default_rng(rng.getrandbits(32)).integers(90, 130, (FRAMES, SIDE, SIDE, 3)).astype(np.uint8)
+    names = rng.sample(list(COLOURS), len(COLOURS))
+    if category == "colour":
+        _square(background, COLOURS[names[0]], rng)
+        return Drawn(background, "What colour is the square?", names[0], tuple(COLOURS), category)
+    if category == "count":
+        number = rng.randint(1, 4)
+        for corner in rng.sample([(4, 4), (4, 32), (32, 4), (32, 32)], number):
+            _square(background, COLOURS["white"], rng, corner)
+        return Drawn(background, "How many squares are there?", str(number), ("1", "2", "3", "4"), category)
+    if category == "order":
+        corner = (rng.randrange(2, 28), rng.randrange(2, 28))
+        for half, name in zip((background[: FRAMES // 2], background[FRAMES // 2 :]), names, strict=False):
+            _square(half, COLOURS[name], rng, corner)
+        return Drawn(background, "Which colour comes first?", names[0], tuple(sorted(names[:2])), category)
+    raise ConfigError(f"no clips of category {category!r}; there are {', '.join(CATEGORIES)}")
+
+
+def _square(frames: np.ndarray, colour: tuple[int, int, int], rng: random.Random, corner: tuple[int, int] | None = None) -> None:
+    y, x = corner or (rng.randrange(2, 30), rng.randrange(2, 30))
+    size = 20 if corner else rng.randrange(18, 25)
+    frames[:, y : y + size, x : x + size] = colour
+
+
+def write_clip(path: Path, frames: np.ndarray, rate: int = RATE) -> None:
+    """Frames (n, height, width, 3) as a file that PyAV reads."""
+    import av
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg4", rate=rate, options={"qscale": "2"})
+            stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def make_questions(folder: Path, count: int, seed: int, categories: Sequence[str] = CATEGORIES) -> list[dict[str, Any]]:
+    """`count` clips in `folder`, a category after another, and their questions as rows; also in `questions.jsonl`."""
+    rows = []
+    for index in range(count):
+        drawn = draw_clip(categories[index % len(categories)], random.Random(f"clip/{seed}/{index}"))
+        path = folder / f"{seed}-{index:05d}.mp4"
+        if not path.exists():
+            draft = path.with_name(f"draft-{path.name}")
+            write_clip(draft, drawn.frames)
+            draft.replace(path)
+        rows.append(
+            {
+                "id": f"{drawn.category}-{seed}-{index}", "video": path.name, "question": drawn.question, "answer": drawn.answer,
+                "choices": list(drawn.choices), "category": drawn.category,
+            }
+        )  # fmt: skip
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows

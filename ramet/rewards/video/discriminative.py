@@ -1,0 +1,286 @@
+"""VideoDRM: a vision-language model with a scalar head in place of its vocabulary, trained on preferences.
+
+    drm = VideoDRM.load(Path("drm"))
+    drm.score([Item(Segment("clip.mp4"), "What colour is the square?", "Answer: red")])    # higher is better
+
+The published model's backbone, head and loss are not public: those here are our design (see docs/video-rewards.md). Any Hugging
+Face vision-language model that follows the call of Qwen2.5-VL and Qwen3-VL can be the base.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from ramet.agents.chat import ChatFormat, TextEncoder, chat_format
+from ramet.agents.tree import Message, Segment
+from ramet.errors import CheckpointError, RewardError, StorageError, first_line
+from ramet.policy.lora import merged
+from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs
+from ramet.rewards.video.frames import content_id
+
+SETTINGS = "video_drm.json"
+SCORES = 2**16
+"""Scores that are remembered."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An answer to a question about a video. No video: the question is asked blind."""
+
+    video: Segment | None
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class DRMSettings:
+    """What a checkpoint needs beside its weights.
+
+    pooling      of which hidden state the score is a function: the last token's, or the mean over the answer
+    temperature  by which a difference of scores is divided before it is read as log-odds; see `calibrate`
+    centre       the score that counts as neither good nor bad
+    """
+
+    pooling: Literal["last", "mean"] = "last"
+    look: Look = field(default_factory=Look)
+    temperature: float = 1.0
+    centre: float = 0.0
+
+
+class Scorer(PreTrainedModel):  # type: ignore[misc]
+    """The backbone without its vocabulary and a linear score in float32. Its call is the backbone's; `logits` are (B, 1).
+
+    `answer_mask` (B, T) marks the answer, for pooling by mean. Padding may be on either side.
+    """
+
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: Any, backbone: Any = None, pooling: str = "last"):
+        config.num_labels = 1
+        super().__init__(config)
+        self.model = AutoModel.from_config(config) if backbone is None else backbone
+        self.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.score.weight, std=0.01)
+        self.pooling = pooling
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor | None = None, margin: Any = None, **inputs: Any
+    ) -> SequenceClassifierOutput:
+        """`margin` is for the loss, which is not computed here."""
+        inputs["use_cache"] = False
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        return SequenceClassifierOutput(logits=self.head(self.pool(hidden, attention_mask, answer_mask)))
+
+    def head(self, pooled: Tensor) -> Tensor:
+        """(B, 1) float32 of (B, d), also where the backbone is in bfloat16."""
+        return nn.functional.linear(pooled.float(), self.score.weight.float())
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor, answer_mask: Tensor | None) -> Tensor:
+        """(B, d) of (B, T, d)."""
+        if self.pooling == "mean":
+            assert answer_mask is not None
+            weights = answer_mask.to(hidden.dtype)
+            return (hidden * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (places * attention_mask).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+class VideoDRM:
+    """Scores answers. `scorer` is the network; build one with `from_base`, or `load` a trained one."""
+
+    def __init__(self, scorer: Scorer, tokenizer: Any, settings: DRMSettings, max_batch: int = 16):
+        self.scorer, self.tokenizer, self.settings, self.max_batch = scorer, tokenizer, settings, max_batch
+        self.chat: ChatFormat = chat_format("auto", tokenizer)
+        self.name = "VideoDRM"
+        self._encode = TextEncoder(tokenizer)
+        self.reader = VideoReader(scorer.config, tokenizer, settings.look)
+        self.chat.see = self.reader.ids
+        self._known: OrderedDict[tuple[Any, ...], float] = OrderedDict()
+        self.passes = 0
+        """Forward passes made so far."""
+
+    @classmethod
+    def from_base(cls, path: Path, settings: DRMSettings, seed: int = 0, dtype: torch.dtype = torch.float32) -> VideoDRM:
+        """An untrained one on the model of a directory."""
+        from transformers import AutoTokenizer
+
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{path} is not a model directory: it has no config.json")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            backbone = AutoModel.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+        except Exception as error:  # transformers raises many classes for a broken directory
+            raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return cls(Scorer(backbone.config, backbone, settings.pooling), tokenizer, settings)
+
+    def save(self, path: Path) -> None:
+        """Weights (adapters merged), configuration, tokenizer and settings in a directory."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            state = merged(self.scorer) or self.scorer.state_dict()
+            save_file({name: value.detach().contiguous().clone() for name, value in state.items()}, path / "model.safetensors")
+            self.scorer.config.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+            (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu", **options: Any) -> VideoDRM:
+        """A trained one. Raises `CheckpointError` for what is missing or does not fit."""
+        from transformers import AutoTokenizer
+
+        if not (path / SETTINGS).exists():
+            raise CheckpointError(f"{path} holds no VideoDRM ({SETTINGS} is missing); train one with `ramet reward train-drm`")
+        try:
+            data = json.loads((path / SETTINGS).read_text())
+            settings = DRMSettings(**{**data, "look": Look(**data["look"])})
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            config = AutoConfig.from_pretrained(path, local_files_only=True)
+            weights = load_file(path / "model.safetensors")
+            config.dtype = next(iter(weights.values())).dtype
+            with torch.random.fork_rng():
+                scorer = Scorer(config, None, settings.pooling)
+            scorer.load_state_dict(weights)
+        except Exception as error:  # of json, transformers, safetensors and torch
+            raise CheckpointError(f"the VideoDRM in {path} cannot be loaded: {first_line(error)}") from error
+        return cls(scorer.to(device).eval(), tokenizer, settings, **options)
+
+    def look(self, **changes: Any) -> VideoDRM:
+        """The same model looking at videos otherwise (`frames`, `order`)."""
+        settings = replace(self.settings, look=replace(self.settings.look, **changes))
+        return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
+
+    def prompt(self, video: Segment | None, question: str) -> Prompted:
+        """What stands before an answer."""
+        media = () if video is None else (video,)
+        ids = self.chat.render([Message("user", question, media)], tools=False)
+        return Prompted(ids, tuple(self.reader(segment).video for segment in media))
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """An answer and the end of its turn. Answers are untrusted text: none of it can become a control token."""
+        return [*self._encode(answer), min(self.chat.stop_ids)]
+
+    def _whole(self, prompt: Prompted, answer: list[int]) -> list[int]:
+        ids, limit = [*prompt.ids, *answer], self.scorer.config.get_text_config().max_position_embeddings
+        if len(ids) > limit:
+            raise RewardError(f"{len(ids)} tokens are more than the reward model's {limit}; nothing is scored in part. Show fewer frames")
+        return ids
+
+    def batch(
+        self, prompts: Sequence[Prompted], answers: Sequence[list[int]], side: Literal["left", "right"] = "right"
+    ) -> dict[str, Tensor]:
+        """Inputs of `Scorer` for one answer to each prompt."""
+        wholes = [Prompted(self._whole(p, a), p.videos) for p, a in zip(prompts, answers, strict=True)]
+        inputs = model_inputs(self.scorer.config, wholes, self.tokenizer.pad_token_id or 0, side)
+        mask = torch.zeros_like(inputs["attention_mask"])
+        for place, (whole, answer) in enumerate(zip(wholes, answers, strict=True)):
+            end = mask.shape[1] if side == "left" else len(whole.ids)
+            mask[place, end - len(answer) : end] = 1
+        return inputs | {"answer_mask": mask}
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        """One score an item, higher is better; answers to the same question are scored in one pass. Known ones are not computed again.
+
+        Raises `TaskError` for a video that cannot be read, `RewardError` for what is too long and for a score that is no number.
+        """
+        keys = [self._key(item) for item in items]
+        missing: dict[tuple[Any, ...], Item] = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        found: dict[tuple[Any, ...], float] = {key: self._known[key] for key in keys if key in self._known}
+        groups: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], Item]]] = {}
+        for key, item in missing.items():
+            groups.setdefault(key[:-1], []).append((key, item))
+        singles = [group[0] for group in groups.values() if len(group) == 1]
+        for start in range(0, len(singles), self.max_batch):
+            part = singles[start : start + self.max_batch]
+            found |= zip([key for key, _ in part], self._singly([item for _, item in part]), strict=True)
+        for group in groups.values():
+            if len(group) > 1:
+                first = group[0][1]
+                scores = self.score_together(first.video, first.question, [item.answer for _, item in group])
+                found |= zip([key for key, _ in group], scores, strict=True)
+        self._known.update(found)
+        while len(self._known) > SCORES:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
+
+    def _key(self, item: Item) -> tuple[Any, ...]:
+        video = item.video
+        seen = None if video is None else (content_id(Path(video.file)), video.start, video.end)
+        return (seen, item.question, item.answer)
+
+    @torch.inference_mode()
+    def _singly(self, items: Sequence[Item]) -> list[float]:
+        inputs = self.batch([self.prompt(i.video, i.question) for i in items], [self.answer_ids(i.answer) for i in items])
+        return self._numbers(self.scorer(**self._placed(inputs)).logits)
+
+    @torch.inference_mode()
+    def score_together(self, video: Segment | None, question: str, answers: Sequence[str]) -> list[float]:
+        """Scores of several answers to one question, in one pass: each answer sees the question and itself, and no other answer."""
+        prompt, spans = self.prompt(video, question), [self.answer_ids(answer) for answer in answers]
+        for span in spans:
+            self._whole(prompt, span)
+        head = model_inputs(self.scorer.config, [prompt], 0)
+        backbone, device = self.scorer.model, self.scorer.device
+        begun, total = len(prompt.ids), len(prompt.ids) + sum(map(len, spans))
+        if prompt.videos:
+            rope = {n: head[n] for n in ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts") if n in head}
+            positions, delta = backbone.get_rope_index(head["input_ids"], **rope)
+            positions, after = positions[:, 0], begun + int(delta[0])
+        else:
+            positions, after = torch.arange(begun).expand(3, -1), begun
+        visible = torch.zeros(total, total, dtype=torch.bool)
+        visible[:, :begun] = True
+        ends, start = [], begun
+        for span in spans:
+            visible[start : start + len(span), start : start + len(span)] = True
+            positions = torch.cat([positions, (after + torch.arange(len(span))).expand(3, -1)], dim=1)
+            start += len(span)
+            ends.append(start)
+        visible &= torch.ones(total, total, dtype=torch.bool).tril()
+        dtype = next(backbone.parameters()).dtype
+        mask = torch.zeros(1, 1, total, total, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+        inputs = head | {"input_ids": torch.tensor([[*prompt.ids, *(i for span in spans for i in span)]])}
+        inputs.pop("mm_token_type_ids", None)
+        hidden = backbone(
+            **self._placed(inputs | {"attention_mask": mask, "position_ids": positions[:, None]}), use_cache=False
+        ).last_hidden_state[0]
+        if self.settings.pooling == "mean":
+            pooled = torch.stack([hidden[end - len(span) : end].mean(0) for end, span in zip(ends, spans, strict=True)])
+        else:
+            pooled = hidden[torch.tensor(ends) - 1]
+        return self._numbers(self.scorer.head(pooled.to(device)))
+
+    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        device, dtype = self.scorer.device, next(self.scorer.model.parameters()).dtype
+        return {n: v.to(device, dtype) if n == "pixel_values_videos" else v.to(device) for n, v in inputs.items()}
+
+    def _numbers(self, logits: Tensor) -> list[float]:
+        self.passes += 1
+        values: list[float] = logits[:, 0].tolist()
+        if not all(map(math.isfinite, values)):
+            raise RewardError(f"the reward model gives {values}; its weights are broken")
+        return values
+
+    def probability(self, item: Item) -> float:
+        """The odds that an answer beats a middling one, as a probability: a reward between 0 and 1."""
+        score = self.score([item])[0]
+        return 1 / (1 + math.exp(min(max((self.settings.centre - score) / self.settings.temperature, -700), 700)))
