@@ -68,3 +68,22 @@ def paired_difference(
     draws = np.random.default_rng(seed).integers(0, len(common), size=(resamples, len(common)))
     low, high = np.quantile(differences[draws].mean(axis=1), [0.025, 0.975])
     return Interval(float(differences.mean()), float(low), float(high), len(common))
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[str], seed: int = 0, resamples: int = 4000) -> Interval:
+    """Mean of `values` with a percentile bootstrap over whole clusters; `n` is their number.
+
+    Where all values agree a bootstrap knows no doubt: there, a Wilson interval over the clusters.
+    """
+    names = {name: n for n, name in enumerate(dict.fromkeys(clusters))}
+    if not names:
+        raise ValueError("no values")
+    where = np.array([names[c] for c in clusters])
+    sums = np.bincount(where, weights=np.asarray(values, dtype=np.float64))
+    sizes = np.bincount(where).astype(np.float64)
+    mean, n = float(sums.sum() / sizes.sum()), len(names)
+    if len(set(values)) == 1:
+        return accuracy_interval({name: [values[0]] for name in names}) if 0 <= mean <= 1 else Interval(mean, mean, mean, n)
+    draws = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+    low, high = np.quantile(sums[draws].sum(axis=1) / sizes[draws].sum(axis=1), [0.025, 0.975])
+    return Interval(mean, float(low), float(high), n)

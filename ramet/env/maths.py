@@ -9,8 +9,8 @@ from typing import Any
 
 from ramet.agents.protocol import last_boxed
 from ramet.agents.tree import Message, Task
-from ramet.env.questions import Questions, text
-from ramet.env.rows import Row, field
+from ramet.data import Row, field, text
+from ramet.env.questions import Questions
 from ramet.errors import TaskError
 from ramet.rewards.maths import math_match, number, plain
 

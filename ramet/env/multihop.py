@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
-from ramet.env.questions import Questions, text, texts
-from ramet.env.rows import Row, field, load_rows
+from ramet.data import Row, field, load_rows, text, texts
+from ramet.env.questions import Questions
 from ramet.errors import TaskError, first_line
 from ramet.rewards.f1 import exact_match, f1, normalise
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ramet.agents.tree import Task
-from ramet.env.rows import Row, load_rows
+from ramet.data import Row, load_rows
 from ramet.errors import ConfigError, TaskError
 
 SPLITS = ("train", "iid", "ood")
@@ -20,7 +19,7 @@ class Questions(ABC):
     """Tasks from rows.
 
     sources  where the rows of each split are; a split without one does not exist
-    fields   the field map; see `ramet.env.rows`
+    fields   the field map; see `ramet.data`
     """
 
     sources: Mapping[str, str]
@@ -62,19 +61,3 @@ class Questions(ABC):
     @abstractmethod
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
         """The task of one row. Raises `TaskError` naming `where` for what is missing or broken."""
-
-
-def text(value: object, what: str, where: str) -> str:
-    """`value` if it is text that says something. Raises `TaskError`."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(int(value)) if value == int(value) else repr(value)
-    if not isinstance(value, str) or not value.strip():
-        raise TaskError(f"{where}: its {what} is {str(value)[:40]!r}, not text")
-    return value.strip()
-
-
-def texts(value: object, what: str, where: str) -> Sequence[str]:
-    """`value` if it is a list of texts."""
-    if not isinstance(value, (list, tuple)):
-        raise TaskError(f"{where}: its {what} is {type(value).__name__}, not a list")
-    return [text(item, what, where) for item in value]

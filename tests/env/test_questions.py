@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from ramet.config import RunConfig, load
+from ramet.data import load_rows
 from ramet.env.gym import GymEnvironment
 from ramet.env.maths import MathsEnvironment, final_answer
 from ramet.env.multihop import MultihopEnvironment, documents, words
-from ramet.env.rows import load_rows
 from ramet.errors import ConfigError, TaskError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

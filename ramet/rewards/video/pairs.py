@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.tree import Segment
-from ramet.env.questions import text, texts
-from ramet.env.rows import Row, load_rows
-from ramet.env.rows import field as field_of
+from ramet.data import Row, load_rows, text, texts
+from ramet.data import field as field_of
 from ramet.errors import TaskError
 
 FIELDS: dict[str, dict[str, str]] = {

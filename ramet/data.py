@@ -7,7 +7,8 @@ is looked up under its own name. A hub id may name a configuration and a split: 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -78,3 +79,19 @@ def field(row: Row, name: str, fields: Mapping[str, str], where: str, default: A
             raise TaskError(f"{where} has no field {fields.get(name, name)!r}; it has {', '.join(map(str, row))}; name it in env.fields")
         at = at[key]
     return at
+
+
+def text(value: object, what: str, where: str) -> str:
+    """`value` if it is text that says something. Raises `TaskError`."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(int(value)) if value == int(value) else repr(value)
+    if not isinstance(value, str) or not value.strip():
+        raise TaskError(f"{where}: its {what} is {str(value)[:40]!r}, not text")
+    return value.strip()
+
+
+def texts(value: object, what: str, where: str) -> Sequence[str]:
+    """`value` if it is a list of texts."""
+    if not isinstance(value, (list, tuple)):
+        raise TaskError(f"{where}: its {what} is {type(value).__name__}, not a list")
+    return [text(item, what, where) for item in value]

@@ -1,0 +1,68 @@
+"""Best-of-N curves: what picking is worth beside what could be had.
+
+Answers are taken from those that were sampled for a question, N at a time in seeded draws, the same for every method:
+
+    pass       is there a right one among them? Nothing that picks can do better
+    majority   the answer that most of them give, ties by lot (self-consistency)
+    random     one of them by lot
+    a model    what it picks
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ramet.benchmarks.statistics import clustered_mean
+from ramet.errors import ConfigError
+from ramet.rewards.video.best_of_n import Candidates
+
+NS = (1, 2, 4, 8, 16)
+Picker = Callable[[Candidates, Sequence[int]], int]
+
+
+def best_of_n(
+    questions: Sequence[Candidates], pickers: dict[str, Picker], ns: Sequence[int] = NS, draws: int = 16, seed: int = 0,
+    report: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A `best_of_n` record for each N and method: accuracy with its interval over videos, and `calls` of the pickers so far.
+
+    Where N answers are all that there are, one draw is enough. Every question needs as many answers as the largest N.
+    """
+    fewest = min((len(q.answers) for q in questions), default=0)
+    ns = [n for n in ns if n <= fewest]
+    if not ns:
+        raise ConfigError(f"best of n needs answers: a question has {fewest}")
+    methods = ("pass", "majority", "random", *pickers)
+    found: dict[tuple[int, str], list[float]] = {(n, m): [] for n in ns for m in methods}
+    for question in questions:
+        for n in ns:
+            rng = random.Random(f"best/{seed}/{question.id}/{n}")
+            chosen = [rng.sample(range(len(question.answers)), n) for _ in range(draws if n < len(question.answers) else 1)]
+            scores: dict[str, list[float]] = {m: [] for m in methods}
+            for draw in chosen:
+                right = [question.right[i] for i in draw]
+                scores["pass"].append(float(any(right)))
+                scores["random"].append(sum(right) / n)
+                counts = Counter(question.stated[i] for i in draw)
+                top = [s for s, c in counts.items() if c == max(counts.values())]
+                scores["majority"].append(sum(question.right[next(i for i in draw if question.stated[i] == s)] for s in top) / len(top))
+                for name, picker in pickers.items():
+                    scores[name].append(float(question.right[picker(question, draw)]))
+            for m in methods:
+                found[n, m].append(sum(scores[m]) / len(scores[m]))
+        if report is not None:
+            report(1)
+    records = []
+    for (n, method), values in found.items():
+        interval = clustered_mean(values, [q.cluster for q in questions], seed)
+        record: dict[str, Any] = {
+            "record": "best_of_n", "n": n, "method": method, "questions": len(questions), "accuracy": interval.mean,
+            "ci_low": interval.low, "ci_high": interval.high,
+        }  # fmt: skip
+        if method in pickers:
+            record["calls"] = getattr(pickers[method], "calls", None)
+        records.append(record)
+    return records
