@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import anyio
+from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
@@ -50,7 +51,7 @@ def _lock(directory: Path) -> None:
     _LOCKS[path] = file
 
 
-def claim_folder(directory: Path, config: RunConfig) -> None:
+def claim_folder(directory: Path, config: BaseModel) -> None:
     """Make the run folder this configuration's and this process's; refuse one that holds another or is in use."""
     _lock(directory)
     path = directory / "config.toml"

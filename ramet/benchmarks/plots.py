@@ -27,7 +27,7 @@ COLOURS = {
 SPLITS = {"iid": "lengths as trained", "ood": "at least twice as long"}
 
 
-def _axes(rows: int, columns: int) -> Any:
+def subplots(rows: int, columns: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +41,7 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against the budget and against the critical path, one row a split, 95% bands."""
     points = [r for r in records if r["record"] == "point"]
     splits = [s for s in SPLITS if any(p["split"] == s for p in points)]
-    figure, axes = _axes(len(splits), 2)
+    figure, axes = subplots(len(splits), 2)
     for row, split in enumerate(splits):
         for policy in LABELS:
             chosen = sorted((p for p in points if p["split"] == split and p["policy"] == policy), key=lambda p: p["budget"])
@@ -69,7 +69,7 @@ def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
     rows = list(dict.fromkeys((p["metric"], p["split"]) for p in points))
     columns = [c for c in ("generated", "prefilled", "critical_path", "money") if any(p[c] for p in points)]
     names = list(dict.fromkeys(p["method"] for p in points))
-    figure, axes = _axes(len(rows), len(columns))
+    figure, axes = subplots(len(rows), len(columns))
     for row, (metric, split) in enumerate(rows):
         for column, cost in enumerate(columns):
             shown = axes[row][column]
@@ -104,7 +104,7 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
     rates = spawn_rates(records)
     budgets = list(next(iter(rates.values()), {}))
     grid = [[by_budget[budget] for by_budget in rates.values()] for budget in budgets]
-    figure, axes = _axes(1, 2)
+    figure, axes = subplots(1, 2)
     map_, lines = axes[0]
     map_.imshow(grid, cmap="Blues", vmin=0, vmax=1.25, aspect="auto", origin="lower")
     for y, row in enumerate(grid):
@@ -127,7 +127,7 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """Accuracy, spawn rate and tokens over the updates of each run."""
-    figure, axes = _axes(1, 3)
+    figure, axes = subplots(1, 3)
     for name, metrics in curves.items():
         xs = [m["update"] for m in metrics]
         for column, field in enumerate(("accuracy", "spawn_rate", "generated")):

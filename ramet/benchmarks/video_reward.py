@@ -161,9 +161,8 @@ def results(records: Iterable[Record], ties: float = 0.0, seed: int = 0) -> list
         found += made
         if len(categories) > 1:
             parts = made[1:]
-            mean = {
-                n: sum(p[n] for p in parts) / len(parts) for n in parts[0] if isinstance(parts[0][n], float) and all(n in p for p in parts)
-            }
+            names = [n for n, v in parts[0].items() if isinstance(v, float) and "_ci_" not in n and not n.startswith("ci_")]
+            mean = {n: sum(p[n] for p in parts) / len(parts) for n in names if all(n in p for p in parts)}
             found.append({"record": "result", "subset": "macro", "condition": condition, "n": len(group), **mean})
     return found
 

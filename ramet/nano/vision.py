@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ramet.nano.tokenizer import train_tokenizer
+from ramet.policy.models import quiet
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 
@@ -59,5 +60,6 @@ def random_vision_model(texts: Iterable[str], seed: int, size: VisionSize | None
 def write_vision_model(folder: Path, texts: Iterable[str], seed: int, size: VisionSize | None = None) -> None:
     """The same as a model directory."""
     tokenizer, model = random_vision_model(texts, seed, size)
-    model.save_pretrained(folder)
+    with quiet():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

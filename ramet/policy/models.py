@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,30 @@ from ramet.agents.chat import ChatFormat, chat_format
 from ramet.errors import CheckpointError, first_line
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and warnings of transformers."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:
     """(model, tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
     tokenizer, format_ = load_tokenizer(path, chat)
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"model directory {path} has no safetensors weights")
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
     except Exception as error:  # transformers raises many classes for a broken directory
         raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval(), tokenizer, format_

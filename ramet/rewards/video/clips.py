@@ -48,8 +48,8 @@ def draw_clip(category: str, rng: random.Random) -> Drawn:
         return Drawn(background, "What colour is the square?", names[0], tuple(COLOURS), category)
     if category == "count":
         number = rng.randint(1, 4)
-        for corner in rng.sample([(4, 4), (4, 32), (32, 4), (32, 32)], number):
-            _square(background, COLOURS["white"], rng, corner)
+        for y, x in rng.sample([(2, 2), (2, 30), (30, 2), (30, 30)], number):
+            _square(background, COLOURS["white"], rng, (y + rng.randrange(6), x + rng.randrange(6)))
         return Drawn(background, "How many squares are there?", str(number), ("1", "2", "3", "4"), category)
     if category == "order":
         corner = (rng.randrange(2, 28), rng.randrange(2, 28))

@@ -27,6 +27,7 @@ from ramet.agents.chat import ChatFormat, TextEncoder, chat_format
 from ramet.agents.tree import Message, Segment
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.lora import merged
+from ramet.policy.models import quiet
 from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs
 from ramet.rewards.video.frames import content_id
 
@@ -124,7 +125,8 @@ class VideoDRM:
             raise CheckpointError(f"{path} is not a model directory: it has no config.json")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            backbone = AutoModel.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+            with quiet():  # what it says of the head that is left out is meant to be so
+                backbone = AutoModel.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
         except Exception as error:  # transformers raises many classes for a broken directory
             raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
         with torch.random.fork_rng():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ramet.errors import ConfigError, RewardError
 from ramet.policy.lora import adapt
+from ramet.policy.models import quiet
 from ramet.rewards.video.discriminative import VideoDRM
 from ramet.rewards.video.pairs import Pair
 
@@ -57,9 +58,8 @@ def train_drm(
     """
     try:
         from datasets import Dataset
-        from transformers import TrainerCallback
+        from transformers import PrinterCallback, TrainerCallback
         from transformers.trainer_utils import get_last_checkpoint
-        from transformers.utils import logging
         from trl import RewardConfig, RewardTrainer
     except ImportError:
         raise ConfigError("training a VideoDRM needs TRL: pip install 'ramet[reward]'") from None
@@ -85,31 +85,20 @@ def train_drm(
         per_device_train_batch_size=min(config.at_once, config.batch), gradient_accumulation_steps=max(config.batch // config.at_once, 1),
         lr_scheduler_type="cosine", warmup_steps=config.warmup, max_length=None, remove_unused_columns=False,
         center_rewards_coefficient=config.centring or None, save_steps=config.save_every, save_total_limit=1, logging_steps=10,
-        bf16=config.bf16, use_cpu=scorer.device.type == "cpu", gradient_checkpointing=False, report_to=[], seed=config.seed,
+        bf16=config.bf16, use_cpu=scorer.device.type == "cpu", activation_checkpointing=False, report_to=[], seed=config.seed,
         disable_tqdm=True, dataloader_pin_memory=False, weight_decay=0.0,
     )  # fmt: skip
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
+    with quiet():
         trainer = RewardTrainer(
             model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, pairs),
             processing_class=drm.tokenizer, callbacks=[Told()],
         )  # fmt: skip
-        trainer.pop_callback(_printing(trainer))
+        trainer.remove_callback(PrinterCallback)
         last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
         trainer.train(resume_from_checkpoint=last)
-    finally:
-        logging.set_verbosity(before)
     scorer.eval().requires_grad_(False)
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"pairs": len(rows), "too_long": long, "steps": trainer.state.global_step, "log": losses}
-
-
-def _printing(trainer: Any) -> Any:
-    """The callback that prints every log as a dictionary."""
-    from transformers import PrinterCallback
-
-    return PrinterCallback
 
 
 def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[str, Any]], int]:

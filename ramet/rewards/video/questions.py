@@ -1,0 +1,85 @@
+"""Questions about videos whose answers can be checked by rule, and what counts as a right answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramet.agents.protocol import extract_answer
+from ramet.agents.tree import Segment
+from ramet.data import Row, load_rows, text, texts
+from ramet.data import field as field_of
+from ramet.errors import TaskError
+from ramet.rewards.f1 import normalise
+from ramet.rewards.maths import number
+from ramet.rewards.video.pairs import segment
+
+_LETTER = re.compile(r"\(?([A-Z])\)?[.:)]?(?:\s+(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class VideoQuestion:
+    """A question with its right answer; `choices` are empty where it is open."""
+
+    id: str
+    video: Segment
+    question: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    category: str = ""
+
+    def stated(self, response: str) -> str | None:
+        """What a response says in the end, in one spelling: a choice, a number, or plain words. None where it says nothing."""
+        said = extract_answer(response)
+        if said is None:
+            return None
+        plain = _plain(said)
+        for choice in self.choices:
+            if _plain(choice) == plain:
+                return choice
+        letter = _LETTER.fullmatch(said.strip())
+        if letter and self.choices and ord(letter[1]) - ord("A") < len(self.choices):
+            choice = self.choices[ord(letter[1]) - ord("A")]
+            if not letter[2] or _plain(letter[2]) == _plain(choice):
+                return choice
+        value = number(said)
+        return plain if value is None else str(value)
+
+    def right(self, response: str) -> bool:
+        """Does the response end in the right answer?"""
+        said = self.stated(response)
+        return said is not None and said == self.stated(f"Answer: {self.answer}")
+
+
+def _plain(said: str) -> str:
+    return normalise(said) or said.strip().casefold()
+
+
+def load_questions(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> list[VideoQuestion]:
+    """Rows with `id, video, question, answer` and perhaps `choices, category, start, end`. Raises `TaskError`, naming the row."""
+    names, root = dict(fields or {}), videos or Path(source).parent
+    found = [_question(row, names, root, f"{source}, row {n}") for n, row in enumerate(load_rows(source), 1)]
+    ids = [question.id for question in found]
+    if len(set(ids)) < len(ids):
+        raise TaskError(f"{source} has the id {next(i for i in ids if ids.count(i) > 1)!r} more than once")
+    return found
+
+
+def _question(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoQuestion:
+    video = segment(row, fields, root, where)
+    if video is None:
+        raise TaskError(f"{where} names no video")
+    choices = tuple(texts(field_of(row, "choices", fields, where, []) or [], "choices", where))
+    question = VideoQuestion(
+        str(field_of(row, "id", fields, where, where.rpartition(" ")[2])),
+        video,
+        text(field_of(row, "question", fields, where), "question", where),
+        text(field_of(row, "answer", fields, where), "answer", where),
+        choices,
+        str(field_of(row, "category", fields, where, "")),
+    )
+    if choices and question.stated(f"Answer: {question.answer}") not in choices:
+        raise TaskError(f"{where}: its answer {question.answer!r} is none of its choices")
+    return question
