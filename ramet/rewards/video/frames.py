@@ -27,8 +27,10 @@ from ramet.errors import ConfigError, TaskError, first_line
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """Of the red, green and blue channels of CLIP's training images, in shares of 255."""
-MOST_PIXELS = 2**26
-"""Of one frame: more is taken for an attack on memory."""
+MOST_PIXELS = 2**25
+"""Of one frame, 8K: more is taken for an attack on memory."""
+MOST_IN_ALL = 2**28
+"""Pixels of all frames that are read at once."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -90,6 +92,7 @@ class _Pictures:
     def __init__(self, folder: Path, files: list[Path]):
         self.length, self.strict = float(len(files)), True
         self._folder, self._files = folder, files
+        self.area = 0  # seen picture by picture
 
     def __iter__(self) -> Iterator[tuple[float, float, Any]]:
         for second, file in enumerate(self._files):
@@ -121,6 +124,7 @@ class _Decoded:
     def __init__(self, path: Path, container: Any):
         self._path, self._container = path, container
         stream = container.streams.video[0]
+        self.area = stream.width * stream.height
         self._origin = float((stream.start_time or 0) * (stream.time_base or 0))
         self.strict = not container.streams.audio
         """Does the video last as long as the file says? Where there is sound, it may end sooner."""
@@ -162,6 +166,8 @@ def _chosen(
     if fps is not None:
         count = max(1, min(count, round(length * fps)))
     wanted = span.middles(count)
+    if count * video.area > MOST_IN_ALL:
+        raise TaskError(f"{count} frames of {path} have more than {MOST_IN_ALL} pixels; read fewer")
     kept: list[np.ndarray] = []
     times: list[float] = []
     last, until, shown = None, 0.0, 0.0

@@ -105,8 +105,8 @@ def segment(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Segm
 
 def below(root: Path, name: str) -> Path:
     """A path that a row or a request names, below `root`. Raises `TaskError` for one that leads out of it."""
-    path = (root / name).resolve()
-    if "\0" in name or not path.is_relative_to(root.resolve()):
+    path = root if "\0" in name else (root / name).resolve()
+    if not path.is_relative_to(root.resolve()) or "\0" in name:
         raise TaskError(f"the video {name[:80]!r} lies outside of the folder of videos")
     return path
 

@@ -1,0 +1,292 @@
+"""A reward model behind HTTP, for trainers on other machines.
+
+    POST /score       {"items": [{"video", "question", "answer", "start"?, "end"?}]}  ->  {"scores": [...]}
+    POST /get_reward  OpenRLHF's protocol: {"query", "prompts", "labels"}  ->  {"rewards", "scores", "extra_logs"}; a label is the JSON text
+                      of an item without its answer, which is what a query has after its prompt
+    GET  /health      {"model": ...}
+
+Requests that wait while the model is busy are scored together. Everything that arrives is untrusted: a bearer token is asked for, bodies
+and numbers of items are limited, compressed bodies are refused, and videos are read from one folder only.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from ramet.agents.tree import Segment
+from ramet.errors import ConfigError, RewardError, TaskError, first_line
+from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.judge import Scores
+from ramet.rewards.video.pairs import below
+
+BODY = 2**20
+"""Bytes of a request."""
+ITEMS = 256
+"""Of a request."""
+TOGETHER = 512
+"""Items that are scored in one call of the model."""
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    video: str | None = None
+    question: str = Field(min_length=1)
+    start: float = Field(0.0, ge=0, allow_inf_nan=False)
+    end: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    def item(self, answer: str, root: Path) -> Item:
+        video = None if self.video is None else Segment(str(below(root, self.video)), self.start, self.end)
+        return Item(video, self.question, answer)
+
+
+class _Item(_Asked):
+    answer: str
+
+
+class _Score(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    items: list[_Item] = Field(min_length=1, max_length=ITEMS)
+
+
+class _OpenRLHF(BaseModel):
+    query: list[str] = Field(min_length=1, max_length=ITEMS)
+    prompts: list[str]
+    labels: list[str]
+
+
+class Refused(Exception):
+    """A request that is answered with a status and one line."""
+
+    def __init__(self, status: int, said: str):
+        super().__init__(said)
+        self.status = status
+
+
+@dataclass(eq=False)
+class _Waiting:
+    items: Sequence[Item]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    scores: list[float] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class RewardService:
+    """One model, one thread that runs it, and those who wait for it."""
+
+    def __init__(self, model: Scores, videos: Path, token: str):
+        if len(token) < 16:
+            raise ConfigError("the bearer token needs 16 characters at least")
+        if not videos.is_dir():
+            raise ConfigError(f"there is no folder of videos {videos}")
+        self.model, self.videos = model, videos
+        self._token = token.encode()
+        self._waiting: list[_Waiting] = []
+        self._wake = anyio.Event()
+        self.calls = 0
+        """Of the model so far."""
+
+    def app(self) -> Starlette:
+        routes = [
+            Route("/score", self._answered(self._score), methods=["POST"]),
+            Route("/get_reward", self._answered(self._openrlhf), methods=["POST"]),
+            Route("/health", self._health, methods=["GET"]),
+        ]
+        return Starlette(routes=routes, lifespan=self._running)
+
+    @asynccontextmanager
+    async def _running(self, app: Starlette) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._serve)
+            yield
+            group.cancel_scope.cancel()
+
+    async def _health(self, request: Request) -> JSONResponse:
+        return JSONResponse({"model": self.model.name})
+
+    def _answered(self, handler: Any) -> Any:
+        """A route that authorises, reads the body within its limit, and turns refusals into responses."""
+
+        async def endpoint(request: Request) -> JSONResponse:
+            try:
+                self._authorised(request)
+                return JSONResponse(await handler(await _body(request)))
+            except Refused as refused:
+                return JSONResponse({"error": str(refused)}, refused.status)
+            except ValidationError as error:
+                problem = error.errors(include_url=False, include_input=False)[0]
+                return JSONResponse({"error": f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"}, 422)
+            except TaskError as error:
+                return JSONResponse({"error": _without(self.videos, str(error))}, 422)
+            except RewardError as error:
+                return JSONResponse({"error": str(error)}, 422)
+            except Exception as error:  # a bug, or a device that failed: the client is to try again or to stop
+                return JSONResponse({"error": f"the reward model failed: {type(error).__name__}"}, 500)
+
+        return endpoint
+
+    def _authorised(self, request: Request) -> None:
+        given = request.headers.get("authorization", "").encode("utf-8", "replace")
+        if not hmac.compare_digest(given, b"Bearer " + self._token):
+            raise Refused(401, "wrong or missing bearer token")
+
+    async def _score(self, body: Any) -> dict[str, Any]:
+        asked = _Score.model_validate(body)
+        return {"scores": await self.score([item.item(item.answer, self.videos) for item in asked.items])}
+
+    async def _openrlhf(self, body: Any) -> dict[str, Any]:
+        asked = _OpenRLHF.model_validate(body)
+        if not len(asked.query) == len(asked.prompts) == len(asked.labels):
+            raise Refused(422, "query, prompts and labels differ in number")
+        items = []
+        for query, prompt, label in zip(asked.query, asked.prompts, asked.labels, strict=True):
+            if not query.startswith(prompt):
+                raise Refused(422, "a query does not begin with its prompt")
+            items.append(_Asked.model_validate(_json(label.encode(), "a label")).item(query[len(prompt) :], self.videos))
+        scores = await self.score(items)
+        # Between 0 and 1, for filters of groups; the reward itself is the score.
+        bounded = [1 / (1 + math.exp(-min(max(s, -700.0), 700.0))) for s in scores]
+        return {"rewards": scores, "scores": bounded, "extra_logs": {"reward_model_score": sum(scores) / len(scores)}}
+
+    async def score(self, items: Sequence[Item]) -> list[float]:
+        """Scores, computed together with those of others who wait."""
+        waiting = _Waiting(items)
+        self._waiting.append(waiting)
+        self._wake.set()
+        await waiting.done.wait()
+        if waiting.error is not None:
+            raise waiting.error
+        return waiting.scores
+
+    async def _serve(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake = anyio.Event()
+            while self._waiting:
+                batch: list[_Waiting] = []
+                while self._waiting and (not batch or sum(len(w.items) for w in batch) + len(self._waiting[0].items) <= TOGETHER):
+                    batch.append(self._waiting.pop(0))
+                await self._run(batch)
+
+    async def _run(self, batch: list[_Waiting]) -> None:
+        """Score a batch; where it fails, each request by itself, so that one that cannot be scored spoils no other."""
+        self.calls += 1
+        try:
+            scores = await anyio.to_thread.run_sync(self.model.score, [item for w in batch for item in w.items])
+            if len(scores) != sum(len(w.items) for w in batch) or not all(map(math.isfinite, scores)):
+                raise RewardError("the reward model gives scores that are no numbers, or too few")
+        except Exception as error:
+            if len(batch) > 1:
+                for waiting in batch:
+                    await self._run([waiting])
+                return
+            batch[0].error = error
+            batch[0].done.set()
+            return
+        start = 0
+        for waiting in batch:
+            waiting.scores = list(scores[start : start + len(waiting.items)])
+            start += len(waiting.items)
+            waiting.done.set()
+
+
+async def _body(request: Request) -> Any:
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refused(415, "compressed bodies are not read")
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > BODY:
+        raise Refused(413, f"a request has at most {BODY} bytes")
+    read = bytearray()
+    async for part in request.stream():
+        read += part
+        if len(read) > BODY:
+            raise Refused(413, f"a request has at most {BODY} bytes")
+    return _json(bytes(read), "the body")
+
+
+def _json(data: bytes, what: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise Refused(400, f"{what} is no JSON: {first_line(error)}") from None
+
+
+def _without(root: Path, said: str) -> str:
+    """A message without the path of the folder, which is nobody's business."""
+    return said.replace(f"{root.resolve()}/", "")
+
+
+def serve(model: Scores, videos: Path, token: str, host: str, port: int) -> None:
+    """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
+    import socket
+
+    import uvicorn
+
+    service = RewardService(model, videos, token)
+    try:
+        bound = socket.create_server((host, port))
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
+    server = uvicorn.Server(uvicorn.Config(service.app(), log_level="warning", timeout_keep_alive=30, access_log=False))
+    server.run([bound])
+
+
+class RemoteReward:
+    """The client: scores of a server, with retries of what may pass. `videos` is this side's folder of the same videos."""
+
+    def __init__(self, url: str, token: str, videos: Path, attempts: int = 6):
+        import httpx
+
+        self.name, self.attempts, self.videos = f"reward model at {url}", attempts, videos
+        self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=600)
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        """Raises `RewardError` with what the server says, and after `attempts` failures to reach it."""
+        return [score for start in range(0, len(items), ITEMS) for score in self._some(items[start : start + ITEMS])]
+
+    def _some(self, items: Sequence[Item]) -> list[float]:
+        import httpx
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+        asked = []
+        for item in items:
+            one: dict[str, Any] = {"question": item.question, "answer": item.answer}
+            if item.video is not None:
+                one["video"] = str(Path(item.video.file).resolve().relative_to(self.videos.resolve()))
+                one |= {"start": item.video.start, "end": item.video.end}
+            asked.append(one)
+
+        def post() -> Any:
+            response = self._client.post("/score", json={"items": asked})
+            if response.status_code >= 500:
+                raise httpx.TransportError(response.text[:200])
+            return response
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(httpx.TransportError), stop=stop_after_attempt(self.attempts), wait=wait_exponential(0.2, max=20),
+            reraise=True,
+        )  # fmt: skip
+        try:
+            response = retrying(post)
+        except httpx.TransportError as error:
+            raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
+        if response.status_code != 200:
+            raise RewardError(f"{self.name} refuses: {response.json().get('error', response.status_code)}")
+        scores: list[float] = response.json()["scores"]
+        return scores
