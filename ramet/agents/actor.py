@@ -31,7 +31,7 @@ from ramet.agents.protocol import (
 )
 from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import Slots, task_group
-from ramet.agents.tree import Branch, Message, Status, StopReason, Turn
+from ramet.agents.tree import Branch, Message, Segment, Status, StopReason, Turn
 from ramet.errors import BudgetExhausted, CallError, PolicyError, TransientPolicyError
 
 
@@ -43,6 +43,7 @@ class Growth:
     prompt: tuple[int, ...]
     ledger: Ledger
     objective: str = ""
+    media: tuple[Segment, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     clones: list[Growth] = field(default_factory=list)
     """Clones of the call that runs now; afterwards they are part of its turn."""
@@ -76,6 +77,7 @@ class Growth:
             reason=self.reason,
             objective=self.objective,
             seconds=(now if self.ended is None else self.ended) - self.started,
+            media=self.media,
         )
 
 
@@ -108,9 +110,11 @@ class Setting:
         limits = self.budget
         return (limits.depth is None or depth < limits.depth) and limits.clones != 0 and limits.width != 0
 
-    def growth(self, name: str, prompt: Sequence[int], ledger: Ledger, objective: str = "", now: float = 0.0) -> Growth:
+    def growth(
+        self, name: str, prompt: Sequence[int], ledger: Ledger, objective: str = "", now: float = 0.0, media: tuple[Segment, ...] = ()
+    ) -> Growth:
         """A branch that is to grow."""
-        return Growth(name, tuple(prompt), ledger, objective, started=now, scope=anyio.CancelScope() if self.watched else None)
+        return Growth(name, tuple(prompt), ledger, objective, media, started=now, scope=anyio.CancelScope() if self.watched else None)
 
     def notice(self, ledger: Ledger) -> str:
         return "\n".join(filter(None, [OUT_OF_BUDGET_NOTICE, self.left(ledger, final=True)]))
@@ -123,7 +127,7 @@ class Setting:
         *before, last = messages
         left = self.left(ledger) if tools or self.tell_all else ""
         content = "\n".join(filter(None, [last.content, left]))
-        return self.chat.render([*before, Message(last.role, content)], tools)
+        return self.chat.render([*before, replace(last, content=content)], tools)
 
 
 def seed_of(seed: int, branch: str, turn: int) -> int:
@@ -270,7 +274,7 @@ async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> S
     None if failed attempts have used up what this turn could have had.
     """
     seed = seed_of(setting.seed, growth.id, len(growth.turns))
-    request = SampleRequest(_ids(growth), room, setting.chat.stop_ids, seed, setting.sampling, setting.group)
+    request = SampleRequest(_ids(growth), room, setting.chat.stop_ids, seed, setting.sampling, setting.group, growth.media)
     sample: Sample | None
     try:
         sample = await _attempt(setting, growth, request)
@@ -390,10 +394,12 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
                 unknown.update(dict.fromkeys(setting.store.resolve(request.context_keys)[1]))
                 name = f"{growth.id}.{number + i}"
                 tools = setting.may_spawn(name.count("."))
-                messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys))]
+                media = setting.store.media(request.context_keys)
+                messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
                 if setting.clone_system:
                     messages.insert(0, Message("system", setting.clone_system))
-                growth.clones.append(setting.growth(name, setting.prompt(messages, ledger, tools), ledger, request.objective, now))
+                prompt = setting.prompt(messages, ledger, tools)
+                growth.clones.append(setting.growth(name, prompt, ledger, request.objective, now, media))
             async with task_group() as group:
                 for clone in growth.clones:
                     group.start_soon(run_branch, setting, clone)

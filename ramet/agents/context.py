@@ -7,15 +7,17 @@ the same documents share a prompt prefix that the backend computes once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 
+from ramet.agents.tree import Segment
 from ramet.errors import TaskError
 
 
 class ContextStore:
     """The documents of one task. Keys match exactly, else ignoring case and surrounding space."""
 
-    def __init__(self, documents: Mapping[str, str]):
+    def __init__(self, documents: Mapping[str, str | Segment]):
         self._documents = dict(documents)
         self._order = {key: position for position, key in enumerate(self._documents)}
         self._folded: dict[str, str] = {}
@@ -39,11 +41,17 @@ class ContextStore:
         return sorted(known, key=self._order.__getitem__), unknown
 
     def render(self, keys: Iterable[str]) -> str:
-        """One `key: text` entry a line, in canonical order. Unknown keys are an error here."""
+        """One `key: text` entry a line, in canonical order; videos by number, as `media` has them. Unknown keys are an error here."""
         known, unknown = self.resolve(keys)
         if unknown:
             raise KeyError(f"unknown context keys: {', '.join(unknown)}")
-        return "\n".join(f"{key}: {self._documents[key]}" for key in known)
+        numbers = itertools.count(1)
+        found = ((key, self._documents[key]) for key in known)
+        return "\n".join(f"{key}: {f'video {next(numbers)}' if isinstance(d, Segment) else d}" for key, d in found)
+
+    def media(self, keys: Iterable[str]) -> tuple[Segment, ...]:
+        """The videos among the documents of these keys, in canonical order."""
+        return tuple(d for key in self.resolve(keys)[0] if isinstance(d := self._documents[key], Segment))
 
 
 def clone_prompt(store: ContextStore, objective: str, keys: Iterable[str]) -> str:

@@ -55,7 +55,8 @@ class JournaledPolicy(PolicyWrapper):
                 del self._known[key]
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        asked = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling)).encode())
+        media = (request.media,) if request.media else ()
+        asked = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling, *media)).encode())
         key = (request.group, request.seed)
         if known := self._known.get(key):
             record = known.popleft()

@@ -90,7 +90,8 @@ class Runtime:
             watched=self.watch is not None,
             tell_all=self.tell_all,
         )
-        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger)
+        media = tuple(segment for message in task.messages for segment in message.media)
+        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger, media=media)
         if self.watch is not None:
             self.watch(root)
         started = anyio.current_time()

@@ -7,9 +7,9 @@ are in `ramet.policy`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-from ramet.agents.tree import StopReason
+from ramet.agents.tree import Segment, StopReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class SampleRequest:
     seed: int = 0
     sampling: Sampling = Sampling()
     group: str = ""
-    media: tuple[Any, ...] = ()
+    media: tuple[Segment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,13 +68,13 @@ class Message:
 class Task:
     """One problem.
 
-    `messages` open the root branch. `documents` are what clones can be given by key; what the root sees
-    of them is up to the environment that wrote `messages`. `reference` is what grading needs.
+    `messages` open the root branch. `documents` are what clones can be given by key, texts and parts of videos; what the root
+    sees of them is up to the environment that wrote `messages`. `reference` is what grading needs.
     """
 
     id: str
     messages: tuple[Message, ...]
-    documents: Mapping[str, str] = field(default_factory=dict)
+    documents: Mapping[str, str | Segment] = field(default_factory=dict)
     reference: Any = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
@@ -141,6 +141,8 @@ class Branch:
     reason: str = ""
     objective: str = ""
     seconds: float = 0.0
+    media: tuple[Segment, ...] = ()
+    """What the placeholders in the prompt stand for, in order."""
 
     @property
     def ids(self) -> list[int]:

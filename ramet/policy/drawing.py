@@ -30,6 +30,8 @@ class Row:
     error: PolicyError | None = None
     last: int = 0
     version: int = 0
+    sight: Any = None
+    """What a backend with vision knows of the request's media."""
     draws: Iterator[float] = field(init=False)
 
     @property

@@ -129,7 +129,7 @@ class HFPolicy(Serving):
         if self._active:
             positions = torch.tensor([[row.length] for row in self._active])
             ids = torch.tensor([[row.last] for row in self._active])
-            logits = self._forward(0, ids, positions)[:, -1]
+            logits = self._forward(self._active, 0, ids, positions)[:, -1]
             self._emit(self._active, logits)
             for row in [row for row in self._active if row.stop is not None]:
                 self._leave(row)
@@ -142,11 +142,9 @@ class HFPolicy(Serving):
         shared: set[int] = set()
         while self._waiting and len(chosen) < free:
             row = self._waiting.popleft()
-            prompt = row.request.prompt
+            prompt = self._key(row)
             found, memory = self._store.find(prompt)
-            mates = (
-                [(common_prefix(prompt, other.request.prompt), n) for n, (other, _, _) in enumerate(chosen)] if len(prompt) > SHARE else []
-            )
+            mates = [(common_prefix(prompt, self._key(other)), n) for n, (other, _, _) in enumerate(chosen)] if len(prompt) > SHARE else []
             longest, mate = max(mates, default=(0, 0))
             if longest >= found + SHARE:
                 later.append(row)
@@ -193,13 +191,13 @@ class HFPolicy(Serving):
             self.stats.prefilled += len(prompt) - found
             self.stats.cached += found
         keep = sorted(set(ends))
-        logits = self._forward(first, ids, positions, torch.tensor(keep))
-        self._active += [row for row, _, _ in batch]
         rows = [row for row, _, _ in batch]
+        logits = self._forward(rows, first, ids, positions, torch.tensor(keep))
+        self._active += rows
         self._emit(rows, logits[torch.arange(len(rows)), torch.tensor([keep.index(end) for end in ends])])
         for i, row in enumerate(rows):
             if id(row) in promised:
-                self._store.add(row.request.prompt, self._cache.take(first + i, len(row.request.prompt)))
+                self._store.add(self._key(row), self._cache.take(first + i, len(row.request.prompt)))
         for row in [row for row in rows if row.stop is not None]:
             self._leave(row)
             row.done.set()
@@ -207,8 +205,18 @@ class HFPolicy(Serving):
     def _rounded(self, length: int) -> int:
         return -(-length // 256) * 256
 
-    def _forward(self, first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (b, kept, vocabulary) of new `ids` (b, m) at `positions` (b, m) of slots `first` onward."""
+    def _key(self, row: Row) -> tuple[int, ...]:
+        """The request's prompt as it is stored: the same for prompts that say and show the same."""
+        return row.request.prompt
+
+    def _inputs(self, rows: list[Row], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the model is called with for new `ids` (b, m) at `positions` (b, m) of `rows`."""
+        return {"input_ids": ids, "position_ids": positions.clamp(max=self._context - 1)}  # only padding stands further
+
+    def _forward(
+        self, rows: list[Row], first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits (b, kept, vocabulary) of new `ids` (b, m) at `positions` (b, m) of `rows` in slots `first` onward."""
         span = int(positions.max()) + 1
         self._cache.grow(first + len(ids), self._rounded(span))
         positions = positions.to(self.device)
@@ -218,9 +226,8 @@ class HFPolicy(Serving):
         mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device).masked_fill_(hidden, torch.finfo(self.model.dtype).min)
         started = time.perf_counter()
         logits: torch.Tensor = self.model(
-            input_ids=ids.to(self.device),
+            **self._inputs(rows, ids.to(self.device), positions),
             attention_mask=mask,
-            position_ids=positions.clamp(max=self._context - 1),  # only padding stands further
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=0 if keep is None else keep.to(self.device),
@@ -242,7 +249,7 @@ class HFPolicy(Serving):
         """Free the row's slot: keep its memory for later, move the last row into its place."""
         slot, end = self._active.index(row), len(self._active) - 1
         tokens = row.length
-        self._store.add((*row.request.prompt, *row.partial.ids)[:tokens], self._cache.take(slot, tokens))
+        self._store.add((*self._key(row), *row.partial.ids)[:tokens], self._cache.take(slot, tokens))
         if slot != end:
             self._cache.move(end, slot, self._active[end].length)
             self._active[slot] = self._active[end]

@@ -7,12 +7,14 @@ little is computed on padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from ramet.agents.tree import Tree
+from ramet.agents.tree import Segment, Tree
+
+Inputs = Callable[[torch.nn.Module], Mapping[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,7 @@ class Row:
 
     advantage  of the row's every sampled token
     weight     of each sampled token's term in the loss
+    media      what the placeholders among the ids stand for, in order
     """
 
     ids: Sequence[int]
@@ -29,6 +32,7 @@ class Row:
     advantage: float
     weight: float
     version: int
+    media: tuple[Segment, ...] = ()
 
 
 def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Row]:
@@ -40,7 +44,7 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Row]
     if len(advantages) != len(branches):
         raise ValueError(f"{len(advantages)} advantages for {len(branches)} branches")
     return [
-        Row(b.ids, b.mask, b.logprobs, advantage, weight, next(t.version for t in reversed(b.turns) if t.sampled))
+        Row(b.ids, b.mask, b.logprobs, advantage, weight, next(t.version for t in reversed(b.turns) if t.sampled), b.media)
         for b, advantage in zip(branches, advantages, strict=True)
         if any(turn.sampled for turn in b.turns)
     ]
@@ -85,27 +89,33 @@ def batches(rows: Sequence[Sequence[int]], tokens: int, pad: int = 0) -> list[Ba
 
 
 def token_logprobs(
-    model: torch.nn.Module, ids: torch.Tensor, temperature: float = 1.0, reference: torch.nn.Module | None = None
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    temperature: float = 1.0,
+    reference: torch.nn.Module | None = None,
+    inputs: Inputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-probability of each of `ids` (B, T) given those before it, and at its place the entropy and the KL to `reference`.
 
     All (B, T) float32, 0 at the first token; the divergence is KL(model || reference) over the whole vocabulary, 0
     without a reference. Causal attention over right-padded rows: what stands on padding is meaningless and must
-    be masked by the caller. `temperature` is that of sampling.
+    be masked by the caller. `temperature` is that of sampling. `inputs` gives what a model is called with, where that is
+    not the ids alone.
     """
-    logprobs = _log_distributions(model, ids, temperature)
+    inputs = inputs or (lambda _: {"input_ids": ids})
+    logprobs = _log_distributions(model, inputs(model), temperature)
     chosen = logprobs.gather(-1, ids[:, 1:, None]).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     if reference is None:
         kl = torch.zeros_like(entropy)
     else:
         with torch.no_grad():
-            others = _log_distributions(reference, ids, temperature)
+            others = _log_distributions(reference, inputs(reference), temperature)
         kl = (logprobs.exp() * (logprobs - others)).sum(-1)
     pad = torch.nn.functional.pad
     return pad(chosen, (1, 0)), pad(entropy, (1, 0)), pad(kl, (1, 0))
 
 
-def _log_distributions(model: torch.nn.Module, ids: torch.Tensor, temperature: float) -> torch.Tensor:
+def _log_distributions(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], temperature: float) -> torch.Tensor:
     """(B, T - 1, vocabulary) float32."""
-    return torch.log_softmax(model(input_ids=ids, use_cache=False).logits[:, :-1].float() / temperature, dim=-1)
+    return torch.log_softmax(model(**inputs, use_cache=False).logits[:, :-1].float() / temperature, dim=-1)

@@ -22,6 +22,9 @@ class Serving(ABC):
     context  the longest prompt and sample together
     """
 
+    vision = False
+    """Does it take media?"""
+
     def __init__(self, context: int) -> None:
         self.version = 0
         self._context = context
@@ -72,16 +75,19 @@ class Serving(ABC):
         """Sample one turn; see `ramet.agents.sampling.Policy`."""
         if self._group is None or self._wake is None:
             raise PolicyError("the policy is not serving: use `async with policy`")
-        if request.media:
+        if request.media and not self.vision:
             raise PolicyError("this policy has no vision; it cannot take media")
         if not request.prompt or request.max_tokens < 1:
             raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
         if len(request.prompt) + request.max_tokens > self._context:
             raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
-        row = Row(request, partial)
+        row = self._row(request, partial)
         self._waiting.append(row)
         self._wake.set()
         return await row.sampled()
+
+    def _row(self, request: SampleRequest, partial: Partial) -> Row:
+        return Row(request, partial)
 
     async def _serve(self) -> None:
         while True:

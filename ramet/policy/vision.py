@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 
 from ramet.agents.chat import TextEncoder
+from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
 from ramet.attention.vision import Video
-from ramet.errors import CheckpointError
+from ramet.errors import CheckpointError, PolicyError, TaskError
+from ramet.policy.drawing import Row
+from ramet.policy.hf import HFPolicy
+from ramet.policy.rows import Inputs
 from ramet.rewards.video.frames import DEVIATION, MEAN, Frames, patches, read_frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -142,3 +146,126 @@ def model_inputs(config: Any, sequences: Sequence[Prompted], pad: int, side: Lit
         if config.model_type == "qwen2_5_vl":
             inputs["second_per_grid_ts"] = torch.tensor([video.seconds for video in videos])
     return inputs
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A sequence with videos, before it meets a model.
+
+    places     where its placeholders stand, in order
+    positions  (3, T) of its tokens, in time, height and width
+    after      what is added to a later token's place to give its position
+    """
+
+    places: Tensor
+    positions: Tensor
+    after: int
+
+
+class Sight:
+    """One model's videos as embeddings: each segment goes through the tower once. The tower is frozen from here on."""
+
+    def __init__(self, model: Any, reader: VideoReader, kept: int = 256):
+        if model.config.model_type not in FAMILIES[:2]:
+            raise CheckpointError(f"the transformers backend samples from Qwen2-VL and Qwen2.5-VL; this is {model.config.model_type}")
+        model.model.visual.requires_grad_(False)
+        self.model, self.reader, self._kept = model, reader, kept
+        self._features: OrderedDict[Segment, Tensor] = OrderedDict()
+        self._numbers: dict[Segment, int] = {}
+
+    @torch.no_grad()
+    def features(self, segment: Segment) -> Tensor:
+        """(n, d): one row for each placeholder."""
+        if segment not in self._features:
+            video, tower = self.reader(segment).video, self.model.model.visual
+            out = tower(video.rows.to(tower.device, tower.dtype), grid_thw=torch.tensor([video.grid], device=tower.device))
+            self._features[segment] = out.pooler_output
+            while len(self._features) > self._kept:
+                self._features.popitem(last=False)
+        self._features.move_to_end(segment)
+        return self._features[segment]
+
+    def key(self, ids: Sequence[int], media: Sequence[Segment]) -> tuple[int, ...]:
+        """Ids with numbers of their own in place of placeholders: alike only where the same segments are shown."""
+        if not media:
+            return tuple(ids)
+        shown = [self._numbers.setdefault(segment, len(self._numbers)) << 20 for segment in media]
+        marks = iter([-1 - (number | n) for number, segment in zip(shown, media, strict=True) for n in range(len(self.features(segment)))])
+        pad = self.model.config.video_token_id
+        return tuple(next(marks, i) if i == pad else i for i in ids)
+
+    def layout(self, ids: Sequence[int], media: Sequence[Segment]) -> Layout:
+        """Raises `PolicyError` where the placeholders are not those of the media."""
+        tokens = torch.tensor(ids)
+        kinds = tokens == self.model.config.video_token_id
+        videos = [self.reader(segment).video for segment in media]
+        merge = self.model.config.vision_config.spatial_merge_size
+        wanted = sum(v.grid[0] * v.grid[1] * v.grid[2] // merge**2 for v in videos)
+        if int(kinds.sum()) != wanted:
+            raise PolicyError(f"the prompt has {int(kinds.sum())} video tokens, its media have {wanted}")
+        if not videos:
+            return Layout(torch.empty(0, dtype=torch.long), torch.arange(len(ids)).expand(3, -1), 0)
+        positions, delta = self.model.model.get_rope_index(
+            tokens[None],
+            mm_token_type_ids=2 * kinds.int()[None],
+            video_grid_thw=torch.tensor([v.grid for v in videos]),
+            second_per_grid_ts=torch.tensor([v.seconds for v in videos]),
+        )
+        return Layout(kinds.nonzero()[:, 0], positions[:, 0], int(delta[0]))
+
+    def inputs(
+        self, model: Any, ids: Tensor, places: Tensor, layouts: Sequence[Layout], media: Sequence[Sequence[Segment]]
+    ) -> dict[str, Tensor]:
+        """What `model` is called with for `ids` (B, m) that stand at `places` (B, m) of sequences with these layouts."""
+        embeds = model.get_input_embeddings()(ids)
+        positions = places.expand(3, -1, -1).clone()
+        rows: list[Tensor] = []
+        columns: list[Tensor] = []
+        values: list[Tensor] = []
+        for row, (layout, segments) in enumerate(zip(layouts, media, strict=True)):
+            known = layout.positions.shape[1]
+            at = places[row].cpu()
+            inside = at < known
+            found = torch.where(inside, layout.positions[:, at.clamp(max=known - 1)], at + layout.after)
+            positions[:, row] = found.to(positions.device)
+            if segments:
+                features = torch.cat([self.features(segment) for segment in segments]).to(embeds.dtype)
+                index = torch.searchsorted(layout.places, at)
+                shown = (index < len(layout.places)) & (layout.places[index.clamp(max=len(layout.places) - 1)] == at)
+                rows.append(torch.full((int(shown.sum()),), row))
+                columns.append(shown.nonzero()[:, 0])
+                values.append(features[index[shown].to(features.device)])
+        if values:
+            where = (torch.cat(rows).to(embeds.device), torch.cat(columns).to(embeds.device))
+            embeds = embeds.index_put(where, torch.cat(values))
+        return {"inputs_embeds": embeds, "position_ids": positions}
+
+
+class VisionPolicy(HFPolicy):
+    """`HFPolicy` for a model that sees: the media of a request stand for the placeholders in its prompt."""
+
+    vision = True
+
+    def __init__(self, model: Any, reader: VideoReader, **options: Any):
+        super().__init__(model, **options)
+        self.sight = Sight(model, reader)
+
+    def _row(self, request: SampleRequest, partial: Partial) -> Row:
+        sight = self.sight
+        try:
+            return Row(request, partial, sight=(sight.layout(request.prompt, request.media), sight.key(request.prompt, request.media)))
+        except TaskError as error:
+            raise PolicyError(str(error)) from error
+
+    def _key(self, row: Row) -> tuple[int, ...]:
+        key: tuple[int, ...] = row.sight[1]
+        return key
+
+    def _inputs(self, rows: list[Row], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        return self.sight.inputs(self.model, ids, positions, [row.sight[0] for row in rows], [row.request.media for row in rows])
+
+    def training_inputs(self, ids: Tensor, rows: Sequence[Sequence[int]], media: Sequence[Sequence[Segment]]) -> Inputs:
+        """For `token_logprobs` on a batch `ids` (B, T) of whole rows, padded on the right."""
+        layouts = [self.sight.layout(row, segments) for row, segments in zip(rows, media, strict=True)]
+        places = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        return lambda model: self.sight.inputs(model, ids, places, layouts, media)

@@ -59,14 +59,15 @@ class Lengths:
         return [float("nan") if "nan" in item.answer else float(int(item.answer)) for item in items]
 
 
-def test_64_clients_get_their_own_answers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_64_clients_get_their_own_answers(tmp_path: Path, broken: bool) -> None:
     with served(Lengths(), tmp_path) as (url, service):
 
         def client(number: int) -> None:
             with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http:
                 for turn in range(8):
                     values = [number * 1000 + turn * 10 + i for i in range(1 + number % 5)]
-                    if number % 16 == 7:
+                    if broken and number % 16 == 7:
                         refused = http.post("/score", json={"items": [{"question": "q", "answer": "broken"}]})
                         assert refused.status_code == 422
                     said = http.post("/score", json={"items": [{"question": "q", "answer": str(v)} for v in values]})
@@ -74,7 +75,8 @@ def test_64_clients_get_their_own_answers(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(64) as pool:
             list(pool.map(client, range(64)))
-        assert service.calls < 64 * 8  # requests that waited were scored together
+        if not broken:
+            assert service.calls < 64 * 8 / 4  # requests that waited were scored together
 
 
 def test_what_is_hostile_is_refused(tmp_path: Path) -> None:
