@@ -17,14 +17,17 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ramet.agents.tree import Segment
 from ramet.errors import PolicyError, first_line
 from ramet.policy.drawing import Row, draw
 from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
+from ramet.policy.rows import Inputs
 from ramet.policy.serving import Serving
 
 PREFILL_TOKENS = 2048
@@ -204,6 +207,10 @@ class HFPolicy(Serving):
 
     def _rounded(self, length: int) -> int:
         return -(-length // 256) * 256
+
+    def training_inputs(self, ids: torch.Tensor, rows: Sequence[Sequence[int]], media: Sequence[Sequence[Segment]]) -> Inputs:
+        """For `token_logprobs` on a batch `ids` (B, T) of whole rows, padded on the right."""
+        return lambda model: {"input_ids": ids}
 
     def _key(self, row: Row) -> tuple[int, ...]:
         """The request's prompt as it is stored: the same for prompts that say and show the same."""

@@ -29,14 +29,16 @@ def quiet() -> Iterator[None]:
 
 def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:
     """(model, tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     tokenizer, format_ = load_tokenizer(path, chat)
     if not any(path.glob("*.safetensors")):
         raise CheckpointError(f"model directory {path} has no safetensors weights")
     try:
         with quiet():
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
+            sees = hasattr(AutoConfig.from_pretrained(path, local_files_only=True), "vision_config")
+            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            model = kind.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", local_files_only=True)
     except Exception as error:  # transformers raises many classes for a broken directory
         raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval(), tokenizer, format_

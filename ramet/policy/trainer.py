@@ -106,7 +106,8 @@ Metrics = dict[str, float | int]
 class Trainer:
     """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
 
-    `job` names what `draw` and `judge` do; a checkpoint of another job is not resumed. `tell_all`: see `Runtime`.
+    `job` names what `draw` and `judge` do; a checkpoint of another job is not resumed. `tell_all`: see `Runtime`. `policy` samples, by
+    default an `HFPolicy` of the model.
     """
 
     def __init__(
@@ -121,13 +122,14 @@ class Trainer:
         seed: int = 0,
         job: str = "",
         tell_all: bool = True,
+        policy: HFPolicy | None = None,
     ):
         self._identity = {"seed": seed, "config": config.model_dump(), "job": job}
         self.model, self.tokenizer, self.chat = model, tokenizer, chat
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
         self._tell_all = tell_all
-        self.policy = HFPolicy(model, max_batch=config.max_batch)
+        self.policy = policy or HFPolicy(model, max_batch=config.max_batch)
         self._reference = _frozen_copy(model) if config.kl else None
         if config.lora_rank:
             adapt(model, config.lora_rank, seed)
@@ -325,7 +327,8 @@ class Trainer:
             behaviour = batch.spread([row.logprobs for row in rows]).to(ids.device)
             advantages = torch.tensor([row.advantage for row in chosen], device=ids.device)[:, None].expand(ids.shape)
             weights = torch.tensor([row.weight for row in chosen], device=ids.device)[:, None].expand(ids.shape)
-            logprobs, entropy, kl = token_logprobs(self.model, ids, self.config.temperature, self._reference)
+            inputs = self.policy.training_inputs(ids, [row.ids for row in chosen], [row.media for row in chosen])
+            logprobs, entropy, kl = token_logprobs(self.model, ids, self.config.temperature, self._reference, inputs)
             sums = policy_loss(
                 logprobs, behaviour, advantages, weights, mask, entropy, kl,
                 (self.config.clip_low, self.config.clip_high), self.config.kl,

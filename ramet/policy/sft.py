@@ -1,0 +1,99 @@
+"""Supervised training on turns that somebody wrote: a few known sequences, before reinforcement learning has anything to reinforce.
+
+By transformers' own `Trainer`, on rows of ids whose trained tokens are marked; rows may show videos, whose tower stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ramet.agents.tree import Segment
+from ramet.errors import CheckpointError
+from ramet.policy.lora import adapt
+from ramet.policy.models import quiet
+from ramet.policy.vision import Prompted, VideoReader, model_inputs
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence; `mask` says which of its tokens are learned."""
+
+    ids: Sequence[int]
+    mask: Sequence[bool]
+    media: tuple[Segment, ...] = ()
+
+
+@dataclass(frozen=True)
+class SFTTraining:
+    """Settings. `learning_rate` by default is 1e-4 with adapters and 1e-5 without; `lora_rank` 0 trains all weights of the decoder."""
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch: int = 32
+    at_once: int = 16
+    learning_rate: float | None = None
+    warmup: float = 0.03
+    lora_rank: int = 64
+    save_every: int = 200
+    seed: int = 0
+    bf16: bool = False
+
+
+def fine_tune(
+    model: Any, examples: Sequence[Example], pad: int, config: SFTTraining, folder: Path, reader: VideoReader | None = None,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train in place, from the last checkpoint in `folder` on. Returns the log. Raises `CheckpointError` if nothing is to be learned."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import get_last_checkpoint
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if report is not None and logs and "loss" in logs:
+                report({"step": state.global_step, **logs})
+
+    if not any(any(example.mask) for example in examples):
+        raise CheckpointError("no example has a token to learn")
+    model.requires_grad_(True)
+    if config.lora_rank:
+        adapt(model, config.lora_rank, config.seed)
+    if reader is not None:
+        model.model.visual.requires_grad_(False)
+    arguments = TrainingArguments(
+        output_dir=str(folder), learning_rate=config.learning_rate or (1e-4 if config.lora_rank else 1e-5), max_steps=config.steps or -1,
+        num_train_epochs=config.epochs, per_device_train_batch_size=min(config.at_once, config.batch),
+        gradient_accumulation_steps=max(config.batch // config.at_once, 1), lr_scheduler_type="cosine", warmup_steps=config.warmup,
+        remove_unused_columns=False, save_steps=config.save_every, save_total_limit=1, logging_steps=10, bf16=config.bf16,
+        use_cpu=model.device.type == "cpu", report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    with quiet():
+        trainer = Trainer(model=model, args=arguments, train_dataset=list(examples), data_collator=_Collator(model.config, pad, reader),
+                          callbacks=[Told()])  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    model.eval().requires_grad_(False)
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@dataclass
+class _Collator:
+    config: Any
+    pad: int
+    reader: VideoReader | None
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        shown = [tuple(self.reader(s).video for s in e.media) if self.reader is not None else () for e in examples]
+        inputs = model_inputs(self.config, [Prompted(e.ids, videos) for e, videos in zip(examples, shown, strict=True)], self.pad)
+        labels = torch.full_like(inputs["input_ids"], IGNORED)
+        for place, example in enumerate(examples):
+            learned = torch.tensor(example.mask)
+            labels[place, : len(example.ids)] = torch.where(learned, torch.tensor(example.ids), IGNORED)
+        return inputs | {"labels": labels}

@@ -1,0 +1,155 @@
+"""VideoGRM: a vision-language model that writes a critique and then a verdict, between two answers or on one.
+
+    grm = VideoGRM.load(Path("model"))
+    compare(grm, [Duel("1", Segment("clip.mp4"), "What colour is the square?", "red", "blue")], k=5)
+
+What it is asked, and the grammar of what counts, are ours (see docs/video-rewards.md). Samples come from the engine of the
+delegation policy: k votes read the video once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+
+from ramet.agents.actor import seed_of
+from ramet.agents.chat import ChatFormat, TextEncoder
+from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
+from ramet.agents.tasks import task_group
+from ramet.agents.tree import Message
+from ramet.errors import RewardError
+from ramet.policy.models import load_model
+from ramet.policy.rows import token_logprobs
+from ramet.policy.vision import Look, VideoReader, VisionPolicy
+from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.judge import Shown, parse_rating
+
+PAIRWISE = (
+    "A video, a question about it, and two answers. Which answer is right about the video?\nQuestion: {question}\nAnswer 1: {first}\n"
+    "Answer 2: {second}\nWrite <think>what you see and what is wrong</think><answer>1</answer>, or <answer>2</answer>. There are no ties."
+)
+POINTWISE = (
+    "A video, a question about it, and an answer. How right is the answer about the video?\nQuestion: {question}\nAnswer: {answer}\n"
+    "Write <think>what you see and what is wrong</think><answer>a whole number from 1, wrong, to 10, right</answer>."
+)
+
+
+@dataclass(frozen=True)
+class GRMSettings:
+    """
+    expected  of ratings: the mean under the model's own odds of 1 to 10 after its critique, instead of the number that it writes
+    votes     ratings of one answer; their mean counts
+    """
+
+    look: Look = field(default_factory=Look)
+    temperature: float = 1.0
+    max_tokens: int = 512
+    expected: bool = False
+    votes: int = 1
+
+
+def pairwise(shown: Shown) -> Message:
+    """What a judge reads. Answers are untrusted: they stand in it as text, and no part of them is a control token."""
+    text = PAIRWISE.format(question=shown.question, first=shown.first, second=shown.second)
+    return Message("user", text, () if shown.video is None else (shown.video,))
+
+
+class VideoGRM:
+    """A judge between answers (`say`), and a score of one (`score`)."""
+
+    def __init__(self, model: Any, tokenizer: Any, chat: ChatFormat, settings: GRMSettings):
+        self.model, self.tokenizer, self.chat, self.settings = model, tokenizer, chat, settings
+        self.name = "VideoGRM"
+        self.reader = VideoReader(model.config, tokenizer, settings.look)
+        self.chat.see = self.reader.ids
+        self._encode = TextEncoder(tokenizer)
+
+    @classmethod
+    def load(cls, path: Path, settings: GRMSettings | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoGRM:
+        """From a model directory. Raises `CheckpointError`."""
+        model, tokenizer, chat = load_model(path, dtype=dtype, device=device)
+        return cls(model, tokenizer, chat, settings or GRMSettings())
+
+    def look(self, **changes: Any) -> VideoGRM:
+        """The same model looking at videos otherwise."""
+        return VideoGRM(self.model, self.tokenizer, self.chat, replace(self.settings, look=replace(self.settings.look, **changes)))
+
+    def say(self, shown: Sequence[Shown], k: int, seed: int) -> list[list[str]]:
+        """`k` outputs for each; see `Judge`."""
+        places = [f"{one.id}/{one.first}" for one in shown]
+        samples = self.sample([pairwise(one) for one in shown], places, k, seed)
+        return [[self._text(sample) for sample in group] for group in samples]
+
+    def _text(self, sample: Sample) -> str:
+        return self.chat.text([i for i in sample.ids if i not in self.chat.stop_ids])
+
+    def sample(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[Sample]]:
+        """`k` samples after each message; `places` make their seeds."""
+        self.chat.see = self.reader.ids
+        sampling = Sampling(self.settings.temperature)
+        limit = self.model.config.get_text_config().max_position_embeddings
+        asked = []
+        for message, place in zip(messages, places, strict=True):
+            prompt = tuple(self.chat.render([message], tools=False))
+            room = min(self.settings.max_tokens, limit - len(prompt))
+            if room < 1:
+                raise RewardError(f"{len(prompt)} tokens leave no room for a verdict in the model's {limit}; show fewer frames")
+            for n in range(k):
+                asked.append(SampleRequest(prompt, room, self.chat.stop_ids, seed_of(seed, place, n), sampling, place, message.media))
+        found: list[Any] = [None] * len(asked)
+
+        async def one(policy: VisionPolicy, n: int) -> None:
+            found[n] = await policy.sample(asked[n], Partial())
+
+        async def main() -> None:
+            async with VisionPolicy(self.model, self.reader) as policy, task_group() as group:
+                for n in range(len(asked)):
+                    group.start_soon(one, policy, n)
+
+        anyio.run(main)
+        return [found[start : start + k] for start in range(0, len(found), k)]
+
+    def rate(self, items: Sequence[Item], seed: int = 0) -> list[tuple[float | None, list[str]]]:
+        """(mean rating from 1 to 10, None if none can be read; the outputs) of each item."""
+        messages = [
+            Message("user", POINTWISE.format(question=i.question, answer=i.answer), () if i.video is None else (i.video,)) for i in items
+        ]
+        groups = self.sample(messages, [f"{i.question}/{i.answer}" for i in items], self.settings.votes, seed)
+        rated = []
+        for message, group in zip(messages, groups, strict=True):
+            said = [self._text(sample) for sample in group]
+            numbers = [float(n) for n, _ in map(parse_rating, said) if n is not None]
+            if self.settings.expected and numbers:
+                numbers = [self._expected(message, text) for text in said if parse_rating(text)[0] is not None]
+            rated.append((sum(numbers) / len(numbers) if numbers else None, said))
+        return rated
+
+    def score(self, items: Sequence[Item]) -> list[float]:
+        """Mean ratings. An answer of which no rating can be read has none: `RewardError`, never a number of ours."""
+        scores = []
+        for item, (rating, said) in zip(items, self.rate(items), strict=True):
+            if rating is None:
+                raise RewardError(f"the VideoGRM's {len(said)} ratings of {item.answer[:40]!r} cannot be read, such as {said[0][:80]!r}")
+            scores.append(rating)
+        return scores
+
+    @torch.inference_mode()
+    def _expected(self, message: Message, said: str) -> float:
+        """The mean of 1 to 10 under the odds of each, written in place of the number that was."""
+        before = self.chat.render([message], tools=False) + self._encode(said.rpartition("<answer>")[0] + "<answer>")
+        policy = VisionPolicy(self.model, self.reader)
+        odds = []
+        for rating in range(1, 11):
+            tail = self._encode(f"{rating}</answer>")
+            ids = torch.tensor([[*before, *tail]], device=self.model.device)
+            inputs = policy.training_inputs(ids, ids.tolist(), [message.media])
+            odds.append(float(token_logprobs(self.model, ids, inputs=inputs)[0][0, -len(tail) :].sum()))
+        top = max(odds)
+        weights = [math.exp(o - top) for o in odds]
+        return sum(r * w for r, w in zip(range(1, 11), weights, strict=True)) / sum(weights)

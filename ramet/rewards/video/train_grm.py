@@ -1,0 +1,107 @@
+"""Training a VideoGRM: first on verdicts that were right in both orders, then by reinforcement learning on its own.
+
+The second stage is the trainer of the delegation policy, with the same rows and the same loss: a task is a duel in one order, a
+group its samples. A right verdict earns 1, and a readable one 0.5 more; what cannot be read earns nothing, and an error of ours stops the
+run. Groups whose samples all earn the same teach nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.budget import Budget
+from ramet.agents.chat import TextEncoder
+from ramet.agents.journal import fingerprint
+from ramet.agents.tree import Task, Tree
+from ramet.errors import RewardError, TaskError
+from ramet.policy.sft import Example, SFTTraining, fine_tune
+from ramet.policy.trainer import TrainConfig, Trainer, Verdict
+from ramet.policy.vision import VisionPolicy
+from ramet.rewards.video.generative import VideoGRM, pairwise
+from ramet.rewards.video.judge import Duel, Judge, Shown, compare, parse_choice
+from ramet.rewards.video.pairs import Pair
+
+CORRECT, VALID = 1.0, 0.5
+
+
+def shown(pair: Pair, forward: bool) -> Shown:
+    """A pair in one order; forward: the better answer first."""
+    a, b = pair.chosen, pair.rejected[0]
+    return Shown(pair.id, pair.video, pair.question, *((a, b) if forward else (b, a)))
+
+
+def sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tuple[Pair, bool, str]]:
+    """Verdicts to learn from: of pairs that the votes of each order get right, one output of each order that does."""
+    duels = [Duel(p.id, p.video, p.question, p.chosen, p.rejected[0]) for p in pairs]
+    traces = []
+    for pair, verdict in zip(pairs, compare(judge, duels, k, "both", seed), strict=True):
+        if verdict.consistent and verdict.winner == "a":
+            for forward in (True, False):
+                traces.append((pair, forward, next(v.said for v in verdict.votes if v.forward is forward and v.a)))
+    return traces
+
+
+def traces_of(rows: Sequence[Any], pairs: Sequence[Pair]) -> list[tuple[Pair, bool, str]]:
+    """Verdicts from rows `id, forward, said`: those of pairs that have a right one in both orders."""
+    by_id = {pair.id: pair for pair in pairs}
+    right: dict[tuple[str, bool], str] = {}
+    for row in rows:
+        name, forward, said = str(row["id"]), bool(row["forward"]), str(row["said"])
+        if name not in by_id:
+            raise TaskError(f"a verdict on the pair {name!r}, which there is not")
+        if parse_choice(said)[0] == (1 if forward else 2):
+            right.setdefault((name, forward), said)
+    return [(by_id[i], forward, right[i, forward]) for i in by_id if {(i, True), (i, False)} <= right.keys() for forward in (True, False)]
+
+
+def sft_grm(
+    grm: VideoGRM, traces: Sequence[tuple[Pair, bool, str]], config: SFTTraining, folder: Path,
+    report: Callable[[dict[str, float]], None] | None = None,
+) -> list[dict[str, float]]:  # fmt: skip
+    """Train in place on verdicts. Raises `RewardError` where there is none."""
+    if not traces:
+        raise RewardError("no verdict is right in both orders: there is nothing to learn from. Give traces of a better judge")
+    encode, end = TextEncoder(grm.tokenizer), min(grm.chat.stop_ids)
+    examples = []
+    for pair, forward, said in traces:
+        message = pairwise(shown(pair, forward))
+        prompt, answer = grm.chat.render([message], tools=False), [*encode(said), end]
+        examples.append(Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), message.media))
+    return fine_tune(grm.model, examples, grm.tokenizer.pad_token_id or 0, config, folder / "checkpoints", grm.reader, report)
+
+
+def verdict_reward(said: str, better: int) -> float:
+    """1 for the right verdict, 0.5 for a readable one, nothing for what cannot be read."""
+    choice = parse_choice(said)[0]
+    return CORRECT * (choice == better) + VALID * (choice is not None)
+
+
+def grm_trainer(grm: VideoGRM, pairs: Sequence[Pair], config: TrainConfig, folder: Path, seed: int = 0, job: str = "") -> Trainer:
+    """The trainer of the delegation policy on duels. Each update draws pairs, and shows each in both orders."""
+    if config.tasks % 2:
+        raise RewardError("tasks must be even: each pair is judged in both orders")
+    grm.chat.see = grm.reader.ids
+    limit = grm.model.config.get_text_config().max_position_embeddings
+    budget = Budget(generated=grm.settings.max_tokens, depth=0, turns=1, context=limit)
+
+    def draw(update: int) -> list[tuple[Task, Budget]]:
+        drawn = random.Random(f"grm/{seed}/{update}").choices(pairs, k=config.tasks // 2)
+        tasks = []
+        for n, pair in enumerate(drawn):
+            for forward in (True, False):
+                tasks.append(Task(f"{update}/{n}/{pair.id}/{forward}", (pairwise(shown(pair, forward)),), reference=1 if forward else 2))
+        return [(task, budget) for task in tasks]
+
+    def judge(task: Task, tree: Tree) -> Verdict:
+        sampled = [i for turn in tree.root.turns for i in turn.sampled]
+        said = grm.chat.text([i for i in sampled if i not in grm.chat.stop_ids])
+        reward = verdict_reward(said, task.reference)
+        return Verdict(float(reward > VALID), {}, reward)
+
+    return Trainer(
+        grm.model, grm.tokenizer, grm.chat, draw, judge, config, folder, seed, fingerprint("grm", job), tell_all=False,
+        policy=VisionPolicy(grm.model, grm.reader, max_batch=config.max_batch),
+    )  # fmt: skip
