@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,13 @@ _Config = TypeVar("_Config", bound=BaseModel)
 _Tokens = Annotated[int, Field(ge=1)]
 
 
+TOKEN = "RAMET_REWARD_TOKEN"
+"""The environment variable that holds the bearer token of a reward server."""
 _MATHS = ("gsm8k", "math", "aime", "amc")
 _MULTIHOP = ("hotpotqa", "2wikimultihopqa", "musique")
 _FILES = ("data", "train", "ood", "fields")
-_OPTIONS = {
+_OPTIONS: dict[str, tuple[str, ...]] = {
+    "longvideo": (*_FILES, "metric", "videos", "seconds", "root_sees", "frames", "pixels", "reward_model"),
     "rows": ("operands", "ood_operands", "row", "largest"),
     "reference": ("graded",),
     "gym": ("task", "options"),
@@ -54,11 +58,15 @@ class EnvConfig(BaseModel):
     data sets   data, train, ood: a file or hub id for what is measured, trained on, and out of distribution; fields: the field map
       gsm8k, math, aime, amc               levels, last_year: see `ramet.env.maths`
       hotpotqa, 2wikimultihopqa, musique   metric, show, only_gold, tokens, ood_tokens, gold: see `ramet.env.multihop`
+      longvideo   metric, videos, seconds, root_sees: see `ramet.env.longvideo`; frames, pixels: what a model sees of a segment, at most;
+                  reward_model: the directory of a VideoDRM, or the address of `ramet reward serve`
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["rows", "reference", "gym", "gsm8k", "math", "aime", "amc", "hotpotqa", "2wikimultihopqa", "musique"] = "rows"
+    kind: Literal["rows", "reference", "gym", "gsm8k", "math", "aime", "amc", "hotpotqa", "2wikimultihopqa", "musique", "longvideo"] = (
+        "rows"
+    )
     operands: tuple[int, int] = (2, 24)
     ood_operands: tuple[int, int] = (48, 54)
     row: tuple[int, int] = (5, 6)
@@ -72,12 +80,18 @@ class EnvConfig(BaseModel):
     fields: dict[str, str] = {}
     levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = ()
     last_year: int | None = None
-    metric: Literal["em", "f1"] = "em"
+    metric: Literal["em", "f1", "reward"] = "em"
     show: Literal["documents", "titles"] = "documents"
     only_gold: bool = False
     tokens: _Tokens | None = None
     ood_tokens: _Tokens | None = None
     gold: Literal["as is", "start", "middle", "end", "random"] = "as is"
+    videos: str = ""
+    seconds: Annotated[float, Field(gt=0)] = 10.0
+    root_sees: Literal["index", "video"] = "index"
+    frames: _Tokens = 16
+    pixels: Annotated[int, Field(ge=28 * 28)] = 128 * 28 * 28
+    reward_model: str = ""
 
     @model_validator(mode="after")
     def _ranges(self) -> EnvConfig:
@@ -94,6 +108,8 @@ class EnvConfig(BaseModel):
         for name, field in type(self).model_fields.items():
             if name != "kind" and name not in _OPTIONS[self.kind] and getattr(self, name) != field.default:
                 raise ValueError(f"{name} does not belong to the environment {self.kind}, which takes {', '.join(_OPTIONS[self.kind])}")
+        if self.metric not in ("em", "reward" if self.kind == "longvideo" else "f1"):
+            raise ValueError(f"metric {self.metric} does not belong to the environment {self.kind}")
         if self.kind == "gym" and not self.task:
             raise ValueError("task names no task of reasoning-gym, such as leg_counting")
         return self
@@ -106,6 +122,8 @@ class EnvConfig(BaseModel):
     def files(self) -> dict[str, str]:
         """SHA-256 of the local files that tasks are made of: a journal of other rows is not this job's."""
         paths = {name: Path(getattr(self, name)) for name in ("data", "train", "ood") if getattr(self, name)}
+        if self.reward_model:
+            paths["reward_model"] = Path(self.reward_model) / "model.safetensors"
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
     @property
@@ -117,9 +135,17 @@ class EnvConfig(BaseModel):
         """The environment; `count` gives the tokens of a text."""
         sources = {"iid": self.data, "train": self.train, "ood": self.ood or (self.data if self.ood_tokens else "")}
         if self.kind in _MULTIHOP:
+            scored: Any = self.metric
             return MultihopEnvironment(
-                sources, self.fields, self.kind, self.metric, self.show, self.only_gold, self.tokens, self.ood_tokens, self.gold, count
+                sources, self.fields, self.kind, scored, self.show, self.only_gold, self.tokens, self.ood_tokens, self.gold, count
             )
+        if self.kind == "longvideo":
+            from ramet.env.longvideo import LongVideoEnvironment, reward_of
+
+            videos = Path(self.videos) if self.videos else None
+            reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, "")) if self.reward_model else None
+            metric: Any = self.metric
+            return LongVideoEnvironment(sources, self.fields, self.kind, self.seconds, self.root_sees, metric, reward, videos)
         if self.kind in _MATHS:
             return MathsEnvironment(sources, self.fields, self.kind, self.levels, self.last_year)
         if self.kind == "gym":

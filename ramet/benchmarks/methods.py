@@ -34,6 +34,10 @@ DELEGATE = (
     "You may hand parts of this to clones of yourself with the tool: give each an objective, and the documents that it needs "
     "by their titles as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
 )
+WATCH = (
+    "You may have clones of yourself watch segments with the tool: give each an objective, and the segments that it is to see by their "
+    "keys as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
+)
 DELEGATE_PARTS = (
     "You may hand parts of this to clones of yourself with the tool: give each an objective that says all it needs. Think step by step, "
     "briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
@@ -47,6 +51,8 @@ Score = Callable[[Task, Tree, str], float]
 
 def instruction(env: EnvConfig, spawn: bool) -> str:
     """What a model that decides by itself is told: with documents at hand, to answer at once; else to think."""
+    if env.kind == "longvideo":
+        return WATCH if spawn else DIRECT
     if spawn:
         return DELEGATE if env.multihop else DELEGATE_PARTS
     return DIRECT if env.multihop else COT
@@ -55,7 +61,7 @@ def instruction(env: EnvConfig, spawn: bool) -> str:
 def instructed(task: Task, instruction: str) -> Task:
     """The task with an instruction at the end of its last message, so that prompts of different methods share their beginning."""
     *before, last = task.messages
-    return replace(task, messages=(*before, Message(last.role, f"{last.content}\n\n{instruction}")))
+    return replace(task, messages=(*before, replace(last, content=f"{last.content}\n\n{instruction}")))
 
 
 def told(instruction: str) -> Method:

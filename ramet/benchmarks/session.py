@@ -53,7 +53,7 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     if config.backend == "transformers":
         weights, tokenizer, chat = open_model(config, path)
         # Room for the documents of some thirty tasks: methods come one after another, and begin alike.
-        policy: Any = HFPolicy(weights, max_batch=config.train.max_batch, prefix_bytes=2**31)
+        policy: Any = engine_of(config, weights, tokenizer, chat, prefix_bytes=2**31)
     else:
         tokenizer, chat = load_tokenizer(path, config.chat)
         if config.backend == "completions":
@@ -63,6 +63,18 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
 
             policy = VLLMPolicy(path, dtype=config.dtype)
     return policy, chat, token_count(tokenizer)
+
+
+def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, **options: Any) -> HFPolicy:
+    """The transformers backend of a model; one that sees, for a model with a vision tower."""
+    options["max_batch"] = config.train.max_batch
+    if not hasattr(model.config, "vision_config"):
+        return HFPolicy(model, **options)
+    from ramet.policy.vision import Look, VideoReader, VisionPolicy
+
+    reader = VideoReader(model.config, tokenizer, Look(frames=config.env.frames, most=config.env.pixels))
+    chat.see = reader.ids
+    return VisionPolicy(model, reader, **options)
 
 
 def token_count(tokenizer: Any) -> Callable[[str], int]:
@@ -110,7 +122,8 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
     job = fingerprint(config.model_dump(mode="json"), config.env.files(), spawn, weights_id(find(config.model)))
-    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, not config.env.language)
+    policy = engine_of(config, model, tokenizer, chat)
+    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, not config.env.language, policy)
 
 
 def machine() -> dict[str, Any]:

@@ -209,6 +209,21 @@ def _frames(path: Path, kept: list[np.ndarray], times: list[float], seconds: flo
     return Frames(np.stack(kept), tuple(times), seconds)
 
 
+def video_seconds(path: Path) -> float:
+    """How long a video lasts, as its file says. Raises `TaskError`."""
+    if path.is_dir():
+        return _pictures(path).length
+    try:
+        import av
+
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise TaskError(f"{path} has no video")
+            return _Decoded(path, container).length
+    except (OSError, ValueError) as error:
+        raise TaskError(f"cannot read video {path}: {first_line(error)}") from error
+
+
 def content_id(path: Path) -> str:
     """A hash of a video's bytes, remembered for as long as the file stays as it is. Raises `TaskError` where it cannot be read."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]

@@ -60,14 +60,15 @@ def _plain(said: str) -> str:
 def load_questions(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> list[VideoQuestion]:
     """Rows with `id, video, question, answer` and perhaps `choices, category, start, end`. Raises `TaskError`, naming the row."""
     names, root = dict(fields or {}), videos or Path(source).parent
-    found = [_question(row, names, root, f"{source}, row {n}") for n, row in enumerate(load_rows(source), 1)]
+    found = [question_of(row, names, root, f"{source}, row {n}") for n, row in enumerate(load_rows(source), 1)]
     ids = [question.id for question in found]
     if len(set(ids)) < len(ids):
         raise TaskError(f"{source} has the id {next(i for i in ids if ids.count(i) > 1)!r} more than once")
     return found
 
 
-def _question(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoQuestion:
+def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoQuestion:
+    """One row's. Raises `TaskError`."""
     video = segment(row, fields, root, where)
     if video is None:
         raise TaskError(f"{where} names no video")

@@ -1,0 +1,111 @@
+"""Questions about long videos: the root reads an index of segments, and clones see the segments that it names.
+
+A segment's key is s1, s2, ... in the order of time; it stands for a part of one file. With `show="video"` the root sees all segments as
+well, which is what a method without clones needs. The reward is exact match, or what a video reward model makes of the stated answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ramet.agents.tree import Message, Segment, Task
+from ramet.data import Row
+from ramet.env.questions import Questions
+from ramet.errors import ConfigError, TaskError
+from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.frames import video_seconds
+from ramet.rewards.video.questions import VideoQuestion, question_of
+
+MOST_SEGMENTS = 512
+
+
+@dataclass(frozen=True)
+class LongVideoEnvironment(Questions):
+    """Questions of rows `id, video, question, answer, choices?`, as `ramet reward build-pairs` reads them.
+
+    seconds  of a segment
+    show     what the root sees: the index, or the segments too
+    metric   what `grade` gives unless asked for the other: exact match of the stated answer, or the reward model's probability
+    reward   gives an answer to a question about a whole video a probability in [0, 1]; None where there is no reward model
+    videos   the folder of the videos; None: each file's own
+    """
+
+    seconds: float = 10.0
+    show: Literal["index", "video"] = "index"
+    metric: Literal["em", "reward"] = "em"
+    reward: Callable[[Item], float] | None = None
+    videos: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric == "reward" and self.reward is None:
+            raise ConfigError("env.metric is reward, and env.reward_model names none")
+
+    def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
+        question = question_of(row, self.fields, self.videos or Path(self.sources[split]).parent, where)
+        segments = self.segments(question.video)
+        index = "\n".join(f"{key}: {s.start - question.video.start:g}-{_end(s) - question.video.start:g} s" for key, s in segments.items())
+        choices = f"\nChoices: {', '.join(question.choices)}" if question.choices else ""
+        text = f"Segments of a video:\n{index}\n\nQuestion: {question.question}{choices}"
+        shown = tuple(segments.values()) if self.show == "video" else ()
+        return Task(
+            task_id, (Message("user", text, shown),), dict(segments), question, {"size": len(segments), "question": question.question}
+        )
+
+    def segments(self, video: Segment) -> dict[str, Segment]:
+        """The parts of a video by key, the last perhaps shorter."""
+        end = video_seconds(Path(video.file)) if video.end is None else video.end
+        count = math.ceil((end - video.start) / self.seconds - 0.05)  # no segment of a twentieth and less
+        if not 1 <= count <= MOST_SEGMENTS:
+            raise TaskError(f"{video.file} makes {count} segments of {self.seconds:g} s; at most {MOST_SEGMENTS}, choose env.seconds")
+        edges = [video.start + self.seconds * n for n in range(count)] + [end]
+        return {f"s{n + 1}": Segment(video.file, edges[n], edges[n + 1]) for n in range(count)}
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        both = ("em", "reward") if self.reward is not None else ("em",)
+        return both if self.metric == "em" else both[::-1]
+
+    def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
+        question = _question(task)
+        if answer is None:
+            return 0.0
+        if (metric or self.metric) == "em":
+            return float(question.right(f"Answer: {answer}"))
+        assert self.reward is not None
+        return self.reward(Item(question.video, question.question, f"Answer: {answer}"))
+
+    def canonical(self, answer: str) -> str:
+        return " ".join(answer.lower().split())
+
+    def size(self, task: Task) -> int:
+        """Segments."""
+        return int(task.meta["size"])
+
+
+def _end(segment: Segment) -> float:
+    assert segment.end is not None
+    return segment.end
+
+
+def _question(task: Task) -> VideoQuestion:
+    if not isinstance(task.reference, VideoQuestion):
+        raise TaskError(f"task {task.id} is no question about a video")
+    return task.reference
+
+
+def reward_of(model: str, videos: Path | None, token: str) -> Callable[[Item], float]:
+    """The reward of a VideoDRM in a directory, or of a server at an address."""
+    if model.startswith(("http://", "https://")):
+        from ramet.rewards.video.server import RemoteReward
+
+        if videos is None:
+            raise ConfigError("a reward server reads videos below a folder: set env.videos to yours of the same")
+        remote = RemoteReward(model, token, videos)
+        return lambda item: 1 / (1 + math.exp(-min(max(remote.score([item])[0], -700.0), 700.0)))
+    from ramet.rewards.video.discriminative import VideoDRM
+
+    return VideoDRM.load(Path(model)).probability
