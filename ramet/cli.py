@@ -1,4 +1,4 @@
-"""The command line: `ramet demo | run | train | eval | reproduce | attention | bench | models | doctor`.
+"""The command line: `ramet demo | run | train | eval | reproduce | frontier | reward | attention | bench | models | doctor`.
 
 Every command prints one line and exits with a status other than 0 when its job was not done. Heavy imports
 stand in the commands that need them, so that `ramet --help` is quick.
@@ -17,6 +17,7 @@ from rich.console import Console
 from ramet import __version__
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
+from ramet.cli_reward import reward
 from ramet.errors import ConfigError, RametError
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ attention = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
+app.add_typer(reward, name="reward")
 console = Console(stderr=True)
 
 _Config = Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/learning.md")]
@@ -160,21 +162,27 @@ def evaluate(
 
 @app.command()
 def reproduce(
-    what: Annotated[str, typer.Argument(help="nano")] = "nano",
+    what: Annotated[str, typer.Argument(help="nano, or longvideo.")] = "nano",
     config: _Config = None,
     set_: _Set = None,
     seed: _Seed = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default reproduce-nano- and the seed.")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
-    """Run the full comparison that the README shows, from the shipped base. Run again to resume.
+    """Run a full comparison that the README shows: nano from the shipped base, longvideo from nothing. Run again to resume.
 
     Example: ramet reproduce nano --seed 1
     """
     from ramet.benchmarks.reproduce import NANO, reproduce_nano
 
+    if what == "longvideo":
+        from ramet.benchmarks.reproduce_longvideo import reproduce_longvideo
+
+        with draining(console.print):
+            reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config, set_ or [], seed or 0)
+        return
     if what != "nano":
-        raise ConfigError(f"there is nothing called {what!r} to reproduce; there is nano")
+        raise ConfigError(f"there is nothing called {what!r} to reproduce; there are nano and longvideo")
     resolved = _run_config(config, set_, seed, NANO)
     with draining(console.print):
         reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))

@@ -56,10 +56,12 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     started = time.perf_counter()
     claim_folder(folder, DemoConfig(seed=seed))
     console.print(Rule("1. preference pairs from clips whose truth is known"))
-    held, questions = _pairs(folder / "held-out", HELD_OUT, 2 * seed + 1, [])
-    pairs, _ = _pairs(folder / "train", TRAIN, 2 * seed, held)
+    make_questions(folder / "held-out", HELD_OUT, 2 * seed + 1)
+    make_questions(folder / "train", TRAIN, 2 * seed)
+    held, questions = built_pairs(folder / "held-out", 2 * seed + 1, [])
+    pairs, _ = built_pairs(folder / "train", 2 * seed, held)
     console.print(Rule("2. a VideoDRM, trained by TRL"))
-    drm, log = _trained(folder, pairs, seed)
+    drm, log = trained_drm(folder, pairs, seed, LOOK, STEPS)
     console.print(Rule("3. does it look? held-out pairs, with four videos each"))
     protocol = Protocol("pointwise", frames=LOOK.frames, pixels=LOOK.most, seed=seed)
     with Journal(folder / "bench.jsonl", fingerprint("reward demo", seed)) as journal:
@@ -95,13 +97,12 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
         write_json(out, records)
 
 
-def _pairs(folder: Path, count: int, seed: int, benchmarks: list[Pair]) -> tuple[list[Pair], list[VideoQuestion]]:
-    """Pairs of one split through the pipeline, with their datasheet; and the questions that they came from."""
-    make_questions(folder, count, seed)
+def built_pairs(folder: Path, seed: int, benchmarks: list[Pair]) -> tuple[list[Pair], list[VideoQuestion]]:
+    """Pairs from the questions in a folder through the pipeline, with their datasheet; and the questions."""
     questions = load_questions(str(folder / "questions.jsonl"))
     path = folder / "pairs.jsonl"
     if not path.exists():
-        with Journal(folder / "build.jsonl", fingerprint("pairs", count, seed)) as journal:
+        with Journal(folder / "build.jsonl", fingerprint("pairs", len(questions), seed)) as journal:
             build = Build(questions, [Guesser()], BuildConfig(n=4, per_question=1, seed=seed), journal, benchmarks=benchmarks)
             made = build.run()
         write_text(folder / "datasheet.md", datasheet(build.sheet(made)))
@@ -109,21 +110,21 @@ def _pairs(folder: Path, count: int, seed: int, benchmarks: list[Pair]) -> tuple
     pairs = load_pairs(str(path))
     for fault in faults(pairs):
         console.print(f"[yellow]note:[/] {fault}")
-    console.print(f"{folder.name}: {len(pairs)} pairs from {count} questions; see {folder / 'datasheet.md'}")
+    console.print(f"{folder.name}: {len(pairs)} pairs from {len(questions)} questions; see {folder / 'datasheet.md'}")
     return pairs, questions
 
 
-def _trained(folder: Path, pairs: list[Pair], seed: int) -> tuple[VideoDRM, list[dict[str, Any]]]:
-    """Trained, calibrated on pairs that were held back, and saved."""
+def trained_drm(folder: Path, pairs: list[Pair], seed: int, look: Look, steps: int) -> tuple[VideoDRM, list[dict[str, Any]]]:
+    """Trained from nothing, calibrated on pairs that were held back, and saved in `folder/drm`; and the log."""
     path, log = folder / "drm", folder / "training.json"
     if not (path / SETTINGS).exists():
-        base = folder / "base"
+        base = folder / "drm-base"
         texts = [p.question for p in pairs] + [phrase.format("") for phrase in PHRASES] + [p.chosen for p in pairs]
         if not (base / "config.json").exists():
             write_vision_model(base, texts, seed)
-        drm = VideoDRM.from_base(base, DRMSettings(look=LOOK), seed)
-        config = DRMTraining(steps=STEPS, batch=16, learning_rate=2e-3, lora_rank=0, seed=seed, save_every=100)
-        with progress.measuring("training", STEPS) as report:
+        drm = VideoDRM.from_base(base, DRMSettings(look=look), seed)
+        config = DRMTraining(steps=steps, batch=16, learning_rate=2e-3, lora_rank=0, seed=seed, save_every=100)
+        with progress.measuring("training", steps) as report:
             done = 0
 
             def tell(entry: dict[str, float]) -> None:

@@ -6,10 +6,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ramet.agents.tree import Message
 from ramet.data import field, load_rows, text
 from ramet.errors import TaskError
+from ramet.rewards.video.generative import VideoGRM
 from ramet.rewards.video.questions import VideoQuestion
 
+ASKED = "Think step by step, briefly, about what the video shows. End with a line `Answer: ...`."
 PHRASES = (
     "Answer: {}",
     "I look at the frames.\nAnswer: {}",
@@ -37,6 +40,20 @@ class Guesser:
             said = [str(stated) if rng.random() < skill else rng.choice(wrong) for _ in range(n)]
             answers.append([rng.choice(PHRASES).format(s) for s in said])
         return answers
+
+
+class ModelAnswerer:
+    """A vision-language model that thinks and answers."""
+
+    def __init__(self, model: VideoGRM, name: str):
+        self.model, self.name = model, name
+
+    def answer(self, questions: Sequence[VideoQuestion], n: int, seed: int, blind: bool = False) -> list[list[str]]:
+        messages = []
+        for question in questions:
+            choices = f"\nChoices: {', '.join(question.choices)}" if question.choices else ""
+            messages.append(Message("user", f"{question.question}{choices}\n{ASKED}", () if blind else (question.video,)))
+        return self.model.write(messages, [f"{self.name}/{q.id}/{blind}" for q in questions], n, seed)
 
 
 class Recorded:

@@ -82,15 +82,17 @@ class VideoGRM:
 
     def say(self, shown: Sequence[Shown], k: int, seed: int) -> list[list[str]]:
         """`k` outputs for each; see `Judge`."""
-        places = [f"{one.id}/{one.first}" for one in shown]
-        samples = self.sample([pairwise(one) for one in shown], places, k, seed)
-        return [[self._text(sample) for sample in group] for group in samples]
+        return self.write([pairwise(one) for one in shown], [f"{one.id}/{one.first}" for one in shown], k, seed)
+
+    def write(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[str]]:
+        """`k` texts after each message; `places` make their seeds."""
+        return [[self._text(sample) for sample in group] for group in self.sample(messages, places, k, seed)]
 
     def _text(self, sample: Sample) -> str:
         return self.chat.text([i for i in sample.ids if i not in self.chat.stop_ids])
 
     def sample(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[Sample]]:
-        """`k` samples after each message; `places` make their seeds."""
+        """The same as samples."""
         self.chat.see = self.reader.ids
         sampling = Sampling(self.settings.temperature)
         limit = self.model.config.get_text_config().max_position_embeddings

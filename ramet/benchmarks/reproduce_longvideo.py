@@ -1,0 +1,128 @@
+"""`ramet reproduce longvideo`: delegation learned from the reward of a video reward model.
+
+Clips of several scenes are drawn. A VideoDRM learns from pairs which answers about them are right. A small vision-language model
+learns from demonstrations how clones watch segments, and how to guess without looking, each as often. Then the local trainer rolls out
+trees whose only reward is what the VideoDRM makes of the root's answer. Exact match, which training never sees, says whether that was
+worth it. Everything resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.benchmarks import plots, progress
+from ramet.benchmarks.jobs import claim_folder, run_measuring, run_training, tree_entry
+from ramet.benchmarks.methods import instructed, instruction
+from ramet.benchmarks.reward_demo import built_pairs, trained_drm
+from ramet.benchmarks.session import engine_of, meta, open_model, read_metrics, weights_id
+from ramet.benchmarks.show import write_json
+from ramet.benchmarks.sweep import results
+from ramet.config import RunConfig, load
+from ramet.nano.vision import VisionSize, write_vision_model
+from ramet.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
+from ramet.policy.sft import SFTTraining, fine_tune
+from ramet.policy.vision import Look
+from ramet.rewards.video.clips import COLOURS, make_long_questions
+
+console = Console()
+
+SCENES, TRAIN, HELD_OUT = 4, 2400, 200
+FRAMES, PIXELS = 2, 56 * 56
+"""Of a segment, as the policy sees it. The reward model sees all segments at once, as many frames of each."""
+DRM_STEPS, SFT_STEPS = 2500, 1500
+LONGVIDEO: dict[str, Any] = {
+    "model": "base",
+    "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "frames": FRAMES, "pixels": PIXELS},
+    "budget": {"answer_reserve": 12, "context": "unlimited", "depth": 1, "width": 8, "turns": 4},
+    "budgets": [96, 160, 256],
+    "reward": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
+    "train": {
+        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "decay": 1.0, "kl": 0.02, "checkpoint_every": 10,
+        "temperature": 1.0, "estimator": "team",
+    },
+    "eval": {"tasks": 200, "budgets": [96, 160, 256], "ood_budgets": [96, 160, 256]},
+}  # fmt: skip
+
+
+def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str], seed: int) -> None:
+    """The whole of it in `folder`. A file or overrides go over `LONGVIDEO`."""
+    paths = {"data": "held-out/questions.jsonl", "train": "train/questions.jsonl", "reward_model": "drm"}
+    own = [f"model={folder / 'base'}", f"seed={seed}", *(f"env.{name}={folder / where}" for name, where in paths.items())]
+    config = load(RunConfig, path, [*own, *overrides], LONGVIDEO)
+    claim_folder(folder, config)
+    console.print(Rule("1. clips of several scenes, and pairs of answers about them"))
+    for name, count, s in (("train", TRAIN, 2 * seed), ("held-out", HELD_OUT, 2 * seed + 1)):
+        make_long_questions(folder / name, count, s, SCENES)
+    pairs, _ = built_pairs(folder / "train", 2 * seed, [])
+    console.print(Rule("2. a VideoDRM of whole clips"))
+    trained_drm(folder, pairs, seed, Look(frames=FRAMES * SCENES, most=PIXELS), DRM_STEPS)
+    console.print(Rule("3. a small model that can have clones watch, and can guess"))
+    _base(folder, config)
+    console.print(Rule("4. reinforcement learning from the VideoDRM"))
+    trainer = run_training(config, folder / "trained", True, "training")
+    final = trainer.checkpoints / f"step-{config.train.updates:06d}"
+    measured = []
+    for name, path in (("base", folder / "base"), ("trained", final)):
+        with Journal(folder / f"{name}.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(path))) as journal:
+            measured += run_measuring(config, path, [tree_entry(name, config, True)], ("iid",), journal, "measuring")
+    env = config.env.build()
+    records = [meta("reproduce longvideo", seed), *results(measured, config, env, "trained", {}, {}, "small")]
+    metrics = read_metrics(folder / "trained")
+    records += [{"record": "update", **m} for m in metrics]
+    write_json(folder / "longvideo.json", records)
+    plots.learning({"trained": metrics}, folder / "learning.png")
+    _print(records)
+    console.print(f"run folder {folder}: longvideo.json, learning.png, drm/, base/, trained/")
+
+
+def _base(folder: Path, config: RunConfig) -> None:
+    """Trained on demonstrations of the training clips."""
+    path, draft = folder / "base", folder / "base.draft"
+    if (path / "config.json").exists():
+        return
+    blind = config.env.model_copy(update={"metric": "em", "reward_model": ""})
+    tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN, config.seed)]
+    if not (draft / "config.json").exists():
+        turns = [f"Answer: {word}" for word in (*COLOURS, *(f"s{n + 1}" for n in range(SCENES)))]
+        calls = [f'{{"name": "spawn_clone", "arguments": {{"objectives": [{{"objective": "{WATCH}", "context_keys": ["s1"]}}, ']
+        write_vision_model(
+            draft, [task.messages[0].content for task in tasks[:400]] + 100 * turns + 200 * calls, config.seed, VisionSize(96)
+        )
+    model, tokenizer, chat = open_model(config, draft)
+    reader = engine_of(config, model, tokenizer, chat).sight.reader
+    rows = [json.loads(line) for line in (folder / "train" / "questions.jsonl").read_text().splitlines()]
+    by_id = {task.reference.id: task.reference for task in tasks}
+    truth = {key: colour for row in rows for key, colour in scenes_of(by_id[row["id"]], row["scenes"], config.env.seconds).items()}
+    shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))
+    with progress.measuring("demonstrations", SFT_STEPS) as report:
+        done = 0
+
+        def tell(entry: dict[str, float]) -> None:
+            nonlocal done
+            report(int(entry["step"]) - done)
+            done = int(entry["step"])
+
+        settings = SFTTraining(steps=SFT_STEPS, batch=32, at_once=32, learning_rate=1e-3, lora_rank=0, seed=config.seed)
+        fine_tune(model, shown, tokenizer.pad_token_id, settings, draft / "checkpoints", reader, tell)
+    model.save_pretrained(draft)
+    draft.rename(path)
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    shown = Table("policy", "budget", "right answers", "95%", "reward model", "generated", "spawns", title="held-out questions")
+    points = [r for r in records if r["record"] == "point"]
+    for p in (p for p in points if p["metric"] == "em"):
+        by_model = next(q for q in points if q["metric"] == "reward" and (q["policy"], q["budget"]) == (p["policy"], p["budget"]))
+        shown.add_row(
+            p["policy"], str(p["budget"]), f"{p['accuracy']:.3f}", f"{p['ci_low']:.2f}-{p['ci_high']:.2f}", f"{by_model['accuracy']:.3f}",
+            f"{p['generated']:.0f}", f"{p['spawn_rate']:.0%}",
+        )  # fmt: skip
+    console.print(shown)

@@ -1,0 +1,431 @@
+"""The jobs behind `ramet reward`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+
+from ramet.agents.journal import Journal, fingerprint, read_records
+from ramet.agents.tree import Segment
+from ramet.benchmarks import progress
+from ramet.benchmarks.best_of_n import best_of_n
+from ramet.benchmarks.jobs import claim_folder
+from ramet.benchmarks.reward_demo import print_results
+from ramet.benchmarks.session import meta, weights_id
+from ramet.benchmarks.show import write_json, write_text
+from ramet.benchmarks.video_report import accuracy_bars, best_of_n_curves, training_curve, write_page, wrong_pairs
+from ramet.benchmarks.video_reward import Protocol, against, protocol_record, results, run_bench, warnings
+from ramet.data import load_rows
+from ramet.errors import CheckpointError, ConfigError
+from ramet.policy.catalogue import find
+from ramet.policy.sft import SFTTraining
+from ramet.policy.trainer import TrainConfig, run_trainer
+from ramet.policy.vision import Look
+from ramet.rewards.video.answerers import Guesser, ModelAnswerer, Recorded
+from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
+from ramet.rewards.video.build import Answerer, Build, BuildConfig, datasheet
+from ramet.rewards.video.calibration import calibrate
+from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, Item, VideoDRM
+from ramet.rewards.video.fakes import fake_judge
+from ramet.rewards.video.generative import GRMSettings, VideoGRM
+from ramet.rewards.video.judge import Duel, Order, by_scores, compare
+from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
+from ramet.rewards.video.questions import load_questions
+from ramet.rewards.video.train_drm import DRMTraining, train_drm
+from ramet.rewards.video.train_grm import grm_trainer, sft_grm, sifted, traces_of
+
+console = Console()
+
+
+class RewardRun(BaseModel):
+    """What tells run folders of these jobs apart."""
+
+    command: str
+    settings: dict[str, Any]
+    seed: int
+
+
+def open_reward(name: str, look: Look | None, settings: Mapping[str, Any], pairs: Sequence[Pair] = ()) -> Any:
+    """A VideoDRM or a model that judges, from a directory; or `fake:oracle` and its like. `look` overrides a VideoDRM's own."""
+    if name.startswith("fake:"):
+        better = {f"{pair.id}/{n}": pair.chosen for pair in pairs for n in range(len(pair.rejected))}
+        return fake_judge(name.removeprefix("fake:"), better)
+    path = find(name)
+    if (path / SETTINGS).exists():
+        drm = VideoDRM.load(path)
+        return drm if look is None else drm.look(frames=look.frames, most=look.most)
+    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{name!r} is no reward model: give the directory of a VideoDRM or of a vision-language model, or fake:oracle"
+        )
+    return VideoGRM.load(path, GRMSettings(look=look or Look(), **settings))
+
+
+def model_id(name: str) -> str:
+    """What tells models apart in a journal."""
+    return name if name.startswith("fake:") else weights_id(find(name))
+
+
+def file_id(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else path
+
+
+def videos_of(source: str, videos: Path | None) -> Path:
+    return videos or Path(source).parent
+
+
+@contextmanager
+def stepping(label: str, total: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A progress bar that is told logs with a `step`."""
+    done = 0
+    with progress.measuring(label, total) as report:
+
+        def tell(entry: Mapping[str, float]) -> None:
+            nonlocal done
+            report(int(entry["step"]) - done)
+            done = int(entry["step"])
+            if not progress.console.is_terminal and done % 50 == 0:
+                console.print(f"step {done} of {total}: loss {float(entry['loss']):.4f}")
+
+        yield tell
+
+
+def build_job(
+    source: str, videos: Path | None, fields: dict[str, str], answerers: Sequence[str], judge: str | None, scores: str | None,
+    weak: str | None, benchmarks: Sequence[str], config: BuildConfig, look: Look, folder: Path, out: Path | None,
+) -> None:  # fmt: skip
+    """`ramet reward build-pairs`."""
+    given = {
+        "questions": file_id(source), "answerers": [file_id(a) for a in answerers], "judge": judge or "", "scores": scores or "",
+        "weak": weak or "", "benchmarks": [file_id(b) for b in benchmarks], "config": asdict(config), "look": asdict(look),
+    }  # fmt: skip
+    claim_folder(folder, RewardRun(command="build-pairs", settings=_plain(given), seed=config.seed))
+    root = videos_of(source, videos)
+    questions = load_questions(source, fields, root)
+    models = [_answerer(name, look) for name in answerers]
+    known = [pair for name in benchmarks for pair in load_pairs(name)]
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if done == total or done % 50 == 0:
+            console.print(f"{stage}: {done} of {total}")
+
+    with Journal(folder / "journal.jsonl", fingerprint(given)) as journal:
+        build = Build(
+            questions, models, config, journal, None if judge is None else open_reward(judge, look, {}),
+            None if scores is None else open_reward(scores, None, {}), None if weak is None else _answerer(weak, look), known, tell,
+        )  # fmt: skip
+        pairs = build.run()
+    sheet = build.sheet(pairs)
+    write_text(folder / "pairs.jsonl", "".join(json.dumps(row_of(pair, root)) + "\n" for pair in pairs))
+    write_text(folder / "datasheet.md", datasheet(sheet))
+    console.print(datasheet(sheet))
+    _say_faults(pairs)
+    console.print(f"{len(pairs)} pairs in {folder / 'pairs.jsonl'}, videos below {root}; datasheet.md beside it")
+    if out is not None:
+        stages = [{"record": "stage", "stage": name, **counts} for name, counts in sheet["stages"].items()]
+        write_json(out, [meta("reward build-pairs", config.seed), *stages, {"record": "datasheet", **sheet}])
+
+
+def _answerer(name: str, look: Look) -> Answerer:
+    if name == "guesser":
+        return Guesser()
+    if name.endswith((".jsonl", ".json", ".parquet")):
+        return Recorded(name)
+    return ModelAnswerer(VideoGRM.load(find(name), GRMSettings(look=look, temperature=0.8)), Path(name).name)
+
+
+def train_drm_job(
+    model: str, source: str, videos: Path | None, fields: dict[str, str], settings: DRMSettings, config: DRMTraining, held_out: float,
+    folder: Path, out: Path | None,
+) -> None:  # fmt: skip
+    """`ramet reward train-drm`: train, calibrate on pairs about videos that were held out, save."""
+    base = find(model)
+    given = {"model": weights_id(base), "pairs": file_id(source), "settings": asdict(settings), "config": asdict(config), "held": held_out}
+    claim_folder(folder, RewardRun(command="train-drm", settings=_plain(given), seed=config.seed))
+    pairs = load_pairs(source, fields, videos_of(source, videos))
+    _say_faults(pairs)
+    held, train = _split(pairs, held_out)
+    if len(held) < 2 or not train:
+        raise ConfigError(
+            f"{len(pairs)} pairs with {held_out:.0%} of the videos held out leave {len(train)} to train on and {len(held)} held out"
+        )
+    drm = VideoDRM.from_base(base, settings, config.seed)
+    steps = config.steps or max(round(len(train) * config.epochs / config.batch), 1)
+    with stepping("training", steps) as tell:
+        trained = train_drm(drm, train, config, folder, tell)
+    scores = drm.score([Item(p.video, p.question, a) for p in held for a in (p.chosen, p.rejected[0])])
+    found = calibrate(scores[::2], scores[1::2], [(len(p.chosen), len(p.rejected[0])) for p in held])
+    drm.settings = replace(drm.settings, temperature=found.temperature, centre=found.centre)
+    drm.save(folder / "drm")
+    right = sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / len(held)
+    training_curve(trained["log"], folder / "training.png")
+    records = [
+        meta("reward train-drm", config.seed),
+        {"record": "training", "pairs": trained["pairs"], "too_long": trained["too_long"], "steps": trained["steps"], "held_out": len(held),
+         "held_out_accuracy": right},
+        {"record": "calibration", **asdict(found)},
+        *({"record": "step", **entry} for entry in trained["log"]),
+    ]  # fmt: skip
+    write_json(folder / "training.json", records)
+    console.print(
+        f"{trained['steps']} steps on {trained['pairs']} pairs ({trained['too_long']} were too long and left out). Held out: {right:.3f} "
+        f"of {len(held)} pairs; temperature {found.temperature:.2f}, calibration error {found.ece_before:.3f} before and {found.ece:.3f} "
+        f"after, correlation of length and score {found.length_correlation:.2f}"
+    )
+    console.print(f"the VideoDRM is in {folder / 'drm'}; training.json and training.png beside it")
+    if out is not None:
+        write_json(out, records)
+
+
+def _split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+    """(held out, the others), by video, so that no video is in both; the same whatever the order of the rows."""
+    edge = int(share * 2**32)
+    held = {p.cluster for p in pairs if int(hashlib.sha256(Path(p.cluster).name.encode()).hexdigest()[:8], 16) < edge}
+    return [p for p in pairs if p.cluster in held], [p for p in pairs if p.cluster not in held]
+
+
+def sft_grm_job(
+    model: str, source: str, videos: Path | None, fields: dict[str, str], traces: str | None, judge: str | None, k: int,
+    settings: GRMSettings, config: SFTTraining, folder: Path,
+) -> None:  # fmt: skip
+    """`ramet reward sft-grm`: on verdicts from a file, or of a judge (by default the model itself), that are right in both orders."""
+    base = find(model)
+    given = {"model": weights_id(base), "pairs": file_id(source), "traces": file_id(traces or ""), "judge": judge or "", "k": k}
+    claim_folder(folder, RewardRun(command="sft-grm", settings=_plain(given | {"config": asdict(config)}), seed=config.seed))
+    pairs = load_pairs(source, fields, videos_of(source, videos))
+    grm = VideoGRM.load(base, settings)
+    if traces is not None:
+        chosen = traces_of(load_rows(traces), pairs)
+    else:
+        teacher = grm if judge is None else VideoGRM.load(find(judge), settings)
+        chosen = sifted(teacher, pairs, k, config.seed)
+    console.print(f"{len(chosen)} verdicts that are right in both orders, of {len(pairs)} pairs")
+    steps = config.steps or max(round(len(chosen) * config.epochs / config.batch), 1)
+    with stepping("training", steps) as tell:
+        sft_grm(grm, chosen, config, folder, tell)
+    _save(grm, folder / "grm")
+
+
+def train_grm_job(
+    model: str,
+    source: str,
+    videos: Path | None,
+    fields: dict[str, str],
+    settings: GRMSettings,
+    config: TrainConfig,
+    seed: int,
+    folder: Path,
+) -> None:
+    """`ramet reward train-grm`: reinforcement learning on verdicts, by the trainer of the delegation policy."""
+    base = find(model)
+    given = {"model": weights_id(base), "pairs": file_id(source), "settings": asdict(settings), "config": config.model_dump()}
+    claim_folder(folder, RewardRun(command="train-grm", settings=_plain(given), seed=seed))
+    pairs = load_pairs(source, fields, videos_of(source, videos))
+    grm = VideoGRM.load(base, settings)
+    trainer = grm_trainer(grm, pairs, config, folder, seed, fingerprint(given))
+    with progress.training("verdicts", config.updates, trainer.resume()) as report:
+        run_trainer(trainer, report)
+    _save(grm, folder / "grm")
+
+
+def _save(grm: VideoGRM, path: Path) -> None:
+    from ramet.policy.lora import merged
+    from ramet.policy.models import quiet
+
+    state = merged(grm.model)
+    with quiet():
+        grm.model.save_pretrained(path, **({} if state is None else {"state_dict": state}))
+    grm.tokenizer.save_pretrained(path)
+    console.print(f"the VideoGRM is in {path}")
+
+
+def score_job(model: str, look: Look | None, video: str | None, question: str, answers: Sequence[str], out: Path | None) -> None:
+    """`ramet reward score`."""
+    reward = open_reward(model, look, {})
+    items = [Item(None if video is None else Segment(video), question, answer) for answer in answers]
+    scores = reward.score(items)
+    for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
+        console.print(f"{score:9.3f}  {escape(answer)}")
+    if out is not None:
+        write_json(
+            out, [meta("reward score", 0), *({"record": "score", "answer": a, "score": s} for a, s in zip(answers, scores, strict=True))]
+        )
+
+
+def judge_job(
+    model: str,
+    look: Look | None,
+    settings: Mapping[str, Any],
+    video: str | None,
+    question: str,
+    first: str,
+    second: str,
+    k: int,
+    order: Order,
+    seed: int,
+) -> None:
+    """`ramet reward judge`."""
+    reward = open_reward(model, look, settings)
+    duel = Duel("duel", None if video is None else Segment(video), question, first, second)
+    verdict = (
+        by_scores(reward, [duel], reward.settings.temperature)[0]
+        if isinstance(reward, VideoDRM)
+        else compare(reward, [duel], k, order, seed)[0]
+    )
+    for vote in verdict.votes:
+        said = {True: "first", False: "second", None: "cannot be read"}[vote.a]
+        console.print(f"[dim]{'as given' if vote.forward else 'swapped'}[/] → [bold]{said}[/]: {escape(vote.error or vote.said)}")
+    if verdict.probability is not None:
+        console.print(f"probability that the first is better: {verdict.probability:.3f}")
+    winner = {"a": "the first answer", "b": "the second answer", None: "neither"}[verdict.winner]
+    agreed = "" if verdict.consistent is None else " in both orders" if verdict.consistent else "; the orders differ"
+    console.print(f"better: [bold]{winner}[/]{agreed}")
+
+
+def bench_job(
+    model: str, source: str, videos: Path | None, fields: dict[str, str], protocol: Protocol, ks: Sequence[int], frames: Sequence[int],
+    conditions: Sequence[str], limit: int | None, folder: Path, out: Path | None,
+) -> None:  # fmt: skip
+    """`ramet reward bench`: each number of frames and of votes is a protocol of its own, with a journal of its own."""
+    pairs = load_pairs(source, fields, videos_of(source, videos))[:limit]
+    given = {"model": model_id(model), "pairs": file_id(source), "limit": limit or 0}
+    claim_folder(folder, RewardRun(command="bench", settings=_plain(given), seed=protocol.seed))
+    _say_faults(pairs)
+    write_text(folder / "pairs.jsonl", "".join(json.dumps(row_of(pair, videos_of(source, videos))) + "\n" for pair in pairs))
+    records: list[dict[str, Any]] = [meta("reward bench", protocol.seed)]
+    judged: list[dict[str, Any]] = []
+    last = protocol
+    for number in frames or [0]:
+        look = None if not number and protocol.pixels is None else Look(frames=number or 16, most=protocol.pixels or Look().most)
+        settings = {"temperature": protocol.temperature, "max_tokens": protocol.max_tokens or 512}
+        reward = open_reward(model, look, settings, pairs)
+        scored = isinstance(reward, VideoDRM)
+        seen = reward.settings.look if hasattr(reward, "settings") else Look()
+        for k in ks if not scored else ks[:1]:
+            mode: Any = "pointwise" if scored else "pairwise"
+            last = replace(
+                protocol, mode=mode, k=k, frames=seen.frames, pixels=seen.most, max_tokens=None if scored else settings["max_tokens"]
+            )
+            path = folder / f"frames-{last.frames}-k-{k}-{last.order if not scored else 'scores'}.jsonl"
+            with Journal(path, fingerprint(given, asdict(last))) as journal:
+                with progress.measuring(f"{reward.name}, {last.frames} frames, k={k}", len(pairs) * len(conditions)) as report:
+                    judged = run_bench(reward, pairs, last, list(conditions), journal, report)
+            found = results(judged, last.ties, last.seed)
+            part = [protocol_record(last), *({**r, "frames": last.frames, "k": k} for r in found)]
+            print_results(part)
+            for said in warnings(found):
+                console.print(f"[yellow]note:[/] {said}")
+            records += part
+    write_json(folder / "results.json", records)
+    accuracy_bars(records, folder / "accuracy.png")
+    write_page(
+        folder / "report.html", f"{model} on {Path(source).name}", f"{len(pairs)} pairs.", last.line(), records, [folder / "accuracy.png"],
+        wrong_pairs(pairs, judged),
+    )  # fmt: skip
+    console.print(f"run folder {folder}: results.json, report.html, and what was said of each pair in *.jsonl")
+    if out is not None:
+        write_json(out, records)
+
+
+def report_job(one: Path, other: Path | None, ties: float, out: Path | None) -> None:
+    """`ramet reward report`: the numbers of a benchmark run from what was kept, without the model; of two runs, their difference."""
+    records: list[dict[str, Any]] = [meta("reward report", 0)]
+    for folder in filter(None, (one, other)):
+        for path in _journals(folder):
+            found = results(_judged(path), ties)
+            console.print(f"[bold]{path}[/]")
+            print_results(found)
+            for said in warnings(found):
+                console.print(f"[yellow]note:[/] {said}")
+            records += [{**r, "run": str(path)} for r in found]
+    if other is not None:
+        here, there = ({path.name: path for path in _journals(folder)} for folder in (one, other))
+        shared = sorted(set(here) & set(there)) or [None]
+        for name in shared:
+            first, second = (here[name], there[name]) if name else (next(iter(here.values())), next(iter(there.values())))
+            for d in against(_judged(first), _judged(second), ties):
+                console.print(
+                    f"{d['condition']}: {first.parent.name} less {second.parent.name}: {d['difference']:+.3f} ({d['ci_low']:+.3f} to "
+                    f"{d['ci_high']:+.3f}) on {d['n']} pairs, McNemar p = {d['p']:.4f}"
+                )
+                records.append(d)
+    if out is not None:
+        write_json(out, records)
+
+
+def _journals(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("frames-*.jsonl"))
+    if not found:
+        raise ConfigError(f"{folder} holds no benchmark run (frames-*.jsonl); make one with `ramet reward bench`")
+    return found
+
+
+def _judged(path: Path) -> list[dict[str, Any]]:
+    return [record for record in read_records(path) if "condition" in record]
+
+
+def best_of_n_job(
+    model: str, source: str, responses: str, videos: Path | None, fields: dict[str, str], look: Look | None, settings: Mapping[str, Any],
+    ns: Sequence[int], method: str, k: int, seed: int, folder: Path, out: Path | None,
+) -> None:  # fmt: skip
+    """`ramet reward best-of-n`: curves on answers from a file, or from a model that is asked for the largest N."""
+    questions = load_questions(source, fields, videos_of(source, videos))
+    given = {
+        "model": model_id(model),
+        "questions": file_id(source),
+        "responses": file_id(responses),
+        "method": method,
+        "k": k,
+        "ns": list(ns),
+    }
+    claim_folder(folder, RewardRun(command="best-of-n", settings=_plain(given), seed=seed))
+    answerer = _answerer(responses, look or Look())
+    with Journal(folder / "answers.jsonl", fingerprint(given)) as journal:
+        known = {r["id"]: r["answers"] for r in journal}
+        for question in questions:
+            if question.id not in known:
+                known[question.id] = answerer.answer([question], max(ns), seed)[0]
+                journal.append({"id": question.id, "answers": known[question.id]}, keep=False)
+    candidates = []
+    for question in questions:
+        answers = tuple(a for a in known[question.id] if a.strip())
+        stated = tuple(question.stated(a) or "" for a in answers)
+        candidates.append(Candidates(question.id, question.video, question.question, answers, stated, tuple(map(question.right, answers))))
+    reward = open_reward(model, look, settings)
+    kind: Any = method
+    picker = ByScore(reward) if isinstance(reward, VideoDRM) else ByDuels(reward, kind, k, seed)
+    with progress.measuring(reward.name, len(candidates)) as report:
+        found = best_of_n(candidates, {reward.name: picker}, ns, seed=seed, report=report)
+    records = [meta("reward best-of-n", seed), *found]
+    print_results(records)
+    best_of_n_curves(records, folder / "best-of-n.png")
+    write_json(folder / "results.json", records)
+    console.print(f"run folder {folder}: results.json, best-of-n.png, answers.jsonl")
+    if out is not None:
+        write_json(out, records)
+
+
+def _say_faults(pairs: Sequence[Pair], most: int = 5) -> None:
+    found = faults(pairs)
+    for fault in found[:most]:
+        console.print(f"[yellow]note:[/] {escape(fault)}")
+    if len(found) > most:
+        console.print(f"[yellow]note:[/] and {len(found) - most} more")
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, for TOML."""
+    found = {}
+    for name, value in settings.items():
+        if value is not None:
+            found[name] = _plain(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+    return found
