@@ -18,9 +18,17 @@ from ramet.errors import TaskError, first_line
 Row = Mapping[str, Any]
 
 
-@lru_cache(maxsize=16)
 def load_rows(source: str) -> tuple[Row, ...]:
-    """All rows of a file or hub data set, in order. Raises `TaskError`, naming file and line."""
+    """All rows of a file or hub data set, in order; read once for as long as a file stays as it is. Raises `TaskError`, naming the line."""
+    try:
+        state = Path(source).stat()
+    except OSError:
+        return _load(source, 0, 0)
+    return _load(source, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=16)
+def _load(source: str, changed: int, size: int) -> tuple[Row, ...]:
     path = Path(source)
     if path.suffix in (".jsonl", ".json"):
         return tuple(_read_json(path))

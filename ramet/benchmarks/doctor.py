@@ -28,10 +28,12 @@ PARTS = (
     ("bm25s", "bm25s", "the method retrieve", "pip install 'ramet[data]'"),
     ("reasoning_gym", "reasoning-gym", "the environment gym", "pip install 'ramet[data]'"),
     ("peft", "peft", "train.lora_rank", "pip install 'ramet[data]'"),
+    ("trl", "trl", "training a VideoDRM", "pip install 'ramet[reward]'"),
+    ("uvicorn", "uvicorn", "ramet reward serve", "pip install 'ramet[reward]'"),
     ("vllm", "vllm", "the backend vllm", "pip install 'ramet[vllm]'; on CPUs make test-vllm"),
     ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
 )
-OPTIONAL = ("trio", "av", "datasets", "math-verify", "bm25s", "reasoning-gym", "peft", "vllm", "flash-attn")
+OPTIONAL = ("trio", "av", "datasets", "math-verify", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "flash-attn")
 
 
 def _version(package: str) -> str:

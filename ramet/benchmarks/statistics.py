@@ -42,7 +42,7 @@ def accuracy_interval(scores: Mapping[str, Sequence[float]]) -> Interval:
             effective = p * (1 - p) / variance
     centre = (p + Z95**2 / (2 * effective)) / (1 + Z95**2 / effective)
     half = Z95 / (1 + Z95**2 / effective) * np.sqrt(p * (1 - p) / effective + Z95**2 / (4 * effective**2))
-    return Interval(p, max(0.0, centre - half), min(1.0, centre + half), n)
+    return Interval(p, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
 
 
 def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> float:

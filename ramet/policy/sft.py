@@ -79,7 +79,7 @@ def fine_tune(
                           callbacks=[Told()])  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
-    model.eval().requires_grad_(False)
+    model.eval()
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 

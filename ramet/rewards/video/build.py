@@ -19,6 +19,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -277,7 +278,7 @@ class Build:
         made = []
         for attempt, other in enumerate(others[:TRIES]):
             answer = answers[attempt % len(answers)]
-            text = re.sub(rf"(?<!\w){re.escape(str(stated))}(?!\w)", lambda _, o=other: o, answer.text, flags=re.IGNORECASE)
+            text = re.sub(rf"(?<!\w){re.escape(str(stated))}(?!\w)", partial(_just, other), answer.text, flags=re.IGNORECASE)
             if text != answer.text and not question.right(text):
                 made.append(
                     _pair(question, f"{question.id}-changed-{attempt}", answer.text, Answer(text, f"{answer.source}, changed", False))
@@ -353,6 +354,11 @@ def datasheet(sheet: dict[str, Any]) -> str:
 
 def _pair(question: VideoQuestion, name: str, chosen: str, rejected: Answer) -> Pair:
     return Pair(name, question.video, question.question, chosen, (rejected.text,), question.category, rejected.source)
+
+
+def _just(text: str, match: re.Match[str]) -> str:
+    """What a match is replaced by, as it is: backslashes in it mean nothing."""
+    return text
 
 
 def _distinct(answers: Iterable[Answer]) -> list[Answer]:

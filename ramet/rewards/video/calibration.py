@@ -69,7 +69,7 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     ranks = [_ranks(np.asarray(x, dtype=np.float64)) for x in (a, b)]
     if min(r.std() for r in ranks) == 0:
         return 0.0
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

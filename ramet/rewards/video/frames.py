@@ -77,12 +77,14 @@ def read_frames(
             if not container.streams.video:
                 raise TaskError(f"{path} has no video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise TaskError(f"{path} has a video in a format that cannot be decoded here")
             if stream.width * stream.height > MOST_PIXELS:
                 raise TaskError(f"{path} has frames of {stream.width}x{stream.height}; at most {MOST_PIXELS} pixels are decoded")
             if start > 0 and not indices:
                 container.seek(int(start * av.time_base), backward=True)
             return _chosen(path, _Decoded(path, container), count, start, end, fps, indices)
-    except (OSError, ValueError, MemoryError) as error:  # PyAV's errors are both of the first
+    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise TaskError(f"cannot read video {path}: {first_line(error)}") from error
 
 
@@ -133,9 +135,11 @@ class _Decoded:
         elif container.duration:
             self.length = container.duration / 1_000_000
         else:
-            self.length = stream.frames / float(stream.average_rate or 25) or 1.0
+            self.length, self.strict = stream.frames / float(stream.average_rate or 25) or 1.0, False
 
     def __iter__(self) -> Iterator[tuple[float, float, Any]]:
+        import av
+
         last = 0.0
         decoded = iter(self._container.decode(self._container.streams.video[0]))
         while True:
@@ -143,7 +147,7 @@ class _Decoded:
                 frame = next(decoded)
             except StopIteration:
                 return
-            except (OSError, ValueError) as error:
+            except (av.FFmpegError, OSError, ValueError) as error:
                 raise TaskError(f"cannot decode video {self._path} after {last:.2f} s: {first_line(error)}") from error
             time = float(frame.time or 0.0) - self._origin
             yield time, float((frame.duration or 0) * (frame.time_base or 0)), frame
@@ -193,7 +197,9 @@ def _chosen(
 
 
 def _numbered(path: Path, video: _Pictures | _Decoded, indices: list[int]) -> Frames:
-    kept, times, number = [], [], -1
+    kept: list[np.ndarray] = []
+    times: list[float] = []
+    number = -1
     for number, (time, _, frame) in enumerate(video):
         if number == indices[len(kept)]:
             kept.append(video.pixels(frame))
@@ -213,14 +219,14 @@ def video_seconds(path: Path) -> float:
     """How long a video lasts, as its file says. Raises `TaskError`."""
     if path.is_dir():
         return _pictures(path).length
-    try:
-        import av
+    import av
 
+    try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise TaskError(f"{path} has no video")
+            if not container.streams.video or container.streams.video[0].codec_context is None:
+                raise TaskError(f"{path} has no video that can be decoded here")
             return _Decoded(path, container).length
-    except (OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise TaskError(f"cannot read video {path}: {first_line(error)}") from error
 
 
@@ -276,7 +282,7 @@ def patches(
     """
     from PIL import Image
 
-    height, width = fitted(*pixels.shape[1:3], patch * merge, least, most)
+    height, width = fitted(pixels.shape[1], pixels.shape[2], patch * merge, least, most)
     resized = np.stack([np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in pixels])
     frames = (torch.from_numpy(resized).float() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
     if len(frames) % temporal:

@@ -1,0 +1,137 @@
+"""VideoGRM: what it says counts by grammar only, a pure slot-picker is seen as one, and reinforcement learning moves it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ramet.agents.journal import Journal
+from ramet.benchmarks.video_reward import Protocol, results, run_bench
+from ramet.errors import RewardError, TaskError
+from ramet.policy.sft import SFTTraining
+from ramet.policy.trainer import TrainConfig, run_trainer
+from ramet.policy.vision import Look
+from ramet.rewards.video.answerers import ModelAnswerer
+from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.fakes import fake_judge, says
+from ramet.rewards.video.generative import GRMSettings, VideoGRM
+from ramet.rewards.video.judge import Duel, compare, parse_choice
+from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.train_grm import grm_trainer, sft_grm, shown, sifted, traces_of, verdict_reward
+
+SETTINGS = GRMSettings(Look(frames=2, most=56 * 56), max_tokens=40)
+
+
+@pytest.fixture
+def grm(base: Path) -> VideoGRM:
+    return VideoGRM.load(base, SETTINGS)
+
+
+def pairs_of(questions: list) -> list[Pair]:
+    return [Pair(q.id, q.video, q.question, q.answer, (next(c for c in q.choices if c != q.answer),), q.category) for q in questions]
+
+
+def test_what_earns_what() -> None:
+    earned = {said: verdict_reward(said, 1) for said in (says(1), says(2), "", "1", says(1) + says(2), says(1) + "!")}
+    assert list(earned.values()) == [1.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_verdicts_to_learn_from_are_right_in_both_orders(questions: list) -> None:
+    pairs = pairs_of(questions)[:12]
+    chosen = sifted(fake_judge("oracle", {p.id: p.chosen for p in pairs}), pairs, 2, 0)
+    assert [(p.id, f) for p, f, _ in chosen] == [(p.id, f) for p in pairs for f in (True, False)]
+    assert all(parse_choice(said)[0] == (1 if forward else 2) for _, forward, said in chosen)
+    assert sifted(fake_judge("always-first", {}), pairs, 3, 0) == []
+    assert sifted(fake_judge("malformed", {}), pairs, 1, 0) == []
+    rows = [{"id": p.id, "forward": f, "said": says(1)} for p in pairs for f in (True, False)]
+    assert traces_of(rows, pairs) == []  # right forwards only
+    rows.append({"id": pairs[3].id, "forward": False, "said": says(2)})
+    assert [p.id for p, _, _ in traces_of(rows, pairs)] == [pairs[3].id] * 2
+    with pytest.raises(TaskError, match="the pair 'none', which there is not"):
+        traces_of([{"id": "none", "forward": True, "said": says(1)}], pairs)
+
+
+def test_a_model_that_learned_one_place_is_seen_as_one(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
+    """Format and slot by heart: no output is unreadable, and position-consistent accuracy is 0, not one half."""
+    pairs = pairs_of(questions)[:24]
+    traces = [(p, f, "<think>Look.</think><answer>2</answer>") for p in pairs for f in (True, False)]
+    log = sft_grm(grm, traces, SFTTraining(steps=90, batch=8, at_once=8, learning_rate=3e-3, lora_rank=0), tmp_path)
+    assert log[-1]["loss"] < 0.05
+    judge = VideoGRM(grm.model, grm.tokenizer, grm.chat, replace(SETTINGS, temperature=0.0))
+    with Journal(tmp_path / "j.jsonl", "job") as journal:
+        found = results(run_bench(judge, pairs, Protocol("pairwise", k=2), ["right"], journal))[0]
+    expected = {"invalid_rate": 0.0, "forward": 0.0, "reversed": 1.0, "consistent": 0.0, "letter_agreement": 1.0, "first_share": 0.0}
+    assert {n: found[n] for n in expected} == expected
+    with pytest.raises(RewardError, match="nothing to learn from"):
+        sft_grm(grm, [], SFTTraining(), tmp_path)
+
+
+def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
+    """A bandit: format is known, the place is even; paying for place 1 makes it say 1."""
+    pairs = pairs_of(questions)[:24]
+    traces = [(p, f, f"<think>Look.</think><answer>{1 + (n + f) % 2}</answer>") for n, p in enumerate(pairs) for f in (True, False)]
+    sft_grm(grm, traces, SFTTraining(steps=160, batch=8, at_once=8, learning_rate=3e-3, lora_rank=0), tmp_path / "sft")
+    config = TrainConfig(
+        updates=12, tasks=4, group_size=8, minibatches=1, learning_rate=1e-3, warmup=0, gradient_clip=0.5, checkpoint_every=6
+    )
+    trainer = grm_trainer(grm, pairs, config, tmp_path / "rl")
+
+    def judge(task: Any, tree: Any) -> Any:
+        from ramet.policy.trainer import Verdict
+
+        sampled = [i for turn in tree.root.turns for i in turn.sampled if i not in grm.chat.stop_ids]
+        return Verdict(0.0, {}, verdict_reward(grm.chat.text(sampled), 1))
+
+    drawn = trainer.draw(0)
+    assert [task.reference for task, _ in drawn] == [1, 2, 1, 2]  # both orders of each pair
+    right = next(p for p in pairs if p.id in drawn[0][0].id)
+    assert shown(right, True).first in drawn[0][0].messages[0].content.split("Answer 1: ")[1]
+    assert trainer.judge.__name__ == "judge"
+    trainer.judge = judge
+    told: list[dict[str, float]] = []
+    run_trainer(trainer, told.append)
+    first, last = (sum(m["reward"] for m in part) / 3 for part in (told[:3], told[-3:]))
+    assert first < 1.3
+    assert last > first + 0.15
+    assert (tmp_path / "rl" / "checkpoints" / "step-000012" / "model.safetensors").exists()
+    with pytest.raises(RewardError, match="tasks must be even"):
+        grm_trainer(grm, pairs, TrainConfig(tasks=3), tmp_path)
+
+
+def test_a_votes_words_do_not_depend_on_its_company(grm: VideoGRM, questions: list) -> None:
+    """k votes of one call are those of calls one by one, and of other batches."""
+    pairs = pairs_of(questions)[:3]
+    asked = [shown(p, f) for p in pairs for f in (True, False)]
+    together = grm.say(asked, 3, seed=5)
+    assert [grm.say([one], 3, seed=5)[0] for one in asked] == together
+    assert len({said for group in together for said in group}) > 10
+
+
+def test_ratings_are_read_or_refused(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
+    items = [Item(q.video, q.question, f"Answer: {q.answer}") for q in questions[:3]]
+    with pytest.raises(RewardError, match="cannot be read"):
+        grm.score(items)
+    assert [rating for rating, _ in grm.rate(items)] == [None] * 3
+
+    class Fixed(VideoGRM):
+        def _text(self, sample: Any) -> str:
+            return "<think>well</think><answer>7</answer>"
+
+    fixed = Fixed(grm.model, grm.tokenizer, grm.chat, replace(SETTINGS, votes=2))
+    assert fixed.score(items) == [7.0] * 3
+    expected = Fixed(grm.model, grm.tokenizer, grm.chat, replace(SETTINGS, expected=True)).score(items)
+    assert all(1 < rating < 10 for rating in expected)
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(grm: VideoGRM) -> None:
+    with pytest.raises(RewardError, match="leave no room for a verdict in the model's 2048"):
+        compare(grm, [Duel("d", None, "why " * 3000, "a", "b")])
+
+
+def test_a_model_answers_questions(grm: VideoGRM, questions: list) -> None:
+    answers = ModelAnswerer(grm, "small").answer(questions[:2], 2, 0)
+    assert [len(a) for a in answers] == [2, 2]
+    assert answers != ModelAnswerer(grm, "small").answer(questions[:2], 2, 0, blind=True)
