@@ -470,6 +470,9 @@ def version() -> None:
     print(__version__)
 
 
+_RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "train-drm", "sft-grm", "train-grm", "best-of-n")
+
+
 def main() -> None:
     """Entry point: errors become one line and an exit status."""
     debug = "--debug" in sys.argv
@@ -492,7 +495,7 @@ def _interrupt() -> None:
 def _report(error: BaseException) -> int:
     # The parser turns an interrupt into an exit with this status.
     if isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130):
-        resumes = any(command in sys.argv for command in ("demo", "train", "eval", "reproduce"))
+        resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
         console.print("[yellow]interrupted[/]" + ("; what was done is kept: run the same command again to resume" if resumes else ""))
         return 130
     if isinstance(error, SystemExit):

@@ -188,8 +188,9 @@ def train_drm_job(
 
 def _split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
     """(held out, the others), by video, so that no video is in both; the same whatever the order of the rows."""
-    edge = int(share * 2**32)
-    held = {p.cluster for p in pairs if int(hashlib.sha256(Path(p.cluster).name.encode()).hexdigest()[:8], 16) < edge}
+    # By names, not paths: the folder may be moved.
+    named = {p.cluster: p.id if p.video is None else f"{Path(p.video.file).name}/{p.video.start:g}" for p in pairs}
+    held = {c for c, name in named.items() if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32}
     return [p for p in pairs if p.cluster in held], [p for p in pairs if p.cluster not in held]
 
 

@@ -124,6 +124,21 @@ def test_training_sees_the_probabilities_that_sampling_saw(sights: Any) -> None:
     model.zero_grad()
 
 
+def test_a_placeholder_that_was_sampled_is_a_token_like_others(sights: Any) -> None:
+    """A model may write the id of a placeholder: the next turn and training go on, with the videos where they were."""
+    model, reader, chat, clips = sights
+    pad = model.config.video_token_id
+    prompt = (*chat.render([Message("user", "What?", (clips[0],))], tools=False), pad, 80, pad)
+    request = SampleRequest(prompt, 6, frozenset(), media=(clips[0],))
+    policy = VisionPolicy(model, reader)
+    (sample,) = anyio.run(sampled, policy, [replace(request, sampling=Sampling(1.0))])
+    ids = torch.tensor([[*prompt, *sample.ids]])
+    inputs = policy.training_inputs(ids, ids.tolist(), [(clips[0],)])
+    logprobs, _, _ = token_logprobs(model, ids, inputs=inputs)
+    assert torch.allclose(logprobs[0, len(prompt) :], torch.tensor(sample.logprobs), atol=2e-5)
+    assert policy.sight.layout(prompt, (clips[0],)).after == policy.sight.layout(prompt[:-3], (clips[0],)).after
+
+
 def test_what_does_not_see_says_so(sights: Any) -> None:
     model, reader, _chat, clips = sights
     text, tokenizer, plain = load_model(BASE)

@@ -1,0 +1,197 @@
+"""`ramet reward` as a user runs it, from videos to a trained model, a benchmark and a served score, on small settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ramet.benchmarks import reward_demo
+from ramet.cli import main
+from ramet.nano.vision import write_vision_model
+from ramet.rewards.video.clips import make_questions
+
+
+def run(*arguments: object, expect: int = 0) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["ramet", *map(str, arguments)])
+        main()
+    assert ended.value.code == expect
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reward")
+    rows = make_questions(folder / "clips", 60, 3)
+    write_vision_model(folder / "base", [row["question"] for row in rows], 0)
+    return folder
+
+
+SMALL = ("--frames", 2, "--pixels", 3136)
+
+
+def test_from_videos_to_a_benchmark(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips, pairs = folder / "clips", folder / "pairs" / "pairs.jsonl"
+    asked = clips / "questions.jsonl"
+    build = ("reward", "build-pairs", "--questions", asked, "--answers", "guesser", "--out", folder / "pairs", "--json", folder / "b.json")
+    run(*build)
+    sheet = (folder / "pairs" / "datasheet.md").read_text()
+    assert re.search(r"\| 7 clean \| \d+ \| \d+ \|", sheet)
+    run(*build)  # again: from what is kept
+    stages = [r for r in json.loads((folder / "b.json").read_text()) if r["record"] == "stage"]
+    assert len(stages) == 7
+    train = ("reward", "train-drm", "--model", folder / "base", "--pairs", pairs, "--videos", clips, "--out", folder / "drm", *SMALL)
+    run(*train, "--steps", 12, "--batch", 8, "--lora-rank", 0, "--learning-rate", 0.001, "--held-out", 0.3, "--json", folder / "t.json")
+    records = json.loads((folder / "t.json").read_text())
+    assert [r["record"] for r in records[:3]] == ["meta", "training", "calibration"]
+    assert records[1]["steps"] == 12
+    drm, video = folder / "drm" / "drm", sorted(clips.glob("*.mp4"))[0]
+    question = ("--question", "What colour is the square?")
+    capsys.readouterr()
+    run("reward", "score", "--model", drm, "--video", video, *question, "--answer", "Answer: red", "--answer", "Answer: blue")
+    assert len(re.findall(r"-?\d\.\d{3}  Answer: (?:red|blue)", capsys.readouterr().out)) == 2
+    run("reward", "judge", "--model", drm, "--video", video, *question, "--first", "Answer: red", "--second", "Answer: blue")
+    assert "probability that the first is better" in capsys.readouterr().out
+    bench = ("reward", "bench", "--pairs", pairs, "--videos", clips, "--limit", 12)
+    run(
+        *bench,
+        "--model",
+        drm,
+        "--out",
+        folder / "bench-drm",
+        "--frames",
+        "1,2",
+        "--conditions",
+        "right,reversed",
+        "--json",
+        folder / "r.json",
+    )
+    found = [r for r in json.loads((folder / "r.json").read_text()) if r["record"] == "result" and r["subset"] == "all"]
+    assert [(r["condition"], r["frames"], r["n"]) for r in found] == [(c, f, 12) for f in (1, 2) for c in ("right", "reversed")]
+    run(*bench, "--model", "fake:always-first", "--out", folder / "bench-fake", "--conditions", "right")
+    assert "the same place wins in both orders for 100% of the pairs" in re.sub(r"\s+", " ", capsys.readouterr().out)
+    run(*bench, "--model", "fake:oracle", "--out", folder / "bench-oracle", "--conditions", "right")
+    run("reward", "report", folder / "bench-oracle", folder / "bench-fake", "--json", folder / "d.json")
+    difference = next(r for r in json.loads((folder / "d.json").read_text()) if r["record"] == "difference")
+    assert (difference["difference"], difference["n"]) == (1.0, 12)
+    page = (folder / "bench-drm" / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in re.sub(r"data:[^\"]*", "", page)
+    best = ("reward", "best-of-n", "--questions", asked, "--answers", "guesser", "-n", "1,4")
+    run(*best, "--model", drm, "--out", folder / "best", "--json", folder / "n.json")
+    curves = {(r["method"], r["n"]): r for r in json.loads((folder / "n.json").read_text()) if r["record"] == "best_of_n"}
+    assert curves["VideoDRM", 4]["accuracy"] <= curves["pass", 4]["accuracy"]
+    assert (folder / "best" / "best-of-n.png").exists()
+
+
+def test_a_generative_model_is_trained_twice_and_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips, pairs = folder / "clips", folder / "pairs" / "pairs.jsonl"
+    said = []
+    for line in pairs.read_text().splitlines():
+        row = json.loads(line)
+        said += [{"id": row["id"], "forward": f, "said": f"<think>Look.</think><answer>{1 if f else 2}</answer>"} for f in (True, False)]
+    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
+    common = ("--pairs", pairs, "--videos", clips, *SMALL, "--max-tokens", 30)
+    sft = ("--traces", folder / "traces.jsonl", "--steps", 6, "--batch", 8, "--lora-rank", 0, "--learning-rate", 0.003)
+    run("reward", "sft-grm", "--model", folder / "base", *common, *sft, "--out", folder / "sft")
+    rl = ("--updates", 2, "--duels", 2, "--group-size", 2)
+    run("reward", "train-grm", "--model", folder / "sft" / "grm", *common, *rl, "--out", folder / "rl")
+    video = sorted(clips.glob("*.mp4"))[0]
+    capsys.readouterr()
+    asked = ("--video", video, "--question", "What?", "--first", "a", "--second", "b", "-k", 2)
+    run("reward", "judge", "--model", folder / "rl" / "grm", *asked, *SMALL, "--max-tokens", 8)
+    out = capsys.readouterr().out
+    assert out.count("as given") == out.count("swapped") == 2
+    assert "better:" in out
+    run("reward", "sft-grm", "--model", folder / "base", *common, "--out", folder / "none", expect=1)  # its own verdicts: none is readable
+
+
+def test_what_cannot_be_meant_is_said_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = ("--pairs", folder / "pairs" / "pairs.jsonl", "--videos", folder / "clips")
+    for code, arguments, said in (
+        (2, ("bench", "--model", "fake:nobody", *pairs, "--out", tmp_path / "a"), "no fake judge 'nobody'"),
+        (1, ("bench", "--model", tmp_path, *pairs, "--out", tmp_path / "b"), "is no reward model"),
+        (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "c", "--conditions", "left"), "no condition 'left'"),
+        (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "d", "-k", "0"), "numbers from 1 on"),
+        (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "e", "--field", "x"), "not of the form question=prompt"),
+        (2, ("bench", "--model", "fake:random", "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "f"), "cannot read"),
+        (2, ("report", tmp_path), "holds no benchmark run"),
+        (2, ("serve", "--model", "fake:random", "--videos", tmp_path), "gives no scores"),
+    ):
+        capsys.readouterr()
+        run("reward", *arguments, expect=code)
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
+
+
+def test_a_served_model(folder: Path) -> None:
+    """The process that a user starts, with its token."""
+    command = [
+        sys.executable,
+        "-m",
+        "ramet.cli",
+        "reward",
+        "serve",
+        "--model",
+        str(folder / "drm" / "drm"),
+        "--videos",
+        str(folder / "clips"),
+        "--port",
+    ]
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [*command, str(port)], env=os.environ | {"RAMET_REWARD_TOKEN": "a token for the test"}, stderr=subprocess.PIPE
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        for _ in range(600):
+            try:
+                httpx.get(url + "/health")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        video = sorted((folder / "clips").glob("*.mp4"))[0].name
+        asked = {"items": [{"video": video, "question": "What colour is the square?", "answer": "Answer: red"}]}
+        said = httpx.post(url + "/score", json=asked, headers={"Authorization": "Bearer a token for the test"}, timeout=60)
+        assert isinstance(said.json()["scores"][0], float)
+        assert httpx.post(url + "/score", json=asked).status_code == 401
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_the_demonstration_in_small_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TRAIN", 90), ("HELD_OUT", 30), ("HELD_BACK", 10), ("STEPS", 20)):
+        monkeypatch.setattr(reward_demo, name, value)
+    original = reward_demo.run_bench
+
+    def interrupted(*arguments: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reward_demo, "run_bench", interrupted)
+    command = ("reward", "demo", "--runs", tmp_path, "--json", tmp_path / "demo.json")
+    run(*command, expect=130)
+    trained = (tmp_path / "reward-demo" / "drm" / "model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(reward_demo, "run_bench", original)
+    run(*command)
+    assert (tmp_path / "reward-demo" / "drm" / "model.safetensors").stat().st_mtime_ns == trained
+    records = json.loads((tmp_path / "demo.json").read_text())
+    found = {(r["subset"], r["condition"]) for r in records if r["record"] == "result"}
+    assert found >= {(s, c) for s in ("all", "colour", "count", "order") for c in ("right", "wrong", "none", "reversed")}
+    assert all({"n", "accuracy", "ci_low", "ci_high"} <= r.keys() for r in records if r["record"] == "result" and r["subset"] != "macro")
+    assert {r["n"] for r in records if r["record"] == "best_of_n"} == {1, 2, 4, 8}
+    for name in ("accuracy.png", "best-of-n.png", "training.png", "report.html"):
+        assert (tmp_path / "reward-demo" / name).stat().st_size > 1000
