@@ -171,6 +171,24 @@ class EvalConfig(BaseModel):
     seed: int = 1_000_003
 
 
+class AttentionConfig(BaseModel):
+    """How long contexts are read when a policy is measured: sequence-parallel on several worker processes of this machine.
+
+    method     dense: by one process, exactly
+    hosts      worker processes
+    threshold  prompts of more tokens are read with the method, others exactly
+    anchor, passing  rows that every block sees and that a block passes on; None: shares of the context
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: Literal["dense", "spava", "apb", "star"] = "dense"
+    hosts: Annotated[int, Field(ge=1)] = 2
+    threshold: Annotated[int, Field(ge=0)] = 4096
+    anchor: Annotated[int, Field(ge=0)] | None = None
+    passing: Annotated[int, Field(ge=0)] | None = None
+
+
 class RunConfig(BaseModel):
     """One run: what learns, on what, under which budgets.
 
@@ -193,6 +211,7 @@ class RunConfig(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     env: EnvConfig = EnvConfig()
+    attention: AttentionConfig = AttentionConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
     reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
@@ -206,6 +225,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"budget.{name} is 0: nothing could be answered; give it more or leave it out")
         if bool(self.url) != (self.backend in ("completions", "chat")):
             raise ValueError("url and a backend that is a server (completions, chat) go together")
+        if self.attention.method != "dense" and self.backend != "transformers":
+            raise ValueError(f"attention.method {self.attention.method} goes with the backend transformers")
         if self.budget.generated is not None and self.budgets:
             raise ValueError("budget.generated and budgets both limit generated tokens; set budgets to [] to use the first")
         return self

@@ -58,18 +58,20 @@ def encode(tower: Any, group: Group, videos: list[Video]) -> list[Tensor]:
 def prefill_video(model: Any, group: Group, method: Method, ids: list[int], query: int, videos: list[Video]) -> tuple[Sequence, Tensor]:
     """Read a prompt with videos on all ranks. Returns this rank's share and logits [1, vocabulary].
 
-    `ids` hold one video token per feature. Go on with `hf.extend`; further tokens are text.
+    `ids` hold one video token per feature; further ones were sampled and stand for nothing. Go on with `hf.extend`; what follows
+    is text.
     """
-    tokens, kind = torch.tensor(ids), model.config.video_token_id
-    features = torch.cat(encode(model.model.visual, group, videos)) if videos else None
-    places = tokens == kind
-    if int(places.sum()) != (0 if features is None else len(features)):
-        raise ConfigError(
-            f"the prompt has {int(places.sum())} video tokens, the videos have {0 if features is None else len(features)} features"
-        )
+    if not videos:
+        (sequence,), logits = prefill(model, group, method, [ids], [query])
+        return sequence, logits
+    tokens = torch.tensor(ids)
+    features = torch.cat(encode(model.model.visual, group, videos))
+    marked = tokens == model.config.video_token_id
+    if int(marked.sum()) < len(features):
+        raise ConfigError(f"the prompt has {int(marked.sum())} video tokens, the videos have {len(features)} features")
+    places = marked & (marked.cumsum(0) <= len(features))
     embeds = model.get_input_embeddings()(tokens.to(model.device))
-    if features is not None:
-        embeds[places.to(model.device)] = features.to(embeds.dtype)
+    embeds[places.to(model.device)] = features.to(embeds.dtype)
     positions, _ = model.model.get_rope_index(
         tokens[None],
         mm_token_type_ids=2 * places.int()[None],

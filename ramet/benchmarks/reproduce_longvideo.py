@@ -1,7 +1,7 @@
 """`ramet reproduce longvideo`: delegation learned from the reward of a video reward model.
 
 Clips of several scenes are drawn. A VideoDRM learns from pairs which answers about them are right. A small vision-language model
-learns from demonstrations how clones watch segments, and how to guess without looking, each as often. Then the local trainer rolls out
+learns from demonstrations how clones watch the right segment or all, and how to guess without looking. Then the local trainer rolls out
 trees whose only reward is what the VideoDRM makes of the root's answer. Exact match, which training never sees, says whether that was
 worth it. Everything resumes.
 """
@@ -34,10 +34,10 @@ from ramet.rewards.video.clips import COLOURS, make_long_questions
 
 console = Console()
 
-SCENES, TRAIN, HELD_OUT = 4, 2400, 200
+SCENES, TRAIN, HELD_OUT = 6, 2400, 200
 FRAMES, PIXELS = 2, 56 * 56
-"""Of a segment, as the policy sees it. The reward model sees all segments at once, as many frames of each."""
-DRM_STEPS, SFT_STEPS = 2500, 1500
+"""Of a segment. The reward model is shown the segment that is asked about, which the policy has to find."""
+DRM_STEPS, SFT_STEPS = 600, 1000
 LONGVIDEO: dict[str, Any] = {
     "model": "base",
     "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "frames": FRAMES, "pixels": PIXELS},
@@ -62,8 +62,8 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     for name, count, s in (("train", TRAIN, 2 * seed), ("held-out", HELD_OUT, 2 * seed + 1)):
         make_long_questions(folder / name, count, s, SCENES)
     pairs, _ = built_pairs(folder / "train", 2 * seed, [])
-    console.print(Rule("2. a VideoDRM of whole clips"))
-    trained_drm(folder, pairs, seed, Look(frames=FRAMES * SCENES, most=PIXELS), DRM_STEPS)
+    console.print(Rule("2. a VideoDRM"))
+    trained_drm(folder, pairs, seed, Look(frames=FRAMES, most=PIXELS), DRM_STEPS)
     console.print(Rule("3. a small model that can have clones watch, and can guess"))
     _base(folder, config)
     console.print(Rule("4. reinforcement learning from the VideoDRM"))
@@ -91,7 +91,7 @@ def _base(folder: Path, config: RunConfig) -> None:
     blind = config.env.model_copy(update={"metric": "em", "reward_model": ""})
     tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN, config.seed)]
     if not (draft / "config.json").exists():
-        turns = [f"Answer: {word}" for word in (*COLOURS, *(f"s{n + 1}" for n in range(SCENES)))]
+        turns = [f"Answer: {word}" for word in COLOURS]
         calls = [f'{{"name": "spawn_clone", "arguments": {{"objectives": [{{"objective": "{WATCH}", "context_keys": ["s1"]}}, ']
         write_vision_model(
             draft, [task.messages[0].content for task in tasks[:400]] + 100 * turns + 200 * calls, config.seed, VisionSize(96)

@@ -50,6 +50,8 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
         wire = WireFormat()
         return ChatPolicy(config.url, wire, str(model) or None), wire, words
     path = find(str(model))
+    if config.attention.method != "dense":
+        return _shared_engine(config, path)
     if config.backend == "transformers":
         weights, tokenizer, chat = open_model(config, path)
         # Room for the documents of some thirty tasks: methods come one after another, and begin alike.
@@ -62,6 +64,26 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
             from ramet.policy.vllm import VLLMPolicy
 
             policy = VLLMPolicy(path, dtype=config.dtype)
+    return policy, chat, token_count(tokenizer)
+
+
+def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Callable[[str], int]]:
+    """The engine of a model on several workers."""
+    from transformers import AutoConfig
+
+    from ramet.attention.methods import Method
+    from ramet.policy.sequence_parallel import SequenceParallelPolicy
+    from ramet.policy.vision import Look, VideoReader
+
+    tokenizer, chat = load_tokenizer(path, config.chat)
+    model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
+    if hasattr(model, "vision_config"):
+        look = Look(frames=config.env.frames, most=config.env.pixels)
+        chat.see = VideoReader(model, tokenizer, look).ids
+    policy = SequenceParallelPolicy(
+        path, asked.hosts, Method(asked.method, asked.anchor, asked.passing), threshold=asked.threshold, dtype=config.dtype,
+        threads=config.threads, look=look,
+    )  # fmt: skip
     return policy, chat, token_count(tokenizer)
 
 
@@ -99,6 +121,8 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     """A trainer of the configured model; without `spawn` the tool is never offered."""
     if config.backend != "transformers":
         raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
+    if config.attention.method != "dense":
+        raise ConfigError("training samples with dense attention; attention.method is for measuring")
     model, tokenizer, chat = open_model(config)
     env = config.env.build(token_count(tokenizer))
     depth = config.budget.depth if spawn else 0

@@ -30,7 +30,8 @@ class LongVideoEnvironment(Questions):
     seconds  of a segment
     show     what the root sees: the index, or the segments too
     metric   what `grade` gives unless asked for the other: exact match of the stated answer, or the reward model's probability
-    reward   gives an answer to a question about a whole video a probability in [0, 1]; None where there is no reward model
+    reward   gives an answer to a question about a video a probability in [0, 1]; None where there is no reward model. It is shown the
+             part that a row names as its evidence, else the whole video
     videos   the folder of the videos; None: each file's own
     """
 
@@ -76,7 +77,7 @@ class LongVideoEnvironment(Questions):
         if (metric or self.metric) == "em":
             return float(question.right(f"Answer: {answer}"))
         assert self.reward is not None
-        return self.reward(Item(question.video, question.question, f"Answer: {answer}"))
+        return self.reward(Item(question.shown, question.question, f"Answer: {answer}"))
 
     def canonical(self, answer: str) -> str:
         return " ".join(answer.lower().split())

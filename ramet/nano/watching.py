@@ -1,7 +1,7 @@
-"""Demonstrations of questions about segments: asking clones that watch, and guessing without looking, each as often as the other.
+"""Demonstrations of questions about segments: half of them guess unseen, the others have clones watch all segments or the right one.
 
 A program grows whole trees through the real runtime, so that what is learned is laid out as it will be sampled. From these a small model
-learns both ways and to prefer neither; that watching pays is for reinforcement learning to find out.
+learns all three ways and to prefer none; which of them pays is for reinforcement learning to find out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Teacher:
     chat: ControlTokenFormat
     truth: Mapping[tuple[str, float], str]
     """The colour of each scene, by file and start."""
-    plans: dict[str, tuple[Task, bool, random.Random]] = field(default_factory=dict)
+    plans: dict[str, tuple[Task, list[str], random.Random]] = field(default_factory=dict)
+    """For each task the segments that clones are to watch; none: it is guessed."""
     version = 0
     context = None
 
@@ -46,24 +47,23 @@ class Teacher:
         if request.media:
             segment = request.media[0]
             return self.chat.turn(f"Answer: {self.truth[segment.file, segment.start]}")
-        task, watch, rng = self.plans[request.group.rpartition("/")[0]]
+        task, keys, rng = self.plans[request.group.rpartition("/")[0]]
         question: VideoQuestion = task.reference
-        if not watch:
+        if not keys:
             return self.chat.turn(f"Answer: {rng.choice(question.choices)}")
         if "<tool_call>" in self.chat.text(request.prompt):
             return self.chat.turn(f"Answer: {question.answer}")
-        return self.chat.turn("", render_call([{"objective": WATCH, "context_keys": [key]} for key in needed(task)]))
+        return self.chat.turn("", render_call([{"objective": WATCH, "context_keys": [key]} for key in keys]))
 
 
 def needed(task: Task) -> list[str]:
-    """The segments that a question is about: the one that it names, else all."""
+    """The segments that a question names."""
     question: VideoQuestion = task.reference
-    named = [key for key in task.documents if f" {key}?" in question.question]
-    return named or list(task.documents)
+    return [key for key in task.documents if f" {key}?" in question.question]
 
 
 def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float], str], chat: ControlTokenFormat, seed: int) -> list[Tree]:
-    """A tree for each task, every second one with clones."""
+    """A tree for each task."""
     teacher = Teacher(chat, truth)
 
     async def main() -> list[Tree]:
@@ -71,7 +71,7 @@ def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float]
         jobs = []
         for n, task in enumerate(tasks):
             rng = random.Random(f"watching/{seed}/{n}")
-            teacher.plans[task.id] = (task, n % 2 == 0, rng)
+            teacher.plans[task.id] = (task, [[], needed(task), [], list(task.documents)][n % 4], rng)
             jobs.append(Job(task, Budget(generated=rng.randint(150, 400), answer_reserve=8, depth=1, width=16, turns=8), seed, (n,)))
         found: dict[Any, Tree] = {}
         async with runtime.run_many(jobs) as trees:
@@ -85,11 +85,6 @@ def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float]
 def examples(trees: Sequence[Tree]) -> list[Example]:
     """Every branch of the trees, its sampled tokens to be learned."""
     return [Example(b.ids, b.mask, b.media) for tree in trees for b in tree.branches]
-
-
-def spoken(chat: ControlTokenFormat, trees: Sequence[Tree]) -> list[str]:
-    """What stands in the trees, for a tokenizer to learn its merges from."""
-    return [chat.text(b.ids) for tree in trees for b in tree.branches]
 
 
 def scenes_of(question: VideoQuestion, colours: Sequence[str], seconds: float) -> dict[tuple[str, float], str]:

@@ -8,7 +8,7 @@ method given (Spava), shorter ones exactly. What waits at the same time and begi
 the context, and the first of those who wait steers by its question what Spava passes on; all questions then attend to the
 whole context. A later turn of a branch, and a sibling that comes later, continue from the longest context that is held and
 that its prompt begins with. So what is read approximately depends on who asked first; what is read exactly depends on the
-request alone, up to rounding.
+request alone, up to rounding. The frames of videos are shared among the workers' towers.
 
 Workers are processes of this machine (`hosts`), or the ranks of a torchrun job: `SequenceParallelPolicy.torchrun` on rank 0
 and `follow` on the others. A worker that dies fails what is in flight with `TransientPolicyError`, which the runtime
@@ -37,14 +37,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from ramet.agents.tree import Segment
 from ramet.attention import cache, hf
 from ramet.attention.comm import Distributed, Group
 from ramet.attention.methods import Method
+from ramet.attention.vision import prefill_video
 from ramet.errors import PolicyError, TransientPolicyError, first_line
 from ramet.policy.drawing import Row, draw
 from ramet.policy.kv import common_prefix
 from ramet.policy.models import load_model
 from ramet.policy.serving import Serving
+from ramet.policy.vision import Look, VideoReader, media_key
 
 EXACT = Method("spava", anchor=0, passing=2**62)
 """Every block passes on everything: exact, and the context stays apart from the question as in the approximate case."""
@@ -56,13 +59,13 @@ START_SECONDS = 300.0
 class Step:
     """What all ranks do next, in this order: forget, read, fork, extend. Sequences have numbers.
 
-    reads    (number, ids, rows of the question, whether approximately)
+    reads    (number, ids, rows of the question, whether approximately, media)
     forks    (from, to, rows to keep)
     extends  (number, ids)
     """
 
     drops: list[int] = field(default_factory=list)
-    reads: list[tuple[int, tuple[int, ...], int, bool]] = field(default_factory=list)
+    reads: list[tuple[int, tuple[int, ...], int, bool, tuple[Segment, ...]]] = field(default_factory=list)
     forks: list[tuple[int, int, int]] = field(default_factory=list)
     extends: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
@@ -70,9 +73,9 @@ class Step:
 class Replica:
     """One rank's model and its shares of sequences."""
 
-    def __init__(self, model: Any, group: Group, method: Method) -> None:
+    def __init__(self, model: Any, group: Group, method: Method, reader: VideoReader | None = None) -> None:
         hf.attach(model)
-        self.model, self.group, self.method = model, group, method
+        self.model, self.group, self.method, self.reader = model, group, method, reader
         self.sequences: dict[int, cache.Sequence] = {}
 
     def run(self, step: Step) -> dict[int, Tensor]:
@@ -80,9 +83,13 @@ class Replica:
         for number in step.drops:
             del self.sequences[number]
         logits: dict[int, Tensor] = {}
-        for number, ids, query, approximate in step.reads:
+        for number, ids, query, approximate, media in step.reads:
             method = self.method if approximate else EXACT
-            (self.sequences[number],), out = hf.prefill(self.model, self.group, method, [list(ids)], [query])
+            if self.reader is not None:
+                videos = [self.reader(segment).video for segment in media]
+                self.sequences[number], out = prefill_video(self.model, self.group, method, list(ids), query, videos)
+            else:
+                (self.sequences[number],), out = hf.prefill(self.model, self.group, method, [list(ids)], [query])
             logits[number] = out[0]
         for source, number, rows in step.forks:
             self.sequences[number] = self.sequences[source].fork(rows)
@@ -110,6 +117,7 @@ class Setup:
     method: Method
     dtype: torch.dtype
     threads: int
+    look: Look | None = None
 
 
 def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
@@ -121,8 +129,9 @@ def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
     try:
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=setup.hosts, timeout=timedelta(seconds=START_SECONDS))
         mesh = init_device_mesh("cpu", (setup.hosts,), mesh_dim_names=("sequence",))
-        model, _, _ = load_model(setup.path, dtype=setup.dtype)
-        replica = Replica(model, Distributed(mesh.get_group("sequence")), setup.method)
+        model, tokenizer, _ = load_model(setup.path, dtype=setup.dtype)
+        reader = None if setup.look is None else VideoReader(model.config, tokenizer, setup.look)
+        replica = Replica(model, Distributed(mesh.get_group("sequence")), setup.method, reader)
         pipe.send(None)
         while True:
             step = pipe.recv()
@@ -241,7 +250,7 @@ def follow(replica: Replica) -> None:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A sequence in the workers: the tokens that they hold, how many of them are context, and the row it is decoded for."""
+    """A sequence in the workers: what they hold, as its key has it, how much of it is context, and the row it is decoded for."""
 
     number: int
     tokens: list[int]
@@ -255,6 +264,7 @@ class SequenceParallelPolicy(Serving):
     threshold  prompts of more tokens are read with `method`, others exactly
     question   rows at the end of a prompt that nobody shares, which steer the selection
     keep       sequences that are held for later turns
+    look       how a model that sees looks at videos; None: it is asked for text only
     """
 
     def __init__(
@@ -269,13 +279,17 @@ class SequenceParallelPolicy(Serving):
         max_batch: int = 16,
         dtype: Literal["float32", "bfloat16"] = "float32",
         threads: int | None = None,
+        look: Look | None = None,
     ) -> None:
         if method is not None and method.exact:
             raise PolicyError(f"{method.name} has no context to share between siblings; give spava, apb or star")
         threads = threads or max(1, (os.cpu_count() or 1) // hosts)
-        setup = Setup(path, hosts, method or Method("spava"), getattr(torch, dtype), threads)
+        setup = Setup(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, look)
         self._start: Callable[[], Workers] = partial(Pool, setup)
-        super().__init__(int(_config(path).max_position_embeddings))
+        config = _config(path)
+        super().__init__(int(config.get_text_config().max_position_embeddings))
+        self.vision = look is not None
+        self._placeholder: int = getattr(config, "video_token_id", -1)
         self.restarts = 0
         self._threshold, self._question, self._keep, self._max_batch = threshold, question, keep, max_batch
         self._workers: Workers | None = None
@@ -368,26 +382,31 @@ class SequenceParallelPolicy(Serving):
 
     def _admit(self, row: Row, step: Step) -> _Held:
         """Continue from what is held, or read the prompt: its context is what others who wait begin with as well."""
-        prompt = row.request.prompt
+        prompt, key = row.request.prompt, self._key(row)
         row.version = self.version
-        source, found = self._find(prompt)
+        source, found = self._find(key)
+        if key[found:] != prompt[found:]:
+            source, found = None, 0  # what is left to read has a video, and only whole prompts can have those
         self._next += 1
         if source is None:
             approximate = len(prompt) > self._threshold
             context = len(prompt) - min(self._question if approximate else 1, len(prompt))
             if approximate:
-                shared = min(max((common_prefix(prompt, other.request.prompt) for other in self._waiting), default=0), len(prompt) - 1)
+                shared = min(max((common_prefix(key, self._key(other)) for other in self._waiting), default=0), len(prompt) - 1)
                 context = shared if shared > self._threshold // 2 else context
-            held = _Held(self._next, list(prompt), context, row)
-            step.reads.append((held.number, prompt, len(prompt) - context, approximate))
+            held = _Held(self._next, list(key), context, row)
+            step.reads.append((held.number, prompt, len(prompt) - context, approximate, row.request.media))
         else:
             self._held.move_to_end(source.number)
-            held = _Held(self._next, list(prompt[:found]), source.context, row)
+            held = _Held(self._next, list(key[:found]), source.context, row)
             step.forks.append((source.number, held.number, found))
             step.extends.append((held.number, prompt[found:]))
         self._held[held.number] = held
         row.partial.prefilled, row.partial.cached = len(prompt) - found, found
         return held
+
+    def _key(self, row: Row) -> tuple[int, ...]:
+        return media_key(row.request.prompt, row.request.media, self._placeholder)
 
     def _find(self, prompt: Sequence[int]) -> tuple[_Held | None, int]:
         """The held sequence that covers most of the prompt and whose context the prompt begins with; a row is left to read."""
@@ -422,4 +441,4 @@ class Sharing:
 def _config(path: Path) -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+    return AutoConfig.from_pretrained(path, local_files_only=True)

@@ -148,6 +148,24 @@ def model_inputs(config: Any, sequences: Sequence[Prompted], pad: int, side: Lit
     return inputs
 
 
+def media_key(ids: Sequence[int], media: Sequence[Segment], placeholder: int) -> tuple[int, ...]:
+    """Ids with numbers of their own in place of the media's placeholders: alike only where the same segments are shown.
+
+    Each run of placeholders stands for the next segment; runs beyond those were sampled, and stay as they are.
+    """
+    if not media:
+        return tuple(ids)
+    key, run, before = [], -1, -1
+    for place, i in enumerate(ids):
+        if i != placeholder:
+            key.append(i)
+            continue
+        run += before != place - 1 or run < 0
+        before = place
+        key.append(-1 - abs(hash((media[run], place))) if run < len(media) else i)
+    return tuple(key)
+
+
 @dataclass(frozen=True)
 class Layout:
     """A sequence with videos, before it meets a model.
@@ -171,7 +189,6 @@ class Sight:
         model.model.visual.requires_grad_(False)
         self.model, self.reader, self._kept = model, reader, kept
         self._features: OrderedDict[Segment, Tensor] = OrderedDict()
-        self._numbers: dict[Segment, int] = {}
 
     @torch.no_grad()
     def features(self, segment: Segment) -> Tensor:
@@ -184,15 +201,6 @@ class Sight:
                 self._features.popitem(last=False)
         self._features.move_to_end(segment)
         return self._features[segment]
-
-    def key(self, ids: Sequence[int], media: Sequence[Segment]) -> tuple[int, ...]:
-        """Ids with numbers of their own in place of placeholders: alike only where the same segments are shown."""
-        if not media:
-            return tuple(ids)
-        shown = [self._numbers.setdefault(segment, len(self._numbers)) << 20 for segment in media]
-        marks = iter([-1 - (number | n) for number, segment in zip(shown, media, strict=True) for n in range(len(self.features(segment)))])
-        pad = self.model.config.video_token_id
-        return tuple(next(marks, i) if i == pad else i for i in ids)
 
     def layout(self, ids: Sequence[int], media: Sequence[Segment]) -> Layout:
         """The first placeholders stand for the media; others are tokens that the model has sampled, and mean nothing.
@@ -257,7 +265,14 @@ class VisionPolicy(HFPolicy):
     def _row(self, request: SampleRequest, partial: Partial) -> Row:
         sight = self.sight
         try:
-            return Row(request, partial, sight=(sight.layout(request.prompt, request.media), sight.key(request.prompt, request.media)))
+            return Row(
+                request,
+                partial,
+                sight=(
+                    sight.layout(request.prompt, request.media),
+                    media_key(request.prompt, request.media, sight.model.config.video_token_id),
+                ),
+            )
         except TaskError as error:
             raise PolicyError(str(error)) from error
 

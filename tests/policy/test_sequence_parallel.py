@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from transformers import AutoModelForCausalLM
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
-from ramet.agents.tree import Status
+from ramet.agents.tree import Message, Segment, Status
 from ramet.attention.methods import Method
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError, TransientPolicyError
 from ramet.nano import BASE
+from ramet.nano.vision import write_vision_model
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
 from ramet.policy.sequence_parallel import Pool, SequenceParallelPolicy
+from ramet.policy.vision import Look, VideoReader, VisionPolicy
+from ramet.rewards.video.clips import make_questions
 
 pytestmark = pytest.mark.anyio
 
@@ -194,3 +198,31 @@ def no_process_is_left() -> Iterator[None]:
 
     yield
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("threshold", [4, 4096])
+async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, threshold: int) -> None:
+    """Videos in prompts, exactly and by Spava with everything passed on; a later turn reads them no more."""
+    look = Look(frames=8, most=56 * 56)
+    rows = make_questions(tmp_path / "clips", 3, 1)
+    write_vision_model(tmp_path / "model", ["What is there?", "And now, what is it?"] * 8, 0)
+    model, tokenizer, chat = load_model(tmp_path / "model")
+    reader = VideoReader(model.config, tokenizer, look)
+    chat.see = reader.ids
+    one, two, three = (Segment(str(tmp_path / "clips" / row["video"])) for row in rows)
+    asked = []
+    for text, media in (("What is there?", (one,)), ("What is there?", (two, three)), ("And now, what is it?", ())):
+        prompt = tuple(chat.render([Message("user", text, media)], tools=False))
+        asked.append(SampleRequest(prompt, 6, frozenset(), 0, Sampling(0.0), media=media))
+    asked.append(replace(asked[0], prompt=(*asked[0].prompt, 70, 71)))  # a later turn
+
+    async def said(policy: Any) -> list[Sample]:
+        async with policy:
+            return [await policy.sample(request, Partial()) for request in asked]
+
+    alone = await said(VisionPolicy(model, reader))
+    method = Method("spava", anchor=2, passing=2**40)
+    shared = await said(SequenceParallelPolicy(tmp_path / "model", 2, method, threshold=threshold, question=4, threads=1, look=look))
+    assert [s.ids for s in shared] == [s.ids for s in alone]
+    assert len({s.ids for s in alone}) > 1
+    assert [s.cached > 16 for s in shared] == [False, False, False, True]

@@ -148,7 +148,7 @@ class Build:
     def _faults(self) -> list[str]:
         def faults(part: list[int]) -> Iterable[str]:
             for i in part:
-                video = self.questions[i].video
+                video = self.questions[i].shown
                 try:
                     found = read_frames(Path(video.file), 4, video.start, video.end)
                 except TaskError:
@@ -353,7 +353,7 @@ def datasheet(sheet: dict[str, Any]) -> str:
 
 
 def _pair(question: VideoQuestion, name: str, chosen: str, rejected: Answer) -> Pair:
-    return Pair(name, question.video, question.question, chosen, (rejected.text,), question.category, rejected.source)
+    return Pair(name, question.shown, question.question, chosen, (rejected.text,), question.category, rejected.source)
 
 
 def _just(text: str, match: re.Match[str]) -> str:

@@ -61,17 +61,14 @@ def draw_clip(category: str, rng: random.Random) -> Drawn:
     raise ConfigError(f"no clips of category {category!r}; there are {', '.join(CATEGORIES)}")
 
 
-def draw_scenes(scenes: int, rng: random.Random) -> tuple[Drawn, list[str]]:
-    """A clip of several scenes of a second each, a square of another colour in each; and the colours."""
+def draw_scenes(scenes: int, rng: random.Random) -> tuple[Drawn, list[str], int]:
+    """A clip of several scenes of a second each, a square of another colour in each; the colours; the scene that is asked about."""
     names = rng.sample(list(COLOURS), scenes)
     frames = np.random.default_rng(rng.getrandbits(32)).integers(90, 130, (scenes * SCENE, SIDE, SIDE, 3)).astype(np.uint8)
     for n, name in enumerate(names):
         _square(frames[n * SCENE : (n + 1) * SCENE], COLOURS[name], rng)
     place = rng.randrange(scenes)
-    keys = tuple(f"s{n + 1}" for n in range(scenes))
-    if rng.random() < 0.5:
-        return Drawn(frames, f"What colour is the square in s{place + 1}?", names[place], tuple(COLOURS), "at"), names
-    return Drawn(frames, f"Which segment shows a {names[place]} square?", keys[place], keys, "which"), names
+    return Drawn(frames, f"What colour is the square in s{place + 1}?", names[place], tuple(COLOURS), "at"), names, place
 
 
 def _square(frames: np.ndarray, colour: tuple[int, int, int], rng: random.Random, corner: tuple[int, int] | None = None) -> None:
@@ -98,18 +95,25 @@ def write_clip(path: Path, frames: np.ndarray, rate: int = RATE) -> None:
 
 def make_questions(folder: Path, count: int, seed: int, categories: Sequence[str] = CATEGORIES) -> list[dict[str, Any]]:
     """`count` clips in `folder`, a category after another, and their questions as rows; also in `questions.jsonl`."""
-    return _made(folder, count, seed, RATE, lambda index, rng: (draw_clip(categories[index % len(categories)], rng), None))
+    return _made(folder, count, seed, RATE, lambda index, rng: (draw_clip(categories[index % len(categories)], rng), {}))
 
 
 def make_long_questions(folder: Path, count: int, seed: int, scenes: int) -> list[dict[str, Any]]:
-    """The same of clips of several scenes, whose colours stand in each row's `scenes`."""
-    return _made(folder, count, seed, SCENE, lambda _, rng: draw_scenes(scenes, rng))
+    """The same of clips of several scenes: a row's `scenes` are their colours, its `evidence` the seconds that are asked about."""
+
+    def draw(index: int, rng: random.Random) -> tuple[Drawn, dict[str, Any]]:
+        drawn, colours, place = draw_scenes(scenes, rng)
+        return drawn, {"scenes": colours, "evidence": [float(place), place + 1.0]}
+
+    return _made(folder, count, seed, SCENE, draw)
 
 
-def _made(folder: Path, count: int, seed: int, rate: int, draw: Callable[[int, random.Random], tuple[Drawn, Any]]) -> list[dict[str, Any]]:
+def _made(
+    folder: Path, count: int, seed: int, rate: int, draw: Callable[[int, random.Random], tuple[Drawn, dict[str, Any]]]
+) -> list[dict[str, Any]]:
     rows = []
     for index in range(count):
-        drawn, scenes = draw(index, random.Random(f"clip/{seed}/{index}"))
+        drawn, more = draw(index, random.Random(f"clip/{seed}/{index}"))
         path = folder / f"{seed}-{index:05d}.mp4"
         if not path.exists():
             draft = path.with_name(f"draft-{path.name}")
@@ -119,6 +123,6 @@ def _made(folder: Path, count: int, seed: int, rate: int, draw: Callable[[int, r
             "id": f"{drawn.category}-{seed}-{index}", "video": path.name, "question": drawn.question, "answer": drawn.answer,
             "choices": list(drawn.choices), "category": drawn.category,
         }  # fmt: skip
-        rows.append(row if scenes is None else row | {"scenes": scenes})
+        rows.append(row | more)
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ramet.agents.protocol import extract_answer
 from ramet.agents.tree import Segment
@@ -21,7 +23,10 @@ _LETTER = re.compile(r"\(?([A-Z])\)?[.:)]?(?:\s+(.*))?", re.DOTALL)
 
 @dataclass(frozen=True)
 class VideoQuestion:
-    """A question with its right answer; `choices` are empty where it is open."""
+    """A question with its right answer; `choices` are empty where it is open.
+
+    evidence  the part of the video that answers, where that is known: what a reward model is shown of a long one
+    """
 
     id: str
     video: Segment
@@ -29,6 +34,12 @@ class VideoQuestion:
     answer: str
     choices: tuple[str, ...] = ()
     category: str = ""
+    evidence: Segment | None = None
+
+    @property
+    def shown(self) -> Segment:
+        """What a reward model is shown."""
+        return self.evidence or self.video
 
     def stated(self, response: str) -> str | None:
         """What a response says in the end, in one spelling: a choice, a number, or plain words. None where it says nothing."""
@@ -80,7 +91,17 @@ def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> 
         text(field_of(row, "answer", fields, where), "answer", where),
         choices,
         str(field_of(row, "category", fields, where, "")),
+        _evidence(video, field_of(row, "evidence", fields, where, None), where),
     )
     if choices and question.stated(f"Answer: {question.answer}") not in choices:
         raise TaskError(f"{where}: its answer {question.answer!r} is none of its choices")
     return question
+
+
+def _evidence(video: Segment, span: Any, where: str) -> Segment | None:
+    if span is None:
+        return None
+    numbers = isinstance(span, list) and len(span) == 2 and all(isinstance(n, (int, float)) and math.isfinite(n) for n in span)
+    if not numbers or not 0 <= span[0] < span[1]:
+        raise TaskError(f"{where}: its evidence is {str(span)[:40]}, not two seconds, the earlier first")
+    return Segment(video.file, float(span[0]), float(span[1]))
