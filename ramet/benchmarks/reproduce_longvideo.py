@@ -18,6 +18,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.protocol import left_line, render_call
 from ramet.benchmarks import plots, progress
 from ramet.benchmarks.jobs import claim_folder, run_measuring, run_training, tree_entry
 from ramet.benchmarks.methods import instructed, instruction
@@ -91,11 +92,10 @@ def _base(folder: Path, config: RunConfig) -> None:
     blind = config.env.model_copy(update={"metric": "em", "reward_model": ""})
     tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN, config.seed)]
     if not (draft / "config.json").exists():
-        turns = [f"Answer: {word}" for word in COLOURS]
-        calls = [f'{{"name": "spawn_clone", "arguments": {{"objectives": [{{"objective": "{WATCH}", "context_keys": ["s1"]}}, ']
-        write_vision_model(
-            draft, [task.messages[0].content for task in tasks[:400]] + 100 * turns + 200 * calls, config.seed, VisionSize(96)
-        )
+        texts = [task.messages[0].content for task in tasks[:400]]
+        texts += 100 * [f"Answer: {word}" for word in COLOURS]
+        texts += 200 * [render_call([{"objective": WATCH, "context_keys": ["s1"]}] * 2), left_line(100, None)]
+        write_vision_model(draft, texts, config.seed, VisionSize(96))
     model, tokenizer, chat = open_model(config, draft)
     reader = engine_of(config, model, tokenizer, chat).sight.reader
     rows = [json.loads(line) for line in (folder / "train" / "questions.jsonl").read_text().splitlines()]

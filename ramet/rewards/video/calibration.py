@@ -46,11 +46,16 @@ def calibrate(chosen: Sequence[float], rejected: Sequence[float], lengths: Seque
 
 
 def fitted_temperature(difference: np.ndarray) -> float:
-    """The temperature in [1/64, 64] with the least mean log-loss of sigmoid(difference / temperature), to a thousandth of its logarithm."""
+    """The temperature in [1/64, 64] with the least mean log-loss of sigmoid(difference / temperature), to a thousandth of its logarithm.
+
+    Preferences count as (n + 1) / (n + 2) sure (Platt's smoothing): otherwise pairs that are all right would ask for a temperature of 0.
+    """
+    sure = (len(difference) + 1) / (len(difference) + 2)
     low, high = -np.log(64), np.log(64)
     for _ in range(4):  # the loss is unimodal in the temperature
         grid = np.linspace(low, high, 65)
-        losses = [float(np.logaddexp(0, -difference / np.exp(g)).mean()) for g in grid]
+        scaled = [difference / np.exp(g) for g in grid]
+        losses = [float((sure * np.logaddexp(0, -z) + (1 - sure) * np.logaddexp(0, z)).mean()) for z in scaled]
         best = int(np.argmin(losses))
         low, high = grid[max(best - 1, 0)], grid[min(best + 1, 64)]
     return float(np.exp((low + high) / 2))

@@ -105,8 +105,15 @@ def test_temperature_is_that_which_made_the_preferences() -> None:
     assert fitted_temperature(difference) == pytest.approx(3, rel=0.05)
     assert expected_error(difference / 3) < 0.01 < 0.05 < expected_error(difference)
     grid = np.exp(np.linspace(-4, 4, 4001))
-    exact = grid[np.argmin([np.logaddexp(0, -difference[:2000] / t).mean() for t in grid])]
+    sure = 2001 / 2002
+    losses = [(sure * np.logaddexp(0, -z) + (1 - sure) * np.logaddexp(0, z)).mean() for z in (difference[:2000] / t for t in grid)]
+    exact = grid[np.argmin(losses)]
     assert fitted_temperature(difference[:2000]) == pytest.approx(exact, rel=0.005)
+
+
+def test_pairs_that_are_all_right_do_not_make_odds_certain() -> None:
+    """151 of 152 is what 150 of 150 are taken for."""
+    assert 1 / (1 + np.exp(-3.0 / fitted_temperature(np.full(150, 3.0)))) == pytest.approx(151 / 152, abs=1e-3)
 
 
 def test_calibration_error_of_few_pairs_by_hand() -> None:
