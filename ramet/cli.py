@@ -317,6 +317,25 @@ def models_list() -> None:
     list_models()
 
 
+@bench.command("reward-server")
+def bench_reward_server(
+    model: Annotated[str, typer.Option(help="Directory of a VideoDRM.")],
+    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, choices.")],
+    videos: Annotated[Path | None, typer.Option(help="Folder of the videos; by default the file's own.")] = None,
+    clients: Annotated[int, typer.Option(min=1)] = 64,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    seed: _Seed = 0,
+    json: _Json = None,
+) -> None:
+    """Many clients of one reward server: is every answer the model's own, and how fast beside direct calls.
+
+    Example: ramet bench reward-server --model runs/reward-demo/drm --questions runs/reward-demo/held-out/questions.jsonl
+    """
+    from ramet.benchmarks.reward_server import bench_server
+
+    bench_server(model, questions, videos, clients, repeats, seed or 0, json)
+
+
 @bench.command("simulate")
 def bench_simulate(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default 10,000, or 1 if --seed is given.")] = None,

@@ -224,6 +224,10 @@ class VideoDRM:
             self._known.popitem(last=False)
         return [found[key] for key in keys]
 
+    def forget(self) -> None:
+        """Compute known scores again."""
+        self._known.clear()
+
     def _key(self, item: Item) -> tuple[Any, ...]:
         video = item.video
         seen = None if video is None else (content_id(Path(video.file)), video.start, video.end)

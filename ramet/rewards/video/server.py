@@ -96,7 +96,7 @@ class RewardService:
         if not videos.is_dir():
             raise ConfigError(f"there is no folder of videos {videos}")
         self.model, self.videos = model, videos
-        self._token = token.encode()
+        self.token = token
         self._waiting: list[_Waiting] = []
         self._wake = anyio.Event()
         self.calls = 0
@@ -143,7 +143,7 @@ class RewardService:
 
     def _authorised(self, request: Request) -> None:
         given = request.headers.get("authorization", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(given, b"Bearer " + self._token):
+        if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
             raise Refused(401, "wrong or missing bearer token")
 
     async def _score(self, body: Any) -> dict[str, Any]:
