@@ -59,8 +59,8 @@ class LongVideoEnvironment(Questions):
     def segments(self, video: Segment) -> dict[str, Segment]:
         """The parts of a video by key, the last perhaps shorter."""
         end = video_seconds(Path(video.file)) if video.end is None else video.end
-        count = math.ceil((end - video.start) / self.seconds - 0.05)  # no segment of a twentieth and less
-        if not 1 <= count <= MOST_SEGMENTS:
+        count = max(math.ceil((end - video.start) / self.seconds - 0.05), 1)  # no second segment of a twentieth and less
+        if count > MOST_SEGMENTS or not end > video.start:
             raise TaskError(f"{video.file} makes {count} segments of {self.seconds:g} s; at most {MOST_SEGMENTS}, choose env.seconds")
         edges = [video.start + self.seconds * n for n in range(count)] + [end]
         return {f"s{n + 1}": Segment(video.file, edges[n], edges[n + 1]) for n in range(count)}

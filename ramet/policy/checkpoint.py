@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ramet.errors import CheckpointError, StorageError
 from ramet.policy.lora import merged, trainable
+from ramet.policy.models import quiet
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -65,15 +66,18 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
 
 def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load weights, optimiser and RNG in place; returns the saved state. Raises `CheckpointError`."""
+    named = trainable(model)
     try:
         state: dict[str, Any] = json.loads((path / TRAINER).read_text())
         weights = load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else "model.safetensors"))
+        if not weights.keys() & named.keys():  # models that see store their weights under other names than they have
+            with quiet():
+                weights = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True).state_dict()
         slots = load_file(path / OPTIMIZER)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it to resume from an older one") from error
     except Exception as error:  # safetensors' own class for a damaged file
         raise CheckpointError(f"checkpoint {path} is damaged ({error}); remove it to resume from an older one") from error
-    named = trainable(model)
     for name, parameter in named.items():
         if name not in weights or weights[name].shape != parameter.shape:
             raise CheckpointError(f"checkpoint {path} does not fit the model: {name} is missing or has another shape")
