@@ -70,9 +70,11 @@ def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) ->
     try:
         state: dict[str, Any] = json.loads((path / TRAINER).read_text())
         weights = load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else "model.safetensors"))
-        if not weights.keys() & named.keys():  # models that see store their weights under other names than they have
+        if not (path / ADAPTERS).exists() and not named.keys() <= weights.keys():
+            # Models that see store their weights under other names than they have.
             with quiet():
-                weights = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True).state_dict()
+                again, found = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True, output_loading_info=True)
+            weights = weights if found["missing_keys"] else again.state_dict()
         slots = load_file(path / OPTIMIZER)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it to resume from an older one") from error
