@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,3 +57,19 @@ def measuring(label: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.update(task, advance=count)
     if not console.is_terminal:
         console.print(f"{label}: {total} outcomes")
+
+
+@contextmanager
+def stepping(label: str, total: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """Reports a supervised training: logs with `step` and `loss`."""
+    done = 0
+    with measuring(label, total) as report:
+
+        def tell(entry: Mapping[str, float]) -> None:
+            nonlocal done
+            report(int(entry["step"]) - done)
+            done = int(entry["step"])
+            if not console.is_terminal and done % max(total // 10, 10) == 0:
+                console.print(f"{label}: step {done} of {total}, loss {float(entry['loss']):.3f}")
+
+        yield tell

@@ -102,14 +102,7 @@ def _base(folder: Path, config: RunConfig) -> None:
     by_id = {task.reference.id: task.reference for task in tasks}
     truth = {key: colour for row in rows for key, colour in scenes_of(by_id[row["id"]], row["scenes"], config.env.seconds).items()}
     shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))
-    with progress.measuring("demonstrations", SFT_STEPS) as report:
-        done = 0
-
-        def tell(entry: dict[str, float]) -> None:
-            nonlocal done
-            report(int(entry["step"]) - done)
-            done = int(entry["step"])
-
+    with progress.stepping("demonstrations", SFT_STEPS) as tell:
         settings = SFTTraining(steps=SFT_STEPS, batch=32, at_once=32, learning_rate=1e-3, lora_rank=0, seed=config.seed)
         fine_tune(model, shown, tokenizer.pad_token_id, settings, draft / "checkpoints", reader, tell)
     model.save_pretrained(draft)

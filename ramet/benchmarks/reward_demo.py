@@ -124,14 +124,7 @@ def trained_drm(folder: Path, pairs: list[Pair], seed: int, look: Look, steps: i
             write_vision_model(base, texts, seed)
         drm = VideoDRM.from_base(base, DRMSettings(look=look), seed)
         config = DRMTraining(steps=steps, batch=16, learning_rate=2e-3, lora_rank=0, seed=seed, save_every=100)
-        with progress.measuring("training", steps) as report:
-            done = 0
-
-            def tell(entry: dict[str, float]) -> None:
-                nonlocal done
-                report(int(entry["step"]) - done)
-                done = int(entry["step"])
-
+        with progress.stepping("training", steps) as tell:
             trained = train_drm(drm, pairs[HELD_BACK:], config, folder, tell)
         back = pairs[:HELD_BACK]
         scores = drm.score([Item(p.video, p.question, a) for p in back for a in (p.chosen, p.rejected[0])])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,22 +82,6 @@ def videos_of(source: str, videos: Path | None) -> Path:
     return videos or Path(source).parent
 
 
-@contextmanager
-def stepping(label: str, total: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A progress bar that is told logs with a `step`."""
-    done = 0
-    with progress.measuring(label, total) as report:
-
-        def tell(entry: Mapping[str, float]) -> None:
-            nonlocal done
-            report(int(entry["step"]) - done)
-            done = int(entry["step"])
-            if not progress.console.is_terminal and done % 50 == 0:
-                console.print(f"step {done} of {total}: loss {float(entry['loss']):.4f}")
-
-        yield tell
-
-
 def build_job(
     source: str, videos: Path | None, fields: dict[str, str], answerers: Sequence[str], judge: str | None, scores: str | None,
     weak: str | None, benchmarks: Sequence[str], config: BuildConfig, look: Look, folder: Path, out: Path | None,
@@ -160,7 +143,7 @@ def train_drm_job(
         )
     drm = VideoDRM.from_base(base, settings, config.seed)
     steps = config.steps or max(round(len(train) * config.epochs / config.batch), 1)
-    with stepping("training", steps) as tell:
+    with progress.stepping("training", steps) as tell:
         trained = train_drm(drm, train, config, folder, tell)
     scores = drm.score([Item(p.video, p.question, a) for p in held for a in (p.chosen, p.rejected[0])])
     found = calibrate(scores[::2], scores[1::2], [(len(p.chosen), len(p.rejected[0])) for p in held])
@@ -189,7 +172,7 @@ def train_drm_job(
 def _split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
     """(held out, the others), by video, so that no video is in both; the same whatever the order of the rows."""
     # By names, not paths: the folder may be moved.
-    named = {p.cluster: p.id if p.video is None else f"{Path(p.video.file).name}/{p.video.start:g}" for p in pairs}
+    named = {p.cluster: Path(p.cluster).name for p in pairs}
     held = {c for c, name in named.items() if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32}
     return [p for p in pairs if p.cluster in held], [p for p in pairs if p.cluster not in held]
 
@@ -211,7 +194,7 @@ def sft_grm_job(
         chosen = sifted(teacher, pairs, k, config.seed)
     console.print(f"{len(chosen)} verdicts that are right in both orders, of {len(pairs)} pairs")
     steps = config.steps or max(round(len(chosen) * config.epochs / config.batch), 1)
-    with stepping("training", steps) as tell:
+    with progress.stepping("training", steps) as tell:
         sft_grm(grm, chosen, config, folder, tell)
     _save(grm, folder / "grm")
 

@@ -69,7 +69,7 @@ def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, 
         return {pair.id: pair.video for pair in pairs}
     found: dict[str, Segment | None] = {}
     for pair in pairs:
-        others = [p for p in pairs if p.video is not None and p.video != pair.video]
+        others = [p for p in pairs if p.video is not None and p.cluster != pair.cluster]
         if not others:
             raise ConfigError("the condition wrong needs pairs with different videos")
         alike = [p for p in others if p.category == pair.category] or others

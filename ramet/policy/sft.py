@@ -20,6 +20,7 @@ from ramet.policy.models import quiet
 from ramet.policy.vision import Prompted, VideoReader, model_inputs
 
 IGNORED = -100
+Report = Callable[[dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,10 @@ class SFTTraining:
 
 def fine_tune(
     model: Any, examples: Sequence[Example], pad: int, config: SFTTraining, folder: Path, reader: VideoReader | None = None,
-    report: Callable[[dict[str, float]], None] | None = None,
+    report: Report | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train in place, from the last checkpoint in `folder` on. Returns the log. Raises `CheckpointError` if nothing is to be learned."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_utils import get_last_checkpoint
-
-    class Told(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if report is not None and logs and "loss" in logs:
-                report({"step": state.global_step, **logs})
+    from transformers import Trainer, TrainingArguments
 
     if not any(any(example.mask) for example in examples):
         raise CheckpointError("no example has a token to learn")
@@ -75,11 +70,26 @@ def fine_tune(
         use_cpu=model.device.type == "cpu", report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
     with quiet():
-        trainer = Trainer(model=model, args=arguments, train_dataset=list(examples), data_collator=_Collator(model.config, pad, reader),
-                          callbacks=[Told()])  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+        collator = _Collator(model.config, pad, reader)
+        trainer = Trainer(model=model, args=arguments, train_dataset=list(examples), data_collator=collator)
+        log = run_to_the_end(trainer, folder, report)
     model.eval()
+    return log
+
+
+def run_to_the_end(trainer: Any, folder: Path, report: Report | None) -> list[dict[str, float]]:
+    """Let a trainer of transformers go on from the last checkpoint in `folder`. Returns its log of losses; `report` gets each entry."""
+    from transformers import PrinterCallback, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    class Told(TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if report is not None and logs and "loss" in logs:
+                report({"step": state.global_step, **logs})
+
+    trainer.add_callback(Told())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 

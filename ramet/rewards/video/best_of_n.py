@@ -29,7 +29,7 @@ class Candidates:
 
     @property
     def cluster(self) -> str:
-        return self.id if self.video is None else f"{self.video.file}/{self.video.start}"
+        return self.id if self.video is None else self.video.file
 
 
 class ByScore:

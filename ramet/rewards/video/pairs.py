@@ -45,7 +45,7 @@ class Pair:
     @property
     def cluster(self) -> str:
         """What pairs that are not independent have in common: their video."""
-        return self.id if self.video is None else f"{self.video.file}/{self.video.start}"
+        return self.id if self.video is None else self.video.file
 
 
 def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> list[Pair]:

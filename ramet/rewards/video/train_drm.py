@@ -6,7 +6,7 @@ The vision tower is frozen, so that what it makes of a clip is computed once in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from ramet.errors import ConfigError, RewardError
 from ramet.policy.lora import adapt
 from ramet.policy.models import quiet
+from ramet.policy.sft import Report, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
 from ramet.rewards.video.pairs import Pair
 
@@ -49,25 +50,16 @@ class DRMTraining:
     bf16: bool = False
 
 
-def train_drm(
-    drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder: Path, report: Callable[[dict[str, float]], None] | None = None
-) -> dict[str, Any]:
+def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder: Path, report: Report | None = None) -> dict[str, Any]:
     """Train in place; checkpoints lie in `folder/checkpoints`, from the last of which it goes on. Returns counts and the log.
 
     Raises `ConfigError` where TRL is missing, `RewardError` where no pair is left.
     """
     try:
         from datasets import Dataset
-        from transformers import PrinterCallback, TrainerCallback
-        from transformers.trainer_utils import get_last_checkpoint
         from trl import RewardConfig, RewardTrainer
     except ImportError:
         raise ConfigError("training a VideoDRM needs TRL: pip install 'ramet[reward]'") from None
-
-    class Told(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if report is not None and logs and "loss" in logs:
-                report({"step": state.global_step, **logs})
 
     rows, long = _rows(drm, pairs, config.max_tokens)
     if not rows:
@@ -91,14 +83,11 @@ def train_drm(
     with quiet():
         trainer = RewardTrainer(
             model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, pairs),
-            processing_class=drm.tokenizer, callbacks=[Told()],
+            processing_class=drm.tokenizer,
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        last = get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None
-        trainer.train(resume_from_checkpoint=last)
+        log = run_to_the_end(trainer, checkpoints, report)
     scorer.eval().requires_grad_(False)
-    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return {"pairs": len(rows), "too_long": long, "steps": trainer.state.global_step, "log": losses}
+    return {"pairs": len(rows), "too_long": long, "steps": trainer.state.global_step, "log": log}
 
 
 def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[str, Any]], int]:
