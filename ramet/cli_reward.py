@@ -45,13 +45,15 @@ def _map(fields: list[str] | None) -> dict[str, str]:
     return found
 
 
+def _seen(frames: int | None, pixels: int | None) -> dict[str, int]:
+    """What is said of how a model looks; a VideoDRM keeps to what it was trained with in the rest."""
+    return {name: value for name, value in (("frames", frames), ("most", pixels)) if value is not None}
+
+
 def _look(frames: int | None, pixels: int | None) -> Any:
-    """None where nothing is said: a VideoDRM knows how it was trained to look."""
     from ramet.policy.vision import Look
 
-    if frames is None and pixels is None:
-        return None
-    return Look(frames=frames or Look().frames, most=pixels or Look().most, least=min(Look().least, pixels or Look().least))
+    return Look(**_seen(frames, pixels))
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -106,7 +108,6 @@ def build_pairs(
     Example: ramet reward build-pairs --questions questions.jsonl --answers models/qwen --out runs/pairs
     """
     from ramet.benchmarks.reward_jobs import build_job
-    from ramet.policy.vision import Look
     from ramet.rewards.video.build import BuildConfig
 
     config = BuildConfig(n, blind, easy, per_question, seed=seed)
@@ -120,7 +121,7 @@ def build_pairs(
         weak,
         benchmark or [],
         config,
-        _look(frames, pixels) or Look(),
+        _seen(frames, pixels),
         out,
         json,
     )
@@ -145,7 +146,7 @@ def train_drm(
     centring: Annotated[float, typer.Option(min=0.0, help="Weight of keeping scores around zero, such as 0.01.")] = 0.0,
     train_vision: Annotated[bool, typer.Option("--train-vision", help="Train the vision tower too.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Weights and passes in bfloat16.")] = False,
-    held_out: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the videos that calibration is measured on.")] = 0.1,
+    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the videos that calibration is measured on.")] = 0.1,
     seed: _Seed = 0,
     json: _Json = None,
 ) -> None:
@@ -154,13 +155,12 @@ def train_drm(
     Example: ramet reward train-drm --model models/qwen --pairs runs/pairs/pairs.jsonl --videos clips --out runs/drm
     """
     from ramet.benchmarks.reward_jobs import train_drm_job
-    from ramet.policy.vision import Look
     from ramet.rewards.video.discriminative import DRMSettings
     from ramet.rewards.video.train_drm import DRMTraining
 
     if pooling not in ("last", "mean"):
         raise ConfigError(f"no pooling {pooling!r}; there are last and mean")
-    settings = DRMSettings(pooling, _look(frames, pixels) or Look())  # type: ignore[arg-type]
+    settings = DRMSettings(pooling, _look(frames, pixels))  # type: ignore[arg-type]
     config = DRMTraining(
         steps,
         epochs,
@@ -203,10 +203,9 @@ def sft_grm(
     """
     from ramet.benchmarks.reward_jobs import sft_grm_job
     from ramet.policy.sft import SFTTraining
-    from ramet.policy.vision import Look
     from ramet.rewards.video.generative import GRMSettings
 
-    settings = GRMSettings(_look(frames, pixels) or Look(), temperature, max_tokens)
+    settings = GRMSettings(_look(frames, pixels), temperature, max_tokens)
     config = SFTTraining(steps, 1.0, batch, at_once, learning_rate, lora_rank=lora_rank, seed=seed)
     sft_grm_job(model, pairs, videos, _map(field), traces, judge, k, settings, config, out)
 
@@ -235,10 +234,9 @@ def train_grm(
     """
     from ramet.benchmarks.reward_jobs import train_grm_job
     from ramet.policy.trainer import TrainConfig
-    from ramet.policy.vision import Look
     from ramet.rewards.video.generative import GRMSettings
 
-    settings = GRMSettings(_look(frames, pixels) or Look(), 1.0, max_tokens)
+    settings = GRMSettings(_look(frames, pixels), 1.0, max_tokens)
     config = TrainConfig(
         updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl=kl, lora_rank=lora_rank, temperature=1.0
     )
@@ -262,7 +260,7 @@ def score(
     """
     from ramet.benchmarks.reward_jobs import score_job
 
-    score_job(model, _look(frames, pixels), video, question, answer, json)
+    score_job(model, _seen(frames, pixels), video, question, answer, json)
 
 
 @reward.command("judge")
@@ -287,7 +285,7 @@ def judge(
     from ramet.benchmarks.reward_jobs import judge_job
 
     settings = {"temperature": temperature, "max_tokens": max_tokens}
-    judge_job(model, _look(frames, pixels), settings, video, question, first, second, k, order, seed)  # type: ignore[arg-type]
+    judge_job(model, _seen(frames, pixels), settings, video, question, first, second, k, order, seed)  # type: ignore[arg-type]
 
 
 @reward.command("bench")
@@ -304,6 +302,7 @@ def bench(
     order: Annotated[str, typer.Option(help="both, or random: one order a pair, by the seed.")] = "both",
     temperature: _Temperature = 1.0,
     max_tokens: _Tokens = 512,
+    pointwise: Annotated[bool, typer.Option("--pointwise", help="Let a model that judges rate answers one by one.")] = False,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
     frames: Annotated[str, typer.Option(help="Frames of a video, several with commas between them.")] = "",
     pixels: _Pixels = None,
@@ -324,7 +323,9 @@ def bench(
             raise ConfigError(f"no condition {condition!r}; there are {', '.join(CONDITIONS)}")
     if order not in ("both", "random") or ties not in (0.0, 0.5):
         raise ConfigError("--order is both or random, --ties is 0 or 0.5")
-    protocol: Any = Protocol("pairwise", 1, order, temperature, max_tokens, ties, None, pixels, seed)  # type: ignore[arg-type]
+    if not chosen:
+        raise ConfigError("--conditions names none")
+    protocol: Any = Protocol("pointwise" if pointwise else "pairwise", 1, order, temperature, max_tokens, ties, None, pixels, seed)  # type: ignore[arg-type]
     bench_job(model, pairs, videos, _map(field), protocol, _numbers(k, "-k"), _numbers(frames, "--frames"), chosen, limit, out, json)
 
 
@@ -372,7 +373,7 @@ def best_of_n(
         raise ConfigError(f"no method {method!r}; there are knockout and round-robin")
     settings = {"temperature": temperature, "max_tokens": max_tokens}
     best_of_n_job(
-        model, questions, answers, videos, _map(field), _look(frames, pixels), settings, _numbers(ns, "-n"), method, k, seed, out, json
+        model, questions, answers, videos, _map(field), _seen(frames, pixels), settings, _numbers(ns, "-n"), method, k, seed, out, json
     )
 
 
@@ -394,9 +395,7 @@ def serve(
     from ramet.rewards.video.server import serve as run
 
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    served = open_reward(model, _look(frames, pixels), {})
-    if not hasattr(served, "score"):
-        raise ConfigError(f"{model} judges pairs and gives no scores; serve a VideoDRM or a vision-language model")
+    served = open_reward(model, _seen(frames, pixels), {}, "score")
     said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
     console.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
     run(served, videos, token, host, port)

@@ -59,7 +59,7 @@ class EnvConfig(BaseModel):
       gsm8k, math, aime, amc               levels, last_year: see `ramet.env.maths`
       hotpotqa, 2wikimultihopqa, musique   metric, show, only_gold, tokens, ood_tokens, gold: see `ramet.env.multihop`
       longvideo   metric, videos, seconds, root_sees: see `ramet.env.longvideo`; frames, pixels: what a model sees of a segment, at most;
-                  reward_model: the directory of a VideoDRM, or the address of `ramet reward serve`
+                  reward_model: the directory of a VideoDRM or of a model that judges, or the address of `ramet reward serve`
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -123,7 +123,7 @@ class EnvConfig(BaseModel):
         """SHA-256 of the local files that tasks are made of: a journal of other rows is not this job's."""
         paths = {name: Path(getattr(self, name)) for name in ("data", "train", "ood") if getattr(self, name)}
         if self.reward_model:
-            paths["reward_model"] = Path(self.reward_model) / "model.safetensors"
+            paths |= {f"reward_model/{name}": Path(self.reward_model) / name for name in ("model.safetensors", "video_drm.json")}
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
     @property
@@ -141,9 +141,10 @@ class EnvConfig(BaseModel):
             )
         if self.kind == "longvideo":
             from ramet.env.longvideo import LongVideoEnvironment, reward_of
+            from ramet.policy.vision import Look
 
-            videos = Path(self.videos) if self.videos else None
-            reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, "")) if self.reward_model else None
+            videos, look = Path(self.videos) if self.videos else None, Look(frames=self.frames, most=self.pixels)
+            reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, ""), look) if self.reward_model else None
             metric: Any = self.metric
             return LongVideoEnvironment(sources, self.fields, self.kind, self.seconds, self.root_sees, metric, reward, videos)
         if self.kind in _MATHS:

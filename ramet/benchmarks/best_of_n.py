@@ -17,17 +17,17 @@ from typing import Any
 
 from ramet.benchmarks.statistics import clustered_mean
 from ramet.errors import ConfigError
-from ramet.rewards.video.best_of_n import Candidates
+from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
 
 NS = (1, 2, 4, 8, 16)
-Picker = Callable[[Candidates, Sequence[int]], int]
+Picker = ByScore | ByDuels
 
 
 def best_of_n(
     questions: Sequence[Candidates], pickers: dict[str, Picker], ns: Sequence[int] = NS, draws: int = 16, seed: int = 0,
     report: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A `best_of_n` record for each N and method: accuracy with its interval over videos, and `calls` of the pickers so far.
+    """A `best_of_n` record for each N and method: accuracy with its interval over videos, and what a pick asks of the model.
 
     Where N answers are all that there are, one draw is enough. Every question needs as many answers as the largest N.
     """
@@ -46,9 +46,10 @@ def best_of_n(
                 right = [question.right[i] for i in draw]
                 scores["pass"].append(float(any(right)))
                 scores["random"].append(sum(right) / n)
-                counts = Counter(question.stated[i] for i in draw)
+                counts = Counter(question.stated[i] for i in draw if question.stated[i] is not None)
                 top = [s for s, c in counts.items() if c == max(counts.values())]
-                scores["majority"].append(sum(question.right[next(i for i in draw if question.stated[i] == s)] for s in top) / len(top))
+                won = [question.right[next(i for i in draw if question.stated[i] == s)] for s in top]
+                scores["majority"].append(sum(won) / len(won) if won else 0.0)
                 for name, picker in pickers.items():
                     scores[name].append(float(question.right[picker(question, draw)]))
             for m in methods:
@@ -63,6 +64,6 @@ def best_of_n(
             "ci_low": interval.low, "ci_high": interval.high,
         }  # fmt: skip
         if method in pickers:
-            record["calls"] = getattr(pickers[method], "calls", None)
+            record["calls_per_question"] = pickers[method].cost(n)
         records.append(record)
     return records

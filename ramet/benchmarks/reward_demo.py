@@ -141,9 +141,9 @@ def _candidates(questions: list[VideoQuestion], seed: int) -> list[Candidates]:
     found = []
     for question in questions:
         (answers,) = Guesser(1 / len(question.choices), "candidates").answer([question], 8, seed)
-        stated = tuple(str(question.stated(answer)) for answer in answers)
+        stated = tuple(map(question.stated, answers))
         right = tuple(map(question.right, answers))
-        found.append(Candidates(question.id, question.video, question.question, tuple(answers), stated, right))
+        found.append(Candidates(question.id, question.shown, question.question, tuple(answers), stated, right))
     return found
 
 
@@ -165,5 +165,5 @@ def print_results(records: list[dict[str, Any]]) -> None:
             table.add_row(method, *(f"{line[n]['accuracy']:.3f}" for n in ns))
         console.print(table)
         for r in curves:
-            if "calls" in r and r["n"] == ns[-1]:
-                console.print(f"{r['method']}: {r['calls']} calls of the reward model in all")
+            if "calls_per_question" in r and r["n"] == ns[-1]:
+                console.print(f"{r['method']} is asked {r['calls_per_question']} times to pick one of {r['n']}")

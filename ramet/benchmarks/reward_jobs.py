@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
@@ -26,6 +27,7 @@ from ramet.benchmarks.video_reward import Protocol, against, protocol_record, re
 from ramet.data import load_rows
 from ramet.errors import CheckpointError, ConfigError
 from ramet.policy.catalogue import find
+from ramet.policy.models import auto_device
 from ramet.policy.sft import SFTTraining
 from ramet.policy.trainer import TrainConfig, run_trainer
 from ramet.policy.vision import Look
@@ -39,7 +41,7 @@ from ramet.rewards.video.generative import GRMSettings, VideoGRM
 from ramet.rewards.video.judge import Duel, Order, by_scores, compare
 from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
 from ramet.rewards.video.questions import load_questions
-from ramet.rewards.video.train_drm import DRMTraining, train_drm
+from ramet.rewards.video.train_drm import DRMTraining, fits, train_drm
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, sifted, traces_of
 
 console = Console()
@@ -53,25 +55,49 @@ class RewardRun(BaseModel):
     seed: int
 
 
-def open_reward(name: str, look: Look | None, settings: Mapping[str, Any], pairs: Sequence[Pair] = ()) -> Any:
-    """A VideoDRM or a model that judges, from a directory; or `fake:oracle` and its like. `look` overrides a VideoDRM's own."""
+Seen = Mapping[str, int]
+"""What is said of how a model looks at videos: `frames`, `most` pixels. What is not said is left as it is."""
+
+
+def open_reward(name: str, seen: Seen, settings: Mapping[str, Any], needs: str = "", pairs: Sequence[Pair] = ()) -> Any:
+    """A VideoDRM or a model that judges, from a directory; or `fake:oracle` and its like.
+
+    `needs` is "say" where pairs are to be judged, "score" where answers are to be scored.
+    """
     if name.startswith("fake:"):
+        if name == "fake:oracle" and not pairs:
+            raise ConfigError("fake:oracle knows the better answer of a benchmark's pairs only; use it with `ramet reward bench`")
         better = {f"{pair.id}/{n}": pair.chosen for pair in pairs for n in range(len(pair.rejected))}
-        return fake_judge(name.removeprefix("fake:"), better)
-    path = find(name)
-    if (path / SETTINGS).exists():
-        drm = VideoDRM.load(path)
-        return drm if look is None else drm.look(frames=look.frames, most=look.most)
-    if not (path / "config.json").exists():
-        raise CheckpointError(
-            f"{name!r} is no reward model: give the directory of a VideoDRM or of a vision-language model, or fake:oracle"
-        )
-    return VideoGRM.load(path, GRMSettings(look=look or Look(), **settings))
+        found: Any = fake_judge(name.removeprefix("fake:"), better)
+    elif ((path := find(name)) / SETTINGS).exists():
+        found = VideoDRM.load(path, auto_device())
+        found = found.look(**seen) if seen else found
+    elif (path / "config.json").exists():
+        found = load_grm(path, GRMSettings(look=replace(Look(), **seen), **settings))
+    else:
+        raise CheckpointError(f"{name!r} is no reward model: give the directory of a VideoDRM or a vision-language model, or fake:random")
+    if needs and not hasattr(found, needs):
+        raise ConfigError(f"{name} " + ("scores answers and judges no pairs" if needs == "say" else "judges pairs and gives no scores"))
+    return found
 
 
-def model_id(name: str) -> str:
+def load_grm(path: Path, settings: GRMSettings) -> VideoGRM:
+    """On a GPU where there is one, then in bfloat16."""
+    device = auto_device()
+    return VideoGRM.load(path, settings, device, torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def model_id(name: str | None) -> str:
     """What tells models apart in a journal."""
-    return name if name.startswith("fake:") else weights_id(find(name))
+    if not name or name.startswith("fake:"):
+        return name or ""
+    path = find(name)
+    settings = (path / SETTINGS).read_text() if (path / SETTINGS).exists() else ""
+    return fingerprint(weights_id(path), settings)
+
+
+def answerer_id(name: str) -> str:
+    return name if name == "guesser" else file_id(name) if Path(name).is_file() else model_id(name)
 
 
 def file_id(path: str) -> str:
@@ -84,17 +110,18 @@ def videos_of(source: str, videos: Path | None) -> Path:
 
 def build_job(
     source: str, videos: Path | None, fields: dict[str, str], answerers: Sequence[str], judge: str | None, scores: str | None,
-    weak: str | None, benchmarks: Sequence[str], config: BuildConfig, look: Look, folder: Path, out: Path | None,
+    weak: str | None, benchmarks: Sequence[str], config: BuildConfig, seen: Seen, folder: Path, out: Path | None,
 ) -> None:  # fmt: skip
     """`ramet reward build-pairs`."""
     given = {
-        "questions": file_id(source), "answerers": [file_id(a) for a in answerers], "judge": judge or "", "scores": scores or "",
-        "weak": weak or "", "benchmarks": [file_id(b) for b in benchmarks], "config": asdict(config), "look": asdict(look),
+        "questions": file_id(source), "fields": fields, "videos": str(videos or ""), "answerers": [answerer_id(a) for a in answerers],
+        "judge": model_id(judge), "scores": model_id(scores), "weak": answerer_id(weak) if weak else "",
+        "benchmarks": [file_id(b) for b in benchmarks], "config": asdict(config), "seen": dict(seen),
     }  # fmt: skip
     claim_folder(folder, RewardRun(command="build-pairs", settings=_plain(given), seed=config.seed))
     root = videos_of(source, videos)
     questions = load_questions(source, fields, root)
-    models = [_answerer(name, look) for name in answerers]
+    models = [_answerer(name, seen) for name in answerers]
     known = [pair for name in benchmarks for pair in load_pairs(name)]
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -103,8 +130,8 @@ def build_job(
 
     with Journal(folder / "journal.jsonl", fingerprint(given)) as journal:
         build = Build(
-            questions, models, config, journal, None if judge is None else open_reward(judge, look, {}),
-            None if scores is None else open_reward(scores, None, {}), None if weak is None else _answerer(weak, look), known, tell,
+            questions, models, config, journal, None if judge is None else open_reward(judge, seen, {}, "say"),
+            None if scores is None else open_reward(scores, {}, {}, "score"), None if weak is None else _answerer(weak, seen), known, tell,
         )  # fmt: skip
         pairs = build.run()
     sheet = build.sheet(pairs)
@@ -118,12 +145,12 @@ def build_job(
         write_json(out, [meta("reward build-pairs", config.seed), *stages, {"record": "datasheet", **sheet}])
 
 
-def _answerer(name: str, look: Look) -> Answerer:
+def _answerer(name: str, seen: Seen) -> Answerer:
     if name == "guesser":
         return Guesser()
     if name.endswith((".jsonl", ".json", ".parquet")):
         return Recorded(name)
-    return ModelAnswerer(VideoGRM.load(find(name), GRMSettings(look=look, temperature=0.8)), Path(name).name)
+    return ModelAnswerer(load_grm(find(name), GRMSettings(look=replace(Look(), **seen), temperature=0.8)), Path(name).name)
 
 
 def train_drm_job(
@@ -132,7 +159,10 @@ def train_drm_job(
 ) -> None:  # fmt: skip
     """`ramet reward train-drm`: train, calibrate on pairs about videos that were held out, save."""
     base = find(model)
-    given = {"model": weights_id(base), "pairs": file_id(source), "settings": asdict(settings), "config": asdict(config), "held": held_out}
+    given = {
+        "model": weights_id(base), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "settings": asdict(settings),
+        "config": asdict(config), "held": held_out,
+    }  # fmt: skip
     claim_folder(folder, RewardRun(command="train-drm", settings=_plain(given), seed=config.seed))
     pairs = load_pairs(source, fields, videos_of(source, videos))
     _say_faults(pairs)
@@ -141,10 +171,14 @@ def train_drm_job(
         raise ConfigError(
             f"{len(pairs)} pairs with {held_out:.0%} of the videos held out leave {len(train)} to train on and {len(held)} held out"
         )
-    drm = VideoDRM.from_base(base, settings, config.seed)
+    drm = VideoDRM.from_base(base, settings, config.seed, torch.bfloat16 if config.bf16 else torch.float32)
+    drm.scorer.to(auto_device())
+    drm.scorer.score.float()
     steps = config.steps or max(round(len(train) * config.epochs / config.batch), 1)
     with progress.stepping("training", steps) as tell:
         trained = train_drm(drm, train, config, folder, tell)
+    drm.save(folder / "drm")
+    held = [p for p in held if fits(drm, p, config.max_tokens)]
     scores = drm.score([Item(p.video, p.question, a) for p in held for a in (p.chosen, p.rejected[0])])
     found = calibrate(scores[::2], scores[1::2], [(len(p.chosen), len(p.rejected[0])) for p in held])
     drm.settings = replace(drm.settings, temperature=found.temperature, centre=found.centre)
@@ -183,14 +217,17 @@ def sft_grm_job(
 ) -> None:  # fmt: skip
     """`ramet reward sft-grm`: on verdicts from a file, or of a judge (by default the model itself), that are right in both orders."""
     base = find(model)
-    given = {"model": weights_id(base), "pairs": file_id(source), "traces": file_id(traces or ""), "judge": judge or "", "k": k}
+    given = {
+        "model": weights_id(base), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "traces": file_id(traces or ""),
+        "judge": model_id(judge), "k": k, "settings": asdict(settings),
+    }  # fmt: skip
     claim_folder(folder, RewardRun(command="sft-grm", settings=_plain(given | {"config": asdict(config)}), seed=config.seed))
     pairs = load_pairs(source, fields, videos_of(source, videos))
-    grm = VideoGRM.load(base, settings)
+    grm = load_grm(base, settings)
     if traces is not None:
         chosen = traces_of(load_rows(traces), pairs)
     else:
-        teacher = grm if judge is None else VideoGRM.load(find(judge), settings)
+        teacher = grm if judge is None else load_grm(find(judge), settings)
         chosen = sifted(teacher, pairs, k, config.seed)
     console.print(f"{len(chosen)} verdicts that are right in both orders, of {len(pairs)} pairs")
     steps = config.steps or max(round(len(chosen) * config.epochs / config.batch), 1)
@@ -211,10 +248,13 @@ def train_grm_job(
 ) -> None:
     """`ramet reward train-grm`: reinforcement learning on verdicts, by the trainer of the delegation policy."""
     base = find(model)
-    given = {"model": weights_id(base), "pairs": file_id(source), "settings": asdict(settings), "config": config.model_dump()}
+    given = {
+        "model": weights_id(base), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "settings": asdict(settings),
+        "config": config.model_dump(),
+    }  # fmt: skip
     claim_folder(folder, RewardRun(command="train-grm", settings=_plain(given), seed=seed))
     pairs = load_pairs(source, fields, videos_of(source, videos))
-    grm = VideoGRM.load(base, settings)
+    grm = load_grm(base, settings)
     trainer = grm_trainer(grm, pairs, config, folder, seed, fingerprint(given))
     with progress.training("verdicts", config.updates, trainer.resume()) as report:
         run_trainer(trainer, report)
@@ -232,9 +272,9 @@ def _save(grm: VideoGRM, path: Path) -> None:
     console.print(f"the VideoGRM is in {path}")
 
 
-def score_job(model: str, look: Look | None, video: str | None, question: str, answers: Sequence[str], out: Path | None) -> None:
+def score_job(model: str, seen: Seen, video: str | None, question: str, answers: Sequence[str], out: Path | None) -> None:
     """`ramet reward score`."""
-    reward = open_reward(model, look, {})
+    reward = open_reward(model, seen, {}, "score")
     items = [Item(None if video is None else Segment(video), question, answer) for answer in answers]
     scores = reward.score(items)
     for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
@@ -247,7 +287,7 @@ def score_job(model: str, look: Look | None, video: str | None, question: str, a
 
 def judge_job(
     model: str,
-    look: Look | None,
+    seen: Seen,
     settings: Mapping[str, Any],
     video: str | None,
     question: str,
@@ -258,7 +298,7 @@ def judge_job(
     seed: int,
 ) -> None:
     """`ramet reward judge`."""
-    reward = open_reward(model, look, settings)
+    reward = open_reward(model, seen, settings)
     duel = Duel("duel", None if video is None else Segment(video), question, first, second)
     verdict = (
         by_scores(reward, [duel], reward.settings.temperature)[0]
@@ -281,26 +321,28 @@ def bench_job(
 ) -> None:  # fmt: skip
     """`ramet reward bench`: each number of frames and of votes is a protocol of its own, with a journal of its own."""
     pairs = load_pairs(source, fields, videos_of(source, videos))[:limit]
-    given = {"model": model_id(model), "pairs": file_id(source), "limit": limit or 0}
+    given = {"model": model_id(model), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "limit": limit or 0}
     claim_folder(folder, RewardRun(command="bench", settings=_plain(given), seed=protocol.seed))
     _say_faults(pairs)
     write_text(folder / "pairs.jsonl", "".join(json.dumps(row_of(pair, videos_of(source, videos))) + "\n" for pair in pairs))
     records: list[dict[str, Any]] = [meta("reward bench", protocol.seed)]
     judged: list[dict[str, Any]] = []
-    last = protocol
+    part: list[dict[str, Any]] = []
     for number in frames or [0]:
-        look = None if not number and protocol.pixels is None else Look(frames=number or 16, most=protocol.pixels or Look().most)
+        seen = {name: value for name, value in (("frames", number), ("most", protocol.pixels)) if value}
         settings = {"temperature": protocol.temperature, "max_tokens": protocol.max_tokens or 512}
-        reward = open_reward(model, look, settings, pairs)
-        scored = isinstance(reward, VideoDRM)
-        seen = reward.settings.look if hasattr(reward, "settings") else Look()
+        reward = open_reward(model, seen, settings, "score" if protocol.mode == "pointwise" else "", pairs)
+        scored = isinstance(reward, VideoDRM) or protocol.mode == "pointwise"
+        shown = reward.settings.look if hasattr(reward, "settings") else Look()
         for k in ks if not scored else ks[:1]:
             mode: Any = "pointwise" if scored else "pairwise"
             last = replace(
-                protocol, mode=mode, k=k, frames=seen.frames, pixels=seen.most, max_tokens=None if scored else settings["max_tokens"]
+                protocol, mode=mode, k=k, frames=shown.frames, pixels=shown.most, max_tokens=None if scored else settings["max_tokens"]
             )
             path = folder / f"frames-{last.frames}-k-{k}-{last.order if not scored else 'scores'}.jsonl"
             with Journal(path, fingerprint(given, asdict(last))) as journal:
+                if not journal.records:
+                    journal.append({"protocol": protocol_record(last)})
                 with progress.measuring(f"{reward.name}, {last.frames} frames, k={k}", len(pairs) * len(conditions)) as report:
                     judged = run_bench(reward, pairs, last, list(conditions), journal, report)
             found = results(judged, last.ties, last.seed)
@@ -310,11 +352,11 @@ def bench_job(
                 console.print(f"[yellow]note:[/] {said}")
             records += part
     write_json(folder / "results.json", records)
-    accuracy_bars(records, folder / "accuracy.png")
-    write_page(
-        folder / "report.html", f"{model} on {Path(source).name}", f"{len(pairs)} pairs.", last.line(), records, [folder / "accuracy.png"],
-        wrong_pairs(pairs, judged),
-    )  # fmt: skip
+    accuracy_bars(part, folder / "accuracy.png")
+    lines = "; ".join(dict.fromkeys(r["line"] for r in records if r["record"] == "protocol"))
+    intro = f"{len(pairs)} pairs. The picture is of the last protocol."
+    pictures, wrong = [folder / "accuracy.png"], wrong_pairs(pairs, judged)
+    write_page(folder / "report.html", f"{model} on {Path(source).name}", intro, lines, records, pictures, wrong)
     console.print(f"run folder {folder}: results.json, report.html, and what was said of each pair in *.jsonl")
     if out is not None:
         write_json(out, records)
@@ -327,7 +369,7 @@ def report_job(one: Path, other: Path | None, ties: float, out: Path | None) -> 
         for path in _journals(folder):
             found = results(_judged(path), ties)
             console.print(f"[bold]{path}[/]")
-            print_results(found)
+            print_results([*(r["protocol"] for r in read_records(path) if "protocol" in r), *found])
             for said in warnings(found):
                 console.print(f"[yellow]note:[/] {said}")
             records += [{**r, "run": str(path)} for r in found]
@@ -358,21 +400,17 @@ def _judged(path: Path) -> list[dict[str, Any]]:
 
 
 def best_of_n_job(
-    model: str, source: str, responses: str, videos: Path | None, fields: dict[str, str], look: Look | None, settings: Mapping[str, Any],
+    model: str, source: str, responses: str, videos: Path | None, fields: dict[str, str], seen: Seen, settings: Mapping[str, Any],
     ns: Sequence[int], method: str, k: int, seed: int, folder: Path, out: Path | None,
 ) -> None:  # fmt: skip
     """`ramet reward best-of-n`: curves on answers from a file, or from a model that is asked for the largest N."""
     questions = load_questions(source, fields, videos_of(source, videos))
     given = {
-        "model": model_id(model),
-        "questions": file_id(source),
-        "responses": file_id(responses),
-        "method": method,
-        "k": k,
-        "ns": list(ns),
-    }
+        "model": model_id(model), "questions": file_id(source), "fields": fields, "videos": str(videos or ""), "method": method, "k": k,
+        "responses": answerer_id(responses), "ns": list(ns), "seen": dict(seen), "settings": dict(settings),
+    }  # fmt: skip
     claim_folder(folder, RewardRun(command="best-of-n", settings=_plain(given), seed=seed))
-    answerer = _answerer(responses, look or Look())
+    answerer = _answerer(responses, seen)
     with Journal(folder / "answers.jsonl", fingerprint(given)) as journal:
         known = {r["id"]: r["answers"] for r in journal}
         for question in questions:
@@ -381,10 +419,10 @@ def best_of_n_job(
                 journal.append({"id": question.id, "answers": known[question.id]}, keep=False)
     candidates = []
     for question in questions:
-        answers = tuple(a for a in known[question.id] if a.strip())
-        stated = tuple(question.stated(a) or "" for a in answers)
-        candidates.append(Candidates(question.id, question.video, question.question, answers, stated, tuple(map(question.right, answers))))
-    reward = open_reward(model, look, settings)
+        answers = tuple(known[question.id])
+        stated, right = tuple(map(question.stated, answers)), tuple(map(question.right, answers))
+        candidates.append(Candidates(question.id, question.shown, question.question, answers, stated, right))
+    reward = open_reward(model, seen, settings)
     kind: Any = method
     picker = ByScore(reward) if isinstance(reward, VideoDRM) else ByDuels(reward, kind, k, seed)
     with progress.measuring(reward.name, len(candidates)) as report:

@@ -25,7 +25,7 @@ from ramet.env.multihop import words
 from ramet.errors import ConfigError
 from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model, load_tokenizer
+from ramet.policy.models import auto_device, load_model, load_tokenizer
 from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.trainer import Trainer, Verdict
 from ramet.rewards.penalty import scored
@@ -37,7 +37,7 @@ def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, C
         torch.set_num_threads(config.threads)
     device = config.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = auto_device()
     return load_model(path or find(config.model), config.chat, getattr(torch, config.dtype), device)
 
 

@@ -84,6 +84,7 @@ def results_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]
         "invalid_rate": "unreadable", "lenient": "lenient", "tie_rate": "ties",
     }  # fmt: skip
     kept = [n for n in names if any(n in r for r in shown)]
+    swept = [n for n in ("frames", "k") if len({r[n] for r in shown if n in r}) > 1]
     rows = []
     for r in shown:
         interval = f"{r['ci_low']:.3f}-{r['ci_high']:.3f}" if "ci_low" in r else ""
@@ -95,9 +96,10 @@ def results_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]
                 f"{r['accuracy']:.3f}",
                 interval,
                 *(f"{r[n]:.2f}" if n in r else "" for n in kept),
+                *(str(r[n]) for n in swept),
             ]
         )
-    return ["condition", "subset", "pairs", "accuracy", "95%", *(names[n] for n in kept)], rows
+    return ["condition", "subset", "pairs", "accuracy", "95%", *(names[n] for n in kept), *swept], rows
 
 
 def wrong_pairs(pairs: Sequence[Pair], records: Sequence[Record], most: int = 12) -> str:

@@ -11,14 +11,16 @@ they can be computed again without the model. Definitions (docs/video-rewards.md
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
-from ramet.benchmarks.statistics import Interval, clustered_mean, paired_difference, sign_test
-from ramet.errors import ConfigError
+from ramet.benchmarks.statistics import Interval, clustered_mean, sign_test
+from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.judge import Duel, Order, Vote, compare, decided, majority
 from ramet.rewards.video.pairs import Pair
@@ -85,7 +87,7 @@ def run_bench(
 
     A model with a method `look` is asked to look at frames backwards or shuffled; for one without, these conditions are the right one.
     """
-    known = {(r["condition"], r["id"]) for r in journal}
+    known = {(r["condition"], r["id"]) for r in journal if "condition" in r and "failed" not in r}
     clusters = {pair.id: pair.cluster for pair in pairs}
     for condition in conditions:
         videos = shown_videos(pairs, condition, protocol.seed)
@@ -100,11 +102,22 @@ def run_bench(
             if report is not None:
                 report(len(part))
     order = {pair.id: n for n, pair in enumerate(pairs)}
-    chosen = [r for r in journal if r["condition"] in conditions and r["id"] in order]
+    latest = {(r["condition"], r["id"]): r for r in journal if "condition" in r}  # what failed once may have been done since
+    chosen = [r for r in latest.values() if r["condition"] in conditions and r["id"] in order]
     return sorted(chosen, key=lambda r: (conditions.index(r["condition"]), order[r["id"]]))
 
 
 def _ask(model: Any, pairs: Sequence[Pair], protocol: Protocol) -> list[Record]:
+    """What the model says of each pair; `failed` where its video cannot be read, it is too long, or no score comes of it."""
+    try:
+        return _asked(model, pairs, protocol)
+    except (TaskError, RewardError) as error:
+        if len(pairs) > 1:
+            return [_ask(model, [pair], protocol)[0] for pair in pairs]
+        return [{"failed": str(error)}]
+
+
+def _asked(model: Any, pairs: Sequence[Pair], protocol: Protocol) -> list[Record]:
     if protocol.mode == "pointwise":
         scores = iter(model.score([Item(p.video, p.question, answer) for p in pairs for answer in (p.chosen, *p.rejected)]))
         return [{"chosen": next(scores), "rejected": [next(scores) for _ in pair.rejected]} for pair in pairs]
@@ -120,10 +133,12 @@ def duels_of(record: Record) -> list[list[Vote]]:
 
 def measures(record: Record, ties: float = 0.0) -> dict[str, float]:
     """What one pair contributes to each measure; a measure that it says nothing about is left out."""
+    if "failed" in record:
+        return {"accuracy": 0.0, "lenient": 0.0, "tie_rate": 0.0, "error_rate": 1.0}
     if "chosen" in record:
         best = max(record["rejected"])
         tie = record["chosen"] == best
-        return {"accuracy": ties if tie else float(record["chosen"] > best), "tie_rate": float(tie)}
+        return {"accuracy": ties if tie else float(record["chosen"] > best), "tie_rate": float(tie), "error_rate": 0.0}
     duels = duels_of(record)
     verdicts = [decided(votes) for votes in duels]
     every = [vote for votes in duels for vote in votes]
@@ -163,8 +178,28 @@ def results(records: Iterable[Record], ties: float = 0.0, seed: int = 0) -> list
             parts = made[1:]
             names = [n for n, v in parts[0].items() if isinstance(v, float) and "_ci_" not in n and not n.startswith("ci_")]
             mean = {n: sum(p[n] for p in parts) / len(parts) for n in names if all(n in p for p in parts)}
-            found.append({"record": "result", "subset": "macro", "condition": condition, "n": len(group), **mean})
+            own = [r for r in group if r["category"]]
+            low, high = macro_interval([(measures(r, ties)["accuracy"], r["cluster"], r["category"]) for r in own], seed)
+            found.append(
+                {"record": "result", "subset": "macro", "condition": condition, "n": len(own), **mean, "ci_low": low, "ci_high": high}
+            )
     return found
+
+
+def macro_interval(values: Sequence[tuple[float, str, str]], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95% bootstrap over clusters of the mean of categories' means, of (value, cluster, category)."""
+    clusters = {c: n for n, c in enumerate(dict.fromkeys(c for _, c, _ in values))}
+    categories = {c: n for n, c in enumerate(dict.fromkeys(c for _, _, c in values))}
+    sums, counts = np.zeros((2, len(clusters), len(categories)))
+    for value, cluster, category in values:
+        sums[clusters[cluster], categories[category]] += value
+        counts[clusters[cluster], categories[category]] += 1
+    draws = np.random.default_rng(seed).integers(0, len(clusters), size=(resamples, len(clusters)))
+    times = np.stack([np.bincount(draw, minlength=len(clusters)) for draw in draws])
+    with np.errstate(invalid="ignore"):
+        means = np.nanmean((times @ sums) / (times @ counts), axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _result(subset: str, condition: str, records: Sequence[Record], ties: float, seed: int) -> Record:
@@ -192,6 +227,8 @@ def warnings(found: Sequence[Record]) -> list[str]:
             said.append(f"{r['condition']}: the same place wins in both orders for {r['letter_agreement']:.0%} of the pairs")
         if r.get("invalid_rate", 0) > 0.05:
             said.append(f"{r['condition']}: {r['invalid_rate']:.0%} of the outputs cannot be read ({r['error_rate']:.0%} raised an error)")
+        if r["error_rate"] > 0 and "invalid_rate" not in r:
+            said.append(f"{r['condition']}: {r['error_rate']:.0%} of the pairs could not be judged, and count as wrong; see the journal")
         if r["tie_rate"] > 0.2:
             said.append(f"{r['condition']}: {r['tie_rate']:.0%} of the pairs end in a tie")
     right = {r["condition"]: r for r in found if r["subset"] == "all"}
@@ -213,21 +250,13 @@ def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -
         if not common:
             continue
         a, b = ({i: measures(side[condition][i], ties)["accuracy"] for i in common} for side in split)
-        by_cluster = [_clusters(values, split[0][condition]) for values in (a, b)]
-        difference = paired_difference(*by_cluster)
+        difference = clustered_mean([a[i] - b[i] for i in common], [split[0][condition][i]["cluster"] for i in common])
         found.append(
             {
                 "record": "difference", "condition": condition, "n": len(common), "difference": difference.mean, "ci_low": difference.low,
                 "ci_high": difference.high, "p": sign_test({i: [v] for i, v in a.items()}, {i: [v] for i, v in b.items()}),
             }
         )  # fmt: skip
-    return found
-
-
-def _clusters(values: Mapping[str, float], records: Mapping[str, Record]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for i, value in values.items():
-        found.setdefault(records[i]["cluster"], []).append(value)
     return found
 
 

@@ -16,8 +16,10 @@ from ramet.agents.tree import Message, Segment, Task
 from ramet.data import Row
 from ramet.env.questions import Questions
 from ramet.errors import ConfigError, TaskError
-from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.frames import video_seconds
+from ramet.policy.vision import Look
+from ramet.rewards.video.discriminative import SETTINGS, Item, VideoDRM
+from ramet.rewards.video.frames import content_id, video_seconds
+from ramet.rewards.video.judge import Rewards
 from ramet.rewards.video.questions import VideoQuestion, question_of
 
 MOST_SEGMENTS = 512
@@ -98,15 +100,27 @@ def _question(task: Task) -> VideoQuestion:
     return task.reference
 
 
-def reward_of(model: str, videos: Path | None, token: str) -> Callable[[Item], float]:
-    """The reward of a VideoDRM in a directory, or of a server at an address."""
+def reward_of(model: str, videos: Path | None, token: str, look: Look) -> Callable[[Item], float]:
+    """The reward of a VideoDRM or a VideoGRM in a directory, or of a server at an address. A VideoDRM looks as it was trained to."""
+    reward: Rewards
     if model.startswith(("http://", "https://")):
         from ramet.rewards.video.server import RemoteReward
 
         if videos is None:
             raise ConfigError("a reward server reads videos below a folder: set env.videos to yours of the same")
-        remote = RemoteReward(model, token, videos)
-        return lambda item: 1 / (1 + math.exp(-min(max(remote.score([item])[0], -700.0), 700.0)))
-    from ramet.rewards.video.discriminative import VideoDRM
+        reward = RemoteReward(model, token, videos)
+    elif (Path(model) / SETTINGS).exists():
+        reward = VideoDRM.load(Path(model))
+    else:
+        from ramet.rewards.video.generative import GRMSettings, VideoGRM
 
-    return VideoDRM.load(Path(model)).probability
+        reward = VideoGRM.load(Path(model), GRMSettings(look))
+    known: dict[tuple[Item, str], float] = {}
+
+    def probability(item: Item) -> float:
+        key = (item, "" if item.video is None else content_id(Path(item.video.file)))
+        if key not in known:
+            known[key] = reward.probabilities([item])[0]
+        return known[key]
+
+    return probability

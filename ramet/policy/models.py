@@ -13,6 +13,11 @@ from ramet.agents.chat import ChatFormat, chat_format
 from ramet.errors import CheckpointError, first_line
 
 
+def auto_device() -> str:
+    """A GPU where torch finds one; an empty CUDA_VISIBLE_DEVICES keeps to the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and warnings of transformers."""

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ramet.agents.tree import Segment
 from ramet.errors import CheckpointError
-from ramet.policy.lora import adapt
+from ramet.policy.lora import adapt, trainable
 from ramet.policy.models import quiet
 from ramet.policy.vision import Prompted, VideoReader, model_inputs
 
@@ -64,8 +65,8 @@ def fine_tune(
         model.model.visual.requires_grad_(False)
     arguments = TrainingArguments(
         output_dir=str(folder), learning_rate=config.learning_rate or (1e-4 if config.lora_rank else 1e-5), max_steps=config.steps or -1,
-        num_train_epochs=config.epochs, per_device_train_batch_size=min(config.at_once, config.batch),
-        gradient_accumulation_steps=max(config.batch // config.at_once, 1), lr_scheduler_type="cosine", warmup_steps=config.warmup,
+        num_train_epochs=config.epochs, per_device_train_batch_size=config.batch // passes(config.batch, config.at_once),
+        gradient_accumulation_steps=passes(config.batch, config.at_once), lr_scheduler_type="cosine", warmup_steps=config.warmup,
         remove_unused_columns=False, save_steps=config.save_every, save_total_limit=1, logging_steps=10, bf16=config.bf16,
         use_cpu=model.device.type == "cpu", report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False,
     )  # fmt: skip
@@ -77,19 +78,45 @@ def fine_tune(
     return log
 
 
-def run_to_the_end(trainer: Any, folder: Path, report: Report | None) -> list[dict[str, float]]:
-    """Let a trainer of transformers go on from the last checkpoint in `folder`. Returns its log of losses; `report` gets each entry."""
-    from transformers import PrinterCallback, TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
+def passes(batch: int, at_once: int) -> int:
+    """In how many equal parts a step's rows go through the model, at most `at_once` in each."""
+    return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= at_once)
 
-    class Told(TrainerCallback):  # type: ignore[misc]
+
+WEIGHTS = "trained.safetensors"
+
+
+def run_to_the_end(trainer: Any, folder: Path, report: Report | None) -> list[dict[str, float]]:
+    """Let a trainer of transformers go on from the last whole checkpoint in `folder`. Returns its log of losses; `report` gets each entry.
+
+    What is trained is kept beside each checkpoint under its own names: models that see, and adapted ones, are stored under others,
+    and would be loaded in part without a word.
+    """
+    from transformers import PrinterCallback, TrainerCallback
+
+    class Kept(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if report is not None and logs and "loss" in logs:
                 report({"step": state.global_step, **logs})
 
-    trainer.add_callback(Told())
+        def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            kept = {name: weight.detach().contiguous() for name, weight in trainable(model).items()}
+            path = folder / f"checkpoint-{state.global_step}"
+            save_file(kept, path / f"{WEIGHTS}.draft")
+            (path / f"{WEIGHTS}.draft").replace(path / WEIGHTS)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if last is not None:
+                kept = load_file(last / WEIGHTS)
+                with torch.no_grad():
+                    for name, weight in trainable(model).items():
+                        weight.copy_(kept[name])
+
+    whole = [path for path in folder.glob("checkpoint-*") if (path / WEIGHTS).exists() and (path / "trainer_state.json").exists()]
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    trainer.add_callback(Kept())
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 

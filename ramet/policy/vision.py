@@ -26,7 +26,7 @@ from ramet.errors import CheckpointError, PolicyError, TaskError
 from ramet.policy.drawing import Row
 from ramet.policy.hf import HFPolicy
 from ramet.policy.rows import Inputs
-from ramet.rewards.video.frames import DEVIATION, MEAN, Frames, patches, read_frames
+from ramet.rewards.video.frames import DEVIATION, MEAN, Frames, content_id, patches, read_frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -67,6 +67,14 @@ class Seen:
     video: Video
 
 
+Shown = tuple[str, float, float | None]
+
+
+def shown_id(segment: Segment) -> Shown:
+    """What tells segments apart: the bytes of the file, and which part of it."""
+    return content_id(Path(segment.file)), segment.start, segment.end
+
+
 class VideoReader:
     """Reads segments for one model, each once: the last ones are kept, up to `memory` bytes."""
 
@@ -77,21 +85,22 @@ class VideoReader:
         self._config, self._vision = config, config.vision_config
         self._encode = TextEncoder(tokenizer)
         self._memory, self._held = memory, 0
-        self._cache: OrderedDict[Segment, Seen] = OrderedDict()
+        self._cache: OrderedDict[Shown, Seen] = OrderedDict()
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
         """The placeholder ids of a segment in a prompt."""
         return self(segment).ids
 
     def __call__(self, segment: Segment) -> Seen:
-        seen = self._cache.get(segment)
+        key = shown_id(segment)
+        seen = self._cache.get(key)
         if seen is None:
             seen = self._read(segment)
-            self._cache[segment] = seen
+            self._cache[key] = seen
             self._held += seen.video.rows.nbytes
             while self._held > self._memory and len(self._cache) > 1:
                 self._held -= self._cache.popitem(last=False)[1].video.rows.nbytes
-        self._cache.move_to_end(segment)
+        self._cache.move_to_end(key)
         return seen
 
     def _read(self, segment: Segment) -> Seen:
@@ -188,19 +197,20 @@ class Sight:
             raise CheckpointError(f"the transformers backend samples from Qwen2-VL and Qwen2.5-VL; this is {model.config.model_type}")
         model.model.visual.requires_grad_(False)
         self.model, self.reader, self._kept = model, reader, kept
-        self._features: OrderedDict[Segment, Tensor] = OrderedDict()
+        self._features: OrderedDict[Shown, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def features(self, segment: Segment) -> Tensor:
         """(n, d): one row for each placeholder."""
-        if segment not in self._features:
+        key = shown_id(segment)
+        if key not in self._features:
             video, tower = self.reader(segment).video, self.model.model.visual
             out = tower(video.rows.to(tower.device, tower.dtype), grid_thw=torch.tensor([video.grid], device=tower.device))
-            self._features[segment] = out.pooler_output
+            self._features[key] = out.pooler_output
             while len(self._features) > self._kept:
                 self._features.popitem(last=False)
-        self._features.move_to_end(segment)
-        return self._features[segment]
+        self._features.move_to_end(key)
+        return self._features[key]
 
     def layout(self, ids: Sequence[int], media: Sequence[Segment]) -> Layout:
         """The first placeholders stand for the media; others are tokens that the model has sampled, and mean nothing.

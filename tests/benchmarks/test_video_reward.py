@@ -11,7 +11,7 @@ import pytest
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
 from ramet.benchmarks.video_reward import Protocol, against, measures, results, run_bench, shown_videos, warnings
-from ramet.errors import ConfigError, RewardError, TaskError
+from ramet.errors import ConfigError, TaskError
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
 from ramet.rewards.video.judge import Duel, Shown, Vote, compare, decided, majority, parse_choice, parse_rating
 from ramet.rewards.video.pairs import Pair
@@ -88,8 +88,35 @@ def test_a_judge_that_raises_now_and_then_spoils_no_other_pair(tmp_path: Path) -
     def broken(shown: Shown, rng: Any) -> str:
         raise TaskError("cannot read video v0.mp4")
 
-    with pytest.raises(TaskError):  # what is no judgement stops the run
-        bench(FakeJudge("broken", broken), tmp_path)
+    records = bench(FakeJudge("broken", broken), tmp_path, pairs=PAIRS[:20])
+    assert {r["failed"] for r in records} == {"cannot read video v0.mp4"}
+    found = everything(records)
+    assert (found["accuracy"], found["error_rate"]) == (0.0, 1.0)
+    assert "100% of the pairs could not be judged" in warnings([found])[0]
+
+
+def test_a_pair_that_failed_is_asked_again(tmp_path: Path) -> None:
+    """A video that was missing: the other pairs are judged, and the next run asks for that one only."""
+    asked: list[str] = []
+
+    class Missing(Scored):
+        missing = True
+
+        def score(self, items: Any) -> list[float]:
+            asked.extend(item.question for item in items)
+            if self.missing and any(item.question == "question 3" for item in items):
+                raise TaskError("cannot read video v3.mp4")
+            return super().score(items)
+
+    model = Missing()
+    for missing, accuracy in ((True, 0.95), (False, 1.0)):
+        model.missing = missing
+        asked.clear()
+        with Journal(tmp_path / "journal.jsonl", "job") as journal:
+            records = run_bench(model, PAIRS[:20], Protocol("pointwise"), ["right"], journal)
+        assert results(records)[0]["accuracy"] == accuracy
+        assert len(records) == 20
+    assert set(asked) == {"question 3"}
 
 
 class Halved:
@@ -102,7 +129,7 @@ class Halved:
 
 
 def test_a_judge_that_returns_too_few_outputs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RewardError, match="was to give 1 outputs for each of 32 questions"):
+    with pytest.raises(ConfigError, match="was to give 1 outputs for each of 32 questions"):
         bench(Halved(), tmp_path)
 
 

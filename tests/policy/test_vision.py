@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ramet.agents.budget import Budget
-from ramet.agents.chat import ChatFormatError, ChatMLFormat, ControlTokenFormat
+from ramet.agents.chat import ChatFormatError, ControlTokenFormat
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
@@ -152,7 +152,6 @@ def test_what_does_not_see_says_so(sights: Any) -> None:
         anyio.run(run, HFPolicy(text), plain)
     with pytest.raises(ChatFormatError, match="this model has no vision"):
         WireFormat().render(task.messages, tools=False)
-    assert ChatMLFormat.see is not None
     request = SampleRequest((1, 2), 2, frozenset(), media=(clips[0],))
     with pytest.raises(PolicyError, match="the prompt has 0 video tokens, its media have 8"):
         anyio.run(sampled, VisionPolicy(model, reader), [request])

@@ -24,7 +24,7 @@ class Candidates:
     video: Segment | None
     question: str
     answers: tuple[str, ...]
-    stated: tuple[str, ...]
+    stated: tuple[str | None, ...]
     right: tuple[bool, ...]
 
     @property
@@ -38,6 +38,10 @@ class ByScore:
     def __init__(self, model: Scores):
         self.model, self.calls = model, 0
         self._scores: dict[str, list[float]] = {}
+
+    def cost(self, n: int) -> int:
+        """Answers that are scored to pick one of `n`."""
+        return n
 
     def __call__(self, question: Candidates, chosen: Sequence[int]) -> int:
         if question.id not in self._scores:
@@ -56,6 +60,10 @@ class ByDuels:
     def __init__(self, judge: Judge, method: Literal["knockout", "round-robin"] = "knockout", k: int = 1, seed: int = 0):
         self.judge, self.method, self.k, self.seed, self.calls = judge, method, k, seed, 0
         self._won: dict[tuple[str, int, int], str | None] = {}
+
+    def cost(self, n: int) -> int:
+        """Outputs that are sampled to pick one of `n`."""
+        return 2 * self.k * (n - 1 if self.method == "knockout" else n * (n - 1) // 2)
 
     def __call__(self, question: Candidates, chosen: Sequence[int]) -> int:
         if self.method == "knockout":
@@ -79,7 +87,7 @@ class ByDuels:
         return {"a": "b", "b": "a", None: None}[self._won[question.id, j, i]]
 
     def _ask(self, question: Candidates, pairs: Sequence[tuple[int, int]]) -> None:
-        new = {(min(p), max(p)) for p in pairs} - {key[1:] for key in self._won if key[0] == question.id}
+        new = {pair for p in pairs if (question.id, *(pair := (min(p), max(p)))) not in self._won}
         alike = {(i, j) for i, j in new if question.answers[i] == question.answers[j]}
         self._won |= {(question.id, i, j): None for i, j in alike}
         asked = sorted(new - alike)

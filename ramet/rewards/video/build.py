@@ -86,7 +86,7 @@ class Answer:
 
 
 class Build:
-    """One run of the pipeline. `blind_judge` judges without the video; see stage 6."""
+    """One run of the pipeline. `judge` also judges without the video; see stage 6."""
 
     def __init__(
         self, questions: Sequence[VideoQuestion], answerers: Sequence[Answerer], config: BuildConfig, journal: Journal,
@@ -122,8 +122,10 @@ class Build:
             self._report(stage, len(keys) - len(missing) + start + len(part), len(keys))
         return [self._known[stage, key] for key in keys]
 
-    def _answers(self, stage: str, answerer: Answerer, questions: Sequence[VideoQuestion], n: int, blind: bool = False) -> list[list[str]]:
-        keys = [f"{answerer.name}/{q.id}" for q in questions]
+    def _answers(
+        self, stage: str, number: int, answerer: Answerer, questions: Sequence[VideoQuestion], n: int, blind: bool = False
+    ) -> list[list[str]]:
+        keys = [f"{number}/{answerer.name}/{q.id}" for q in questions]  # two may have one name
         return self._kept(stage, keys, lambda part: answerer.answer([questions[i] for i in part], n, self.config.seed, blind))
 
     def _prompts(self) -> list[VideoQuestion]:
@@ -136,27 +138,27 @@ class Build:
                 readable.append(question)
         left = readable
         if self.config.blind:
-            for answerer in self.answerers:
-                said = self._answers("blind", answerer, left, self.config.blind, blind=True)
+            for number, answerer in enumerate(self.answerers):
+                said = self._answers("blind", number, answerer, left, self.config.blind, blind=True)
                 left = self._not_easy(left, said, "answered without the video", dropped)
         if self.weak is not None:
-            said = self._answers("weak", self.weak, left, self.config.blind or 4)
+            said = self._answers("weak", 0, self.weak, left, self.config.blind or 4)
             left = self._not_easy(left, said, "answered by the weak model", dropped)
         self.counts.stage("1 prompts", len(self.questions), len(left), dropped)
         return left
 
     def _faults(self) -> list[str]:
-        def faults(part: list[int]) -> Iterable[str]:
-            for i in part:
-                video = self.questions[i].shown
-                try:
-                    found = read_frames(Path(video.file), 4, video.start, video.end)
-                except TaskError:
-                    yield "video cannot be read"
-                    continue
-                yield f"longer than {LONGEST:g} s" if found.seconds * 4 > LONGEST else ""
-
-        return self._kept("readable", [q.id for q in self.questions], faults)
+        """Of each question's video. Looked at in every run: what was missing may be there now."""
+        found = []
+        for number, question in enumerate(self.questions, 1):
+            video = question.shown
+            try:
+                seconds = read_frames(Path(video.file), 4, video.start, video.end).seconds * 4
+                found.append(f"longer than {LONGEST:g} s" if seconds > LONGEST else "")
+            except TaskError:
+                found.append("video cannot be read")
+            self._report("readable", number, len(self.questions))
+        return found
 
     def _not_easy(
         self, questions: Sequence[VideoQuestion], said: Sequence[list[str]], why: str, dropped: Counter[str]
@@ -167,8 +169,8 @@ class Build:
 
     def _rollouts(self, questions: Sequence[VideoQuestion]) -> dict[str, list[Answer]]:
         answers: dict[str, list[Answer]] = {q.id: [] for q in questions}
-        for answerer in self.answerers:
-            for question, said in zip(questions, self._answers("rollout", answerer, questions, self.config.n), strict=True):
+        for number, answerer in enumerate(self.answerers):
+            for question, said in zip(questions, self._answers("rollout", number, answerer, questions, self.config.n), strict=True):
                 answers[question.id] += [Answer(text, answerer.name, question.right(text)) for text in said if text.strip()]
         total = len(questions) * len(self.answerers) * self.config.n
         made = sum(map(len, answers.values()))
@@ -290,12 +292,17 @@ class Build:
         taken = {content_id(Path(b.video.file)) for b in self.benchmarks if b.video is not None}
         looks = _thumbnails([b for b in self.benchmarks if b.video is not None])
         spans = {span for b in self.benchmarks for span in _spans(b.question)}
-        seen: set[tuple[str, ...]] = set()
+        seen: set[tuple[Any, ...]] = set()
         left = []
         for pair in pairs:
             assert pair.video is not None
             content = content_id(Path(pair.video.file))
-            same = (content, *(" ".join(t.lower().split()) for t in (pair.question, pair.chosen, pair.rejected[0])))
+            same = (
+                content,
+                pair.video.start,
+                pair.video.end,
+                *(" ".join(t.lower().split()) for t in (pair.question, pair.chosen, pair.rejected[0])),
+            )
             if same in seen:
                 dropped["duplicates"] += 1
             elif content in taken:
@@ -378,7 +385,7 @@ def _spans(question: str, words: int = 13) -> list[tuple[str, ...]]:
 
 
 def _thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
-    """(n, 768) grey levels of four frames, shrunk: close for copies that were encoded anew."""
+    """(n, 768) grey levels of three frames, shrunk: close for copies that were encoded anew."""
     from PIL import Image
 
     made = []

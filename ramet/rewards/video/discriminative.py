@@ -28,10 +28,11 @@ from ramet.agents.tree import Message, Segment
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.lora import merged
 from ramet.policy.models import quiet
-from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs
-from ramet.rewards.video.frames import content_id
+from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs, shown_id
 
 SETTINGS = "video_drm.json"
+TOGETHER = 4096
+"""Tokens of answers that are scored in one pass: its mask grows with the square."""
 SCORES = 2**16
 """Scores that are remembered."""
 
@@ -100,6 +101,19 @@ class Scorer(PreTrainedModel):  # type: ignore[misc]
         places = torch.arange(hidden.shape[1], device=hidden.device)
         last = (places * attention_mask).argmax(1)
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def _parts(group: list[Any], lengths: list[int]) -> list[list[Any]]:
+    """The group cut so that the answers of a part have at most `TOGETHER` tokens, or there is one."""
+    parts: list[list[Any]] = [[]]
+    held = 0
+    for one, length in zip(group, lengths, strict=True):
+        if parts[-1] and held + length > TOGETHER:
+            parts.append([])
+            held = 0
+        parts[-1].append(one)
+        held += length
+    return parts
 
 
 class VideoDRM:
@@ -216,9 +230,10 @@ class VideoDRM:
             found |= zip([key for key, _ in part], self._singly([item for _, item in part]), strict=True)
         for group in groups.values():
             if len(group) > 1:
-                first = group[0][1]
-                scores = self.score_together(first.video, first.question, [item.answer for _, item in group])
-                found |= zip([key for key, _ in group], scores, strict=True)
+                for part in _parts(group, [len(self.answer_ids(item.answer)) for _, item in group]):
+                    first = part[0][1]
+                    scores = self.score_together(first.video, first.question, [item.answer for _, item in part])
+                    found |= zip([key for key, _ in part], scores, strict=True)
         self._known.update(found)
         while len(self._known) > SCORES:
             self._known.popitem(last=False)
@@ -229,9 +244,7 @@ class VideoDRM:
         self._known.clear()
 
     def _key(self, item: Item) -> tuple[Any, ...]:
-        video = item.video
-        seen = None if video is None else (content_id(Path(video.file)), video.start, video.end)
-        return (seen, item.question, item.answer)
+        return (None if item.video is None else shown_id(item.video), item.question, item.answer)
 
     @torch.inference_mode()
     def _singly(self, items: Sequence[Item]) -> list[float]:
@@ -286,7 +299,7 @@ class VideoDRM:
             raise RewardError(f"the reward model gives {values}; its weights are broken")
         return values
 
-    def probability(self, item: Item) -> float:
+    def probabilities(self, items: Sequence[Item]) -> list[float]:
         """The odds that an answer beats a middling one, as a probability: a reward between 0 and 1."""
-        score = self.score([item])[0]
-        return 1 / (1 + math.exp(min(max((self.settings.centre - score) / self.settings.temperature, -700), 700)))
+        centre, temperature = self.settings.centre, self.settings.temperature
+        return [1 / (1 + math.exp(min(max((centre - score) / temperature, -700), 700))) for score in self.score(items)]

@@ -31,6 +31,8 @@ MOST_PIXELS = 2**25
 """Of one frame, 8K: more is taken for an attack on memory."""
 MOST_IN_ALL = 2**28
 """Pixels of all frames that are read at once."""
+LISTS = ("hls", "dash", "concat", "sdp", "rtsp", "image2", "imf")
+"""Formats whose files name other files or addresses, which nobody has allowed."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -74,6 +76,8 @@ def read_frames(
         raise ConfigError("reading videos needs PyAV: pip install 'ramet[video]'") from None
     try:
         with av.open(str(path)) as container:
+            if set(container.format.name.split(",")) & set(LISTS) and path.suffix.lower() not in PICTURES:
+                raise TaskError(f"{path} is a list of other files ({container.format.name}); those are not read")
             if not container.streams.video:
                 raise TaskError(f"{path} has no video")
             stream = container.streams.video[0]
@@ -94,7 +98,7 @@ class _Pictures:
     def __init__(self, folder: Path, files: list[Path]):
         self.length, self.strict = float(len(files)), True
         self._folder, self._files = folder, files
-        self.area = 0  # seen picture by picture
+        self.area = _area(files[0])
 
     def __iter__(self) -> Iterator[tuple[float, float, Any]]:
         for second, file in enumerate(self._files):
@@ -108,8 +112,19 @@ class _Pictures:
                 if image.width * image.height > MOST_PIXELS:
                     raise TaskError(f"{file} is {image.width}x{image.height}; at most {MOST_PIXELS} pixels are decoded")
                 return np.asarray(image.convert("RGB"))
-        except OSError as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise TaskError(f"cannot read picture {file}: {first_line(error)}") from error
+
+
+def _area(file: Path) -> int:
+    """Pixels of a picture, by its header; 0 where that cannot be read, which reading it will say."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return int(image.width * image.height)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return 0
 
 
 def _pictures(folder: Path) -> _Pictures:
@@ -154,6 +169,8 @@ class _Decoded:
             last = time
 
     def pixels(self, frame: Any) -> np.ndarray:
+        if frame.width * frame.height > max(self.area, 1) * 4:
+            raise TaskError(f"{self._path} has a frame of {frame.width}x{frame.height}, much larger than it says")
         # A frame says how far it is to be turned against the clock.
         return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
 
@@ -232,7 +249,7 @@ def video_seconds(path: Path) -> float:
 
 def content_id(path: Path) -> str:
     """A hash of a video's bytes, remembered for as long as the file stays as it is. Raises `TaskError` where it cannot be read."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
     try:
         states = tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
         return _hash(states)

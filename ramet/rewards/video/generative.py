@@ -26,7 +26,7 @@ from ramet.agents.tree import Message
 from ramet.errors import RewardError
 from ramet.policy.models import load_model
 from ramet.policy.rows import token_logprobs
-from ramet.policy.vision import Look, VideoReader, VisionPolicy
+from ramet.policy.vision import Look, VideoReader, VisionPolicy, shown_id
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.judge import Shown, parse_rating
 
@@ -69,6 +69,7 @@ class VideoGRM:
         self.reader = VideoReader(model.config, tokenizer, settings.look)
         self.chat.see = self.reader.ids
         self._encode = TextEncoder(tokenizer)
+        self._known: dict[Any, float] = {}
 
     @classmethod
     def load(cls, path: Path, settings: GRMSettings | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoGRM:
@@ -133,13 +134,21 @@ class VideoGRM:
         return rated
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Mean ratings. An answer of which no rating can be read has none: `RewardError`, never a number of ours."""
-        scores = []
-        for item, (rating, said) in zip(items, self.rate(items), strict=True):
+        """Mean ratings; known ones are not asked for again.
+
+        An answer of which no rating can be read has none: `RewardError`, never a number of ours.
+        """
+        keys = [(None if i.video is None else shown_id(i.video), i.question, i.answer) for i in items]
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        for (key, item), (rating, said) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
             if rating is None:
                 raise RewardError(f"the VideoGRM's {len(said)} ratings of {item.answer[:40]!r} cannot be read, such as {said[0][:80]!r}")
-            scores.append(rating)
-        return scores
+            self._known[key] = rating
+        return [self._known[key] for key in keys]
+
+    def probabilities(self, items: Sequence[Item]) -> list[float]:
+        """Ratings as rewards between 0 and 1."""
+        return [(rating - 1) / 9 for rating in self.score(items)]
 
     @torch.inference_mode()
     def _expected(self, message: Message, said: str) -> float:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ramet.agents.tree import Segment
-from ramet.errors import ConfigError, RametError, RewardError, first_line
+from ramet.errors import ConfigError, RametError, first_line
 from ramet.rewards.video.discriminative import Item
 
 Order = Literal["both", "random"]
@@ -52,7 +52,7 @@ class Judge(Protocol):
     def name(self) -> str: ...
 
     def say(self, shown: Sequence[Shown], k: int, seed: int) -> list[list[str]]:
-        """`k` outputs for each, as they were sampled. Whatever it raises counts as k abstentions of what it was asked."""
+        """`k` outputs for each, as they were sampled. What it raises counts as k abstentions; a `RametError` of ours is passed on."""
 
 
 class Scores(Protocol):
@@ -62,6 +62,12 @@ class Scores(Protocol):
     def name(self) -> str: ...
 
     def score(self, items: Sequence[Item]) -> list[float]: ...
+
+
+class Rewards(Scores, Protocol):
+    """Gives answers a reward between 0 and 1 as well."""
+
+    def probabilities(self, items: Sequence[Item]) -> list[float]: ...
 
 
 def parse_choice(said: str) -> tuple[int | None, str]:
@@ -153,7 +159,7 @@ def compare(judge: Judge, duels: Sequence[Duel], k: int = 1, order: Order = "bot
 def _said(judge: Judge, shown: Sequence[Shown], k: int, seed: int) -> list[list[tuple[str, str]]]:
     """(output, error) of every sample. Where a batch raises, each of it is asked by itself, so that one does not spoil the others."""
     try:
-        outputs = judge.say(shown, k, seed)
+        outputs = [list(map(str, said)) for said in judge.say(shown, k, seed)]
     except RametError:
         raise  # the model or the video cannot be had: no matter of judgement
     except Exception as error:
@@ -161,8 +167,8 @@ def _said(judge: Judge, shown: Sequence[Shown], k: int, seed: int) -> list[list[
             return [_said(judge, [one], k, seed)[0] for one in shown]
         return [[("", f"{type(error).__name__}: {first_line(error)}")] * k]
     if len(outputs) != len(shown) or any(len(said) != k for said in outputs):
-        raise RewardError(f"the judge {judge.name} was to give {k} outputs for each of {len(shown)} questions, and did not")
-    return [[(str(said), "") for said in outputs_] for outputs_ in outputs]
+        raise ConfigError(f"the judge {judge.name} was to give {k} outputs for each of {len(shown)} questions, and did not")
+    return [[(said, "") for said in group] for group in outputs]
 
 
 def by_scores(model: Scores, duels: Sequence[Duel], temperature: float = 1.0) -> list[Verdict]:

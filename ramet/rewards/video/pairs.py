@@ -6,6 +6,7 @@ list, for choosing among several. What other collections call these is said by a
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,15 +18,6 @@ from ramet.agents.tree import Segment
 from ramet.data import Row, load_rows, text, texts
 from ramet.data import field as field_of
 from ramet.errors import TaskError
-
-FIELDS: dict[str, dict[str, str]] = {
-    "ramet": {},
-    "video_reward_bench": {"video": "video_path", "question": "prompt", "category": "dimension"},
-    "r1_reward": {"video": "video", "question": "question", "chosen": "chosen", "rejected": "rejected"},
-    "unified_reward": {"video": "video", "question": "query", "category": "type"},
-    "mr2": {"video": "video", "question": "prompt", "category": "source"},
-}
-"""Field maps by name, where a collection's own names are a guess: no row of theirs could be had. Give yours with --field."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def _pair(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Pair:
         rejected=rejected,
         category=str(field_of(row, "category", fields, where, "")),
         source=str(field_of(row, "source", fields, where, "")),
-        margin=None if margin is None else float(margin),
+        margin=None if margin is None else _number(margin, "margin", where),
         meta=meta if isinstance(meta, Mapping) else {"meta": meta},
     )
 
@@ -87,9 +79,10 @@ def _pair(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Pair:
 def _ranked(responses: Any, rankings: Any, where: str) -> tuple[str, tuple[str, ...]]:
     """The best of several answers, and the others; ranks count from the best on."""
     said = texts(responses, "responses", where)
-    if not isinstance(rankings, list) or len(rankings) != len(said) or sorted(rankings)[:1] * 2 == sorted(rankings)[:2]:
+    ranks = rankings if isinstance(rankings, list) and all(type(r) is int for r in rankings) else []
+    if len(ranks) != len(said) or ranks.count(min(ranks, default=0)) != 1:
         raise TaskError(f"{where}: its rankings do not name one best answer of {len(said)}")
-    best = rankings.index(min(rankings))
+    best = ranks.index(min(ranks))
     return said[best], tuple(s for n, s in enumerate(said) if n != best)
 
 
@@ -100,7 +93,13 @@ def segment(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Segm
         return None
     path = below(root, text(name, "video", where))
     start, end = field_of(row, "start", fields, where, 0.0), field_of(row, "end", fields, where, None)
-    return Segment(str(path), float(start or 0.0), None if end is None else float(end))
+    return Segment(str(path), _number(start or 0.0, "start", where), None if end is None else _number(end, "end", where))
+
+
+def _number(value: Any, what: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TaskError(f"{where}: its {what} is {str(value)[:40]!r}, not a number (of seconds, for a part of a video)")
+    return float(value)
 
 
 def below(root: Path, name: str) -> Path:

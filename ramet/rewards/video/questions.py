@@ -46,22 +46,29 @@ class VideoQuestion:
         said = extract_answer(response)
         if said is None:
             return None
-        plain = _plain(said)
-        for choice in self.choices:
-            if _plain(choice) == plain:
-                return choice
+        for alike in (_exact, number):
+            meant = [c for c in self.choices if alike(c) is not None and alike(c) == alike(said)]
+            if meant:
+                return meant[0]
+        plain = {_plain(c): c for c in self.choices}
+        if len(plain) == len(self.choices) and _plain(said) in plain and number(said) is None:
+            return plain[_plain(said)]
         letter = _LETTER.fullmatch(said.strip())
         if letter and self.choices and ord(letter[1]) - ord("A") < len(self.choices):
             choice = self.choices[ord(letter[1]) - ord("A")]
             if not letter[2] or _plain(letter[2]) == _plain(choice):
                 return choice
         value = number(said)
-        return plain if value is None else str(value)
+        return _plain(said) if value is None else str(value)
 
     def right(self, response: str) -> bool:
         """Does the response end in the right answer?"""
         said = self.stated(response)
         return said is not None and said == self.stated(f"Answer: {self.answer}")
+
+
+def _exact(said: str) -> str:
+    return " ".join(said.casefold().split()).removesuffix(".")
 
 
 def _plain(said: str) -> str:

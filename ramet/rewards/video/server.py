@@ -1,8 +1,9 @@
 """A reward model behind HTTP, for trainers on other machines.
 
-    POST /score       {"items": [{"video", "question", "answer", "start"?, "end"?}]}  ->  {"scores": [...]}
+    POST /score       {"items": [{"video", "question", "answer", "start"?, "end"?}]}  ->  {"scores": [...], "probabilities": [...]}
     POST /get_reward  OpenRLHF's protocol: {"query", "prompts", "labels"}  ->  {"rewards", "scores", "extra_logs"}; a label is the JSON text
-                      of an item without its answer, which is what a query has after its prompt
+                      of an item without its answer, which is what a query has after its prompt. OpenRLHF sends no headers: give it the
+                      token in the address, /get_reward?token=...
     GET  /health      {"model": ...}
 
 Requests that wait while the model is busy are scored together. Everything that arrives is untrusted: a bearer token is asked for, bodies
@@ -31,7 +32,7 @@ from starlette.routing import Route
 from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RewardError, TaskError, first_line
 from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.judge import Scores
+from ramet.rewards.video.judge import Rewards
 from ramet.rewards.video.pairs import below
 
 BODY = 2**20
@@ -90,13 +91,13 @@ class _Waiting:
 class RewardService:
     """One model, one thread that runs it, and those who wait for it."""
 
-    def __init__(self, model: Scores, videos: Path, token: str):
+    def __init__(self, model: Rewards, videos: Path, token: str, stops: Sequence[str] = ()):
         if len(token) < 16:
             raise ConfigError("the bearer token needs 16 characters at least")
         if not videos.is_dir():
             raise ConfigError(f"there is no folder of videos {videos}")
-        self.model, self.videos = model, videos
-        self.token = token
+        self.model, self.videos, self.token, self.stops = model, videos, token, stops
+        self._model = anyio.Lock()
         self._waiting: list[_Waiting] = []
         self._wake = anyio.Event()
         self.calls = 0
@@ -142,13 +143,15 @@ class RewardService:
         return endpoint
 
     def _authorised(self, request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("utf-8", "replace")
+        given = request.headers.get("authorization", f"Bearer {request.query_params.get('token', '')}").encode("utf-8", "replace")
         if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
             raise Refused(401, "wrong or missing bearer token")
 
     async def _score(self, body: Any) -> dict[str, Any]:
         asked = _Score.model_validate(body)
-        return {"scores": await self.score([item.item(item.answer, self.videos) for item in asked.items])}
+        items = [item.item(item.answer, self.videos) for item in asked.items]
+        scores = await self.score(items)
+        return {"scores": scores, "probabilities": await self.probabilities(items)}
 
     async def _openrlhf(self, body: Any) -> dict[str, Any]:
         asked = _OpenRLHF.model_validate(body)
@@ -158,11 +161,18 @@ class RewardService:
         for query, prompt, label in zip(asked.query, asked.prompts, asked.labels, strict=True):
             if not query.startswith(prompt):
                 raise Refused(422, "a query does not begin with its prompt")
-            items.append(_Asked.model_validate(_json(label.encode(), "a label")).item(query[len(prompt) :], self.videos))
+            answer = query[len(prompt) :].strip()
+            for stop in self.stops:  # queries come with the special tokens that ended them
+                answer = answer.removesuffix(stop).strip()
+            items.append(_Asked.model_validate(_json(label.encode(), "a label")).item(answer, self.videos))
         scores = await self.score(items)
-        # Between 0 and 1, for filters of groups; the reward itself is the score.
-        bounded = [1 / (1 + math.exp(-min(max(s, -700.0), 700.0))) for s in scores]
-        return {"rewards": scores, "scores": bounded, "extra_logs": {"reward_model_score": sum(scores) / len(scores)}}
+        mean = sum(scores) / len(scores)
+        return {"rewards": scores, "scores": await self.probabilities(items), "extra_logs": {"reward_model_score": mean}}
+
+    async def probabilities(self, items: Sequence[Item]) -> list[float]:
+        """Rewards between 0 and 1 of items whose scores are known by now."""
+        async with self._model:
+            return await anyio.to_thread.run_sync(self.model.probabilities, items)
 
     async def score(self, items: Sequence[Item]) -> list[float]:
         """Scores, computed together with those of others who wait."""
@@ -188,7 +198,8 @@ class RewardService:
         """Score a batch; where it fails, each request by itself, so that one that cannot be scored spoils no other."""
         self.calls += 1
         try:
-            scores = await anyio.to_thread.run_sync(self.model.score, [item for w in batch for item in w.items])
+            async with self._model:
+                scores = await anyio.to_thread.run_sync(self.model.score, [item for w in batch for item in w.items])
             if len(scores) != sum(len(w.items) for w in batch) or not all(map(math.isfinite, scores)):
                 raise RewardError("the reward model gives scores that are no numbers, or too few")
         except Exception as error:
@@ -232,13 +243,14 @@ def _without(root: Path, said: str) -> str:
     return said.replace(f"{root.resolve()}/", "")
 
 
-def serve(model: Scores, videos: Path, token: str, host: str, port: int) -> None:
+def serve(model: Rewards, videos: Path, token: str, host: str, port: int) -> None:
     """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
     import socket
 
     import uvicorn
 
-    service = RewardService(model, videos, token)
+    tokenizer = getattr(model, "tokenizer", None)
+    service = RewardService(model, videos, token, () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens)))
     try:
         bound = socket.create_server((host, port))
     except OSError as error:
@@ -254,23 +266,43 @@ class RemoteReward:
         import httpx
 
         self.name, self.attempts, self.videos = f"reward model at {url}", attempts, videos
-        self._client = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=600)
+        self._client = httpx.Client(
+            base_url=url.removesuffix("/").removesuffix("/score"), headers={"Authorization": f"Bearer {token}"}, timeout=600
+        )
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Raises `RewardError` with what the server says, and after `attempts` failures to reach it."""
-        return [score for start in range(0, len(items), ITEMS) for score in self._some(items[start : start + ITEMS])]
+        return self._all(items, "scores")
 
-    def _some(self, items: Sequence[Item]) -> list[float]:
+    def probabilities(self, items: Sequence[Item]) -> list[float]:
+        """The server's rewards between 0 and 1; errors as of `score`."""
+        return self._all(items, "probabilities")
+
+    def _all(self, items: Sequence[Item], name: str) -> list[float]:
+        asked = [self._asked(item) for item in items]
+        parts: list[list[dict[str, Any]]] = [[]]
+        size = 0
+        for one in asked:
+            length = len(json.dumps(one))
+            if parts[-1] and (len(parts[-1]) == ITEMS or size + length > BODY // 2):
+                parts.append([])
+                size = 0
+            parts[-1].append(one)
+            size += length
+        return [value for part in parts if part for value in self._some(part)[name]]
+
+    def _asked(self, item: Item) -> dict[str, Any]:
+        asked: dict[str, Any] = {"question": item.question, "answer": item.answer}
+        if item.video is None:
+            return asked
+        path = Path(item.video.file).resolve()
+        if not path.is_relative_to(self.videos.resolve()):
+            raise RewardError(f"{item.video.file} is not below {self.videos}, the folder that the server's videos are said to be")
+        return asked | {"video": str(path.relative_to(self.videos.resolve())), "start": item.video.start, "end": item.video.end}
+
+    def _some(self, asked: list[dict[str, Any]]) -> dict[str, list[float]]:
         import httpx
         from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
-        asked = []
-        for item in items:
-            one: dict[str, Any] = {"question": item.question, "answer": item.answer}
-            if item.video is not None:
-                one["video"] = str(Path(item.video.file).resolve().relative_to(self.videos.resolve()))
-                one |= {"start": item.video.start, "end": item.video.end}
-            asked.append(one)
 
         def post() -> Any:
             response = self._client.post("/score", json={"items": asked})
@@ -286,7 +318,11 @@ class RemoteReward:
             response = retrying(post)
         except httpx.TransportError as error:
             raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
+        try:
+            said = response.json()
+        except ValueError:
+            said = {"error": f"status {response.status_code}; is this the address of a reward server?"}
         if response.status_code != 200:
-            raise RewardError(f"{self.name} refuses: {response.json().get('error', response.status_code)}")
-        scores: list[float] = response.json()["scores"]
-        return scores
+            raise RewardError(f"{self.name} refuses: {said.get('error', response.status_code)}")
+        found: dict[str, list[float]] = said
+        return found

@@ -1,7 +1,6 @@
 """Training a VideoDRM by TRL's `RewardTrainer`: pre-tokenised rows, a collator of ours, nothing of the trainer replaced.
 
-The vision tower is frozen, so that what it makes of a clip is computed once in a batch. An answer is never cut: a pair that is longer than
-`max_tokens` is left out and counted.
+The vision tower is frozen. An answer is never cut: a pair that is longer than `max_tokens` is left out and counted.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from ramet.errors import ConfigError, RewardError
 from ramet.policy.lora import adapt
 from ramet.policy.models import quiet
-from ramet.policy.sft import Report, run_to_the_end
+from ramet.policy.sft import Report, passes, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
 from ramet.rewards.video.pairs import Pair
 
@@ -74,7 +73,8 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
     checkpoints = folder / "checkpoints"
     arguments = RewardConfig(
         output_dir=str(checkpoints), learning_rate=rate, max_steps=config.steps or -1, num_train_epochs=config.epochs,
-        per_device_train_batch_size=min(config.at_once, config.batch), gradient_accumulation_steps=max(config.batch // config.at_once, 1),
+        per_device_train_batch_size=config.batch // passes(config.batch, config.at_once),
+        gradient_accumulation_steps=passes(config.batch, config.at_once),
         lr_scheduler_type="cosine", warmup_steps=config.warmup, max_length=None, remove_unused_columns=False,
         center_rewards_coefficient=config.centring or None, save_steps=config.save_every, save_total_limit=1, logging_steps=10,
         bf16=config.bf16, use_cpu=scorer.device.type == "cpu", activation_checkpointing=False, report_to=[], seed=config.seed,
@@ -87,7 +87,15 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
         )  # fmt: skip
         log = run_to_the_end(trainer, checkpoints, report)
     scorer.eval().requires_grad_(False)
+    drm.forget()
     return {"pairs": len(rows), "too_long": long, "steps": trainer.state.global_step, "log": log}
+
+
+def fits(drm: VideoDRM, pair: Pair, most: int) -> bool:
+    """Is no answer of the pair too long?"""
+    most = min(most, drm.scorer.config.get_text_config().max_position_embeddings)
+    longest = max(len(drm.answer_ids(answer)) for answer in (pair.chosen, *pair.rejected))
+    return len(drm.prompt(pair.video, pair.question).ids) + longest <= most
 
 
 def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[str, Any]], int]:

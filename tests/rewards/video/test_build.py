@@ -191,7 +191,6 @@ def test_a_run_that_was_cut_off_asks_nothing_twice(questions: list, tmp_path: Pa
     whole = Says(rule)
     _, expected = build(questions, tmp_path / "whole.jsonl", whole)
     first = Says(rule)
-    done: list[int] = []
 
     def stop(stage: str, n: int, total: int) -> None:
         if stage == "rollout" and n >= 32:
@@ -204,7 +203,6 @@ def test_a_run_that_was_cut_off_asks_nothing_twice(questions: list, tmp_path: Pa
     assert pairs == expected
     assert first.asked + second.asked == whole.asked
     assert second.asked < whole.asked
-    assert not done
     assert made.counts.stages["2 rollouts"]["out"] == 4 * len(questions)
 
 
@@ -228,6 +226,7 @@ def test_recorded_answers(questions: list, tmp_path: Path) -> None:
         ("Answer: B. blue", "blue"),
         ("Answer: B. red", "b red"),
         ("Answer: C", "c"),
+        ("Answer: a red", "red"),
         ("<think>Answer: blue</think>Answer: red", "red"),
         ("", None),
     ],
@@ -307,3 +306,39 @@ def test_clips_show_what_they_say(tmp_path: Path) -> None:
         drawn = draw_clip("count", random.Random(n))
         white = (drawn.frames[0] == 240).all(-1)
         assert white.sum() == 400 * int(drawn.answer)
+
+
+def test_choices_that_punctuation_tells_apart() -> None:
+    """As written first, then as numbers; what punctuation alone tells apart is never guessed."""
+    for choices, said, stated in (
+        (("1.5", "15"), "15", "15"),
+        (("1.5", "15"), "1.50", "1.5"),
+        (("-3", "3"), "3", "3"),
+        (("-3", "3"), "-3.", "-3"),
+        (("C++", "C"), "c", "C"),
+        (("0.5", "0.7"), "1/2", "0.5"),
+        (("U.S.", "US"), "u s", "u s"),
+    ):
+        assert VideoQuestion("q", Segment("v.mp4"), "?", choices[0], choices).stated(f"Answer: {said}") == stated, said
+
+
+def test_two_answerers_of_one_name_are_two(questions: list, tmp_path: Path) -> None:
+    right, other = Says(lambda q, n: f"Answer: {q.answer}", name="grm"), Says(lambda q, n: f"Answer: {wrong(q)}", name="grm")
+    with Journal(tmp_path / "j.jsonl", "build") as journal:
+        made = Build(questions[:12], [right, other], replace(CONFIG, blind=0), journal)
+        pairs = made.run()
+    assert made.counts.stages["3 verify"]["out"] == len(pairs) == 12
+
+
+def test_windows_of_one_video_are_not_duplicates_and_missing_videos_are_looked_for_again(questions: list, tmp_path: Path) -> None:
+    question = questions[0]
+    windows = [replace(question, id=f"w{n}", video=replace(question.video, start=n / 8, end=(n + 3) / 8)) for n in range(4)]
+    say = Says(lambda q, n: f"Answer: {q.answer if n % 2 else wrong(q)}")
+    made, pairs = build(windows, tmp_path / "j.jsonl", say, replace(CONFIG, blind=0))
+    assert len(pairs) == 4
+    path = tmp_path / "late.mp4"
+    late = [replace(question, video=Segment(str(path)))]
+    assert build(late, tmp_path / "k.jsonl", say, replace(CONFIG, blind=0))[1] == []
+    shutil.copy(question.video.file, path)
+    assert len(build(late, tmp_path / "k.jsonl", say, replace(CONFIG, blind=0))[1]) == 1
+    assert made.counts.stages["7 clean"]["out"] == 4

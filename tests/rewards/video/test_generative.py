@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ramet.agents.journal import Journal
+from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.video_reward import Protocol, results, run_bench
 from ramet.errors import RewardError, TaskError
 from ramet.policy.sft import SFTTraining
@@ -135,3 +137,45 @@ def test_a_model_answers_questions(grm: VideoGRM, questions: list) -> None:
     answers = ModelAnswerer(grm, "small").answer(questions[:2], 2, 0)
     assert [len(a) for a in answers] == [2, 2]
     assert answers != ModelAnswerer(grm, "small").answer(questions[:2], 2, 0, blind=True)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_training_that_was_cut_off_ends_with_the_weights_of_one_that_was_not(
+    base: Path, questions: list, tmp_path: Path, rank: int
+) -> None:
+    """With all weights and with adapters: checkpoints of models that see store their weights under other names."""
+    pairs = pairs_of(questions)[:8]
+    traces = [(p, f, says(1 if f else 2)) for p in pairs for f in (True, False)]
+    config = SFTTraining(steps=20, batch=4, at_once=4, learning_rate=1e-2, lora_rank=rank, save_every=5)
+    whole, cut, again = (VideoGRM.load(base, SETTINGS) for _ in range(3))
+    sft_grm(whole, traces, config, tmp_path / "whole")
+
+    def stop(entry: dict[str, float]) -> None:
+        raise KeyboardInterrupt  # at step 10, the last checkpoint behind it
+
+    with pytest.raises(KeyboardInterrupt):
+        sft_grm(cut, traces, config, tmp_path / "cut", stop)
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-5"]
+    sft_grm(again, traces, config, tmp_path / "cut")
+    expected, found = whole.model.state_dict(), again.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    if not rank:
+        start = VideoGRM.load(base, SETTINGS).model.state_dict()
+        assert all(torch.equal(start[n], found[n]) == (".visual." in n) for n in start if ".layers." in n or ".visual." in n)
+
+
+def test_the_reward_of_a_verdict_is_by_the_order_that_was_shown(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
+    """The trainer's own judge on trees that say 1, 2 and nothing readable, for a pair in both orders."""
+    trainer = grm_trainer(grm, pairs_of(questions), TrainConfig(tasks=2), tmp_path)
+    for task, _ in trainer.draw(3):
+        earned = {}
+        for said in (says(1), says(2), "I cannot say."):
+            ids = (*grm._encode(said), min(grm.chat.stop_ids))
+            turn = Turn(ids, (0.0,) * len(ids), StopReason.END)
+            branch = Branch("0", (1,), (turn,), Status.ANSWERED, None)
+            earned[said] = trainer.judge(task, Tree(task.id, branch, price(branch))).reward
+        assert earned == {says(task.reference): 1.5, says(3 - task.reference): 0.5, "I cannot say.": 0.0}
+        shown_first = task.messages[0].content.split("Answer 1: ")[1].split("\n")[0]
+        better = next(p.chosen for p in pairs_of(questions) if f"/{p.id}/" in task.id)
+        assert (shown_first == better) == (task.reference == 1)

@@ -74,9 +74,9 @@ def test_calls_are_counted_and_nothing_is_asked_twice() -> None:
     asked = candidates(5)
     scores, knock, robin = ByScore(Truth()), ByDuels(fake_judge("random", {}), k=3), ByDuels(fake_judge("random", {}), "round-robin")
     best_of_n(asked, {"s": scores, "k": knock, "r": robin}, (8,))
-    assert scores.calls == 5 * 8
-    assert knock.calls == 5 * 7 * 2 * 3
-    assert robin.calls == 5 * 28 * 2
+    assert scores.calls == 5 * scores.cost(8) == 5 * 8
+    assert knock.calls == 5 * knock.cost(8) == 5 * 7 * 2 * 3
+    assert robin.calls == 5 * robin.cost(8) == 5 * 28 * 2
     best_of_n(asked, {"r": robin}, (8,))
     assert robin.calls == 5 * 28 * 2
     alike = Candidates("a", None, "q", ("x", "x"), ("x", "x"), (True, True))

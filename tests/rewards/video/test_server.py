@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
@@ -18,8 +19,9 @@ import pytest
 import uvicorn
 
 from ramet.agents.tree import Segment
-from ramet.errors import ConfigError, RewardError
+from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.discriminative import Item, VideoDRM
+from ramet.rewards.video.frames import read_frames
 from ramet.rewards.video.functions import as_reward_fn
 from ramet.rewards.video.server import BODY, ITEMS, RemoteReward, RewardService, serve
 
@@ -28,7 +30,7 @@ TOKEN = "a token of the tests"
 
 @contextmanager
 def served(model: object, videos: Path) -> Iterator[tuple[str, RewardService]]:
-    service = RewardService(model, videos, TOKEN)
+    service = RewardService(model, videos, TOKEN, ("<|im_end|>",))  # type: ignore[arg-type]
     bound = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(service.app(), log_level="warning"))
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
@@ -52,6 +54,9 @@ class Lengths:
 
     name = "lengths"
 
+    def probabilities(self, items: Sequence[Item]) -> list[float]:
+        return [1 / (1 + math.exp(-score)) for score in self.score(items)]
+
     def score(self, items: Sequence[Item]) -> list[float]:
         time.sleep(0.01)
         if any("broken" in item.answer for item in items):
@@ -71,7 +76,7 @@ def test_64_clients_get_their_own_answers(tmp_path: Path, broken: bool) -> None:
                         refused = http.post("/score", json={"items": [{"question": "q", "answer": "broken"}]})
                         assert refused.status_code == 422
                     said = http.post("/score", json={"items": [{"question": "q", "answer": str(v)} for v in values]})
-                    assert said.json() == {"scores": [float(v) for v in values]}
+                    assert said.json()["scores"] == [float(v) for v in values]
 
         with ThreadPoolExecutor(64) as pool:
             list(pool.map(client, range(64)))
@@ -106,13 +111,16 @@ def test_what_is_hostile_is_refused(tmp_path: Path) -> None:
         assert post(url, {"items": [item | {"answer": "nan"}]}).status_code == 422
         assert post(url, {"items": [item | {"answer": "no number"}]}).status_code == 500
         assert httpx.get(url + "/health").json() == {"model": "lengths"}
-        assert post(url, {"items": [item]}).json() == {"scores": [1.0]}
+        assert post(url, {"items": [item]}).json()["scores"] == [1.0]
 
 
 def test_openrlhf_gets_its_rewards(tmp_path: Path) -> None:
+    """Its client sends no headers, and texts with the special tokens that ended them."""
     label = json.dumps({"question": "q"})
     with served(Lengths(), tmp_path) as (url, _):
-        said = post(url, {"query": ["ask: 3", "ask: -2"], "prompts": ["ask: "] * 2, "labels": [label] * 2}, path="/get_reward").json()
+        asked = {"query": ["ask: 3<|im_end|>", "ask: -2"], "prompts": ["ask: "] * 2, "labels": [label] * 2}
+        said = httpx.post(f"{url}/get_reward?token={TOKEN}", json=asked, timeout=60).json()
+        assert httpx.post(f"{url}/get_reward?token=wrong", json=asked).status_code == 401
         assert said["rewards"] == [3.0, -2.0]
         assert said["scores"] == pytest.approx([0.9526, 0.1192], abs=1e-4)
         assert said["extra_logs"] == {"reward_model_score": 0.5}
@@ -125,7 +133,14 @@ def test_the_client_gets_the_models_own_scores(drm: VideoDRM, clips: Path, quest
     items = [Item(q.video, q.question, f"Answer: {c}") for q in questions[:12] for c in q.choices] + [Item(None, "What?", "Nothing")]
     expected = drm.score(items)
     with served(VideoDRM(drm.scorer, drm.tokenizer, drm.settings), clips) as (url, _):
-        assert RemoteReward(url, TOKEN, clips).score(items) == pytest.approx(expected, abs=1e-5)
+        assert RemoteReward(f"{url}/score", TOKEN, clips).score(items) == pytest.approx(expected, abs=1e-5)
+        assert RemoteReward(url, TOKEN, clips).probabilities(items) == pytest.approx(drm.probabilities(items), abs=1e-5)
+        long = [Item(None, "q", f"{n} " + "What colour is the square? " * 90) for n in range(300)]  # more than a request may hold
+        assert len(RemoteReward(url, TOKEN, clips).score(long)) == 300
+        with pytest.raises(RewardError, match="is not below"):
+            RemoteReward(url, TOKEN, clips / "elsewhere").score(items)
+        with pytest.raises(RewardError, match="is this the address of a reward server"):
+            RemoteReward(f"{url}/nowhere", TOKEN, clips).score(items)
         with pytest.raises(RewardError, match="wrong or missing bearer token"):
             RemoteReward(url, "not the right token", clips).score(items)
         with pytest.raises(RewardError, match=r"cannot read video none\.mp4"):
@@ -144,7 +159,33 @@ def test_a_bomb_is_not_decoded(drm: VideoDRM, tmp_path: Path) -> None:
     with served(drm, tmp_path) as (url, _):
         refused = post(url, {"items": [{"video": "bomb.png", "question": "q", "answer": "a"}]})
     assert refused.status_code == 422
-    assert "at most" in refused.json()["error"] or "cannot" in refused.json()["error"]
+
+
+def test_lists_of_other_files_and_bombs_among_pictures_are_refused(tmp_path: Path) -> None:
+    """A playlist may name any file; a picture of a folder may be gigabytes of pixels."""
+    from PIL import Image
+
+    secret = tmp_path / "secret.ts"
+    with av.open(str(secret), "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), dtype=np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.2,\n{secret}\n#EXT-X-ENDLIST\n")
+    with pytest.raises(TaskError):
+        read_frames(folder / "list.m3u8", 1)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    Image.new("1", (20_000, 20_000)).save(pictures / "1.png")
+    with pytest.raises(TaskError, match=r"cannot read picture|at most"):
+        read_frames(pictures, 1)
+    for n in range(12):
+        Image.new("1", (5_700, 5_700)).save(pictures / f"{n}.png")
+    with pytest.raises(TaskError, match="read fewer"):
+        read_frames(pictures, 12)
 
 
 def test_trl_gets_a_reward_function(drm: VideoDRM, clips: Path, questions: list) -> None:
@@ -180,9 +221,6 @@ def test_a_port_that_is_taken_and_a_short_token(tmp_path: Path) -> None:
 
 
 def test_a_clip_of_huge_frames_is_refused_by_its_header(tmp_path: Path) -> None:
-    from ramet.errors import TaskError
-    from ramet.rewards.video.frames import read_frames
-
     path = tmp_path / "huge.avi"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=1)
