@@ -25,6 +25,7 @@ _Pairs = Annotated[str, typer.Option("--pairs", help="Pairs (.jsonl, .json, .par
 _Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default the file's own.")]
 _Fields = Annotated[list[str] | None, typer.Option("--field", help="Where a row has what, such as question=prompt. May be repeated.")]
 _Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video, at most.")]
+_Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames a second, --frames at most; without it --frames of any video.")]
 _Pixels = Annotated[int | None, typer.Option("--pixels", min=784, help="Pixels of a frame, at most.")]
 _Base = Annotated[str, typer.Option("--model", help="Directory of a vision-language model, or hf:owner/name.")]
 _Model = Annotated[str, typer.Option("--model", help="A VideoDRM, a vision-language model that judges, or fake:oracle and its like.")]
@@ -45,15 +46,15 @@ def _map(fields: list[str] | None) -> dict[str, str]:
     return found
 
 
-def _seen(frames: int | None, pixels: int | None) -> dict[str, int]:
+def _seen(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
     """What is said of how a model looks; a VideoDRM keeps to what it was trained with in the rest."""
-    return {name: value for name, value in (("frames", frames), ("most", pixels)) if value is not None}
+    return {name: value for name, value in (("frames", frames), ("fps", fps), ("most", pixels)) if value is not None}
 
 
-def _look(frames: int | None, pixels: int | None) -> Any:
+def _look(frames: int | None, fps: float | None, pixels: int | None) -> Any:
     from ramet.policy.vision import Look
 
-    return Look(**_seen(frames, pixels))
+    return Look(**_seen(frames, fps, pixels))
 
 
 def _numbers(text: str, option: str) -> list[int]:
@@ -99,6 +100,7 @@ def build_pairs(
     easy: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of right answers from which on a question is too easy.")] = 1.0,
     per_question: Annotated[int, typer.Option(min=1, help="Pairs of a question, at most.")] = 2,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     seed: _Seed = 0,
     json: _Json = None,
@@ -121,7 +123,7 @@ def build_pairs(
         weak,
         benchmark or [],
         config,
-        _seen(frames, pixels),
+        _seen(frames, fps, pixels),
         out,
         json,
     )
@@ -135,6 +137,7 @@ def train_drm(
     videos: _Videos = None,
     field: _Fields = None,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     pooling: Annotated[str, typer.Option(help="last token, or mean over the answer.")] = "last",
     steps: _Steps = None,
@@ -160,7 +163,7 @@ def train_drm(
 
     if pooling not in ("last", "mean"):
         raise ConfigError(f"no pooling {pooling!r}; there are last and mean")
-    settings = DRMSettings(pooling, _look(frames, pixels))  # type: ignore[arg-type]
+    settings = DRMSettings(pooling, _look(frames, fps, pixels))  # type: ignore[arg-type]
     config = DRMTraining(
         steps,
         epochs,
@@ -187,6 +190,7 @@ def sft_grm(
     judge: Annotated[str | None, typer.Option(help="Whose verdicts are learned; by default the model's own.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 4,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     max_tokens: _Tokens = 512,
     temperature: _Temperature = 1.0,
@@ -205,7 +209,7 @@ def sft_grm(
     from ramet.policy.sft import SFTTraining
     from ramet.rewards.video.generative import GRMSettings
 
-    settings = GRMSettings(_look(frames, pixels), temperature, max_tokens)
+    settings = GRMSettings(_look(frames, fps, pixels), temperature, max_tokens)
     config = SFTTraining(steps, 1.0, batch, at_once, learning_rate, lora_rank=lora_rank, seed=seed)
     sft_grm_job(model, pairs, videos, _map(field), traces, judge, k, settings, config, out)
 
@@ -218,6 +222,7 @@ def train_grm(
     videos: _Videos = None,
     field: _Fields = None,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     max_tokens: _Tokens = 512,
     updates: Annotated[int, typer.Option(min=1)] = 100,
@@ -236,7 +241,7 @@ def train_grm(
     from ramet.policy.trainer import TrainConfig
     from ramet.rewards.video.generative import GRMSettings
 
-    settings = GRMSettings(_look(frames, pixels), 1.0, max_tokens)
+    settings = GRMSettings(_look(frames, fps, pixels), 1.0, max_tokens)
     config = TrainConfig(
         updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl=kl, lora_rank=lora_rank, temperature=1.0
     )
@@ -251,6 +256,7 @@ def score(
     answer: Annotated[list[str], typer.Option(help="May be repeated.")],
     video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; without one it is asked blind.")] = None,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     json: _Json = None,
 ) -> None:
@@ -260,7 +266,7 @@ def score(
     """
     from ramet.benchmarks.reward_jobs import score_job
 
-    score_job(model, _seen(frames, pixels), video, question, answer, json)
+    score_job(model, _seen(frames, fps, pixels), video, question, answer, json)
 
 
 @reward.command("judge")
@@ -273,6 +279,7 @@ def judge(
     k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 1,
     order: Annotated[str, typer.Option(help="both, or random: one order.")] = "both",
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     max_tokens: _Tokens = 512,
     temperature: _Temperature = 1.0,
@@ -285,7 +292,7 @@ def judge(
     from ramet.benchmarks.reward_jobs import judge_job
 
     settings = {"temperature": temperature, "max_tokens": max_tokens}
-    judge_job(model, _seen(frames, pixels), settings, video, question, first, second, k, order, seed)  # type: ignore[arg-type]
+    judge_job(model, _seen(frames, fps, pixels), settings, video, question, first, second, k, order, seed)  # type: ignore[arg-type]
 
 
 @reward.command("bench")
@@ -359,6 +366,7 @@ def best_of_n(
     temperature: _Temperature = 1.0,
     max_tokens: _Tokens = 512,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
     seed: _Seed = 0,
     json: _Json = None,
@@ -373,7 +381,7 @@ def best_of_n(
         raise ConfigError(f"no method {method!r}; there are knockout and round-robin")
     settings = {"temperature": temperature, "max_tokens": max_tokens}
     best_of_n_job(
-        model, questions, answers, videos, _map(field), _seen(frames, pixels), settings, _numbers(ns, "-n"), method, k, seed, out, json
+        model, questions, answers, videos, _map(field), _seen(frames, fps, pixels), settings, _numbers(ns, "-n"), method, k, seed, out, json
     )
 
 
@@ -384,6 +392,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
     frames: _Frames = None,
+    fps: _Fps = None,
     pixels: _Pixels = None,
 ) -> None:
     """Serve scores over HTTP, also in OpenRLHF's protocol. The bearer token is that of RAMET_REWARD_TOKEN, or a new one that is printed.
@@ -395,7 +404,7 @@ def serve(
     from ramet.rewards.video.server import serve as run
 
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    served = open_reward(model, _seen(frames, pixels), {}, "score")
+    served = open_reward(model, _seen(frames, fps, pixels), {}, "score")
     said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
     console.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
     run(served, videos, token, host, port)

@@ -55,8 +55,8 @@ class RewardRun(BaseModel):
     seed: int
 
 
-Seen = Mapping[str, int]
-"""What is said of how a model looks at videos: `frames`, `most` pixels. What is not said is left as it is."""
+Seen = Mapping[str, Any]
+"""What is said of how a model looks at videos: `frames`, `fps`, `most` pixels. What is not said is left as it is."""
 
 
 def open_reward(name: str, seen: Seen, settings: Mapping[str, Any], needs: str = "", pairs: Sequence[Pair] = ()) -> Any:
@@ -227,13 +227,30 @@ def sft_grm_job(
     if traces is not None:
         chosen = traces_of(load_rows(traces), pairs)
     else:
-        teacher = grm if judge is None else load_grm(find(judge), settings)
-        chosen = sifted(teacher, pairs, k, config.seed)
+        chosen = _sifted(grm if judge is None else load_grm(find(judge), settings), pairs, k, config.seed, folder, fingerprint(given))
     console.print(f"{len(chosen)} verdicts that are right in both orders, of {len(pairs)} pairs")
     steps = config.steps or max(round(len(chosen) * config.epochs / config.batch), 1)
     with progress.stepping("training", steps) as tell:
         sft_grm(grm, chosen, config, folder, tell)
     _save(grm, folder / "grm")
+
+
+def _sifted(teacher: VideoGRM, pairs: Sequence[Pair], k: int, seed: int, folder: Path, job: str) -> list[tuple[Pair, bool, str]]:
+    """Verdicts to learn from, each pair judged once however often the run is interrupted."""
+    by_id = {pair.id: pair for pair in pairs}
+    with Journal(folder / "verdicts.jsonl", job) as journal, progress.measuring("verdicts", len(pairs)) as report:
+        known = {r["id"] for r in journal}
+        report(len(known))
+        left = [pair for pair in pairs if pair.id not in known]
+        for start in range(0, len(left), 16):
+            part = left[start : start + 16]
+            found: dict[str, list[Any]] = {pair.id: [] for pair in part}
+            for pair, forward, said in sifted(teacher, part, k, seed):
+                found[pair.id].append([forward, said])
+            for name, traces in found.items():
+                journal.append({"id": name, "traces": traces})
+            report(len(part))
+        return [(by_id[r["id"]], forward, said) for r in journal for forward, said in r["traces"] if r["id"] in by_id]
 
 
 def train_grm_job(
