@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
@@ -150,8 +151,10 @@ def _candidates(questions: list[VideoQuestion], seed: int) -> list[Candidates]:
 def print_results(records: list[dict[str, Any]]) -> None:
     """Results and best-of-N curves as tables."""
     protocol = next((r["line"] for r in records if r["record"] == "protocol"), "")
-    headers, rows = results_table(records)
-    shown = Table(*headers, title="how often the better answer is preferred", caption=protocol)
+    headers, rows = results_table(records, 4)
+    shown = Table(title="how often the better answer is preferred", caption=protocol, box=SIMPLE_HEAD)
+    for header in headers:
+        shown.add_column(header, no_wrap=True, justify="left" if header in ("video", "subset") else "right")
     for row in rows:
         shown.add_row(*row)
     if rows:

@@ -76,21 +76,24 @@ def training_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
     save(figure, path)
 
 
-def results_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows, for the terminal and for the page."""
+MEASURES = {
+    "consistent": "both", "letter_agreement": "place", "first_share": "1st", "invalid_rate": "unread", "tie_rate": "ties",
+    "forward": "forward", "reversed": "reversed", "lenient": "lenient",
+}  # fmt: skip
+"""Headers of what is shown beside accuracy, the most telling first: right in both orders, same place in both, votes for the first, ..."""
+
+
+def results_table(records: Sequence[Record], measures: int = len(MEASURES)) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows, for the terminal, where fewer measures have room, and for the page."""
     shown = [r for r in records if r["record"] == "result"]
-    names = {
-        "consistent": "consistent", "forward": "forward", "reversed": "reversed", "letter_agreement": "same place", "first_share": "first",
-        "invalid_rate": "unreadable", "lenient": "lenient", "tie_rate": "ties",
-    }  # fmt: skip
-    kept = [n for n in names if any(n in r for r in shown)]
+    kept = [n for n in MEASURES if any(n in r for r in shown)][:measures]
     swept = [n for n in ("frames", "k") if len({r[n] for r in shown if n in r}) > 1]
     rows = []
     for r in shown:
         interval = f"{r['ci_low']:.3f}-{r['ci_high']:.3f}" if "ci_low" in r else ""
         rows.append(
             [
-                TITLES[r["condition"]],
+                r["condition"],
                 r["subset"],
                 str(r["n"]),
                 f"{r['accuracy']:.3f}",
@@ -99,7 +102,7 @@ def results_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]
                 *(str(r[n]) for n in swept),
             ]
         )
-    return ["condition", "subset", "pairs", "accuracy", "95%", *(names[n] for n in kept), *swept], rows
+    return ["video", "subset", "n", "right", "95%", *(MEASURES[n] for n in kept), *swept], rows
 
 
 def wrong_pairs(pairs: Sequence[Pair], records: Sequence[Record], most: int = 12) -> str:
