@@ -54,7 +54,7 @@ def test_run_goes_on_from_its_journal(tmp_path):
         (["run", "1+2", "--policy", "nowhere"], "there is no model 'nowhere'"),
         (["train", "--set", "train.updatez=1"], "did you mean 'updates'"),
         (["train", "--config", "nowhere.toml"], "cannot read config"),
-        (["reproduce", "giant"], "there is nano"),
+        (["reproduce", "giant"], "there are nano and longvideo"),
         (["models", "train-nano", "--out", "."], "error"),
         (["fly"], "No such command"),
         (["eval", "--budgett", "3"], "No such option"),
