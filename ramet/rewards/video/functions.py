@@ -17,8 +17,8 @@ from ramet.rewards.video.pairs import below
 def as_reward_fn(model: Scores, videos: Path, default: float | None = None) -> Callable[..., list[float]]:
     """TRL's `(completions, **columns) -> list[float]`, over the columns `question` and `video` (a path below `videos`, or None).
 
-    A completion is text, or a list of messages of which the last is the answer. A score that is no number raises `RewardError`, or is
-    `default` where one is given.
+    A completion is text, or a list of messages of which the last is the answer. What has no score, such as an answer that is too long or a
+    rating that cannot be read, raises `RewardError`, or is `default` where one is given.
     """
 
     def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
@@ -29,13 +29,28 @@ def as_reward_fn(model: Scores, videos: Path, default: float | None = None) -> C
             Item(None if video is None else Segment(str(below(videos, video))), question, _text(completion))
             for completion, question, video in zip(completions, columns["question"], columns["video"], strict=True)
         ]
-        scores = model.score(items)
-        if default is None and not all(map(math.isfinite, scores)):
-            raise RewardError(f"{model.name} gives scores that are no numbers")
-        return [score if math.isfinite(score) else float(default or 0.0) for score in scores]
+        try:
+            return _finite(model, items)
+        except RewardError:
+            if default is None:
+                raise
+        scores = []
+        for item in items:
+            try:
+                scores += _finite(model, [item])
+            except RewardError:
+                scores.append(default)
+        return scores
 
     reward.__name__ = model.name.lower().replace(" ", "_")
     return reward
+
+
+def _finite(model: Scores, items: Sequence[Item]) -> list[float]:
+    scores = model.score(items)
+    if not all(map(math.isfinite, scores)):
+        raise RewardError(f"{model.name} gives scores that are no numbers")
+    return scores
 
 
 def _text(completion: Any) -> str:

@@ -208,6 +208,10 @@ def test_trl_gets_a_reward_function(drm: VideoDRM, clips: Path, questions: list)
     with pytest.raises(RewardError, match="no numbers"):
         as_reward_fn(Broken(), clips)(["x"], question=["q"], video=[None])
     assert as_reward_fn(Broken(), clips, default=-1.0)(["x"], question=["q"], video=[None]) == [-1.0]
+    long = {"question": ["q", "q"], "video": [None, None]}
+    with pytest.raises(RewardError, match="nothing is scored in part"):
+        as_reward_fn(drm, clips)(["short", "word " * 3000], **long)
+    assert as_reward_fn(drm, clips, default=-1.0)(["short", "word " * 3000], **long) == [drm.score([Item(None, "q", "short")])[0], -1.0]
 
 
 def test_a_port_that_is_taken_and_a_short_token(tmp_path: Path) -> None:
