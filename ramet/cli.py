@@ -17,6 +17,7 @@ from rich.console import Console
 from ramet import __version__
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
+from ramet.cli_bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of
 from ramet.cli_reward import reward
 from ramet.errors import ConfigError, RametError
 
@@ -27,11 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench = typer.Typer(help="Measure this machine. Example: ramet bench sampling --json sampling.json", no_args_is_help=True)
 models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
-attention = typer.Typer(
-    help="Sequence-parallel attention: Spava and what it is compared with. Example: ramet attention plan", no_args_is_help=True
-)
 app.add_typer(bench, name="bench")
 app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
@@ -40,11 +37,6 @@ console = Console(stderr=True)
 
 _Config = Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/learning.md")]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
-_Seed = Annotated[int | None, typer.Option("--seed", help="Seed of what is random: training, tasks that are measured, samples.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Write machine-readable results there.")]
-_Hosts = Annotated[int, typer.Option(min=1, help="Hosts that share a context.")]
-_Anchor = Annotated[int | None, typer.Option(min=0, help="Rows that every block sees; by default 1/64 of the context.")]
-_Passing = Annotated[int | None, typer.Option(min=0, help="Rows that a block passes on; by default 1/128 of the context.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
 
@@ -64,7 +56,7 @@ def _run_config(config: Path | None, overrides: list[str] | None, seed: int | No
 
 @app.command()
 def demo(
-    seed: _Seed = 0,
+    seed: Seed = 0,
     runs: _Out = Path("runs"),
     name: Annotated[str, typer.Option(help="Name of the run folder.")] = "demo",
 ) -> None:
@@ -85,18 +77,18 @@ def run(
     budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
     depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: _Seed = 0,
+    seed: Seed = 0,
     journal: Annotated[
         Path | None, typer.Option(help="Keep every sample in this file; the same command goes on from it after an interruption.")
     ] = None,
     attention: Annotated[
         str | None, typer.Option(help="spava, apb or star: read long contexts with it on several worker processes, or under torchrun.")
     ] = None,
-    hosts: _Hosts = 2,
+    hosts: Hosts = 2,
     threshold: Annotated[int, typer.Option(min=0, help="Prompts of more tokens are long.")] = 4096,
-    anchor: _Anchor = None,
-    passing: _Passing = None,
-    json: _Json = None,
+    anchor: Anchor = None,
+    passing: Passing = None,
+    json: Json = None,
 ) -> None:
     """Solve one problem and print the tree, the answer and the bill.
 
@@ -108,7 +100,7 @@ def run(
     if attention is not None:
         from ramet.policy.sequence_parallel import Sharing
 
-        sharing = Sharing(_method(attention, anchor, passing), hosts, threshold)
+        sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
     run_one(expression, policy, budget, depth, temperature, seed or 0, journal, json, sharing)
 
 
@@ -116,11 +108,11 @@ def run(
 def train(
     config: _Config = None,
     set_: _Set = None,
-    seed: _Seed = None,
+    seed: Seed = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default the config's name.")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Train a policy by reinforcement learning. Run again to resume.
 
@@ -137,7 +129,7 @@ def evaluate(
     policy: Annotated[str, typer.Option(help="nano, a model directory, or a run folder (its last checkpoint).")] = "nano",
     config: _Config = None,
     set_: _Set = None,
-    seed: _Seed = None,
+    seed: Seed = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default eval- and the policy's.")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
@@ -145,7 +137,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Tasks that are measured.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Measure a policy on held-out tasks over a sweep of budgets. Run again to resume.
 
@@ -165,7 +157,7 @@ def reproduce(
     what: Annotated[str, typer.Argument(help="nano, or longvideo.")] = "nano",
     config: _Config = None,
     set_: _Set = None,
-    seed: _Seed = None,
+    seed: Seed = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default reproduce-nano- and the seed.")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
@@ -208,10 +200,10 @@ def frontier(
     ] = None,
     config: _Config = None,
     set_: _Set = None,
-    seed: _Seed = None,
+    seed: Seed = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default frontier-, model and environment.")] = None,
     runs: _Out = Path("runs"),
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Accuracy against cost of every method, by one model on one data set. Run again to resume.
 
@@ -240,190 +232,12 @@ def _questions(env: str | None, data: str | None, limit: int | None, budgets: st
     return overrides + ([f"eval.budgets=[{budgets}]", f"eval.ood_budgets=[{budgets}]"] if budgets else [])
 
 
-@bench.command("sampling")
-def bench_sampling(
-    model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
-    requests: Annotated[int, typer.Option(min=8, help="Requests of the workload.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; backends take turns within each.")] = 3,
-    backend: Annotated[str, typer.Option(help="transformers; or vllm: that many trees beside LLM.generate.")] = "transformers",
-    seed: _Seed = 0,
-    json: _Json = None,
-) -> None:
-    """Sampling throughput on ragged tree workloads beside `model.generate`, in one run.
-
-    Example: ramet bench sampling --json sampling.json
-    """
-    if backend == "vllm":
-        from ramet.benchmarks.vllm_sampling import bench_vllm as bench_
-    elif backend == "transformers":
-        from ramet.benchmarks.sampling import bench_sampling as bench_
-    else:
-        raise ConfigError(f"no backend {backend!r}; there are transformers and vllm")
-    bench_(model, requests, repeats, seed or 0, json)
-
-
-def _method(name: str, anchor: int | None, passing: int | None) -> Any:
-    from ramet.attention.methods import Method
-
-    return Method(name, anchor, passing)  # type: ignore[arg-type]
-
-
-@attention.command("plan")
-def attention_plan(
-    context: Annotated[int, typer.Option(min=0, help="Rows before the question.")] = 32768,
-    query: Annotated[int, typer.Option(min=1, help="Rows of the question.")] = 64,
-    hosts: _Hosts = 4,
-    method: Annotated[str, typer.Option(help="dense, ring, zigzag, ulysses, star, apb or spava.")] = "spava",
-    anchor: _Anchor = None,
-    passing: _Passing = None,
-    png: Annotated[Path | None, typer.Option(help="Draw who attends to what there.")] = None,
-    json: _Json = None,
-) -> None:
-    """Print which rank holds what, and who attends to what.
-
-    Example: ramet attention plan --context 131072 --hosts 8 --png plan.png
-    """
-    from ramet.benchmarks.attention import show_plan
-
-    show_plan(_method(method, anchor, passing), context, query, hosts, png, json)
-
-
-@attention.command("check")
-def attention_check(
-    model: Annotated[str, typer.Option(help="nano, a model directory or a run folder.")] = "nano",
-    hosts: _Hosts = 4,
-    context: Annotated[int, typer.Option(min=0, help="Random tokens before the question.")] = 500,
-    query: Annotated[int, typer.Option(min=1, help="Random tokens of the question.")] = 16,
-    anchor: _Anchor = None,
-    passing: _Passing = None,
-    dtype: Annotated[str, typer.Option(help="float32, or float64: hardly any rounding, twice the memory.")] = "float32",
-    seed: _Seed = 0,
-    json: _Json = None,
-) -> None:
-    """Compare a model's logits with those of dense attention on this machine, hosts simulated one after another.
-
-    Example: ramet attention check --model nano --hosts 4
-    """
-    from ramet.benchmarks.attention import check
-
-    check(model, [_method(name, anchor, passing) for name in ("spava", "apb")], hosts, context, query, seed or 0, json, dtype)
-
-
 @models.command("list")
 def models_list() -> None:
     """Print the shipped models."""
     from ramet.benchmarks.jobs import list_models
 
     list_models()
-
-
-@bench.command("reward-server")
-def bench_reward_server(
-    model: Annotated[str, typer.Option(help="Directory of a VideoDRM.")],
-    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, choices.")],
-    videos: Annotated[Path | None, typer.Option(help="Folder of the videos; by default the file's own.")] = None,
-    clients: Annotated[int, typer.Option(min=1)] = 64,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    seed: _Seed = 0,
-    json: _Json = None,
-) -> None:
-    """Many clients of one reward server: is every answer the model's own, and how fast beside direct calls.
-
-    Example: ramet bench reward-server --model runs/reward-demo/drm --questions runs/reward-demo/held-out/questions.jsonl
-    """
-    from ramet.benchmarks.reward_server import bench_server
-
-    bench_server(model, questions, videos, clients, repeats, seed or 0, json)
-
-
-@bench.command("simulate")
-def bench_simulate(
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default 10,000, or 1 if --seed is given.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The first one.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print what each seed stands for, its trees, and tracebacks.")] = False,
-    json: _Json = None,
-) -> None:
-    """Grow random trees under random faults, an interleaving a seed, and check what must always hold.
-
-    Example: ramet bench simulate --seeds 10000 --json simulate.json
-    """
-    from ramet.benchmarks.simulate import bench_simulate
-
-    bench_simulate(seeds or (10_000 if seed is None else 1), seed or 0, verbose, json)
-
-
-@bench.command("runtime")
-def bench_runtime(
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
-    json: _Json = None,
-) -> None:
-    """What a clone costs in CPU and memory, beside a task of a bare anyio task group.
-
-    Example: ramet bench runtime --json runtime.json
-    """
-    from ramet.benchmarks.fanout import bench_runtime
-
-    bench_runtime(repeats, json)
-
-
-@bench.command("kills")
-def bench_kills(
-    kills: Annotated[int, typer.Option(min=1, help="Of each job.")] = 200,
-    seed: _Seed = 0,
-    json: _Json = None,
-) -> None:
-    """Kill a small eval and a small train at random moments, resume them, and compare with undisturbed runs.
-
-    Example: ramet bench kills --kills 20
-    """
-    from ramet.benchmarks.kills import bench_kills
-
-    bench_kills(kills, seed or 0, json)
-
-
-@attention.command("bench")
-@bench.command("attention")
-def bench_attention(
-    method: Annotated[str, typer.Option(help="all, or names with commas between them.")] = "all",
-    hosts: Annotated[str, typer.Option(help="Numbers of hosts, for the critical path.")] = "2,4,8,16",
-    length: Annotated[str, typer.Option(help="Tokens, for the critical path.")] = "8192,32768,131072",
-    wall_length: Annotated[str, typer.Option(help="Tokens, for two real processes over gloo; empty: not measured.")] = "8192,16384,32768",
-    query: Annotated[int, typer.Option(min=1, help="Rows of the question, of the tokens.")] = 64,
-    bandwidth: Annotated[float, typer.Option(min=1e-3, help="Of the link between hosts, in GB/s.")] = 12.5,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
-    png: Annotated[Path | None, typer.Option(help="Draw speed by hosts there.")] = None,
-    json: _Json = None,
-) -> None:
-    """Attention methods at the shapes of Qwen2.5-3B: each host's time on its critical path, and two real processes.
-
-    Example: ramet bench attention --method spava,zigzag --hosts 8 --length 32768 --json attention.json
-    """
-    from ramet.benchmarks.attention_speed import bench_attention
-
-    bench_attention(method, hosts, length, wall_length, query, bandwidth, repeats, png, json)
-
-
-@bench.command("needle")
-def bench_needle(
-    model: Annotated[str, typer.Option(help="smollm2-135m, or a model directory.")] = "smollm2-135m",
-    length: Annotated[int, typer.Option(min=64, help="Tokens of a text.")] = 8100,
-    hosts: Annotated[str, typer.Option(help="Numbers of hosts; the lengths below are tried on the first.")] = "4,2,8",
-    anchors: Annotated[str, typer.Option(help="Of Spava: the anchor is one part in so many of the context.")] = "256,16",
-    passings: Annotated[str, typer.Option(help="Of Spava: a block passes on one part in so many.")] = "256,32",
-    depths: Annotated[int, typer.Option(min=1, help="Places of the code in the text.")] = 5,
-    samples: Annotated[int, typer.Option(min=1, help="Texts for each place.")] = 2,
-    seed: _Seed = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the journal, results.json and needle.png.")] = Path("runs/needle"),
-) -> None:
-    """What approximate attention loses on a real model: a code in a long text, divergence from dense, recall. Resumes.
-
-    Example: ramet bench needle --model smollm2-135m --hosts 4
-    """
-    from ramet.benchmarks.attention_quality import bench_needle
-    from ramet.benchmarks.attention_speed import numbers
-
-    lists = (numbers("hosts", hosts), numbers("anchors", anchors), numbers("passings", passings))
-    bench_needle(model, length, *lists, depths, samples, seed or 0, out)
 
 
 @models.command("get")
@@ -443,9 +257,9 @@ def models_get(
 @models.command("train-nano")
 def models_train_nano(
     out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("runs/nano-base"),
-    seed: _Seed = 0,
+    seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps than the shipped recipe, for a trial.")] = None,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Train the nano base from generated demonstrations, and measure it by length.
 
@@ -460,8 +274,8 @@ def models_train_nano(
 def models_accuracy(
     model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
     tasks: Annotated[int, typer.Option(min=1, help="Tasks per length.")] = 200,
-    seed: _Seed = 0,
-    json: _Json = None,
+    seed: Seed = 0,
+    json: Json = None,
 ) -> None:
     """Accuracy of a nano-type model by length: alone, and when it spawns.
 
@@ -473,7 +287,7 @@ def models_accuracy(
 
 
 @app.command()
-def doctor(json: _Json = None) -> None:
+def doctor(json: Json = None) -> None:
     """Say what is installed, what works, and what to install for what is missing.
 
     Example: ramet doctor
