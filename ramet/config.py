@@ -126,6 +126,12 @@ class EnvConfig(BaseModel):
             paths |= {f"reward_model/{name}": Path(self.reward_model) / name for name in ("model.safetensors", "video_drm.json")}
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
 
+    def look(self) -> Any:
+        """How a model that sees looks at videos."""
+        from ramet.policy.vision import Look
+
+        return Look(frames=self.frames, most=self.pixels)
+
     @property
     def multihop(self) -> bool:
         """Are there documents?"""
@@ -141,10 +147,9 @@ class EnvConfig(BaseModel):
             )
         if self.kind == "longvideo":
             from ramet.env.longvideo import LongVideoEnvironment, reward_of
-            from ramet.policy.vision import Look
 
-            videos, look = Path(self.videos) if self.videos else None, Look(frames=self.frames, most=self.pixels)
-            reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, ""), look) if self.reward_model else None
+            videos = Path(self.videos) if self.videos else None
+            reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, ""), self.look()) if self.reward_model else None
             metric: Any = self.metric
             return LongVideoEnvironment(sources, self.fields, self.kind, self.seconds, self.root_sees, metric, reward, videos)
         if self.kind in _MATHS:

@@ -116,6 +116,8 @@ def test_a_generative_model_is_trained_twice_and_asked(folder: Path, capsys: pyt
 
 def test_what_cannot_be_meant_is_said_in_one_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pairs = ("--pairs", folder / "pairs" / "pairs.jsonl", "--videos", folder / "clips")
+    kept = ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "g", "--limit", 2, "--conditions", "right")
+    run("reward", *kept)
     for code, arguments, said in (
         (2, ("bench", "--model", "fake:nobody", *pairs, "--out", tmp_path / "a"), "no fake judge 'nobody'"),
         (1, ("bench", "--model", tmp_path, *pairs, "--out", tmp_path / "b"), "is no reward model"),
@@ -123,6 +125,7 @@ def test_what_cannot_be_meant_is_said_in_one_line(folder: Path, tmp_path: Path, 
         (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "d", "-k", "0"), "numbers from 1 on"),
         (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "e", "--field", "x"), "not of the form question=prompt"),
         (2, ("bench", "--model", "fake:random", "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "f"), "cannot read"),
+        (2, (*kept, "--field", "chosen=rejected", "--field", "rejected=chosen"), "another configuration"),
         (2, ("report", tmp_path), "holds no benchmark run"),
         (2, ("serve", "--model", "fake:random", "--videos", tmp_path), "gives no scores"),
     ):

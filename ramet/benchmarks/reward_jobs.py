@@ -100,6 +100,11 @@ def answerer_id(name: str) -> str:
     return name if name == "guesser" else file_id(name) if Path(name).is_file() else model_id(name)
 
 
+def _where(fields: dict[str, str], videos: Path | None) -> dict[str, Any]:
+    """Where a file's rows have what, and their videos, as part of what tells run folders apart."""
+    return {"fields": fields, "videos": str(videos or "")}
+
+
 def file_id(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else path
 
@@ -114,7 +119,7 @@ def build_job(
 ) -> None:  # fmt: skip
     """`ramet reward build-pairs`."""
     given = {
-        "questions": file_id(source), "fields": fields, "videos": str(videos or ""), "answerers": [answerer_id(a) for a in answerers],
+        "questions": file_id(source), **_where(fields, videos), "answerers": [answerer_id(a) for a in answerers],
         "judge": model_id(judge), "scores": model_id(scores), "weak": answerer_id(weak) if weak else "",
         "benchmarks": [file_id(b) for b in benchmarks], "config": asdict(config), "seen": dict(seen),
     }  # fmt: skip
@@ -160,7 +165,7 @@ def train_drm_job(
     """`ramet reward train-drm`: train, calibrate on pairs about videos that were held out, save."""
     base = find(model)
     given = {
-        "model": weights_id(base), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "settings": asdict(settings),
+        "model": weights_id(base), "pairs": file_id(source), **_where(fields, videos), "settings": asdict(settings),
         "config": asdict(config), "held": held_out,
     }  # fmt: skip
     claim_folder(folder, RewardRun(command="train-drm", settings=_plain(given), seed=config.seed))
@@ -218,7 +223,7 @@ def sft_grm_job(
     """`ramet reward sft-grm`: on verdicts from a file, or of a judge (by default the model itself), that are right in both orders."""
     base = find(model)
     given = {
-        "model": weights_id(base), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "traces": file_id(traces or ""),
+        "model": weights_id(base), "pairs": file_id(source), **_where(fields, videos), "traces": file_id(traces or ""),
         "judge": model_id(judge), "k": k, "settings": asdict(settings),
     }  # fmt: skip
     claim_folder(folder, RewardRun(command="sft-grm", settings=_plain(given | {"config": asdict(config)}), seed=config.seed))
@@ -266,7 +271,7 @@ def train_grm_job(
     """`ramet reward train-grm`: reinforcement learning on verdicts, by the trainer of the delegation policy."""
     base = find(model)
     given = {
-        "model": weights_id(base), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "settings": asdict(settings),
+        "model": weights_id(base), "pairs": file_id(source), **_where(fields, videos), "settings": asdict(settings),
         "config": config.model_dump(),
     }  # fmt: skip
     claim_folder(folder, RewardRun(command="train-grm", settings=_plain(given), seed=seed))
@@ -338,7 +343,7 @@ def bench_job(
 ) -> None:  # fmt: skip
     """`ramet reward bench`: each number of frames and of votes is a protocol of its own, with a journal of its own."""
     pairs = load_pairs(source, fields, videos_of(source, videos))[:limit]
-    given = {"model": model_id(model), "pairs": file_id(source), "fields": fields, "videos": str(videos or ""), "limit": limit or 0}
+    given = {"model": model_id(model), "pairs": file_id(source), **_where(fields, videos), "limit": limit or 0}
     claim_folder(folder, RewardRun(command="bench", settings=_plain(given), seed=protocol.seed))
     _say_faults(pairs)
     write_text(folder / "pairs.jsonl", "".join(json.dumps(row_of(pair, videos_of(source, videos))) + "\n" for pair in pairs))
@@ -423,7 +428,7 @@ def best_of_n_job(
     """`ramet reward best-of-n`: curves on answers from a file, or from a model that is asked for the largest N."""
     questions = load_questions(source, fields, videos_of(source, videos))
     given = {
-        "model": model_id(model), "questions": file_id(source), "fields": fields, "videos": str(videos or ""), "method": method, "k": k,
+        "model": model_id(model), "questions": file_id(source), **_where(fields, videos), "method": method, "k": k,
         "responses": answerer_id(responses), "ns": list(ns), "seen": dict(seen), "settings": dict(settings),
     }  # fmt: skip
     claim_folder(folder, RewardRun(command="best-of-n", settings=_plain(given), seed=seed))

@@ -73,12 +73,12 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
 
     from ramet.attention.methods import Method
     from ramet.policy.sequence_parallel import SequenceParallelPolicy
-    from ramet.policy.vision import Look, VideoReader
+    from ramet.policy.vision import VideoReader
 
     tokenizer, chat = load_tokenizer(path, config.chat)
     model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
     if hasattr(model, "vision_config"):
-        look = Look(frames=config.env.frames, most=config.env.pixels)
+        look = config.env.look()
         chat.see = VideoReader(model, tokenizer, look).ids
     policy = SequenceParallelPolicy(
         path, asked.hosts, Method(asked.method, asked.anchor, asked.passing), threshold=asked.threshold, dtype=config.dtype,
@@ -92,9 +92,9 @@ def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, *
     options["max_batch"] = config.train.max_batch
     if not hasattr(model.config, "vision_config"):
         return HFPolicy(model, **options)
-    from ramet.policy.vision import Look, VideoReader, VisionPolicy
+    from ramet.policy.vision import VideoReader, VisionPolicy
 
-    reader = VideoReader(model.config, tokenizer, Look(frames=config.env.frames, most=config.env.pixels))
+    reader = VideoReader(model.config, tokenizer, config.env.look())
     chat.see = reader.ids
     return VisionPolicy(model, reader, **options)
 

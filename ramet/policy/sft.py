@@ -35,7 +35,14 @@ class Example:
 
 @dataclass(frozen=True)
 class SFTTraining:
-    """Settings. `learning_rate` by default is 1e-4 with adapters and 1e-5 without; `lora_rank` 0 trains all weights of the decoder."""
+    """Settings of a training by transformers. The defaults are for a pretrained model with adapters.
+
+    steps          optimiser steps; None: `epochs` over the data
+    batch          rows of a step
+    at_once        rows of one pass; a step adds up several
+    learning_rate  by default 1e-4 with adapters, 1e-5 without
+    lora_rank      0: all weights of the decoder are trained
+    """
 
     steps: int | None = None
     epochs: float = 1.0
@@ -47,6 +54,17 @@ class SFTTraining:
     save_every: int = 200
     seed: int = 0
     bf16: bool = False
+
+    def arguments(self, folder: Path, device: torch.device) -> dict[str, Any]:
+        """What transformers' trainers are told. Rows go through the model in equal parts of a step."""
+        parts = next(n for n in range(1, self.batch + 1) if self.batch % n == 0 and self.batch // n <= self.at_once)
+        return {
+            "output_dir": str(folder), "learning_rate": self.learning_rate or (1e-4 if self.lora_rank else 1e-5),
+            "max_steps": self.steps or -1, "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch // parts,
+            "gradient_accumulation_steps": parts, "lr_scheduler_type": "cosine", "warmup_steps": self.warmup, "weight_decay": 0.0,
+            "remove_unused_columns": False, "save_steps": self.save_every, "save_total_limit": 1, "logging_steps": 10, "bf16": self.bf16,
+            "use_cpu": device.type == "cpu", "report_to": [], "seed": self.seed, "disable_tqdm": True, "dataloader_pin_memory": False,
+        }  # fmt: skip
 
 
 def fine_tune(
@@ -63,24 +81,13 @@ def fine_tune(
         adapt(model, config.lora_rank, config.seed)
     if reader is not None:
         model.model.visual.requires_grad_(False)
-    arguments = TrainingArguments(
-        output_dir=str(folder), learning_rate=config.learning_rate or (1e-4 if config.lora_rank else 1e-5), max_steps=config.steps or -1,
-        num_train_epochs=config.epochs, per_device_train_batch_size=config.batch // passes(config.batch, config.at_once),
-        gradient_accumulation_steps=passes(config.batch, config.at_once), lr_scheduler_type="cosine", warmup_steps=config.warmup,
-        remove_unused_columns=False, save_steps=config.save_every, save_total_limit=1, logging_steps=10, bf16=config.bf16,
-        use_cpu=model.device.type == "cpu", report_to=[], seed=config.seed, disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+    arguments = TrainingArguments(**config.arguments(folder, model.device))
     with quiet():
         collator = _Collator(model.config, pad, reader)
         trainer = Trainer(model=model, args=arguments, train_dataset=list(examples), data_collator=collator)
         log = run_to_the_end(trainer, folder, report)
     model.eval()
     return log
-
-
-def passes(batch: int, at_once: int) -> int:
-    """In how many equal parts a step's rows go through the model, at most `at_once` in each."""
-    return next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= at_once)
 
 
 WEIGHTS = "trained.safetensors"

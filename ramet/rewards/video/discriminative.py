@@ -103,6 +103,11 @@ class Scorer(PreTrainedModel):  # type: ignore[misc]
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
+def sigmoid(x: float) -> float:
+    """Without overflow."""
+    return 1 / (1 + math.exp(min(max(-x, -700.0), 700.0)))
+
+
 def _parts(group: list[Any], lengths: list[int]) -> list[list[Any]]:
     """The group cut so that the answers of a part have at most `TOGETHER` tokens, or there is one."""
     parts: list[list[Any]] = [[]]
@@ -299,7 +304,10 @@ class VideoDRM:
             raise RewardError(f"the reward model gives {values}; its weights are broken")
         return values
 
+    def rewards(self, scores: Sequence[float]) -> list[float]:
+        """The odds that an answer of a score beats a middling one, as a probability: a reward between 0 and 1."""
+        return [sigmoid((score - self.settings.centre) / self.settings.temperature) for score in scores]
+
     def probabilities(self, items: Sequence[Item]) -> list[float]:
-        """The odds that an answer beats a middling one, as a probability: a reward between 0 and 1."""
-        centre, temperature = self.settings.centre, self.settings.temperature
-        return [1 / (1 + math.exp(min(max((centre - score) / temperature, -700), 700))) for score in self.score(items)]
+        """The rewards of answers."""
+        return self.rewards(self.score(items))

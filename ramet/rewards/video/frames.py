@@ -13,6 +13,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,6 +71,15 @@ def read_frames(
         raise ConfigError(f"at least one frame must be read (got {count}, {fps} a second)")
     if path.is_dir():
         return _chosen(path, _pictures(path), count, start, end, fps, indices)
+    with _opened(path) as container:
+        if start > 0 and not indices:
+            container.seek(int(start * 1_000_000), backward=True)
+        return _chosen(path, _Decoded(path, container), count, start, end, fps, indices)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file that PyAV can decode and that may be decoded. What is raised of its reading comes out as a `TaskError`."""
     try:
         import av
     except ImportError:
@@ -85,9 +95,7 @@ def read_frames(
                 raise TaskError(f"{path} has a video in a format that cannot be decoded here")
             if stream.width * stream.height > MOST_PIXELS:
                 raise TaskError(f"{path} has frames of {stream.width}x{stream.height}; at most {MOST_PIXELS} pixels are decoded")
-            if start > 0 and not indices:
-                container.seek(int(start * av.time_base), backward=True)
-            return _chosen(path, _Decoded(path, container), count, start, end, fps, indices)
+            yield container
     except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise TaskError(f"cannot read video {path}: {first_line(error)}") from error
 
@@ -236,15 +244,8 @@ def video_seconds(path: Path) -> float:
     """How long a video lasts, as its file says. Raises `TaskError`."""
     if path.is_dir():
         return _pictures(path).length
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video or container.streams.video[0].codec_context is None:
-                raise TaskError(f"{path} has no video that can be decoded here")
-            return _Decoded(path, container).length
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise TaskError(f"cannot read video {path}: {first_line(error)}") from error
+    with _opened(path) as container:
+        return _Decoded(path, container).length
 
 
 def content_id(path: Path) -> str:

@@ -146,9 +146,13 @@ class VideoGRM:
             self._known[key] = rating
         return [self._known[key] for key in keys]
 
-    def probabilities(self, items: Sequence[Item]) -> list[float]:
+    def rewards(self, scores: Sequence[float]) -> list[float]:
         """Ratings as rewards between 0 and 1."""
-        return [(rating - 1) / 9 for rating in self.score(items)]
+        return [(rating - 1) / 9 for rating in scores]
+
+    def probabilities(self, items: Sequence[Item]) -> list[float]:
+        """The rewards of answers."""
+        return self.rewards(self.score(items))
 
     @torch.inference_mode()
     def _expected(self, message: Message, said: str) -> float:

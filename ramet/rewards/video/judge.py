@@ -6,7 +6,6 @@ counts if the whole of it is `<think>critique</think><answer>1</answer>` (or 2);
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import Literal, Protocol
 
 from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RametError, first_line
-from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.discriminative import Item, sigmoid
 
 Order = Literal["both", "random"]
 _CRITIQUE = r"\s*<think>(?P<critique>(?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>\s*(?P<said>%s)\s*</answer>\s*"
@@ -64,10 +63,16 @@ class Scores(Protocol):
     def score(self, items: Sequence[Item]) -> list[float]: ...
 
 
-class Rewards(Scores, Protocol):
-    """Gives answers a reward between 0 and 1 as well."""
+class Rewards(Protocol):
+    """Gives answers a reward between 0 and 1."""
 
     def probabilities(self, items: Sequence[Item]) -> list[float]: ...
+
+
+class Served(Scores, Protocol):
+    """Its rewards are a function of its scores."""
+
+    def rewards(self, scores: Sequence[float]) -> list[float]: ...
 
 
 def parse_choice(said: str) -> tuple[int | None, str]:
@@ -176,6 +181,5 @@ def by_scores(model: Scores, duels: Sequence[Duel], temperature: float = 1.0) ->
     scores = model.score([Item(d.video, d.question, answer) for d in duels for answer in (d.a, d.b)])
     verdicts = []
     for a, b in zip(scores[::2], scores[1::2], strict=True):
-        odds = min(max((b - a) / temperature, -700.0), 700.0)
-        verdicts.append(Verdict("a" if a > b else "b" if b > a else None, probability=1 / (1 + math.exp(odds))))
+        verdicts.append(Verdict("a" if a > b else "b" if b > a else None, probability=sigmoid((a - b) / temperature)))
     return verdicts

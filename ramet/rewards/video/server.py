@@ -32,7 +32,7 @@ from starlette.routing import Route
 from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RewardError, TaskError, first_line
 from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.judge import Rewards
+from ramet.rewards.video.judge import Served
 from ramet.rewards.video.pairs import below
 
 BODY = 2**20
@@ -91,13 +91,12 @@ class _Waiting:
 class RewardService:
     """One model, one thread that runs it, and those who wait for it."""
 
-    def __init__(self, model: Rewards, videos: Path, token: str, stops: Sequence[str] = ()):
+    def __init__(self, model: Served, videos: Path, token: str, stops: Sequence[str] = ()):
         if len(token) < 16:
             raise ConfigError("the bearer token needs 16 characters at least")
         if not videos.is_dir():
             raise ConfigError(f"there is no folder of videos {videos}")
         self.model, self.videos, self.token, self.stops = model, videos, token, stops
-        self._model = anyio.Lock()
         self._waiting: list[_Waiting] = []
         self._wake = anyio.Event()
         self.calls = 0
@@ -151,7 +150,7 @@ class RewardService:
         asked = _Score.model_validate(body)
         items = [item.item(item.answer, self.videos) for item in asked.items]
         scores = await self.score(items)
-        return {"scores": scores, "probabilities": await self.probabilities(items)}
+        return {"scores": scores, "probabilities": self.model.rewards(scores)}
 
     async def _openrlhf(self, body: Any) -> dict[str, Any]:
         asked = _OpenRLHF.model_validate(body)
@@ -167,12 +166,7 @@ class RewardService:
             items.append(_Asked.model_validate(_json(label.encode(), "a label")).item(answer, self.videos))
         scores = await self.score(items)
         mean = sum(scores) / len(scores)
-        return {"rewards": scores, "scores": await self.probabilities(items), "extra_logs": {"reward_model_score": mean}}
-
-    async def probabilities(self, items: Sequence[Item]) -> list[float]:
-        """Rewards between 0 and 1 of items whose scores are known by now."""
-        async with self._model:
-            return await anyio.to_thread.run_sync(self.model.probabilities, items)
+        return {"rewards": scores, "scores": self.model.rewards(scores), "extra_logs": {"reward_model_score": mean}}
 
     async def score(self, items: Sequence[Item]) -> list[float]:
         """Scores, computed together with those of others who wait."""
@@ -198,8 +192,7 @@ class RewardService:
         """Score a batch; where it fails, each request by itself, so that one that cannot be scored spoils no other."""
         self.calls += 1
         try:
-            async with self._model:
-                scores = await anyio.to_thread.run_sync(self.model.score, [item for w in batch for item in w.items])
+            scores = await anyio.to_thread.run_sync(self.model.score, [item for w in batch for item in w.items])
             if len(scores) != sum(len(w.items) for w in batch) or not all(map(math.isfinite, scores)):
                 raise RewardError("the reward model gives scores that are no numbers, or too few")
         except Exception as error:
@@ -243,7 +236,7 @@ def _without(root: Path, said: str) -> str:
     return said.replace(f"{root.resolve()}/", "")
 
 
-def serve(model: Rewards, videos: Path, token: str, host: str, port: int) -> None:
+def serve(model: Served, videos: Path, token: str, host: str, port: int) -> None:
     """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
     import socket
 

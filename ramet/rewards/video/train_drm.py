@@ -16,37 +16,24 @@ from torch import Tensor
 from ramet.errors import ConfigError, RewardError
 from ramet.policy.lora import adapt
 from ramet.policy.models import quiet
-from ramet.policy.sft import Report, passes, run_to_the_end
+from ramet.policy.sft import Report, SFTTraining, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
 from ramet.rewards.video.pairs import Pair
 
 
 @dataclass(frozen=True)
-class DRMTraining:
-    """Settings of one training. The defaults are for a pretrained model trained with adapters.
+class DRMTraining(SFTTraining):
+    """Settings of one training; rows are pairs. See `SFTTraining`.
 
-    steps          optimiser steps; None: `epochs` over the pairs
-    batch          pairs a step
-    at_once        pairs of one pass; a step adds up several
-    learning_rate  by default 1e-4 with adapters, 1e-5 without
-    lora_rank      0: all weights of the decoder are trained
     centring       weight of the mean squared sum of a pair's scores, which keeps scores around zero
     train_vision   train the tower too: only for models from nothing
     """
 
-    steps: int | None = None
-    epochs: float = 1.0
     batch: int = 64
-    at_once: int = 16
-    learning_rate: float | None = None
-    warmup: float = 0.03
-    lora_rank: int = 64
+    save_every: int = 100
     centring: float = 0.0
     max_tokens: int = 16384
     train_vision: bool = False
-    save_every: int = 100
-    seed: int = 0
-    bf16: bool = False
 
 
 def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder: Path, report: Report | None = None) -> dict[str, Any]:
@@ -69,16 +56,10 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
         adapt(scorer, config.lora_rank, config.seed)
         scorer.score.requires_grad_(True)
     scorer.model.visual.requires_grad_(config.train_vision)
-    rate = config.learning_rate or (1e-4 if config.lora_rank else 1e-5)
     checkpoints = folder / "checkpoints"
     arguments = RewardConfig(
-        output_dir=str(checkpoints), learning_rate=rate, max_steps=config.steps or -1, num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch // passes(config.batch, config.at_once),
-        gradient_accumulation_steps=passes(config.batch, config.at_once),
-        lr_scheduler_type="cosine", warmup_steps=config.warmup, max_length=None, remove_unused_columns=False,
-        center_rewards_coefficient=config.centring or None, save_steps=config.save_every, save_total_limit=1, logging_steps=10,
-        bf16=config.bf16, use_cpu=scorer.device.type == "cpu", activation_checkpointing=False, report_to=[], seed=config.seed,
-        disable_tqdm=True, dataloader_pin_memory=False, weight_decay=0.0,
+        **config.arguments(checkpoints, scorer.device), max_length=None, center_rewards_coefficient=config.centring or None,
+        activation_checkpointing=False,
     )  # fmt: skip
     with quiet():
         trainer = RewardTrainer(
@@ -93,9 +74,7 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
 
 def fits(drm: VideoDRM, pair: Pair, most: int) -> bool:
     """Is no answer of the pair too long?"""
-    most = min(most, drm.scorer.config.get_text_config().max_position_embeddings)
-    longest = max(len(drm.answer_ids(answer)) for answer in (pair.chosen, *pair.rejected))
-    return len(drm.prompt(pair.video, pair.question).ids) + longest <= most
+    return not _rows(drm, [pair], most)[1]
 
 
 def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[str, Any]], int]:

@@ -54,8 +54,8 @@ class Lengths:
 
     name = "lengths"
 
-    def probabilities(self, items: Sequence[Item]) -> list[float]:
-        return [1 / (1 + math.exp(-score)) for score in self.score(items)]
+    def rewards(self, scores: Sequence[float]) -> list[float]:
+        return [1 / (1 + math.exp(-score)) for score in scores]
 
     def score(self, items: Sequence[Item]) -> list[float]:
         time.sleep(0.01)
