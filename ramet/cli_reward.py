@@ -238,7 +238,7 @@ def train_grm(
     Example: ramet reward train-grm --model runs/grm-sft/grm --pairs pairs.jsonl --out runs/grm
     """
     from ramet.benchmarks.reward_jobs import train_grm_job
-    from ramet.policy.trainer import TrainConfig
+    from ramet.policy.update import TrainConfig
     from ramet.rewards.video.generative import GRMSettings
 
     settings = GRMSettings(_look(frames, fps, pixels), 1.0, max_tokens)

@@ -26,7 +26,7 @@ from ramet.env.gym import GymEnvironment
 from ramet.env.maths import MathsEnvironment
 from ramet.env.multihop import MultihopEnvironment, words
 from ramet.errors import ConfigError, StorageError
-from ramet.policy.trainer import TrainConfig
+from ramet.policy.update import TrainConfig
 from ramet.rewards.penalty import Prices
 
 _Config = TypeVar("_Config", bound=BaseModel)

@@ -315,8 +315,9 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
                 sample = await policy.sample(request, partial)
             except anyio.get_cancelled_exc_class():
                 grant.settle(len(partial.ids), partial.prefilled)
-                ids, logprobs = tuple(partial.ids), tuple(partial.logprobs)
-                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, partial.prefilled, partial.cached, policy.version))
+                ids, logprobs, updates = tuple(partial.ids), tuple(partial.logprobs), tuple(partial.updates)
+                version = policy.version if partial.version is None else partial.version
+                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, partial.prefilled, partial.cached, version, updates))
                 raise
             except PolicyError:
                 _discard(growth, grant, len(partial.ids), partial.prefilled)
@@ -354,6 +355,7 @@ def _record(growth: Growth, sample: Sample) -> None:
             sample.cached,
             growth.discarded,
             growth.discarded_prefilled,
+            updates=sample.updates,
         )
     )
     growth.discarded = growth.discarded_prefilled = 0

@@ -83,6 +83,7 @@ class JournaledPolicy(PolicyWrapper):
                 "prefilled": sample.prefilled,
                 "cached": sample.cached,
                 "version": sample.version,
+                **({"updates": sample.updates} if sample.updates else {}),
             },
             keep=False,
         )
@@ -102,5 +103,6 @@ def _replay(record: dict[str, Any], partial: Partial) -> Sample:
         # It has been waited for once already.
         raise TransientPolicyError(record["error"], 0.0) if record["kind"] == "transient" else PolicyError(record["error"])
     return Sample(
-        tuple(partial.ids), tuple(partial.logprobs), StopReason(record["stop"]), partial.prefilled, partial.cached, record["version"]
-    )
+        tuple(partial.ids), tuple(partial.logprobs), StopReason(record["stop"]), partial.prefilled, partial.cached, record["version"],
+        tuple(record.get("updates", ())),
+    )  # fmt: skip

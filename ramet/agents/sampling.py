@@ -44,7 +44,11 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled turn. `logprobs` are under the sampling distribution, temperature and truncation included."""
+    """One sampled turn. `logprobs` are under the sampling distribution, temperature and truncation included.
+
+    version  of the weights that sampled the first token
+    updates  for each change of weights while it was sampled: how many tokens came before it
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -52,19 +56,23 @@ class Sample:
     prefilled: int = 0
     cached: int = 0
     version: int = 0
+    updates: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
 class Partial:
     """Filled by the backend while it samples, so that a sample that never returns can be charged.
 
-    `ids` and `logprobs` grow by one a token; `prefilled` is set when the prompt has been computed.
+    `ids` and `logprobs` grow by one a token; `prefilled` is set when the prompt has been computed. A backend whose weights
+    change while it samples says which sampled the first token (`version`) and where the others took over (`updates`).
     """
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prefilled: int = 0
     cached: int = 0
+    version: int | None = None
+    updates: list[int] = field(default_factory=list)
 
 
 class Policy(Protocol):

@@ -106,7 +106,8 @@ class Turn:
 
     sampled    ids that the model sampled, stop id included
     logprobs   their log-probabilities under the sampling distribution
-    version    weight version that sampled them
+    version    weight version that sampled the first of them
+    updates    for each change of weights while they were sampled: how many of them came before it
     appended   ids that the runtime appended afterwards
     clones     branches that this turn's call started, in call order
     discarded  tokens that failed attempts generated before this sample; charged, not trained
@@ -123,10 +124,16 @@ class Turn:
     discarded_prefilled: int = 0
     appended: tuple[int, ...] = ()
     clones: tuple[Branch, ...] = ()
+    updates: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.sampled) != len(self.logprobs):
             raise ValueError(f"{len(self.sampled)} sampled ids but {len(self.logprobs)} log-probabilities")
+
+    @property
+    def versions(self) -> list[int]:
+        """Per sampled id: the weight version that sampled it."""
+        return [self.version + sum(start <= place for start in self.updates) for place in range(len(self.sampled))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +177,15 @@ class Branch:
             logprobs += turn.logprobs
             logprobs += [0.0] * len(turn.appended)
         return logprobs
+
+    @property
+    def versions(self) -> list[int]:
+        """Per id of `ids`: the weight version that sampled it, -1 where it was not sampled."""
+        versions = [-1] * len(self.prompt)
+        for turn in self.turns:
+            versions += turn.versions
+            versions += [-1] * len(turn.appended)
+        return versions
 
     @property
     def generated(self) -> int:

@@ -29,7 +29,8 @@ from ramet.errors import CheckpointError, ConfigError
 from ramet.policy.catalogue import find
 from ramet.policy.models import auto_device
 from ramet.policy.sft import SFTTraining
-from ramet.policy.trainer import TrainConfig, run_trainer
+from ramet.policy.trainer import run_trainer
+from ramet.policy.update import TrainConfig
 from ramet.policy.vision import Look
 from ramet.rewards.video.answerers import Guesser, ModelAnswerer, Recorded
 from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates

@@ -27,7 +27,8 @@ from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import auto_device, load_model, load_tokenizer
 from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
-from ramet.policy.trainer import Trainer, Verdict
+from ramet.policy.trainer import Trainer
+from ramet.policy.update import Draw, Judge, Verdict
 from ramet.rewards.penalty import scored
 
 
@@ -117,14 +118,9 @@ def weights_id(path: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
-    """A trainer of the configured model; without `spawn` the tool is never offered."""
-    if config.backend != "transformers":
-        raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
-    if config.attention.method != "dense":
-        raise ConfigError("training samples with dense attention; attention.method is for measuring")
-    model, tokenizer, chat = open_model(config)
-    env = config.env.build(token_count(tokenizer))
+def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[Draw, Judge]:
+    """What a training run does, whichever engine runs it: the tasks of an update, and what a tree earns."""
+    env = config.env.build(count)
     depth = config.budget.depth if spawn else 0
 
     def draw(update: int) -> list[tuple[Task, Budget]]:
@@ -145,8 +141,24 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         penalties = config.reward.penalties(tree)
         return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
 
-    job = fingerprint(config.model_dump(mode="json"), config.env.files(), spawn, weights_id(find(config.model)))
+    return draw, judge
+
+
+def job_of(config: RunConfig, spawn: bool) -> str:
+    """What tells training runs apart: settings, data and first weights."""
+    return fingerprint(config.model_dump(mode="json"), config.env.files(), spawn, weights_id(find(config.model)))
+
+
+def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
+    """A trainer of the configured model; without `spawn` the tool is never offered."""
+    if config.backend != "transformers":
+        raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
+    if config.attention.method != "dense":
+        raise ConfigError("training samples with dense attention; attention.method is for measuring")
+    model, tokenizer, chat = open_model(config)
+    draw, judge = recipe(config, token_count(tokenizer), spawn)
     policy = engine_of(config, model, tokenizer, chat)
+    job = job_of(config, spawn)
     return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, not config.env.language, policy)
 
 

@@ -23,6 +23,7 @@ class Row:
 
     advantage  of the row's every sampled token
     weight     of each sampled token's term in the loss
+    versions   of the weights that sampled each token, -1 where it was not sampled
     media      what the placeholders among the ids stand for, in order
     """
 
@@ -31,7 +32,7 @@ class Row:
     logprobs: Sequence[float]
     advantage: float
     weight: float
-    version: int
+    versions: Sequence[int]
     media: tuple[Segment, ...] = ()
 
 
@@ -44,7 +45,7 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Row]
     if len(advantages) != len(branches):
         raise ValueError(f"{len(advantages)} advantages for {len(branches)} branches")
     return [
-        Row(b.ids, b.mask, b.logprobs, advantage, weight, next(t.version for t in reversed(b.turns) if t.sampled), b.media)
+        Row(b.ids, b.mask, b.logprobs, advantage, weight, b.versions, b.media)
         for b, advantage in zip(branches, advantages, strict=True)
         if any(turn.sampled for turn in b.turns)
     ]

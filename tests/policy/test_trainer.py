@@ -20,7 +20,8 @@ from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
 from ramet.policy.checkpoint import latest_checkpoint
 from ramet.policy.models import load_model
-from ramet.policy.trainer import TrainConfig, Trainer, Verdict, learning_rate, run_trainer
+from ramet.policy.trainer import Trainer, run_trainer
+from ramet.policy.update import TrainConfig, Verdict, learning_rate
 from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)

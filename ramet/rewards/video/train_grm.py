@@ -18,7 +18,8 @@ from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.errors import RewardError, TaskError
 from ramet.policy.sft import Example, SFTTraining, fine_tune
-from ramet.policy.trainer import TrainConfig, Trainer, Verdict
+from ramet.policy.trainer import Trainer
+from ramet.policy.update import TrainConfig, Verdict
 from ramet.policy.vision import VisionPolicy
 from ramet.rewards.video.generative import VideoGRM, pairwise
 from ramet.rewards.video.judge import Duel, Judge, Shown, compare, parse_choice

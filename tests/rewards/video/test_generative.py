@@ -14,7 +14,8 @@ from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.video_reward import Protocol, results, run_bench
 from ramet.errors import RewardError, TaskError
 from ramet.policy.sft import SFTTraining
-from ramet.policy.trainer import TrainConfig, run_trainer
+from ramet.policy.trainer import run_trainer
+from ramet.policy.update import TrainConfig, Verdict
 from ramet.policy.vision import Look
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import Item
@@ -82,8 +83,6 @@ def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(gr
     trainer = grm_trainer(grm, pairs, config, tmp_path / "rl")
 
     def judge(task: Any, tree: Any) -> Any:
-        from ramet.policy.trainer import Verdict
-
         sampled = [i for turn in tree.root.turns for i in turn.sampled if i not in grm.chat.stop_ids]
         return Verdict(0.0, {}, verdict_reward(grm.chat.text(sampled), 1))
 

@@ -1,0 +1,203 @@
+"""One update, whichever trainer makes it: its settings, its rewards and credit, its minibatches of rows, its loss.
+
+The local trainer and the cluster trainer differ in who samples and who holds the weights. What an update is stands
+here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget
+from ramet.agents.chat import ChatFormat
+from ramet.agents.runtime import Job
+from ramet.agents.tree import Status, Task, Tree
+from ramet.errors import RametError, RewardError, first_line
+from ramet.policy.credit import ESTIMATORS, ScoredTree
+from ramet.policy.loss import LossSums, policy_loss
+from ramet.policy.rows import Batch, Row, rows_of
+
+_Count = Annotated[int, Field(ge=1)]
+
+
+class TrainConfig(BaseModel):
+    """One training run. Tokens are counted as sampled or fed, without padding.
+
+    tasks           groups per update
+    group_size      trees per task
+    minibatches     optimiser steps per epoch of an update
+    decay           share of the learning rate that is lost, linearly, between the warm-up and the last update
+    lora_rank       0: all weights are trained; else adapters of this rank
+    length_scale    tokens; divides the summed loss of a tree. A constant, so it sets the size of the
+                    gradient before clipping and nothing else
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    updates: _Count = 100
+    tasks: Annotated[int, Field(ge=1)] = 32
+    group_size: Annotated[int, Field(ge=2)] = 8
+    minibatches: _Count = 2
+    epochs: _Count = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    warmup: Annotated[int, Field(ge=0)] = 10
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    clip_low: Annotated[float, Field(gt=0)] = 0.2
+    clip_high: Annotated[float, Field(gt=0)] = 0.2
+    kl: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    length_scale: _Count = 64
+    batch_tokens: _Count = 1024
+    checkpoint_every: _Count = 20
+    max_batch: _Count = 128
+
+
+def learning_rate(config: TrainConfig, update: int) -> float:
+    """The learning rate of update number `update`, from 0 on: a linear warm-up, then linear decay."""
+    if update < config.warmup:
+        return config.learning_rate * (update + 1) / config.warmup
+    return config.learning_rate * (1 - config.decay * (update - config.warmup) / max(config.updates - config.warmup, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a tree earned: its score in [0, 1], its penalties by name, and the reward that they make."""
+
+    score: float
+    penalties: Mapping[str, float]
+    reward: float
+
+
+Draw = Callable[[int], Sequence[tuple[Task, Budget]]]
+"""The tasks of an update and the budget of each."""
+Judge = Callable[[Task, Tree], Verdict]
+Metrics = dict[str, float | int]
+Group = tuple[Task, list[Tree]]
+
+
+def jobs_of(drawn: Sequence[tuple[Task, Budget]], update: int, group_size: int, seed: int) -> list[Job]:
+    """The trees of an update, each with a seed of its own; their keys are (group, number in the group)."""
+    return [
+        Job(task, budget, seed_of(seed, f"train/{update}/{g}", n), (g, n))
+        for g, (task, budget) in enumerate(drawn)
+        for n in range(group_size)
+    ]
+
+
+def grouped(drawn: Sequence[tuple[Task, Budget]], trees: Mapping[tuple[object, ...], Tree], group_size: int) -> list[Group]:
+    """The finished trees by task, in the order of `drawn`, whatever the order in which they finished."""
+    return [(task, [trees[g, n] for n in range(group_size)]) for g, (task, _) in enumerate(drawn)]
+
+
+def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
+    """What `judge` says. Raises `RewardError` for whatever it raises that is not ours."""
+    try:
+        return judge(task, tree)
+    except RametError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise RewardError(f"the reward of task {task.id} raised {said}; fix the reward function") from error
+
+
+def advantages_of(
+    groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], estimator: str, chat: ChatFormat
+) -> list[list[list[float]]]:
+    """Per group, tree and branch: the advantage."""
+    estimate = ESTIMATORS[estimator]
+
+    def texts(tree: Tree) -> tuple[str, ...]:
+        if estimator != "reference":
+            return ()
+        return tuple(chat.text([i for turn in branch.turns for i in turn.sampled]) for branch in tree.branches)
+
+    return [
+        estimate([ScoredTree(tree, v.reward, texts=texts(tree)) for tree, v in zip(trees, judged_, strict=True)])
+        for (_, trees), judged_ in zip(groups, verdicts, strict=True)
+    ]
+
+
+def minibatches(groups: Sequence[Group], advantages: Sequence[Sequence[Sequence[float]]], config: TrainConfig) -> list[list[Row]]:
+    """The rows of each optimiser step: whole groups, dealt out in turn. A tree's weight is 1/trees, whatever its fan-out."""
+    made = []
+    for part in range(config.minibatches):
+        chosen = range(part, len(groups), config.minibatches)
+        trees = [(tree, a) for g in chosen for tree, a in zip(groups[g][1], advantages[g], strict=True)]
+        weight = 1.0 / (len(trees) * config.length_scale) if trees else 0.0
+        made.append([row for tree, a in trees for row in rows_of(tree, a, weight)])
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a batch of rows is trained towards. All (B, T), one entry a token id.
+
+    mask        where a token was sampled
+    behaviour   its log-probability under the weights that sampled it
+    """
+
+    mask: torch.Tensor
+    behaviour: torch.Tensor
+    advantages: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, rows: Sequence[Row]) -> Targets:
+        """Of the rows that `batch` was made from."""
+        chosen = [rows[i] for i in batch.members]
+        mask = batch.spread([row.mask for row in rows], torch.bool)
+
+        def alike(values: Sequence[float]) -> torch.Tensor:
+            return torch.tensor(values, device=mask.device)[:, None].expand(mask.shape)
+
+        behaviour = batch.spread([row.logprobs for row in rows])
+        return cls(mask, behaviour, alike([row.advantage for row in chosen]), alike([row.weight for row in chosen]))
+
+
+def update_loss(logprobs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor, targets: Targets, config: TrainConfig) -> LossSums:
+    """The loss of a batch; the model's side (B, T) as `rows.token_logprobs` gives it."""
+    t = targets
+    clip = (config.clip_low, config.clip_high)
+    return policy_loss(logprobs, t.behaviour, t.advantages, t.weights, t.mask, entropy, kl, clip, config.kl)
+
+
+def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:
+    """Of the sums of `LossSums` over an update: averages over sampled tokens."""
+    tokens = max(sums["tokens"], 1.0)
+    return {
+        "loss": sums["loss"] / config.epochs,
+        "clip_fraction": sums["clipped"] / tokens,
+        "behaviour_log_ratio": sums["log_ratio"] / tokens,
+        "kl_to_reference": sums["kl"] / tokens,
+        "entropy": sums["entropy"] / tokens,
+    }
+
+
+def summary(trees: Sequence[Tree], verdicts: Sequence[Verdict]) -> Metrics:
+    """Means over trees."""
+    count = len(trees)
+    found: Metrics = {
+        "reward": sum(v.reward for v in verdicts) / count,
+        "accuracy": sum(v.score for v in verdicts) / count,
+        "spawn_rate": sum(tree.spawned for tree in trees) / count,
+        "clones": sum(tree.usage.clones for tree in trees) / count,
+        "generated": sum(tree.usage.generated for tree in trees) / count,
+        "critical_path": sum(tree.usage.critical_path for tree in trees) / count,
+        "prefilled": sum(tree.usage.prefilled for tree in trees) / count,
+        "cached": sum(tree.usage.cached for tree in trees) / count,
+    }
+    for name in sorted({name for v in verdicts for name in v.penalties}):
+        found[f"penalty_{name}"] = sum(v.penalties.get(name, 0.0) for v in verdicts) / count
+    for status in Status:
+        found[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
+    return found
