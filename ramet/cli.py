@@ -112,16 +112,35 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run folder; by default the config's name.")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
+    engine: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs; see docs/cluster.md.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of openrlhf: print its command and start nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of openrlhf: print what stands where and whether it fits; start nothing.")] = False,
     json: Json = None,
 ) -> None:
     """Train a policy by reinforcement learning. Run again to resume.
 
     Example: ramet train --config examples/nano.toml --seed 1
     """
-    from ramet.benchmarks.jobs import train_job
+    given, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
+    if engine not in ("local", "openrlhf"):
+        raise ConfigError(f"there is no engine {engine!r}; there are local and openrlhf")
+    if engine == "local":
+        if dry_run or plan:
+            raise ConfigError("--dry-run and --plan are of the engine openrlhf: add --engine openrlhf")
+        from ramet.benchmarks.jobs import train_job
 
-    with draining(console.print):
-        train_job(_run_config(config, set_, seed), runs / (name or (config.stem if config else "train")), spawn, json)
+        with draining(console.print):
+            train_job(given, folder, spawn, json)
+        return
+    from ramet.benchmarks import cluster
+
+    if plan:
+        cluster.print_plan(given, folder, spawn, json)
+    if dry_run:
+        cluster.print_flags(given, folder, spawn)
+    if not plan and not dry_run:
+        with draining(console.print):
+            cluster.train_on_cluster(given, folder, spawn, json)
 
 
 @app.command("eval")

@@ -26,6 +26,7 @@ from ramet.env.gym import GymEnvironment
 from ramet.env.maths import MathsEnvironment
 from ramet.env.multihop import MultihopEnvironment, words
 from ramet.errors import ConfigError, StorageError
+from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.update import TrainConfig
 from ramet.rewards.penalty import Prices
 
@@ -222,6 +223,7 @@ class RunConfig(BaseModel):
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
     reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
     train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="standardised")
+    openrlhf: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")

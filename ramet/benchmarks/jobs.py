@@ -35,7 +35,7 @@ LOCK = ".lock"
 _LOCKS: dict[Path, IO[str]] = {}
 
 
-def _lock(directory: Path) -> None:
+def lock(directory: Path) -> None:
     """Hold `directory` until this process ends, however it ends."""
     path = directory.resolve() / LOCK
     if path in _LOCKS:
@@ -53,7 +53,7 @@ def _lock(directory: Path) -> None:
 
 def claim_folder(directory: Path, config: BaseModel) -> None:
     """Make the run folder this configuration's and this process's; refuse one that holds another or is in use."""
-    _lock(directory)
+    lock(directory)
     path = directory / "config.toml"
     if path.exists():
         held = path.read_text()

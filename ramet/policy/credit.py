@@ -118,4 +118,19 @@ def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[lis
     return result
 
 
+def gae(values: Sequence[float], reward: float, gamma: float = 1.0, lam: float = 1.0) -> tuple[list[float], list[float]]:
+    """(advantages, returns) of a row's sampled tokens under a critic: generalised advantage estimation (Schulman et al. 2015).
+
+    `values` are the critic's before each sampled token; the reward comes after the last. What stands between two sampled spans
+    is no step: the token after it follows the one before it. Unbiased with lam 1, whatever the critic; with
+    less, as biased as the critic is wrong.
+    """
+    advantages, after, last = [0.0] * len(values), 0.0, 0.0
+    for t in reversed(range(len(values))):
+        earned = reward if t == len(values) - 1 else 0.0
+        last = earned + gamma * after - values[t] + gamma * lam * last
+        after, advantages[t] = values[t], last
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
 ESTIMATORS: dict[str, Estimator] = {"team": team, "standardised": standardised, "branch_mean": branch_mean, "reference": reference}

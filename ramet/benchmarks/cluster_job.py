@@ -1,0 +1,119 @@
+"""The process that starts a run on Ray: `python -m ramet.benchmarks.cluster_job RUN_FOLDER`. `ramet train --engine openrlhf` starts it.
+
+It ends with what became of the run in `RUN_FOLDER/openrlhf/outcome.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.drain import Drained
+from ramet.benchmarks.jobs import lock
+from ramet.benchmarks.session import job_of, recipe
+from ramet.config import RunConfig, load
+from ramet.errors import ConfigError, RametError, first_line
+from ramet.policy.catalogue import find
+from ramet.policy.openrlhf.flags import flags, needs
+from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.update import Draw, Judge
+
+OUTCOME = Path("openrlhf") / "outcome.json"
+LOST = ("Lost", "EngineLost")
+"""Errors of ours that say that a part of a run has died; Ray's own say so in their base class."""
+
+
+def setup_of(config: RunConfig, directory: Path, spawn: bool) -> Setup:
+    """What the actors of a run are told."""
+    return Setup(
+        config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
+        job_of(config, spawn), not config.env.language, functools.partial(_recipe, config, spawn),
+    )  # fmt: skip
+
+
+def _recipe(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> tuple[Draw, Judge]:
+    return recipe(config, count, spawn)
+
+
+def longest(config: RunConfig, model: Path) -> int:
+    """Tokens of the longest row: the budget's context, or the model's own."""
+    from transformers import AutoConfig
+
+    most = int(AutoConfig.from_pretrained(model, local_files_only=True).max_position_embeddings)
+    return min(config.budget.context or most, most)
+
+
+def start_ray(setup: Setup) -> None:
+    """Connect to the cluster that this process stands in, or start one on this machine. Raises `ConfigError` if it is too small."""
+    import ray
+
+    from ramet.policy.openrlhf import cpu
+
+    wanted, own = needs(setup.cluster), {}
+    variables = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+    if setup.cluster.cpu:
+        # Ray is told of GPUs that are not there, since the run's parts each ask for one.
+        own = {"num_gpus": wanted["GPU"], "num_cpus": wanted["CPU"], "object_store_memory": 2**28}
+        variables |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        os.environ.update(cpu.ENVIRONMENT)
+        cpu.without_flash_attention()
+    if "RAY_ADDRESS" not in os.environ:
+        own["include_dashboard"] = False
+    ray.init(runtime_env={"env_vars": variables}, **own)
+    here = ray.cluster_resources()
+    short = [f"{here.get(kind, 0):g} {kind}s where {count} are needed" for kind, count in wanted.items() if here.get(kind, 0) < count]
+    if short:
+        raise ConfigError(f"this Ray cluster has {' and '.join(short)}; start Ray on more nodes, or lower openrlhf.trainers and .engines")
+
+
+def outcome_of(error: BaseException) -> dict[str, Any]:
+    """What is written of an error that ended a run: `kind` is drained, lost, error or internal."""
+    import ray.exceptions
+
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    said = first_line(error)
+    if isinstance(error, Drained):
+        return {"kind": "drained"}
+    if isinstance(error, ray.exceptions.RaySystemError | ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
+        return {"kind": "lost", "said": said}
+    if isinstance(error, ray.exceptions.OutOfMemoryError | ray.exceptions.ObjectLostError | ray.exceptions.NodeDiedError):
+        return {"kind": "lost", "said": said}
+    if type(error).__name__ in LOST:
+        return {"kind": "lost", "said": said}
+    if isinstance(error, RametError):
+        return {"kind": "error", "error": type(error).__name__, "said": str(error)}
+    return {"kind": "internal", "said": f"{type(error).__name__}: {said}"}
+
+
+def main() -> None:
+    directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
+    outcome: dict[str, Any] = {"kind": "done"}
+    try:
+        # Whoever started this may be gone while it goes on.
+        lock(directory / "openrlhf")
+        config = load(RunConfig, directory / "config.toml")
+        setup = setup_of(config, directory, spawn)
+        start_ray(setup)
+        from ramet.policy.openrlhf.install import run
+
+        run(setup, flags(setup, longest(config, setup.model)))
+    except BaseException as error:
+        traceback.print_exc()
+        outcome = outcome_of(error)
+    path = directory / OUTCOME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(outcome) + "\n")
+    draft.replace(path)
+    sys.exit(0 if outcome["kind"] == "done" else 1)
+
+
+if __name__ == "__main__":
+    main()

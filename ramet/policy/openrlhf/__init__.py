@@ -1,0 +1,22 @@
+"""The cluster trainer: trees trained by OpenRLHF's actors on Ray, vLLM engines and DeepSpeed.
+
+OpenRLHF's own entry point runs, with its flags, placement and weight broadcast; classes of ours stand in the places of
+five of its own (`install`):
+
+| OpenRLHF | here | what differs |
+|---|---|---|
+| agent executor | `executor.TreeExecutor` | one call grows one whole tree with our runtime on the engine |
+| `RolloutRayActor` | `actors.TreeRollout` | weights change under way; tokens carry versions |
+| `SamplesGenerator`, `RemoteExperienceMaker` | `samples.TreeSamples`, `experience.TreeExperience` | trees by task, our credit and rows |
+| `PolicyModelActor`, `CriticModelActor` | `actors.TreePolicy`, `actors.TreeCritic` | our loss; a fixed number of optimiser steps |
+| `PPOTrainer` | `trainer.TreeTrainer` | the loop, the run folder, resuming |
+
+Nothing here is imported by the rest of ramet unless the engine is asked for.
+"""
+
+import os
+
+if os.environ.get("RAMET_OPENRLHF_CPU"):
+    from ramet.policy.openrlhf import cpu
+
+    cpu.without_flash_attention()

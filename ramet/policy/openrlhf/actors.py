@@ -1,0 +1,165 @@
+"""The Ray actors of a run: engines that sample, and DeepSpeed processes that train the policy and, with one, the critic."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar
+
+import torch
+from openrlhf.models import Actor
+from openrlhf.trainer.ppo_utils.experience import Experience
+from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+from openrlhf.trainer.ray.ppo_critic import CriticModelActor
+from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
+
+from ramet.errors import PolicyError
+from ramet.policy.openrlhf import cpu
+from ramet.policy.openrlhf.experience import targets_of
+from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.update import update_loss
+from ramet.policy.vllm import cpu_settings
+
+cpu.activate()
+
+SUMS = ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")
+
+
+def undecorated(actor: Any) -> Any:
+    """The class under one of OpenRLHF's `ray.remote` classes."""
+    return actor.__ray_metadata__.modified_class.__ray_actor_class__
+
+
+class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
+    """An engine on which trees grow."""
+
+    setup: ClassVar[Setup]
+
+    async def __init__(self, *args: Any, **named: Any) -> None:  # type: ignore[misc]
+        named["dtype"] = self.setup.dtype
+        if self.setup.cluster.cpu:
+            named |= {**cpu_settings(2**30), "worker_extension_cls": f"{cpu.__name__}.{cpu.CPUWorker.__name__}"}
+            del named["gpu_memory_utilization"]
+        await super().__init__(*args, **named)
+        self._policy = self.executor.policy(self)
+
+    async def pause_generation(self) -> None:
+        await self._policy.pause()
+
+    async def resume_generation(self, version: int = 0) -> int:
+        """Go on with weights of this version. Returns the tokens computed again for changes of weights since the start."""
+        await self._policy.resume(version)
+        return self._policy.recomputed
+
+
+def _adapt(strategy: Any, setup: Setup) -> None:
+    if setup.dtype == "float32":
+        strategy.param_dtype = strategy.args.ds.param_dtype = cpu.FLOAT32
+
+
+class _Steps:
+    """Optimiser steps over batches of several each, whose number and cut OpenRLHF's own loops would not let be fixed."""
+
+    def append(self, experience: Experience) -> None:
+        self._batches = [*getattr(self, "_batches", []), experience]
+
+    def _optimise(self, engine: Any, loss_of: Any, steps: list[int], epochs: int, rate: float) -> list[float]:
+        """Go through the batches; `loss_of(experience, minibatch)` is summed over a minibatch and over trainers. Returns gradient norms."""
+        trainers = torch.distributed.get_world_size()
+        norms = []
+        for _ in range(epochs):
+            waiting = iter(self._batches)
+            for minibatch, count in enumerate(steps):
+                for number in range(count):
+                    experience = next(waiting).to_device(torch.cuda.current_device())
+                    engine.set_gradient_accumulation_boundary(number == count - 1)
+                    # DeepSpeed takes the mean over trainers.
+                    engine.backward(loss_of(experience, minibatch) * trainers, scale_wrt_gas=False)
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = rate
+                engine.step()
+                norms.append(float(engine.get_global_grad_norm() or 0.0))
+        self._batches = []
+        return norms
+
+
+class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
+    """A trainer of the policy."""
+
+    setup: ClassVar[Setup]
+
+    def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int | None = None, vllm_engines: Any = None) -> None:
+        _adapt(strategy, self.setup)
+        super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
+        self._reference = None
+        if self.setup.train.kl:
+            reference = Actor(
+                pretrain,
+                attn_implementation=strategy.args.ds.attn_implementation,
+                param_dtype=strategy.args.ds.param_dtype,
+                ds_config=strategy.get_ds_eval_config(),
+                temperature=self.setup.train.temperature,
+            )
+            self._reference = strategy.prepare(reference)
+            self._reference.eval()
+
+    def fit(self, kl_ctl: float = 0, *, update: int = 0, steps: list[int], rate: float) -> dict[str, float]:
+        """Train on what was appended. Returns the sums of `LossSums` over this trainer's batches, and the mean gradient norm."""
+        started = time.perf_counter()
+        sums = dict.fromkeys(SUMS, 0.0)
+        self.actor.train()
+
+        def loss_of(experience: Experience, minibatch: int) -> torch.Tensor:
+            found = tree_loss(self.actor, self._reference, experience, self.setup.train)
+            for name in SUMS:
+                sums[name] += float(getattr(found, name).detach())
+            return found.loss
+
+        norms = self._optimise(self.actor.model, loss_of, steps, self.setup.train.epochs, rate)
+        self.actor.eval()
+        norm = sum(norms) / len(norms)
+        if not torch.isfinite(torch.tensor(norm)):
+            raise PolicyError(f"the gradient of update {update} is not finite; lower learning_rate and resume from the last checkpoint")
+        return {**sums, "gradient_norm": norm, "seconds": time.perf_counter() - started}
+
+    def save_model(self) -> None:
+        """The last checkpoint is the last model."""
+
+
+def tree_loss(actor: Any, reference: Any, experience: Experience, train: Any) -> Any:
+    """The sums of ramet's loss over a batch, by OpenRLHF's models. Gradients flow to `actor`."""
+    ids, mask, attention = experience.sequences, experience.action_mask, experience.attention_mask
+    logprobs, output = actor(ids, mask, attention_mask=attention, return_output=True, return_entropy=True)
+    kl = torch.zeros_like(logprobs)
+    if reference is not None:
+        with torch.no_grad():
+            _, others = reference(ids, mask, attention_mask=attention, return_output=True)
+        own = torch.log_softmax(output["logits"][:, :-1], -1)
+        kl = (own.exp() * (own - torch.log_softmax(others["logits"][:, :-1], -1))).sum(-1)
+    return update_loss(logprobs, output.entropy, kl, targets_of(experience), train)
+
+
+class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
+    """A trainer of the critic."""
+
+    setup: ClassVar[Setup]
+
+    def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
+        _adapt(strategy, self.setup)
+        super().init_model_from_pretrained(strategy, pretrain, max_steps)
+
+    def fit(self, *, steps: list[int], tokens: list[int]) -> dict[str, float]:
+        """Train on what was appended, towards its returns. Returns the loss summed over this trainer's batches."""
+        total = 0.0
+        self.critic.train()
+
+        def loss_of(experience: Experience, minibatch: int) -> torch.Tensor:
+            nonlocal total
+            mask = experience.action_mask
+            values = self.critic(experience.sequences, action_mask=mask, attention_mask=experience.attention_mask)
+            loss = self.trainer.critic_loss_fn(values, experience.values, experience.returns, mask, 1, tokens[minibatch])
+            total += float(loss.detach())
+            return loss
+
+        self._optimise(self.critic, loss_of, steps, self.setup.train.epochs, self.setup.cluster.critic_learning_rate)
+        self.critic.eval()
+        return {"critic_loss": total / self.setup.train.epochs}

@@ -1,0 +1,64 @@
+"""The agent executor: one call grows one tree, with ramet's runtime, on the engine of the actor that it stands in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from openrlhf.utils.agent import AgentExecutorBase
+
+from ramet.agents.runtime import Job, Runtime
+from ramet.agents.sampling import Sampling
+from ramet.agents.tree import Status, Tree
+from ramet.errors import PolicyError
+from ramet.policy.models import load_tokenizer
+from ramet.policy.vllm import EnginePolicy
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A tree to grow: stands in the place of OpenRLHF's prompt."""
+
+    job: Job
+    model: Path
+    chat: Any
+    temperature: float
+    tell_all: bool
+
+
+class EngineLost(RuntimeError):
+    """The engine has died under its actor."""
+
+
+class TreeExecutor(AgentExecutorBase):
+    """Grows trees; all of them share one policy, so that they share prefixes and weight versions."""
+
+    def __init__(self) -> None:
+        self._policy: EnginePolicy | None = None
+        self._runtimes: dict[tuple[Any, ...], Runtime] = {}
+
+    def policy(self, actor: Any) -> EnginePolicy:
+        """The policy on the engine of `actor`, a `TreeRollout`."""
+        if self._policy is None:
+            self._policy = EnginePolicy(actor.llm, int(actor.llm.model_config.max_model_len))
+        return self._policy
+
+    async def execute(
+        self, prompt: Rollout, label: Any, sampling_params: Any, max_length: int, hf_tokenizer: Any, llm_engine: Any, images: Any = None
+    ) -> Tree:
+        """The finished tree. Raises `EngineLost`, or `PolicyError` for a tree that failed."""
+        runtime = self._runtime(prompt, self.policy(llm_engine))
+        tree = await runtime.run(prompt.job.task, prompt.job.budget, prompt.job.seed)
+        if tree.root.status is Status.FAILED:
+            if llm_engine.llm.errored:
+                raise EngineLost(tree.error)
+            raise PolicyError(f"task {prompt.job.task.id} failed: {tree.error}")
+        return tree
+
+    def _runtime(self, asked: Rollout, policy: EnginePolicy) -> Runtime:
+        key = (asked.model, asked.chat, asked.temperature, asked.tell_all)
+        if key not in self._runtimes:
+            _, chat = load_tokenizer(asked.model, asked.chat)
+            self._runtimes[key] = Runtime(policy, chat, Sampling(asked.temperature), tell_all=asked.tell_all)
+        return self._runtimes[key]

@@ -1,0 +1,93 @@
+"""A run as OpenRLHF's flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ramet.errors import ConfigError
+from ramet.policy.openrlhf.settings import ClusterConfig, Setup
+
+AGENT = Path(__file__).with_name("agent.py")
+"""The file from which OpenRLHF's engines load their agent."""
+
+STOP = ".stop"
+"""A file of the run folder that asks the run to save itself and to end."""
+
+
+def flags(setup: Setup, context: int) -> list[str]:
+    """What `openrlhf.cli.train_ppo_ray` is called with. `context` is the longest row in tokens. Raises `ConfigError`."""
+    train, cluster = setup.train, setup.cluster
+    if train.lora_rank:
+        raise ConfigError("the openrlhf engine trains whole models: set train.lora_rank to 0")
+    if setup.dtype == "float32" and not cluster.cpu:
+        raise ConfigError("the openrlhf engine trains in bfloat16 on GPUs: set dtype to bfloat16")
+    if train.tasks * train.group_size < cluster.trainers:
+        raise ConfigError(f"{train.tasks} tasks of {train.group_size} trees are fewer than {cluster.trainers} trainers; raise train.tasks")
+    state = setup.directory / "openrlhf"
+    nodes, gpus = cluster.shape
+    made: dict[str, object] = {
+        "actor.model_name_or_path": setup.model,
+        "train.agent_func_path": AGENT,
+        "actor.num_nodes": nodes,
+        "actor.num_gpus_per_node": gpus,
+        "vllm.num_engines": cluster.engines,
+        "vllm.tensor_parallel_size": cluster.engine_gpus,
+        "vllm.gpu_memory_utilization": cluster.memory_share,
+        "vllm.enable_prefix_caching": True,
+        "vllm.enforce_eager": cluster.cpu,
+        "vllm.sync_backend": "gloo" if cluster.cpu else "nccl",
+        "ds.zero_stage": cluster.zero_stage,
+        "ds.param_dtype": "bf16",
+        "ds.attn_implementation": cluster.attention,
+        "ds.adam_offload": cluster.offload,
+        "actor.gradient_checkpointing_enable": cluster.recompute,
+        "data.max_len": context,
+        "rollout.batch_size": train.tasks,
+        "rollout.n_samples_per_prompt": train.group_size,
+        "rollout.temperature": train.temperature,
+        # Micro-batches are cut by tokens; DeepSpeed only has to know that there are several.
+        "train.micro_batch_size": 1,
+        "train.batch_size": 2 * cluster.trainers,
+        "train.max_epochs": train.epochs,
+        "train.seed": setup.seed,
+        "actor.eps_clip_low_high": (train.clip_low, train.clip_high),
+        "actor.adam.lr": train.learning_rate,
+        "actor.adam.betas": (0.9, 0.99),
+        "actor.adam.weight_decay": train.weight_decay,
+        "actor.max_norm": train.gradient_clip,
+        # The rate of every update is set by the trainer.
+        "actor.lr_scheduler": "constant",
+        "algo.advantage.estimator": "gae" if cluster.critic else "reinforce",
+        # Makes engines return log-probabilities of the sampling distribution.
+        "algo.advantage.is_correction_level": "token",
+        # The divergence from the reference is part of ramet's loss, over the whole vocabulary.
+        "algo.kl.init_coef": 0,
+        "ckpt.path": state,
+        "ckpt.output_dir": state / "last",
+        "ckpt.save_hf": True,
+        "ckpt.load_enable": True,
+        "ckpt.max_num": 2,
+    }
+    if cluster.critic:
+        made |= {
+            "critic.model_name_or_path": setup.model,
+            "critic.num_nodes": nodes,
+            "critic.num_gpus_per_node": gpus,
+            "critic.adam.lr": cluster.critic_learning_rate,
+            "critic.max_norm": train.gradient_clip,
+            "critic.lr_scheduler": "constant",
+            "critic.value_clip": cluster.value_clip,
+            "algo.advantage.gamma": cluster.gamma,
+            "algo.advantage.lambd": cluster.lam,
+        }
+    spelled = []
+    for name, value in made.items():
+        if value is not False:
+            values = value if isinstance(value, tuple) else () if value is True else (value,)
+            spelled += [f"--{name}", *map(str, values)]
+    return spelled
+
+
+def needs(cluster: ClusterConfig) -> dict[str, int]:
+    """Resources that Ray must have for this run: its placement groups take a CPU with every GPU; the controller takes one."""
+    return {"GPU": cluster.gpus, "CPU": cluster.gpus + 1}

@@ -1,0 +1,45 @@
+"""Put ramet's classes in the places of OpenRLHF's, and run OpenRLHF's own entry point."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from ramet.policy.openrlhf import supported
+from ramet.policy.openrlhf.settings import Setup
+
+ENTRY = "openrlhf.cli.train_ppo_ray"
+
+
+def install(setup: Setup) -> None:
+    """In this process, which is to start the run: the classes reach the actors with the actors. Raises `ConfigError`."""
+    supported.check()
+    import openrlhf.trainer.ppo_trainer as controller
+    import openrlhf.trainer.ray.ppo_actor as policy
+    import openrlhf.trainer.ray.ppo_critic as critic
+    import openrlhf.trainer.ray.vllm_engine as engine
+
+    from ramet.policy.openrlhf.actors import TreeCritic, TreePolicy, TreeRollout
+    from ramet.policy.openrlhf.trainer import TreeTrainer
+
+    def told(kind: Any) -> Any:
+        return type(kind.__name__, (kind,), {"setup": setup})
+
+    engine.RolloutRayActor = ray.remote(told(TreeRollout))
+    policy.PolicyModelActor = ray.remote(num_gpus=1)(told(TreePolicy))
+    critic.CriticModelActor = ray.remote(num_gpus=1)(told(TreeCritic))
+    controller.PPOTrainer = ray.remote(told(TreeTrainer))
+
+
+def run(setup: Setup, flags: Sequence[str]) -> None:
+    """The whole run, in a process that is connected to Ray."""
+    install(setup)
+    before, sys.argv = sys.argv, [ENTRY, *flags]
+    try:
+        runpy.run_module(ENTRY, run_name="__main__")
+    finally:
+        sys.argv = before

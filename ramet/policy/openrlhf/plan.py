@@ -1,0 +1,166 @@
+"""Placement and memory of a run, from its model's configuration: what stands on which GPU, and whether it fits.
+
+Exact: parameters (the model is built without memory), keys and values. Modelled: activations and logits, by the formulas here;
+kernels and allocators add some, for which `ROOM` of every GPU is kept. With P parameters, N trainers, bytes:
+
+    weights      2 P            (zero_stage 3: 2 P / N, and two layers or the embedding at a time)
+    gradients    2 P / N, 4 P / N as float32 during the step, and DeepSpeed's bucket
+    optimiser    12 P / N       (offload: in the host's memory)
+    reference    2 P            (zero_stage 3: 2 P / N), where train.kl is not 0
+    activations  2 T L h, and one layer's 2 T (6 h + 2 q + 2 k + 3 f)          (recompute = false: L times that)
+    logits       T V (2 + 4 + 4 + 4), and T V (2 + 4 + 4 + 4 + 4) with a reference
+
+for T tokens of a batch, L layers of width h, q and k the widths of queries and of keys, f that of the MLP, V tokens of vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ramet.errors import CheckpointError, ConfigError, first_line
+from ramet.policy.openrlhf.settings import ClusterConfig
+from ramet.policy.update import TrainConfig
+
+GIB = 2**30
+ROOM = 0.06
+"""Share of a GPU that is left for kernels, the communication library and what an allocator cannot use."""
+BUCKET = 500_000_000
+"""Elements of DeepSpeed's gradient bucket at its default."""
+ENGINE_GIB = 2.0
+"""Of an engine beside weights, keys and values: its activations and graphs."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on. `layer` is the parameters of the largest block, `kv` bytes of keys and values a token."""
+
+    parameters: int
+    layer: int
+    layers: int
+    hidden: int
+    queries: int
+    keys: int
+    mlp: int
+    vocabulary: int
+    kv: int
+
+    @classmethod
+    def of(cls, model: Path) -> Shape:
+        """From a directory that has at least a `config.json`. Raises `CheckpointError`."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        try:
+            config = AutoConfig.from_pretrained(model, local_files_only=True)
+            with torch.device("meta"):
+                built: Any = AutoModelForCausalLM.from_config(config)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{model} has no configuration of a language model ({first_line(error)})") from error
+        text = config.get_text_config()
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        keys = (getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head
+        blocks = [sum(p.numel() for p in block.parameters()) for block in built.model.layers]
+        return cls(
+            sum(p.numel() for p in built.parameters()), max(*blocks, text.vocab_size * text.hidden_size), text.num_hidden_layers,
+            text.hidden_size, text.num_attention_heads * head, keys, text.intermediate_size, text.vocab_size,
+            2 * 2 * text.num_hidden_layers * keys,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """GPUs that hold the same: bytes by name, of one GPU, and what it offers."""
+
+    name: str
+    gpus: int
+    bytes: dict[str, float]
+    offered: float
+    remedy: str
+
+    @property
+    def needed(self) -> float:
+        return sum(self.bytes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a run stands. `sync` is the bytes that every engine is sent after an update; `rows` fit an engine at full length."""
+
+    shape: Shape
+    parts: list[Part]
+    nodes: list[dict[str, int]]
+    sync: int
+    rows: int
+    host: float
+    problems: list[str] = field(default_factory=list)
+
+
+def plan(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context: int) -> Plan:
+    """The plan of a run whose longest row has `context` tokens. Its `problems` say what does not fit, with the numbers."""
+    gpu = cluster.gpu_memory * GIB
+    usable = gpu * (1 - ROOM)
+    policy = _training(shape, train, cluster, context)
+    parts = [Part("trainer", cluster.trainers, policy, usable, _REMEDY)]
+    if cluster.critic:
+        critic = {**policy, "reference": 0.0, "logits": 0.0}
+        parts.append(Part("critic", cluster.trainers, critic, usable, _REMEDY))
+    offered = gpu * cluster.memory_share
+    fixed = 2 * shape.parameters / cluster.engine_gpus + ENGINE_GIB * GIB
+    left = max(offered - fixed, 0.0) * cluster.engine_gpus
+    rows = int(left / shape.kv) // context
+    one = {"weights": 2 * shape.parameters / cluster.engine_gpus, "engine": ENGINE_GIB * GIB}
+    one["keys and values"] = max(context * shape.kv / cluster.engine_gpus, left / cluster.engine_gpus)
+    parts.append(Part("engine", cluster.engines * cluster.engine_gpus, one, offered, "raise openrlhf.engine_gpus, or lower budget.context"))
+    problems = [
+        f"a GPU of the {part.name} needs {part.needed / GIB:.1f} GiB of {part.offered / GIB:.1f} ("
+        + ", ".join(f"{name} {size / GIB:.1f}" for name, size in part.bytes.items() if size)
+        + f"): {part.remedy}"
+        for part in parts
+        if part.needed > part.offered * (1 + 1e-9)
+    ]
+    host = 12 * shape.parameters / cluster.trainers * min(cluster.trainers, cluster.gpus_per_node) if cluster.offload else 0.0
+    return Plan(shape, parts, _nodes(cluster), 2 * shape.parameters, rows, host, problems)
+
+
+_REMEDY = "raise openrlhf.trainers, set openrlhf.zero_stage to 3, offload or recompute to true, or lower train.batch_tokens"
+
+
+def _training(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context: int) -> dict[str, float]:
+    """Bytes of one GPU that trains the policy."""
+    p, n = shape.parameters, cluster.trainers
+    # A row that is longer than a batch is a batch by itself.
+    t = max(train.batch_tokens, context)
+    sharded = cluster.zero_stage == 3
+    weights = 2 * p / n + 2 * 2 * shape.layer if sharded else 2 * p
+    layer = 2 * t * (6 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.mlp)
+    kept = 2 * t * shape.layers * shape.hidden + layer if cluster.recompute else shape.layers * layer
+    return {
+        "weights": weights,
+        "gradients": 6 * p / n + 2 * min(BUCKET, p),
+        "optimiser": 0.0 if cluster.offload else 12 * p / n,
+        "reference": 0.0 if not train.kl else 2 * p / n if sharded else 2 * p,
+        "activations": kept,
+        "logits": t * shape.vocabulary * (14 + (18 if train.kl else 0)),
+    }
+
+
+def _nodes(cluster: ClusterConfig) -> list[dict[str, int]]:
+    """GPUs by role on each node, filled in the order in which Ray is asked: engines, then trainers, then critics."""
+    wanted = [("engine", cluster.engine_gpus)] * cluster.engines + [("trainer", 1)] * cluster.trainers
+    wanted += [("critic", 1)] * (cluster.trainers if cluster.critic else 0)
+    nodes: list[dict[str, int]] = []
+    for role, gpus in wanted:
+        node = next((node for node in nodes if sum(node.values()) + gpus <= cluster.gpus_per_node), None)
+        if node is None:
+            node = {}
+            nodes.append(node)
+        node[role] = node.get(role, 0) + gpus
+    return nodes
+
+
+def refuse(made: Plan) -> None:
+    """Raises `ConfigError` with the numbers if the plan does not fit."""
+    if made.problems:
+        raise ConfigError("this does not fit: " + "; ".join(made.problems))

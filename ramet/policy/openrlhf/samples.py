@@ -1,0 +1,97 @@
+"""The samples of updates: trees, from a journal or from the engines, in any order and none of them twice."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+from pydantic import TypeAdapter
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.tree import Tree
+from ramet.policy.openrlhf.executor import Rollout
+from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.update import Draw, Group, Judge, Verdict, grouped, jobs_of, judged
+
+_TREE = TypeAdapter(Tree)
+
+
+class TreeSamples(SamplesGenerator):
+    """Grows the trees of updates, several updates at a time, and judges each as soon as it is there.
+
+    Every finished tree goes to the journal of its update first: one that was interrupted goes on with the trees that are missing.
+    The trees of a task grow on one engine, which reads what they share once. `wait(refs)` gives one of Ray's references that is done,
+    and raises if it never will be.
+    """
+
+    def __init__(self, strategy: Any, engines: list[Any], setup: Setup, draw: Draw, judge: Judge, wait: Callable[[list[Any]], Any]) -> None:
+        super().__init__(strategy, None, None, None, engines)
+        self.setup, self.draw, self._judge, self._wait = setup, draw, judge, wait
+        self._begun: dict[int, _Update] = {}
+        self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
+        self._loads = [0] * len(engines)
+        self._judges = ThreadPoolExecutor(setup.cluster.judges)
+
+    def begin(self, update: int) -> None:
+        """Start the trees of an update that are not in its journal. Does not wait."""
+        if update in self._begun:
+            return
+        path = self.setup.directory / "rollouts" / f"{update:06d}.jsonl"
+        drawn = list(self.draw(update))
+        begun = _Update(drawn, Journal(path, fingerprint(self.setup.job, update)))
+        self._begun[update] = begun
+        for record in begun.journal.records:
+            self._keep(begun, (record["group"], record["number"]), _TREE.validate_python(record["tree"]))
+        begun.journal.records.clear()
+        loads = [(load, engine) for engine, load in enumerate(self._loads)]
+        heapq.heapify(loads)
+        places: dict[int, int] = {}
+        train = self.setup.train
+        for job in jobs_of(drawn, update, train.group_size, self.setup.seed):
+            group, number = job.key
+            assert isinstance(group, int) and isinstance(number, int)
+            if (group, number) in begun.trees:
+                continue
+            if group not in places:
+                load, places[group] = heapq.heappop(loads)
+                heapq.heappush(loads, (load + train.group_size, places[group]))
+            engine = places[group]
+            rollout = Rollout(job, self.setup.model, self.setup.chat, train.temperature, self.setup.tell_all)
+            ref = self.vllm_engines[engine].generate_responses.remote(
+                prompt=rollout, label=None, sampling_params=None, max_length=0, hf_tokenizer=None, num_samples=1
+            )
+            self._pending[ref] = (update, (group, number), engine)
+            self._loads[engine] += 1
+
+    def collect(self, update: int) -> tuple[list[Group], list[list[Verdict]]]:
+        """The groups of an update that was begun, and what each tree earned. Raises what the engines or the rewards raise."""
+        begun = self._begun[update]
+        size = self.setup.train.group_size
+        while len(begun.trees) < len(begun.drawn) * size:
+            ref, ((tree,)) = self._wait(list(self._pending))
+            where, key, engine = self._pending.pop(ref)
+            self._loads[engine] -= 1
+            of = self._begun[where]
+            of.journal.append({"group": key[0], "number": key[1], "tree": json.loads(_TREE.dump_json(tree))}, keep=False)
+            self._keep(of, key, tree)
+        del self._begun[update]
+        begun.journal.close()
+        groups = grouped(begun.drawn, begun.trees, size)
+        return groups, [[begun.verdicts[g, n].result() for n in range(size)] for g in range(len(groups))]
+
+    def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:
+        begun.trees[key] = tree
+        begun.verdicts[key] = self._judges.submit(judged, self._judge, begun.drawn[key[0]][0], tree)
+
+
+class _Update:
+    """Trees of one update as they come."""
+
+    def __init__(self, drawn: list[Any], journal: Journal) -> None:
+        self.drawn, self.journal = drawn, journal
+        self.trees: dict[tuple[object, ...], Tree] = {}
+        self.verdicts: dict[tuple[int, int], Future[Verdict]] = {}

@@ -1,0 +1,101 @@
+"""Settings of the cluster trainer: the section `[openrlhf]` of a run, and what its actors are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ramet.policy.update import Draw, Judge, TrainConfig
+
+_Count = Annotated[int, Field(ge=1)]
+
+
+class ClusterConfig(BaseModel):
+    """Where the parts of a run stand, and how they keep step.
+
+    trainers        GPUs that train, each with a shard of the optimiser
+    engines         vLLM engines that sample; engine_gpus: GPUs of each
+    gpus_per_node   of every node
+    gpu_memory      GiB of one GPU, for `--plan`
+    memory_share    of a GPU that an engine takes
+    zero_stage      of DeepSpeed: 2 shards gradients and optimiser, 3 the weights too; offload: the optimiser's state to the host
+    recompute       activations in the backward pass, instead of keeping them
+    attention       of training, as transformers calls it
+    staleness       updates that sampling may be ahead of the weights; 0: sample, train, sample
+    critic          PPO with a critic and GAE instead of `train.estimator`
+    gamma, lam      of GAE
+    value_clip      of the critic's loss
+    judges          trees whose rewards are computed at the same time; more than one for a reward server
+    address         of a Ray cluster's job server, such as http://head:8265; without one, Ray is started on this machine
+    restarts        times that a run begins again from its last checkpoint after a part of it was lost
+    cpu             without CUDA, for development; see `ramet.policy.openrlhf.cpu`
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trainers: _Count = 4
+    engines: _Count = 4
+    engine_gpus: _Count = 1
+    gpus_per_node: _Count = 8
+    gpu_memory: Annotated[float, Field(gt=0)] = 80.0
+    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    zero_stage: Literal[2, 3] = 3
+    offload: bool = False
+    recompute: bool = True
+    attention: Literal["flash_attention_2", "sdpa", "eager"] = "flash_attention_2"
+    staleness: Annotated[int, Field(ge=0)] = 0
+    critic: bool = False
+    critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    value_clip: Annotated[float, Field(gt=0)] = 0.5
+    judges: _Count = 1
+    address: str = ""
+    restarts: Annotated[int, Field(ge=0)] = 2
+    cpu: bool = False
+
+    @model_validator(mode="after")
+    def _fits_nodes(self) -> ClusterConfig:
+        if self.trainers > self.gpus_per_node and self.trainers % self.gpus_per_node:
+            raise ValueError(f"{self.trainers} trainers do not fill nodes of {self.gpus_per_node} GPUs; take a multiple of it, or fewer")
+        if self.engine_gpus > self.gpus_per_node:
+            raise ValueError(f"an engine of {self.engine_gpus} GPUs does not fit a node of {self.gpus_per_node}")
+        if self.address and self.cpu:
+            raise ValueError("cpu is for this machine: leave address out")
+        return self
+
+    @property
+    def gpus(self) -> int:
+        """GPUs of the whole run; a critic has as many as the policy's trainers."""
+        return self.trainers * (2 if self.critic else 1) + self.engines * self.engine_gpus
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(nodes, GPUs of each) that train."""
+        nodes = max(self.trainers // self.gpus_per_node, 1)
+        return nodes, self.trainers // nodes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the actors of a run are told.
+
+    directory  the run folder, which every node must see
+    job        tells runs apart
+    recipe     gives the tasks of updates and the rewards of trees, of a function that counts the tokens of a text
+    """
+
+    train: TrainConfig
+    cluster: ClusterConfig
+    directory: Path
+    model: Path
+    chat: Any
+    dtype: str
+    seed: int
+    job: str
+    tell_all: bool
+    recipe: Callable[[Callable[[str], int]], tuple[Draw, Judge]]

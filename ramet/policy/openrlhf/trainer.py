@@ -1,0 +1,196 @@
+"""The controller of a run: one actor that asks engines for trees and trainers for updates, and keeps the run folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import ray
+from openrlhf.trainer.ppo_trainer import BasePPOTrainer
+
+from ramet.agents.drain import Drained
+from ramet.errors import ConfigError, StorageError
+from ramet.policy.checkpoint import TRAINER, prune_checkpoints
+from ramet.policy.models import load_tokenizer
+from ramet.policy.openrlhf import cpu
+from ramet.policy.openrlhf.actors import SUMS
+from ramet.policy.openrlhf.experience import TreeExperience
+from ramet.policy.openrlhf.flags import STOP
+from ramet.policy.openrlhf.samples import TreeSamples
+from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.runlog import RunLog
+from ramet.policy.update import Metrics, advantages_of, learning_rate, loss_metrics, minibatches, summary
+
+WATCH_SECONDS = 2.0
+
+
+class Lost(RuntimeError):
+    """A part of the run has died: an engine, a trainer, a node."""
+
+
+class TreeTrainer(BasePPOTrainer):
+    """Runs the updates. While one is trained, the trees of the next `staleness` ones may already grow."""
+
+    setup: ClassVar[Setup]
+
+    def __init__(
+        self,
+        pretrain: str,
+        strategy: Any,
+        actor_model_group: Any,
+        critic_model_group: Any,
+        reward_model_group: Any,
+        reference_model_group: Any,
+        vllm_engines: Any,
+        **generate_kwargs: Any,
+    ) -> None:
+        cpu.activate()
+        setup = self.setup
+        tokenizer, self.chat = load_tokenizer(setup.model, setup.chat)
+        super().__init__(
+            strategy, actor_model_group, critic_model_group, reward_model_group, reference_model_group, vllm_engines, tokenizer
+        )
+        self.experience_maker = TreeExperience(
+            setup.cluster, setup.train.batch_tokens, actor_model_group, critic_model_group, None, None, self.kl_ctl, strategy, tokenizer
+        )
+        draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+        self.samples_generator = TreeSamples(strategy, vllm_engines, setup, draw, judge, self._first)
+        self.log = RunLog(setup.directory)
+        self._recomputed = 0
+
+    def get_max_steps(self) -> int:
+        train = self.setup.train
+        return train.updates * train.minibatches * train.epochs
+
+    def fit(self, global_step: int = 0) -> None:
+        """Run the updates that are left. Raises `Drained` if asked to stop."""
+        train, staleness = self.setup.train, self.setup.cluster.staleness
+        start = self._resumed()
+        self.log.resume(start)
+        if start:
+            self._sync(start)
+            if not self._checkpoint(start).exists():
+                self._save(start)
+        stop = self.setup.directory / STOP
+        with self.log:
+            for update in range(start, train.updates):
+                for ahead in range(update, min(update + staleness + 1, train.updates)):
+                    self.samples_generator.begin(ahead)
+                self.log.write(self._update(update))
+                done = update + 1
+                stopping = stop.exists() and done < train.updates
+                if done % train.checkpoint_every == 0 or done == train.updates or stopping:
+                    self._save(done)
+                if stopping:
+                    raise Drained
+
+    def _update(self, update: int) -> Metrics:
+        train, cluster = self.setup.train, self.setup.cluster
+        started = time.perf_counter()
+        groups, verdicts = self.samples_generator.collect(update)
+        sampled = time.perf_counter()
+        trees = [tree for _, found in groups for tree in found]
+        if cluster.critic:
+            advantages = [
+                [[v.reward] * len(tree.branches) for tree, v in zip(found, of, strict=True)]
+                for (_, found), of in zip(groups, verdicts, strict=True)
+            ]
+        else:
+            advantages = advantages_of(groups, verdicts, train.estimator, self.chat)
+        metrics: Metrics = {"update": update, **summary(trees, [v for of in verdicts for v in of])}
+        metrics["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
+        versions = [v for tree in trees for branch in tree.branches for v in branch.versions if v >= 0]
+        if update - min(versions) > cluster.staleness:
+            raise ConfigError(f"update {update} has tokens of weights {min(versions)}, older than staleness {cluster.staleness} allows")
+        metrics["staleness"] = update - sum(versions) / len(versions)
+        metrics["staleness_max"] = update - min(versions)
+
+        dealt = self.experience_maker.make_experience_batch(minibatches(groups, advantages, train))
+        rate = learning_rate(train, update)
+        models = [self.actor_model_group, *([self.critic_model_group] if cluster.critic else [])]
+        self._all([ref for group in models for ref in group.async_run_method_batch("append", experience=dealt.experiences)])
+        refs = self.actor_model_group.async_run_method("fit", update=update, steps=dealt.steps, rate=rate)
+        if cluster.critic:
+            refs += self.critic_model_group.async_run_method("fit", steps=dealt.steps, tokens=dealt.tokens)
+        found = self._all(refs)
+        policies = found[: cluster.trainers]
+        metrics |= loss_metrics({name: sum(part[name] for part in policies) for name in SUMS}, train)
+        metrics |= {"gradient_norm": policies[0]["gradient_norm"], "learning_rate": rate}
+        metrics["optimizer_steps"] = train.minibatches * train.epochs
+        if cluster.critic:
+            metrics["critic_loss"] = sum(part["critic_loss"] for part in found[cluster.trainers :])
+        trained = time.perf_counter()
+        recomputed = self._sync(update + 1)
+        metrics["recomputed"] = (recomputed - self._recomputed) / len(trees)
+        self._recomputed = recomputed
+        metrics["seconds_sampling"] = sampled - started
+        metrics["seconds_training"] = trained - sampled
+        metrics["seconds_syncing"] = time.perf_counter() - trained
+        return metrics
+
+    def _sync(self, version: int) -> int:
+        """Give the engines the trainers' weights. Returns tokens computed again because of it, since the engines began."""
+        self._all([engine.pause_generation.remote() for engine in self.vllm_engines])
+        self._all(self.actor_model_group.async_run_method("broadcast_to_vllm"))
+        return sum(self._all([engine.resume_generation.remote(version) for engine in self.vllm_engines]))
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.setup.directory / "checkpoints" / f"step-{step:06d}"
+
+    def _save(self, step: int) -> None:
+        """DeepSpeed's state, and the weights as a model directory among the run's checkpoints."""
+        tag = f"global_step{step}"
+        exported = self.setup.directory / "openrlhf" / f"{tag}_hf"
+        shutil.rmtree(exported, ignore_errors=True)
+        refs = self.actor_model_group.async_run_method("save_checkpoint", tag=tag, client_states={"step": step, "job": self.setup.job})
+        if self.critic_model_group is not None:
+            refs += self.critic_model_group.async_run_method("save_checkpoint", tag=tag)
+        self._all(refs)
+        target = self._checkpoint(step)
+        try:
+            self.tokenizer.save_pretrained(exported)
+            state = {"step": step, "seed": self.setup.seed, "job": self.setup.job, "engine": "openrlhf"}
+            (exported / TRAINER).write_text(json.dumps(state, indent=2) + "\n")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            exported.rename(target)
+        except OSError as error:
+            said = error.strerror or error
+            raise StorageError(f"cannot write checkpoint {target}: {said}; free space and run again to resume") from error
+        prune_checkpoints(target.parent, keep=2)
+        self.log.forget_rollouts(step)
+
+    def _resumed(self) -> int:
+        """The update to go on with: that of DeepSpeed's last whole state."""
+        states = self._all(self.actor_model_group.async_run_method("get_checkpoint_states"))[0]
+        if states and states["job"] != self.setup.job:
+            raise ConfigError(f"{self.setup.directory} holds a run with another seed or configuration; choose another --name or remove it")
+        return int(states["step"]) if states else 0
+
+    def _first(self, refs: list[Any]) -> tuple[Any, Any]:
+        """One of Ray's references that is done, and its value. Raises `Lost` if an actor of the run has died meanwhile."""
+        while True:
+            ready, _ = ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS)
+            if ready:
+                return ready[0], ray.get(ready[0])
+            self._watch()
+
+    def _all(self, refs: list[Any]) -> list[Any]:
+        """The values of Ray's references, in their order."""
+        values, left = {}, list(refs)
+        while left:
+            ref, value = self._first(left)
+            values[ref] = value
+            left.remove(ref)
+        return [values[ref] for ref in refs]
+
+    def _watch(self) -> None:
+        # A dead actor leaves those that it exchanges weights or gradients with waiting for ever.
+        groups = [group._actor_handlers for group in (self.actor_model_group, self.critic_model_group) if group is not None]
+        for handle in [*self.vllm_engines, *(handle for group in groups for handle in group)]:
+            found = ray._private.state.actors(handle._actor_id.hex())
+            if found.get("State") == "DEAD":
+                raise Lost(f"{found.get('ActorClassName', 'an actor')} (process {found.get('Pid')}) has died")
