@@ -1,0 +1,173 @@
+"""The same stored trees through the local trainer and through OpenRLHF's models on DeepSpeed: one algorithm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-openrlhf")
+
+import openrlhf.utils
+import ray
+from deepspeed.utils import safe_get_full_grad
+
+from ramet.agents.budget import Budget
+from ramet.agents.runtime import Job, Runtime
+from ramet.agents.sampling import Sampling
+from ramet.agents.tree import Task, Tree
+from ramet.env.arithmetic import RowsEnvironment
+from ramet.nano import BASE
+from ramet.policy.hf import HFPolicy
+from ramet.policy.models import load_model
+from ramet.policy.openrlhf import install
+from ramet.policy.openrlhf.actors import TreePolicy
+from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
+from ramet.policy.openrlhf.flags import flags
+from ramet.policy.openrlhf.settings import ClusterConfig, Setup
+from ramet.policy.rows import Row
+from ramet.policy.trainer import Trainer
+from ramet.policy.update import Group, TrainConfig, Verdict, advantages_of, minibatches
+
+TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl=0.1, temperature=0.7, batch_tokens=700, estimator="standardised")
+STORED = TypeAdapter(Tree)
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[Group]:
+    """Trees of the shipped model, some of them with clones, as they come out of a journal."""
+    torch.set_num_threads(1)
+    model, _, chat = load_model(BASE)
+    tasks = RowsEnvironment((3, 16)).tasks("train", TRAIN.tasks, 0)
+    budget = Budget(generated=256, depth=1, answer_reserve=8, context=768)
+
+    async def main() -> dict[Any, Tree]:
+        async with HFPolicy(model) as policy:
+            runtime = Runtime(policy, chat, Sampling(TRAIN.temperature))
+            jobs = [Job(task, budget, 100 * g + n, (g, n)) for g, task in enumerate(tasks) for n in range(TRAIN.group_size)]
+            async with runtime.run_many(jobs) as trees:
+                return {job.key: tree async for job, tree in trees}
+
+    grown = anyio.run(main)
+    stored = {key: STORED.validate_python(json.loads(STORED.dump_json(tree))) for key, tree in grown.items()}
+    assert stored == grown, "a journal gives back what it was given, to the last bit"
+    assert any(tree.spawned for tree in stored.values())
+    return [(task, [stored[g, n] for n in range(TRAIN.group_size)]) for g, task in enumerate(tasks)]
+
+
+def judge(task: Task, tree: Tree) -> Verdict:
+    score = float(tree.answer is not None) - 0.001 * tree.usage.generated
+    return Verdict(score, {}, score)
+
+
+def advantages(groups: list[Group], chat: Any) -> list[list[list[float]]]:
+    return advantages_of(groups, [[judge(task, tree) for tree in trees] for task, trees in groups], TRAIN.estimator, chat)
+
+
+def disturb(parameters: Any) -> None:
+    """Other weights than those that sampled, the same in both trainers: ratios and divergences that are not trivial."""
+    noise = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=noise))
+
+
+def arguments(made: Setup, monkeypatch: Any) -> Any:
+    """What OpenRLHF's own parser and checks make of our flags."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(args: Any) -> None:
+        raise Parsed(args)
+
+    monkeypatch.setattr(openrlhf.utils, "get_strategy", stop)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with pytest.raises(Parsed) as parsed:
+        install.run(made, flags(made, 768))
+    monkeypatch.undo()
+    return parsed.value.args[0]
+
+
+def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) -> None:
+    model, tokenizer, chat = load_model(BASE)
+    given = advantages(groups, chat)
+    parts = minibatches(groups, given, TRAIN)
+    local = Trainer(model, tokenizer, chat, lambda update: [], judge, TRAIN, tmp_path / "local")
+    disturb(model.parameters())
+    model.train()
+    local_loss = sum(values["loss"] for values, _, _ in local._backward(parts[0]))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    cluster = ClusterConfig(trainers=1, engines=1, zero_stage=2, attention="sdpa", recompute=False, cpu=True)
+    made = Setup(TRAIN, cluster, tmp_path / "cluster", BASE, "auto", "float32", 0, "job", True, lambda count: None)
+    from openrlhf.utils.utils import get_strategy
+
+    strategy = get_strategy(arguments(made, monkeypatch))
+    actor = type("Told", (TreePolicy,), {"setup": made})(1, 0, None, None)
+    actor.init_model_from_pretrained(strategy, str(BASE), 1, None)
+    engine = actor.actor.model
+    disturb(engine.module.parameters())
+    dealt = deal(parts, 1, TRAIN.batch_tokens, tokenizer.pad_token_id or 0)
+    assert len(dealt.experiences) > 2, "gradients are summed over several batches"
+    for experience in dealt.experiences:
+        actor.append(experience)
+    found: dict[str, torch.Tensor] = {}
+
+    def step() -> None:
+        found.update({name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()})
+
+    monkeypatch.setattr(engine, "step", step)
+    sums = actor.fit(0.0, update=0, steps=dealt.steps, rate=1e-4)
+
+    assert [row.advantage for row in parts[0]] == [
+        a for (_, trees), of in zip(groups, given, strict=True) for tree, per in zip(trees, of, strict=True) for a in per
+    ]
+    assert sorted(a for e in dealt.experiences for a in targets_of(e).advantages[:, 0].tolist()) == sorted(
+        torch.tensor([row.advantage for row in parts[0]]).tolist()
+    ), "advantages are passed on as they are"
+    assert sums["clipped"] > 0 and sums["kl"] > 0, "the test would not see either"
+    assert sums["loss"] == pytest.approx(local_loss, abs=1e-4, rel=1e-4)
+    assert found.keys() == expected.keys()
+    scale = max(float(g.abs().max()) for g in expected.values())
+    worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
+    assert worst <= 1e-4 * scale, f"gradients differ by {worst:.2e} of {scale:.2e}"
+
+
+def test_every_token_is_dealt_once_and_all_trainers_step_together(groups) -> None:
+    _, _, chat = load_model(BASE)
+    parts = minibatches(groups, advantages(groups, chat), TRAIN.model_copy(update={"minibatches": 2}))
+    for trainers in (1, 2, 3, 7):
+        dealt = deal(parts, trainers, 700, 0)
+        assert len(dealt.experiences) == trainers * sum(dealt.steps)
+        assert dealt.tokens == [sum(sum(row.mask) for row in rows) for rows in parts]
+        whole = sorted(tuple(row.ids) for rows in parts for row in rows)
+        ids = []
+        for experience in dealt.experiences:
+            lengths = experience.attention_mask.sum(-1).tolist()
+            ids += [tuple(s[:n].tolist()) for s, n, m in zip(experience.sequences, lengths, experience.action_mask, strict=True) if m.any()]
+        assert sorted(ids) == whole
+        weight = sum(float((targets_of(e).weights * e.action_mask).sum()) for e in dealt.experiences)
+        assert weight == pytest.approx(sum(row.weight * sum(row.mask) for rows in parts for row in rows))
+
+
+def test_gae_stands_on_sampled_tokens_only() -> None:
+    """Two spans with a tool message between them: as if they followed one another."""
+    mask = [False, True, True, False, False, True]
+    row = Row([5, 6, 7, 8, 9, 4], mask, [0.0] * 6, 0.8, 1.0, [0] * 6)
+    (experience,) = deal([[row]], 1, 100, 0).experiences
+    values = torch.tensor([[0.1, 0.5, 9.0, 9.0, 0.4]])
+    evaluate(experience, values, 0.9, 0.5)
+    apart = torch.tensor([[0.1, 0.5, 0.4]])
+    from ramet.policy.credit import gae
+
+    expected, returns = gae(apart[0].tolist(), 0.8, 0.9, 0.5)
+    chosen = experience.action_mask[0]
+    assert experience.advantages[0, chosen].tolist() == pytest.approx(expected)
+    assert experience.returns[0, chosen].tolist() == pytest.approx(returns)
+    assert float(experience.advantages[0, ~chosen].abs().sum()) == 0 == float(experience.values[0, ~chosen].abs().sum())

@@ -1,0 +1,159 @@
+"""The cluster trainer as far as it goes without OpenRLHF: settings, flags, plan, what is refused, GAE."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ramet.config import RunConfig, load
+from ramet.errors import CheckpointError, ConfigError
+from ramet.policy.credit import gae
+from ramet.policy.openrlhf import supported
+from ramet.policy.openrlhf.flags import flags, needs
+from ramet.policy.openrlhf.plan import Shape, plan, refuse
+from ramet.policy.openrlhf.settings import ClusterConfig, Setup
+from ramet.policy.update import TrainConfig
+
+FOUR_BILLION = Path(__file__).parents[2] / "examples" / "four-billion"
+
+
+def setup(tmp_path: Path, train: TrainConfig | None = None, dtype: str = "bfloat16", **cluster) -> Setup:
+    return Setup(
+        train or TrainConfig(), ClusterConfig(**cluster), tmp_path, FOUR_BILLION, "auto", dtype, 3, "job", True, lambda count: None
+    )
+
+
+def value(made: list[str], flag: str) -> str:
+    return made[made.index(f"--{flag}") + 1]
+
+
+def test_one_configuration_becomes_flags(tmp_path):
+    made = flags(setup(tmp_path, trainers=16, engines=2, engine_gpus=4, critic=True, gamma=0.9), 4096)
+    assert (
+        (value(made, "actor.num_nodes"), value(made, "actor.num_gpus_per_node"))
+        == ("2", "8")
+        == (
+            value(made, "critic.num_nodes"),
+            value(made, "critic.num_gpus_per_node"),
+        )
+    )
+    assert value(made, "algo.advantage.estimator") == "gae" and value(made, "algo.advantage.gamma") == "0.9"
+    assert value(made, "data.max_len") == "4096" and "--vllm.enforce_eager" not in made and "--ds.adam_offload" not in made
+    assert needs(ClusterConfig(trainers=16, engines=2, engine_gpus=4, critic=True)) == {"GPU": 40, "CPU": 41}
+    plain = flags(setup(tmp_path, trainers=4, offload=True), 4096)
+    assert "--ds.adam_offload" in plain and not any(word.startswith("--critic") for word in plain)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(train=TrainConfig(lora_rank=8)), "lora_rank to 0"),
+        (dict(dtype="float32"), "dtype to bfloat16"),
+        (dict(train=TrainConfig(tasks=1, group_size=2), trainers=4), "fewer than 4 trainers"),
+    ],
+)
+def test_what_the_cluster_cannot_train_is_refused(tmp_path, changed, said):
+    with pytest.raises(ConfigError, match=said):
+        flags(setup(tmp_path, **changed), 1024)
+
+
+@pytest.mark.parametrize(("given_", "said"), [("trainers=12", "do not fill nodes"), ("engine_gpus=16", "does not fit a node")])
+def test_what_does_not_fill_nodes_is_refused(given_, said):
+    with pytest.raises(ConfigError, match=said):
+        load(RunConfig, None, [f"openrlhf.{given_}"])
+
+
+def test_another_release_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(supported, "version", lambda name: "0.12.0")
+    with pytest.raises(ConfigError, match=r"openrlhf 0\.12\.0 is not supported: .*openrlhf 0\.11\.2"):
+        supported.check()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_the_shape_counts_the_parameters_of_the_model(kind, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=300
+    )
+    config.save_pretrained(tmp_path)
+    shape = Shape.of(tmp_path)
+    assert shape.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert shape.kv == 2 * 3 * 2 * shape.keys // 2 * 2 and shape.layers == 3
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no configuration of a language model"):
+        Shape.of(tmp_path)
+
+
+def test_the_plan_of_four_billion_on_eight_gpus():
+    shape = Shape.of(FOUR_BILLION)
+    train = TrainConfig(batch_tokens=8192)
+    assert round(shape.parameters / 1e9, 2) == 4.02 and shape.kv == 147_456
+    made = plan(shape, train, ClusterConfig(), 8192)
+    refuse(made)
+    assert made.nodes == [{"engine": 4, "trainer": 4}] and made.sync == 2 * shape.parameters
+    trainer = made.parts[0].bytes
+    assert trainer["optimiser"] == pytest.approx(12 * shape.parameters / 4) and trainer["reference"] == 0
+    two = plan(shape, train, ClusterConfig(trainers=16, engines=8), 8192)
+    assert two.nodes == [{"engine": 8}, {"trainer": 8}, {"trainer": 8}]
+
+
+def test_a_plan_that_cannot_fit_is_refused_with_the_numbers():
+    shape = Shape.of(FOUR_BILLION)
+    made = plan(shape, TrainConfig(kl=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
+    with pytest.raises(ConfigError, match=r"GPU of the trainer needs 12\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
+        refuse(made)
+    small = plan(shape, TrainConfig(), ClusterConfig(gpu_memory=10, trainers=8), 8192)
+    assert any("a GPU of the engine needs" in problem for problem in small.problems)
+
+
+def slow_gae(values: list[float], reward: float, gamma: float, lam: float) -> list[float]:
+    """By its definition: the sum of discounted temporal differences, in float64."""
+    v = torch.tensor([*values, 0.0], dtype=torch.float64)
+    r = torch.zeros(len(values), dtype=torch.float64)
+    r[-1] = reward
+    deltas = r + gamma * v[1:] - v[:-1]
+    return [float(sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(values)))) for t in range(len(values))]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(-2, 2), min_size=1, max_size=12), st.floats(-1, 1), st.floats(0.1, 1), st.floats(0, 1)
+)  # fmt: skip
+def test_gae_is_its_definition(values, reward, gamma, lam):
+    advantages, returns = gae(values, reward, gamma, lam)
+    assert advantages == pytest.approx(slow_gae(values, reward, gamma, lam), abs=1e-9)
+    assert returns == pytest.approx([a + v for a, v in zip(advantages, values, strict=True)])
+
+
+def test_gae_with_lambda_one_does_not_depend_on_what_comes_after():
+    assert gae([0.3, -1.0, 0.7], 1.0)[0] == pytest.approx([0.7, 2.0, 0.3])
+
+
+def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsys):
+    import sys
+
+    from ramet import cli
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["ramet", "train", "--engine", "openrlhf", "--runs", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return int(left.value.code or 0)
+
+    example = ["--config", str(FOUR_BILLION.parent / "cluster.toml"), "--set", f"model={FOUR_BILLION}"]
+    assert call(*example, "--plan", "--dry-run", "--json", str(tmp_path / "plan.json")) == 0
+    said = capsys.readouterr().out
+    assert "4.02 billion" in said and "--vllm.num_engines 4" in said and "python -m openrlhf.cli.train_ppo_ray" in said
+    parts = {r["part"]: r for r in json.loads((tmp_path / "plan.json").read_text()) if r["record"] == "part"}
+    assert parts["trainer"]["needed_gib"] < parts["trainer"]["offered_gib"]
+    assert not list(tmp_path.glob("cluster*")), "nothing is started and nothing written"
+    assert call(*example, "--plan", "--set", "openrlhf.gpu_memory=24") == 2
+    assert "this does not fit" in capsys.readouterr().err
