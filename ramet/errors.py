@@ -1,7 +1,7 @@
 """Every error that ramet raises on purpose.
 
 One line says what is wrong and what to do; the command line prints that line and exits with
-`exit_code`. Anything else that escapes is a bug and keeps its traceback.
+`exit_code`. Anything else that escapes is a bug and keeps its traceback. Errors cross processes as they are.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class BudgetExhausted(RametError):
         super().__init__(f"budget: {wanted:g} {currency} wanted, {left:g} left")
         self.currency, self.wanted, self.left = currency, wanted, left
 
+    def __reduce__(self) -> tuple[type[BudgetExhausted], tuple[str, float, float]]:
+        return type(self), (self.currency, self.wanted, self.left)
+
 
 class ChatFormatError(RametError):
     """A chat template or tokenizer for which token-in, token-out is not sound."""
@@ -55,6 +58,9 @@ class TransientPolicyError(PolicyError):
     def __init__(self, message: str, retry_after: float | None = None):
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type[TransientPolicyError], tuple[str, float | None]]:
+        return type(self), (str(self), self.retry_after)
 
 
 class RewardError(RametError):

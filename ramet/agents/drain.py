@@ -24,6 +24,9 @@ class Drained(RametError):
     def __init__(self) -> None:
         super().__init__("stopped on SIGTERM after what was running; run the same command again to resume")
 
+    def __reduce__(self) -> tuple[type[Drained], tuple[()]]:
+        return type(self), ()
+
 
 def requested() -> bool:
     """Has this process been asked to start nothing new?"""

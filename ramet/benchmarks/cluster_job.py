@@ -56,14 +56,16 @@ def start_ray(setup: Setup) -> None:
     from ramet.policy.openrlhf import cpu
 
     wanted, own = needs(setup.cluster), {}
+    alone = "RAY_ADDRESS" not in os.environ
     variables = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
     if setup.cluster.cpu:
-        # Ray is told of GPUs that are not there, since the run's parts each ask for one.
-        own = {"num_gpus": wanted["GPU"], "num_cpus": wanted["CPU"], "object_store_memory": 2**28}
         variables |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         os.environ.update(cpu.ENVIRONMENT)
         cpu.without_flash_attention()
-    if "RAY_ADDRESS" not in os.environ:
+        if alone:
+            # Ray is told of GPUs that are not there, since the run's parts each ask for one.
+            own = {"num_gpus": wanted["GPU"], "num_cpus": wanted["CPU"], "object_store_memory": 2**28}
+    if alone:
         own["include_dashboard"] = False
     ray.init(runtime_env={"env_vars": variables}, **own)
     here = ray.cluster_resources()

@@ -64,8 +64,6 @@ class ClusterConfig(BaseModel):
             raise ValueError(f"{self.trainers} trainers do not fill nodes of {self.gpus_per_node} GPUs; take a multiple of it, or fewer")
         if self.engine_gpus > self.gpus_per_node:
             raise ValueError(f"an engine of {self.engine_gpus} GPUs does not fit a node of {self.gpus_per_node}")
-        if self.address and self.cpu:
-            raise ValueError("cpu is for this machine: leave address out")
         return self
 
     @property
