@@ -109,6 +109,39 @@ def bench_reward_server(
     bench_server(model, questions, videos, clients, repeats, seed or 0, json)
 
 
+@bench.command("cluster")
+def bench_cluster(
+    engines: Annotated[int, typer.Option(min=2, help="Simulated engines.")] = 1000,
+    updates: Annotated[int, typer.Option(min=1, help="Simulated updates, a seed each.")] = 3,
+    png: Annotated[Path | None, typer.Option(help="Draw there how long trees take.")] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Where should a tree's requests go? The real runtime on a simulated cluster of engines, under a virtual clock.
+
+    Example: ramet bench cluster --engines 1000 --json cluster.json --png cluster.png
+    """
+    from ramet.benchmarks.cluster_sim import bench_cluster
+
+    bench_cluster(engines, updates, seed or 0, png, json)
+
+
+@bench.command("scaling")
+def bench_scaling(
+    trees: Annotated[int, typer.Option(min=8, help="Trees of an update for every eight GPUs.")] = 512,
+    fixed: Annotated[bool, typer.Option("--fixed", help="The same trees for any number of GPUs.")] = False,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Training on 8 to 1,024 GPUs by a model: what an update takes and what limits it. What this machine can measure, it measures.
+
+    Example: ramet bench scaling --json scaling.json
+    """
+    from ramet.benchmarks.scaling import bench_scaling
+
+    bench_scaling(trees, fixed, seed or 0, json)
+
+
 @bench.command("simulate")
 def bench_simulate(
     seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default 10,000, or 1 if --seed is given.")] = None,

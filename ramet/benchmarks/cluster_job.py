@@ -25,8 +25,8 @@ from ramet.policy.openrlhf.settings import Setup
 from ramet.policy.update import Draw, Judge
 
 OUTCOME = Path("openrlhf") / "outcome.json"
-LOST = ("Lost", "EngineLost")
-"""Errors of ours that say that a part of a run has died; Ray's own say so in their base class."""
+LOST = ("Lost", "EngineLost", "EngineDeadError")
+"""Errors of ours and of vLLM that say that a part of a run has died."""
 
 
 def setup_of(config: RunConfig, directory: Path, spawn: bool) -> Setup:
@@ -80,18 +80,16 @@ def outcome_of(error: BaseException) -> dict[str, Any]:
 
     while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
-    said = first_line(error)
+    said = f"{type(error).__name__}: {first_line(error)[:200]}"
     if isinstance(error, Drained):
         return {"kind": "drained"}
-    if isinstance(error, ray.exceptions.RaySystemError | ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError):
-        return {"kind": "lost", "said": said}
-    if isinstance(error, ray.exceptions.OutOfMemoryError | ray.exceptions.ObjectLostError | ray.exceptions.NodeDiedError):
-        return {"kind": "lost", "said": said}
-    if type(error).__name__ in LOST:
+    r = ray.exceptions
+    gone = (r.RaySystemError, r.RayActorError, r.WorkerCrashedError, r.OutOfMemoryError, r.ObjectLostError, r.NodeDiedError)
+    if isinstance(error, gone) or type(error).__name__ in LOST:
         return {"kind": "lost", "said": said}
     if isinstance(error, RametError):
         return {"kind": "error", "error": type(error).__name__, "said": str(error)}
-    return {"kind": "internal", "said": f"{type(error).__name__}: {said}"}
+    return {"kind": "internal", "said": said}
 
 
 def main() -> None:

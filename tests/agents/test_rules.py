@@ -11,13 +11,13 @@ import pytest
 
 from ramet.agents.actor import Growth, _pause, seed_of
 from ramet.agents.budget import Budget, Ledger
+from ramet.agents.drain import Drained
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_results
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, StopReason, Tree
-from ramet.agents.drain import Drained
 from ramet.errors import BudgetExhausted, LedgerError, PolicyError, RametError, TransientPolicyError
 from tests.agents.test_runtime import failing, grow, spawn, task
 

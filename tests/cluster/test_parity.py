@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 import torch
-from pydantic import TypeAdapter
 
 pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-openrlhf")
 
@@ -29,13 +27,13 @@ from ramet.policy.openrlhf import install
 from ramet.policy.openrlhf.actors import TreePolicy
 from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
 from ramet.policy.openrlhf.flags import flags
+from ramet.policy.openrlhf.samples import STORED
 from ramet.policy.openrlhf.settings import ClusterConfig, Setup
 from ramet.policy.rows import Row
 from ramet.policy.trainer import Trainer
 from ramet.policy.update import Group, TrainConfig, Verdict, advantages_of, minibatches
 
 TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl=0.1, temperature=0.7, batch_tokens=700, estimator="standardised")
-STORED = TypeAdapter(Tree)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +52,7 @@ def groups() -> list[Group]:
                 return {job.key: tree async for job, tree in trees}
 
     grown = anyio.run(main)
-    stored = {key: STORED.validate_python(json.loads(STORED.dump_json(tree))) for key, tree in grown.items()}
+    stored = {key: STORED.validate_json(STORED.dump_json(tree).decode()) for key, tree in grown.items()}
     assert stored == grown, "a journal gives back what it was given, to the last bit"
     assert any(tree.spawned for tree in stored.values())
     return [(task, [stored[g, n] for n in range(TRAIN.group_size)]) for g, task in enumerate(tasks)]

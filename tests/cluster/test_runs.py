@@ -214,7 +214,7 @@ def free_port() -> int:
 
 
 def test_a_node_is_lost(tmp_path: Path) -> None:
-    """A cluster of two nodes, and the run submitted to its job server. A node dies: the run stops with its state, and goes on with another."""
+    """Two nodes, the run submitted to their job server. One dies: the run stops with its state, and goes on when there is another."""
     port, jobs = free_port(), free_port()
     head = node("--head", f"--port={port}", "--include-dashboard=true", f"--dashboard-port={jobs}", f"--temp-dir={tmp_path}/ray")
     settings = ("train.updates=4", f"openrlhf.address=http://127.0.0.1:{jobs}", "openrlhf.restarts=1")

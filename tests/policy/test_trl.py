@@ -46,10 +46,10 @@ def parts(monkeypatch: Any) -> tuple[Any, Any, Any, TreeRollouts]:
 
 def grpo(model: Any, tokenizer: Any, trees: TreeRollouts, tmp_path: Path, **changed: Any) -> Any:
     settings = {
-        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no",
-        "beta": 0.0, "max_steps": 1, "loss_type": "dr_grpo", "scale_rewards": "none", "max_completion_length": LENGTH, "temperature": 0.7,
-        "max_grad_norm": 1e9, "num_generations": GROUP * trees.rows, "per_device_train_batch_size": TASKS * GROUP * trees.rows,
-        "disable_tqdm": True,
+        "output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [],
+        "save_strategy": "no", "beta": 0.0, "max_steps": 1, "loss_type": "dr_grpo", "scale_rewards": "none",
+        "max_completion_length": LENGTH, "temperature": 0.7, "max_grad_norm": 1e9, "num_generations": GROUP * trees.rows,
+        "per_device_train_batch_size": TASKS * GROUP * trees.rows, "disable_tqdm": True,
     }  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     return trl.GRPOTrainer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,7 +16,8 @@ from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import Setup
 from ramet.policy.update import Draw, Group, Judge, Verdict, grouped, jobs_of, judged
 
-_TREE = TypeAdapter(Tree)
+STORED = TypeAdapter(Tree)
+"""Trees as JSON, exactly."""
 
 
 class TreeSamples(SamplesGenerator):
@@ -45,7 +45,7 @@ class TreeSamples(SamplesGenerator):
         begun = _Update(drawn, Journal(path, fingerprint(self.setup.job, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
-            self._keep(begun, (record["group"], record["number"]), _TREE.validate_python(record["tree"]))
+            self._keep(begun, (record["group"], record["number"]), STORED.validate_json(record["tree"]))
         begun.journal.records.clear()
         loads = [(load, engine) for engine, load in enumerate(self._loads)]
         heapq.heapify(loads)
@@ -76,7 +76,7 @@ class TreeSamples(SamplesGenerator):
             where, key, engine = self._pending.pop(ref)
             self._loads[engine] -= 1
             of = self._begun[where]
-            of.journal.append({"group": key[0], "number": key[1], "tree": json.loads(_TREE.dump_json(tree))}, keep=False)
+            of.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
             self._keep(of, key, tree)
         del self._begun[update]
         begun.journal.close()

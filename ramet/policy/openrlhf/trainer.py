@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import ray
+import ray.exceptions
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 
 from ramet.agents.drain import Drained
-from ramet.errors import ConfigError, StorageError
+from ramet.errors import ConfigError, RametError, StorageError
 from ramet.policy.checkpoint import TRAINER, prune_checkpoints
 from ramet.policy.models import load_tokenizer
 from ramet.policy.openrlhf import cpu
@@ -175,7 +176,14 @@ class TreeTrainer(BasePPOTrainer):
         while True:
             ready, _ = ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS)
             if ready:
-                return ready[0], ray.get(ready[0])
+                try:
+                    return ready[0], ray.get(ready[0])
+                except ray.exceptions.RayTaskError as error:
+                    if not isinstance(error.cause, RametError):
+                        # What exchanged weights or gradients with a dead actor may fail before the death is known.
+                        time.sleep(WATCH_SECONDS)
+                        self._watch()
+                    raise
             self._watch()
 
     def _all(self, refs: list[Any]) -> list[Any]:

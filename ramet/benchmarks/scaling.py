@@ -1,0 +1,193 @@
+"""`ramet bench scaling`: an update on 8 to 1,024 GPUs, by a model. docs/scaling.md says what it assumes.
+
+What a GPU does is computed from its data sheet. What the controller does is measured on this machine, on trees of the assumed
+size: bytes and seconds of pickling a tree (which is how Ray carries it), of its journal record, of its credit and rows.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.table import Table
+
+from ramet.agents.journal import Journal
+from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
+from ramet.benchmarks.cluster_sim import Hardware
+from ramet.benchmarks.session import meta
+from ramet.benchmarks.show import write_json
+from ramet.policy.rows import rows_of
+
+console = Console()
+GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """The model, the trees and the machines.
+
+    parameters   of the model; flops, bandwidth: of a GPU, a second; efficiency: share of flops that training reaches
+    node, nodes  bytes a second of a GPU within a node and between nodes
+    prompt, tokens, clones   of a tree: tokens of a branch's prompt, sampled tokens of a branch, clones
+    longest      sampled tokens of an update's longest chain
+    micro_batch  tokens of a trainer's batch
+    """
+
+    parameters: float = 4.02e9
+    flops: float = 989e12
+    efficiency: float = 0.35
+    node: float = 400e9
+    nodes: float = 50e9
+    prompt: int = 1300
+    tokens: int = 300
+    clones: int = 4
+    longest: int = 2048
+    micro_batch: int = 8192
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one tree, on this machine: bytes that Ray carries, bytes of the journal, seconds of the controller."""
+
+    carried: int
+    journal: int
+    unpickle_seconds: float
+    journal_seconds: float
+    rows_seconds: float
+
+    @property
+    def controller_seconds(self) -> float:
+        return self.unpickle_seconds + self.journal_seconds + self.rows_seconds
+
+
+def tree_of(assumed: Assumed, seed: int) -> Tree:
+    """A tree of the assumed size."""
+    rng = np.random.default_rng(seed)
+
+    def turn(tokens: int, clones: tuple[Branch, ...] = ()) -> Turn:
+        logprobs = tuple(-rng.exponential(0.3, tokens))
+        return Turn(ids(tokens), tuple(map(float, logprobs)), StopReason.END, appended=ids(40) if clones else (), clones=clones)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(map(int, rng.integers(0, 150_000, count)))
+
+    clones = tuple(
+        Branch(f"0.{n}", ids(assumed.prompt), (turn(assumed.tokens),), Status.ANSWERED, "an answer") for n in range(assumed.clones)
+    )
+    root = Branch("0", ids(assumed.prompt), (turn(assumed.tokens // 2, clones), turn(assumed.tokens // 2)), Status.ANSWERED, "an answer")
+    return Tree("task", root, price(root))
+
+
+def measure(assumed: Assumed, seed: int, count: int = 40) -> Measured:
+    """The median over `count` trees."""
+    trees = [tree_of(assumed, seed + n) for n in range(count)]
+    adapter = TypeAdapter(Tree)
+    pickled = [pickle.dumps(tree, protocol=5) for tree in trees]
+    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl", "job") as journal:
+
+        def write(tree: Tree) -> None:
+            journal.append({"group": 0, "number": 0, "tree": adapter.dump_json(tree).decode()}, keep=False)
+
+        journal_seconds = _median(write, trees)
+        size = journal.path.stat().st_size // count
+    return Measured(
+        int(np.median([len(p) for p in pickled])), size, _median(pickle.loads, pickled), journal_seconds,
+        _median(lambda tree: rows_of(tree, [0.1] * len(tree.branches), 1.0), trees),
+    )  # fmt: skip
+
+
+def _median(call: Callable[[Any], object], arguments: list[Any]) -> float:
+    found = []
+    for argument in arguments:
+        started = time.perf_counter()
+        call(argument)
+        found.append(time.perf_counter() - started)
+    return float(np.median(found))
+
+
+@dataclass(frozen=True)
+class Point:
+    """An update on so many GPUs, the next one being sampled meanwhile. `limit` names what the others wait for."""
+
+    gpus: int
+    engines: int
+    trainers: int
+    trees: int
+    sampling: float
+    training: float
+    syncing: float
+    controller: float
+    limit: str
+
+    @property
+    def seconds(self) -> float:
+        return max(self.sampling, self.training, self.controller) + self.syncing
+
+
+def point(gpus: int, trees: int, assumed: Assumed, hardware: Hardware, measured: Measured) -> Point:
+    """The split into engines and trainers for which an update takes least."""
+    shares = sorted({max(1, round(gpus * share)) for share in np.arange(0.1, 0.91, 0.05)})
+    return min((_split(gpus, e, trees, assumed, hardware, measured) for e in shares if 0 < e < gpus), key=_slower)
+
+
+def _slower(point: Point) -> tuple[float, float]:
+    """Of two that take as long, the one whose halves are nearer to one another comes first."""
+    return round(point.seconds, 2), abs(point.sampling - point.training)
+
+
+def _split(gpus: int, engines: int, trees: int, a: Assumed, hardware: Hardware, measured: Measured) -> Point:
+    trainers, branches = gpus - engines, 1 + a.clones
+    generated, read = trees * branches * a.tokens, trees * branches * a.prompt
+    rows = min(hardware.batch, max(1.0, trees * branches / engines / 2))
+    step = hardware.step + rows * hardware.row_step
+    # All engines together, but never sooner than the longest chain by itself.
+    sampling = max(generated / engines * step / rows + read / engines / hardware.prefill, a.longest * step)
+    trained = generated + read
+    compute = 8 * a.parameters * trained / (trainers * a.flops * a.efficiency)
+    wire = a.node if trainers <= 8 else a.nodes
+    exchange = 3 * 2 * a.parameters / wire * max(1.0, trained / trainers / a.micro_batch)
+    training = max(compute, exchange)
+    controller = trees * measured.controller_seconds
+    limits = {"sampling": sampling, "training": compute, "exchange": exchange, "controller": controller}
+    syncing = 2 * a.parameters / (a.node if gpus <= 8 else a.nodes)
+    return Point(gpus, engines, trainers, trees, sampling, training, syncing, controller, max(limits, key=lambda name: limits[name]))
+
+
+def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
+    """`ramet bench scaling`."""
+    started = time.perf_counter()
+    assumed, hardware = Assumed(), Hardware()
+    measured = measure(assumed, seed)
+    branches = 1 + assumed.clones
+    console.print(
+        f"measured here, of a tree of {branches} branches of {assumed.prompt} and {assumed.tokens} tokens: "
+        f"{measured.carried / 1024:.0f} KiB by Ray, {measured.journal / 1024:.0f} KiB of journal; controller "
+        f"{1000 * measured.unpickle_seconds:.2f} ms to unpickle, {1000 * measured.journal_seconds:.2f} ms to journal, "
+        f"{1000 * measured.rows_seconds:.2f} ms for rows"
+    )
+    points = [point(gpus, trees if fixed else trees * gpus // 8, assumed, hardware, measured) for gpus in GPUS]
+    title = "seconds of an update; engines + trainers"
+    shown = Table("GPUs", "split", "trees", "sample", "train", "control", "update", "tokens/s", "limit", title=title)
+    for column in shown.columns[:-1]:
+        column.justify = "right"
+    records = []
+    for p in points:
+        rate = p.trees * branches * assumed.tokens / p.seconds
+        shown.add_row(
+            str(p.gpus), f"{p.engines}+{p.trainers}", f"{p.trees:,}", f"{p.sampling:.1f}", f"{p.training:.1f}", f"{p.controller:.1f}",
+            f"{p.seconds:.1f}", f"{rate:,.0f}", p.limit,
+        )  # fmt: skip
+        traffic = {"ray_bytes": p.trees * measured.carried, "journal_bytes_per_second": p.trees * measured.journal / p.seconds}
+        records.append({"record": "point", **asdict(p), "seconds": p.seconds, "tokens_per_second": rate, **traffic})
+    console.print(shown)
+    if out is not None:
+        inputs = {"record": "inputs", **asdict(assumed), **asdict(hardware), **asdict(measured)}
+        write_json(out, [meta("bench scaling", seed, time.perf_counter() - started), inputs, *records])

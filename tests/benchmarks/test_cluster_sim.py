@@ -1,0 +1,80 @@
+"""The simulated engines against a clock that ticks, and what the placements must have in common."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import anyio
+import pytest
+
+from ramet.agents.simulation import simulate
+from ramet.benchmarks.cluster_sim import PLACEMENTS, Engine, Hardware, Load, simulate_update
+from ramet.benchmarks.scaling import Assumed, Measured, point
+
+
+def ticking(arrivals: list[tuple[float, int, int]], hardware: Hardware, factor: float, tick: float) -> list[float]:
+    """When each (time, prefill, tokens) ends, by small steps: prompts are read one after another, meanwhile nobody decodes."""
+    ends = [0.0] * len(arrivals)
+    left = [float(tokens) for _, _, tokens in arrivals]
+    waiting, active, now, stalled, entered = list(range(len(arrivals))), [], 0.0, 0.0, []
+    while waiting or active or entered:
+        while waiting and arrivals[waiting[0]][0] <= now:
+            entered.append(waiting.pop(0))
+        while entered and len(active) < hardware.batch:
+            active.append(entered.pop(0))
+            stalled += factor * arrivals[active[-1]][1] / hardware.prefill
+        now += tick
+        if stalled > 0:
+            stalled -= tick
+            continue
+        pace = factor * (hardware.step + len(active) * hardware.row_step)
+        for i in list(active):
+            left[i] -= tick / pace
+            if left[i] <= 0:
+                active.remove(i)
+                ends[i] = now
+    return ends
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_engine_is_what_a_ticking_clock_says(seed):
+    rng = random.Random(seed)
+    hardware = Hardware(step=0.01, row_step=0.004, prefill=2000.0, batch=3)
+    arrivals = sorted((rng.uniform(0, 1), rng.randint(0, 200), rng.randint(1, 40)) for _ in range(8))
+    factor = rng.choice([1.0, 3.0])
+
+    async def main() -> list[float]:
+        engine, ends = Engine(hardware, factor), [0.0] * len(arrivals)
+
+        async def one(i: int) -> None:
+            await anyio.sleep(arrivals[i][0])
+            await engine.serve(*arrivals[i][1:])
+            ends[i] = anyio.current_time()
+
+        async with anyio.create_task_group() as group:
+            for i in range(len(arrivals)):
+                group.start_soon(one, i)
+        assert engine.rows == 0
+        return ends
+
+    assert simulate(main, seed) == pytest.approx(ticking(arrivals, hardware, factor, 1e-4), abs=0.01)
+
+
+def test_placements_do_the_same_work_and_affinity_reads_less():
+    load = replace(Load(), trees=8)
+    found = {placement: simulate_update(12, Hardware(), load, placement, 1) for placement in PLACEMENTS}
+    assert len({o.generated for o in found.values()}) == len({o.requests for o in found.values()}) == 1
+    assert len({o.prefilled + o.cached for o in found.values()}) == 1, "the same prompts, read or remembered"
+    assert found["task"].prefilled < found["tree"].prefilled < found["request"].prefilled
+    assert all(len(o.latencies) == 96 and 0 < o.busy <= 1 and max(o.latencies) <= o.seconds + 1e-9 for o in found.values())
+    again = simulate_update(12, Hardware(), load, "spill", 1)
+    assert (again.seconds, again.latencies) == (found["spill"].seconds, found["spill"].latencies), "a seed is a run"
+
+
+def test_the_model_of_scaling_is_proportional_until_something_else_limits():
+    measured = Measured(50_000, 80_000, 0.0002, 0.0005, 0.0004)
+    eight, large = (point(gpus, 64 * gpus, Assumed(), Hardware(), measured) for gpus in (8, 256))
+    assert large.seconds == pytest.approx(eight.seconds, rel=0.05) and large.limit != "controller"
+    assert point(1024, 64 * 1024, Assumed(), Hardware(), replace(measured, journal_seconds=0.01)).limit == "controller"
+    assert point(1024, 512, Assumed(), Hardware(), measured).limit == "sampling", "the longest chain does not get shorter"
