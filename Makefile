@@ -1,12 +1,13 @@
 # make demo   create the environment, install, run the main job (at most ten minutes of running)
 # make test   create the environment, install, run linters, type checks and tests
 # make test-vllm   the same for an environment with vLLM for CPUs, and the tests of the engine
+# make install-openrlhf   an environment with OpenRLHF, Ray, DeepSpeed and vLLM for CPUs; make test-openrlhf runs its tests
 PYTHON ?= python3
 BIN = .venv/bin
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-vllm lint install
+.PHONY: demo test test-vllm test-openrlhf lint install install-openrlhf
 
 install: .venv/installed
 
@@ -28,6 +29,19 @@ install: .venv/installed
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
+install-openrlhf: .venv-openrlhf/installed
+
+# DeepSpeed is built where torch is; OpenRLHF would have flash-attn, which is built for CUDA.
+.venv-openrlhf/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-openrlhf
+	.venv-openrlhf/bin/python -m pip install --quiet --upgrade pip
+	.venv-openrlhf/bin/python -m pip install --quiet torch==2.13.0 wheel ninja packaging 'setuptools<82'
+	.venv-openrlhf/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.6
+	.venv-openrlhf/bin/python -m pip install --quiet --editable '.[dev,openrlhf-cpu]'
+	.venv-openrlhf/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2
+	.venv-openrlhf/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	touch $@
+
 demo: install
 	$(BIN)/ramet demo
 
@@ -40,3 +54,6 @@ test: lint
 
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/engines
+
+test-openrlhf: .venv-openrlhf/installed
+	OMP_NUM_THREADS=1 .venv-openrlhf/bin/python -m pytest tests/cluster
