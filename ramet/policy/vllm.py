@@ -188,10 +188,10 @@ class VLLMPolicy(EnginePolicy):
         engine.shutdown()
 
     async def update(self, path: Path, version: int) -> None:
-        """Sample with the weights of `path` from now on; stored prefixes are dropped. No request may be in flight."""
+        """Sample with the weights of `path` from now on, also what is being sampled; stored prefixes are dropped."""
+        await self.pause()
         await self._engine.collective_rpc("ramet_reload", args=(str(path),))
-        await self.forget()
-        self.version = version
+        await self.resume(version)
 
     async def forget(self) -> None:
         """Drop stored prefixes. No request may be in flight."""

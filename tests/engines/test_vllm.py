@@ -110,7 +110,8 @@ def test_the_engine_in_process(base, expected, tmp_path: Path) -> None:
             assert 700 > len(partial.ids) == len(partial.logprobs) > 0
             # Nothing runs on: the engine drops its cache only when it is idle.
             with anyio.fail_after(20):
-                await policy.update(tmp_path, 7)
+                await policy.forget()
+            await while_it_is_sampled(policy, prompt, tmp_path, model, other)
             said, values = await logprobs(policy, prompt)
             assert values == pytest.approx(scored(other, prompt, said), abs=1e-4)
             assert (await policy.sample(SampleRequest(prompt, 2, frozenset()), Partial())).version == 7
@@ -119,6 +120,28 @@ def test_the_engine_in_process(base, expected, tmp_path: Path) -> None:
                 await policy.sample(SampleRequest(prompt, 100_000, frozenset()), Partial())
 
     anyio.run(main)
+
+
+async def while_it_is_sampled(policy: VLLMPolicy, prompt: tuple[int, ...], path: Path, before: Any, after: Any) -> None:
+    """New weights in the middle of samples: every token's log-probability is that of the weights that its version names."""
+    partials, samples = [Partial() for _ in range(3)], []
+
+    async def one(seed: int, partial: Partial) -> None:
+        samples.append(await policy.sample(SampleRequest(prompt, 300, frozenset(), seed, Sampling(1.0)), partial))
+
+    async with anyio.create_task_group() as group:
+        for seed, partial in enumerate(partials):
+            group.start_soon(one, seed, partial)
+        while min(len(partial.ids) for partial in partials) < 5:
+            await anyio.sleep(0.01)
+        await policy.update(path, 7)
+    for sample in samples:
+        (count,) = sample.updates[:1]
+        assert sample.version == 0 and sample.updates == (count,) * 7 and 5 <= count < 300 == len(sample.ids)
+        assert sample.prefilled + sample.cached == len(prompt), "what is read again is not charged"
+        whole = scored(before, prompt, sample.ids[:count]) + scored(after, (*prompt, *sample.ids[:count]), sample.ids[count:])
+        assert sample.logprobs == pytest.approx(whole, abs=1e-3)
+    assert policy.recomputed >= 3 * 5
 
 
 def free_port() -> int:
