@@ -18,7 +18,7 @@ from ramet.agents.drain import Drained
 from ramet.benchmarks.jobs import lock
 from ramet.benchmarks.session import job_of, recipe
 from ramet.config import RunConfig, load
-from ramet.errors import ConfigError, RametError, first_line
+from ramet.errors import CheckpointError, ConfigError, RametError, first_line
 from ramet.policy.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import Setup
@@ -30,7 +30,9 @@ LOST = ("Lost", "EngineLost", "EngineDeadError")
 
 
 def setup_of(config: RunConfig, directory: Path, spawn: bool) -> Setup:
-    """What the actors of a run are told."""
+    """What the actors of a run are told. Raises `ConfigError` for what only the local engine can do."""
+    if config.backend != "transformers" or config.attention.method != "dense":
+        raise ConfigError("the openrlhf engine samples with vLLM engines of its own: leave backend and attention.method as they are")
     return Setup(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
         job_of(config, spawn), not config.env.language, functools.partial(_recipe, config, spawn),
@@ -42,10 +44,16 @@ def _recipe(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> tupl
 
 
 def longest(config: RunConfig, model: Path) -> int:
-    """Tokens of the longest row: the budget's context, or the model's own."""
+    """Tokens of the longest row: the budget's context, or the model's own. Raises `ConfigError` for a model that sees."""
     from transformers import AutoConfig
 
-    most = int(AutoConfig.from_pretrained(model, local_files_only=True).max_position_embeddings)
+    try:
+        found = AutoConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} is not a model directory ({first_line(error)})") from error
+    if hasattr(found, "vision_config"):
+        raise ConfigError("the openrlhf engine trains no models that see: use the local engine")
+    most = int(found.max_position_embeddings)
     return min(config.budget.context or most, most)
 
 

@@ -31,9 +31,10 @@ PARTS = (
     ("trl", "trl", "training a VideoDRM", "pip install 'ramet[reward]'"),
     ("uvicorn", "uvicorn", "ramet reward serve", "pip install 'ramet[reward]'"),
     ("vllm", "vllm", "the backend vllm", "pip install 'ramet[vllm]'; on CPUs make test-vllm"),
+    ("openrlhf", "openrlhf", "ramet train --engine openrlhf", "see docs/cluster.md; on CPUs make install-openrlhf"),
     ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
 )
-OPTIONAL = ("trio", "av", "datasets", "math-verify", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "flash-attn")
+OPTIONAL = ("trio", "av", "datasets", "math-verify", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "openrlhf", "flash-attn")
 
 
 def _version(package: str) -> str:

@@ -186,7 +186,7 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
             f"{p.seconds:.1f}", f"{rate:,.0f}", p.limit,
         )  # fmt: skip
         traffic = {"ray_bytes": p.trees * measured.carried, "journal_bytes_per_second": p.trees * measured.journal / p.seconds}
-        records.append({"record": "point", **asdict(p), "seconds": p.seconds, "tokens_per_second": rate, **traffic})
+        records.append({"record": "scaling", **asdict(p), "seconds": p.seconds, "tokens_per_second": rate, **traffic})
     console.print(shown)
     if out is not None:
         inputs = {"record": "inputs", **asdict(assumed), **asdict(hardware), **asdict(measured)}

@@ -92,6 +92,25 @@ def arguments(made: Setup, monkeypatch: Any) -> Any:
     return parsed.value.args[0]
 
 
+def cluster_policy(train: TrainConfig, directory: Path, monkeypatch: Any) -> Any:
+    """A trainer of the cluster by itself, in float32, as OpenRLHF makes it from our flags."""
+    cluster = ClusterConfig(trainers=1, engines=1, zero_stage=2, attention="sdpa", recompute=False, cpu=True)
+    made = Setup(train, cluster, directory, BASE, "auto", "float32", 0, "job", True, lambda count: None)
+    from openrlhf.utils.utils import get_strategy
+
+    strategy = get_strategy(arguments(made, monkeypatch))
+    actor = type("Told", (TreePolicy,), {"setup": made})(1, 0, None, None)
+    actor.init_model_from_pretrained(strategy, str(BASE), 1, None)
+    return actor
+
+
+def given_to(actor: Any, parts: list[list[Row]], pad: int) -> list[int]:
+    dealt = deal(parts, 1, TRAIN.batch_tokens, pad)
+    for experience in dealt.experiences:
+        actor.append(experience)
+    return dealt.steps
+
+
 def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) -> None:
     model, tokenizer, chat = load_model(BASE)
     given = advantages(groups, chat)
@@ -102,31 +121,24 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) 
     local_loss = sum(values["loss"] for values, _, _ in local._backward(parts[0]))
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    cluster = ClusterConfig(trainers=1, engines=1, zero_stage=2, attention="sdpa", recompute=False, cpu=True)
-    made = Setup(TRAIN, cluster, tmp_path / "cluster", BASE, "auto", "float32", 0, "job", True, lambda count: None)
-    from openrlhf.utils.utils import get_strategy
-
-    strategy = get_strategy(arguments(made, monkeypatch))
-    actor = type("Told", (TreePolicy,), {"setup": made})(1, 0, None, None)
-    actor.init_model_from_pretrained(strategy, str(BASE), 1, None)
+    actor = cluster_policy(TRAIN, tmp_path / "cluster", monkeypatch)
     engine = actor.actor.model
     disturb(engine.module.parameters())
-    dealt = deal(parts, 1, TRAIN.batch_tokens, tokenizer.pad_token_id or 0)
-    assert len(dealt.experiences) > 2, "gradients are summed over several batches"
-    for experience in dealt.experiences:
-        actor.append(experience)
+    steps = given_to(actor, parts, tokenizer.pad_token_id or 0)
+    assert steps[0] > 2, "gradients are summed over several batches"
     found: dict[str, torch.Tensor] = {}
 
     def step() -> None:
         found.update({name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()})
 
     monkeypatch.setattr(engine, "step", step)
-    sums = actor.fit(0.0, update=0, steps=dealt.steps, rate=1e-4)
+    batches = list(actor._batches)
+    sums = actor.fit(0.0, update=0, steps=steps, rate=1e-4)
 
     assert [row.advantage for row in parts[0]] == [
         a for (_, trees), of in zip(groups, given, strict=True) for tree, per in zip(trees, of, strict=True) for a in per
     ]
-    assert sorted(a for e in dealt.experiences for a in targets_of(e).advantages[:, 0].tolist()) == sorted(
+    assert sorted(a for e in batches for a in targets_of(e).advantages[:, 0].tolist()) == sorted(
         torch.tensor([row.advantage for row in parts[0]]).tolist()
     ), "advantages are passed on as they are"
     assert sums["clipped"] > 0 and sums["kl"] > 0, "the test would not see either"
@@ -135,6 +147,26 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) 
     scale = max(float(g.abs().max()) for g in expected.values())
     worst = max(float((found[name] - expected[name]).abs().max()) for name in expected)
     assert worst <= 1e-4 * scale, f"gradients differ by {worst:.2e} of {scale:.2e}"
+
+
+def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -> None:
+    """Two minibatches, two epochs, clipped gradients: AdamW here and DeepSpeed's there."""
+    train = TRAIN.model_copy(update={"minibatches": 2, "epochs": 2, "gradient_clip": 0.1, "warmup": 0, "learning_rate": 1e-3})
+    model, tokenizer, chat = load_model(BASE)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parts = minibatches(groups, advantages(groups, chat), train)
+    local = Trainer(model, tokenizer, chat, lambda update: [], judge, train, tmp_path / "local")
+    metrics = local._optimise(0, parts)
+    actor = cluster_policy(train, tmp_path / "cluster", monkeypatch)
+    sums = actor.fit(0.0, update=0, steps=given_to(actor, parts, tokenizer.pad_token_id or 0), rate=1e-3)
+    assert sums["gradient_norm"] == pytest.approx(metrics["gradient_norm"], rel=1e-3) and sums["gradient_norm"] > 0.1, "it was clipped"
+    after = dict(actor.actor.model.module.named_parameters())
+    moved = max(float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters())
+    worst = max(float((after[name].detach() - p.detach()).abs().max()) for name, p in model.named_parameters())
+    # Where a gradient is all but zero, Adam makes a step of its rounding.
+    mean = max(float((after[name].detach() - p.detach()).abs().mean()) for name, p in model.named_parameters())
+    said = f"weights moved by {moved:.2e} and differ by {mean:.2e}, at most {worst:.2e}"
+    assert moved > 1e-3 and mean < 0.01 * moved and worst <= moved, said
 
 
 def test_every_token_is_dealt_once_and_all_trainers_step_together(groups) -> None:

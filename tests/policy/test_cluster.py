@@ -19,7 +19,7 @@ from ramet.policy.openrlhf.plan import Shape, plan, refuse
 from ramet.policy.openrlhf.settings import ClusterConfig, Setup
 from ramet.policy.update import TrainConfig
 
-FOUR_BILLION = Path(__file__).parents[2] / "examples" / "four-billion"
+FOUR_BILLION = Path(__file__).parents[2] / "examples" / "shapes" / "4b"
 
 
 def setup(tmp_path: Path, train: TrainConfig | None = None, dtype: str = "bfloat16", **cluster) -> Setup:
@@ -148,7 +148,7 @@ def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsy
             cli.main()
         return int(left.value.code or 0)
 
-    example = ["--config", str(FOUR_BILLION.parent / "cluster.toml"), "--set", f"model={FOUR_BILLION}"]
+    example = ["--config", str(FOUR_BILLION.parents[1] / "cluster.toml"), "--set", f"model={FOUR_BILLION}"]
     assert call(*example, "--plan", "--dry-run", "--json", str(tmp_path / "plan.json")) == 0
     said = capsys.readouterr().out
     assert "4.02 billion" in said and "--vllm.num_engines 4" in said and "python -m openrlhf.cli.train_ppo_ray" in said

@@ -24,11 +24,13 @@ class TreeSamples(SamplesGenerator):
     """Grows the trees of updates, several updates at a time, and judges each as soon as it is there.
 
     Every finished tree goes to the journal of its update first: one that was interrupted goes on with the trees that are missing.
-    The trees of a task grow on one engine, which reads what they share once. `wait(refs)` gives one of Ray's references that is done,
-    and raises if it never will be.
+    The trees of a task grow on one engine, which reads what they share once. `wait(refs)` gives the values of those of Ray's references
+    that are done, of one at least, and raises if none ever will be.
     """
 
-    def __init__(self, strategy: Any, engines: list[Any], setup: Setup, draw: Draw, judge: Judge, wait: Callable[[list[Any]], Any]) -> None:
+    def __init__(
+        self, strategy: Any, engines: list[Any], setup: Setup, draw: Draw, judge: Judge, wait: Callable[[list[Any]], dict[Any, Any]]
+    ) -> None:
         super().__init__(strategy, None, None, None, engines)
         self.setup, self.draw, self._judge, self._wait = setup, draw, judge, wait
         self._begun: dict[int, _Update] = {}
@@ -72,12 +74,12 @@ class TreeSamples(SamplesGenerator):
         begun = self._begun[update]
         size = self.setup.train.group_size
         while len(begun.trees) < len(begun.drawn) * size:
-            ref, ((tree,)) = self._wait(list(self._pending))
-            where, key, engine = self._pending.pop(ref)
-            self._loads[engine] -= 1
-            of = self._begun[where]
-            of.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
-            self._keep(of, key, tree)
+            for ref, (tree,) in self._wait(list(self._pending)).items():
+                where, key, engine = self._pending.pop(ref)
+                self._loads[engine] -= 1
+                of = self._begun[where]
+                of.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
+                self._keep(of, key, tree)
         del self._begun[update]
         begun.journal.close()
         groups = grouped(begun.drawn, begun.trees, size)

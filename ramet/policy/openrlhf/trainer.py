@@ -58,7 +58,7 @@ class TreeTrainer(BasePPOTrainer):
             setup.cluster, setup.train.batch_tokens, actor_model_group, critic_model_group, None, None, self.kl_ctl, strategy, tokenizer
         )
         draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-        self.samples_generator = TreeSamples(strategy, vllm_engines, setup, draw, judge, self._first)
+        self.samples_generator = TreeSamples(strategy, vllm_engines, setup, draw, judge, self._some)
         self.log = RunLog(setup.directory)
         self._recomputed = 0
 
@@ -171,28 +171,25 @@ class TreeTrainer(BasePPOTrainer):
             raise ConfigError(f"{self.setup.directory} holds a run with another seed or configuration; choose another --name or remove it")
         return int(states["step"]) if states else 0
 
-    def _first(self, refs: list[Any]) -> tuple[Any, Any]:
-        """One of Ray's references that is done, and its value. Raises `Lost` if an actor of the run has died meanwhile."""
-        while True:
-            ready, _ = ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS)
-            if ready:
-                try:
-                    return ready[0], ray.get(ready[0])
-                except ray.exceptions.RayTaskError as error:
-                    if not isinstance(error.cause, RametError):
-                        # What exchanged weights or gradients with a dead actor may fail before the death is known.
-                        time.sleep(WATCH_SECONDS)
-                        self._watch()
-                    raise
+    def _some(self, refs: list[Any]) -> dict[Any, Any]:
+        """The values of those of Ray's references that are done, of one at least. Raises `Lost` if an actor of the run has died."""
+        while not ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS)[0]:
             self._watch()
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+        try:
+            return dict(zip(ready, ray.get(ready), strict=True))
+        except ray.exceptions.RayTaskError as error:
+            if not isinstance(error.cause, RametError):
+                # What exchanged weights or gradients with a dead actor may fail before the death is known.
+                time.sleep(WATCH_SECONDS)
+                self._watch()
+            raise
 
     def _all(self, refs: list[Any]) -> list[Any]:
         """The values of Ray's references, in their order."""
-        values, left = {}, list(refs)
-        while left:
-            ref, value = self._first(left)
-            values[ref] = value
-            left.remove(ref)
+        values: dict[Any, Any] = {}
+        while len(values) < len(refs):
+            values |= self._some([ref for ref in refs if ref not in values])
         return [values[ref] for ref in refs]
 
     def _watch(self) -> None:
