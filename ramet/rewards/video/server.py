@@ -253,15 +253,17 @@ def serve(model: Served, videos: Path, token: str, host: str, port: int) -> None
 
 
 class RemoteReward:
-    """The client: scores of a server, with retries of what may pass. `videos` is this side's folder of the same videos."""
+    """The client: scores of a server, with retries of what may pass. `videos` is this side's folder of the same videos.
+
+    token  what the server asks for; "" for one that asks for none
+    """
 
     def __init__(self, url: str, token: str, videos: Path, attempts: int = 6):
         import httpx
 
         self.name, self.attempts, self.videos = f"reward model at {url}", attempts, videos
-        self._client = httpx.Client(
-            base_url=url.removesuffix("/").removesuffix("/score"), headers={"Authorization": f"Bearer {token}"}, timeout=600
-        )
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._client = httpx.Client(base_url=url.removesuffix("/").removesuffix("/score"), headers=headers, timeout=600)
 
     def score(self, items: Sequence[Item]) -> list[float]:
         """Raises `RewardError` with what the server says, and after `attempts` failures to reach it."""
