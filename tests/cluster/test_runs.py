@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -223,9 +224,12 @@ def free_port() -> int:
 def test_a_node_is_lost(tmp_path: Path) -> None:
     """Two nodes, the run submitted to their job server. One dies: the run stops with its state, and goes on when there is another."""
     port, jobs = free_port(), free_port()
-    head = node("--head", f"--port={port}", "--include-dashboard=true", f"--dashboard-port={jobs}", f"--temp-dir={tmp_path}/ray")
     settings = ("train.updates=4", f"openrlhf.address=http://127.0.0.1:{jobs}", "openrlhf.restarts=1")
-    with head:
+    # Ray's sockets stand in it, and their paths must be short.
+    with (
+        tempfile.TemporaryDirectory(prefix="ray") as short,
+        node("--head", f"--port={port}", "--include-dashboard=true", f"--dashboard-port={jobs}", f"--temp-dir={short}"),
+    ):
         answers(jobs)
         with node(f"--address=127.0.0.1:{port}"):
             run = Run(tmp_path, *settings)
