@@ -9,6 +9,8 @@ import functools
 import json
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ from ramet.policy.openrlhf.settings import Setup
 from ramet.policy.update import Draw, Judge
 
 OUTCOME = Path("openrlhf") / "outcome.json"
+GUARD_SECONDS = 5.0
 LOST = ("Lost", "EngineLost", "EngineDeadError")
 """Errors of ours and of vLLM that say that a part of a run has died."""
 
@@ -76,10 +79,26 @@ def start_ray(setup: Setup) -> None:
     if alone:
         own["include_dashboard"] = False
     ray.init(runtime_env={"env_vars": variables}, **own)
+    if short := _short(setup):
+        raise ConfigError(f"{short}; start Ray on more nodes, or lower openrlhf.trainers and openrlhf.engines")
+
+
+def _short(setup: Setup) -> str:
+    """What the cluster lacks for this run; "" if nothing."""
+    import ray
+
     here = ray.cluster_resources()
-    short = [f"{here.get(kind, 0):g} {kind}s where {count} are needed" for kind, count in wanted.items() if here.get(kind, 0) < count]
-    if short:
-        raise ConfigError(f"this Ray cluster has {' and '.join(short)}; start Ray on more nodes, or lower openrlhf.trainers and .engines")
+    lacks = [f"{here.get(kind, 0):g} {kind}s where {n} are needed" for kind, n in needs(setup.cluster).items() if here.get(kind, 0) < n]
+    return f"this Ray cluster has {' and '.join(lacks)}" if lacks else ""
+
+
+def _guard(setup: Setup, directory: Path) -> None:
+    """End this process when the cluster has become too small: what waits for a place on it would wait for ever."""
+    while True:
+        time.sleep(GUARD_SECONDS)
+        if short := _short(setup):
+            _write(directory, {"kind": "lost", "said": short})
+            os._exit(1)
 
 
 def outcome_of(error: BaseException) -> dict[str, Any]:
@@ -109,18 +128,23 @@ def main() -> None:
         config = load(RunConfig, directory / "config.toml")
         setup = setup_of(config, directory, spawn)
         start_ray(setup)
+        threading.Thread(target=_guard, args=(setup, directory), daemon=True).start()
         from ramet.policy.openrlhf.install import run
 
         run(setup, flags(setup, longest(config, setup.model)))
     except BaseException as error:
         traceback.print_exc()
         outcome = outcome_of(error)
+    _write(directory, outcome)
+    sys.exit(0 if outcome["kind"] == "done" else 1)
+
+
+def _write(directory: Path, outcome: dict[str, Any]) -> None:
     path = directory / OUTCOME
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".draft")
     draft.write_text(json.dumps(outcome) + "\n")
     draft.replace(path)
-    sys.exit(0 if outcome["kind"] == "done" else 1)
 
 
 if __name__ == "__main__":
