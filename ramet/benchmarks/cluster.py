@@ -130,24 +130,29 @@ def _raise(outcome: dict[str, Any], directory: Path) -> None:
         raise PolicyError(f"the run ended with {outcome['said']}; see {directory / LOG}")
 
 
+_Job = tuple[Callable[[], bool], Callable[[], str]]
+"""Is a job running? And when it is not: how did it end?"""
+
+
 def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
     """Run the job once. Returns its outcome."""
     (directory / OUTCOME).unlink(missing_ok=True)
     done = len(read_metrics(directory))
     command = [sys.executable, "-m", "ramet.benchmarks.cluster_job", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
     start = _submitted if config.openrlhf.address else _started
-    with progress.training("openrlhf", config.train.updates, done) as report, start(config, directory, command) as running:
-        shown, said = done, False
+    with progress.training("openrlhf", config.train.updates, done) as report, start(config, directory, command) as (running, why):
+        shown, asked = done, False
         while running():
             time.sleep(0.5)
             shown = _report(directory, shown, report)
-            if drain.requested() and not said:
-                said = True
+            if drain.requested() and not asked:
+                asked = True
                 (directory / STOP).touch()
         _report(directory, shown, report)
+        said = why()
     path = directory / OUTCOME
     if not path.exists():
-        return {"kind": "lost", "said": f"the process that holds the run has died; see {directory / LOG}"}
+        return {"kind": "lost", "said": f"the process that holds the run has died ({said}); see {directory / LOG}"}
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -164,7 +169,7 @@ def _report(directory: Path, shown: int, report: Callable[[dict[str, Any]], None
 
 
 @contextmanager
-def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[Callable[[], bool]]:
+def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
     """The job as a process of this machine, with a Ray of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "RAY_USAGE_STATS_ENABLED": "0"}
     # Ray's workers look for compilers and for ninja where this Python is.
@@ -172,7 +177,7 @@ def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator
     with (directory / LOG).open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
-        yield lambda: process.poll() is None
+        yield lambda: process.poll() is None, lambda: f"exit status {process.poll()}"
     finally:
         if process.poll() is None:
             # Its Ray ends with it.
@@ -185,7 +190,7 @@ def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator
 
 
 @contextmanager
-def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[Callable[[], bool]]:
+def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
     """The job on an existing cluster, by Ray's job server. The run folder must be one that its nodes see."""
     from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -201,7 +206,7 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
         return client.get_job_status(job) not in ended
 
     try:
-        yield running
+        yield running, lambda: str(client.get_job_info(job).message)
     finally:
         if running():
             client.stop_job(job)
