@@ -33,6 +33,8 @@ from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
 console = Console()
 LOG = "openrlhf.log"
 LEAVE_SECONDS = 30.0
+SETTLE_SECONDS = 30.0
+"""Ray takes that long to notice that a node is gone; until then it puts what is new there."""
 
 
 class RunLost(PolicyError):
@@ -105,6 +107,8 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
         left = config.openrlhf.restarts - attempt
         again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
         console.print(f"[yellow]lost:[/] {outcome['said']}{again}")
+        if left and config.openrlhf.address:
+            time.sleep(SETTLE_SECONDS)
     _raise(outcome, directory)
     metrics = read_metrics(directory)
     records = [meta("train", config.seed), *({"record": "update", **m} for m in metrics)]
@@ -206,7 +210,7 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
         return client.get_job_status(job) not in ended
 
     try:
-        yield running, lambda: str(client.get_job_info(job).message)
+        yield running, lambda: " ".join(str(client.get_job_info(job).message).split())[:300]
     finally:
         if running():
             client.stop_job(job)
