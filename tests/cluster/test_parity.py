@@ -151,7 +151,7 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) 
 
 def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -> None:
     """Two minibatches, two epochs, clipped gradients: AdamW here and DeepSpeed's there."""
-    train = TRAIN.model_copy(update={"minibatches": 2, "epochs": 2, "gradient_clip": 0.1, "warmup": 0, "learning_rate": 1e-3})
+    train = TRAIN.model_copy(update={"minibatches": 2, "epochs": 2, "gradient_clip": 0.02, "warmup": 0, "learning_rate": 1e-3})
     model, tokenizer, chat = load_model(BASE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = minibatches(groups, advantages(groups, chat), train)
@@ -159,7 +159,7 @@ def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -
     metrics = local._optimise(0, parts)
     actor = cluster_policy(train, tmp_path / "cluster", monkeypatch)
     sums = actor.fit(0.0, update=0, steps=given_to(actor, parts, tokenizer.pad_token_id or 0), rate=1e-3)
-    assert sums["gradient_norm"] == pytest.approx(metrics["gradient_norm"], rel=1e-3) and sums["gradient_norm"] > 0.1, "it was clipped"
+    assert sums["gradient_norm"] == pytest.approx(metrics["gradient_norm"], rel=1e-2) and sums["gradient_norm"] > 0.02, "it was clipped"
     after = dict(actor.actor.model.module.named_parameters())
     moved = max(float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters())
     worst = max(float((after[name].detach() - p.detach()).abs().max()) for name, p in model.named_parameters())
