@@ -12,6 +12,7 @@ pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-ope
 
 PROGRAM = """
 import sys, threading, time
+import ramet.policy.openrlhf
 import torch
 from openrlhf.models import Actor
 from transformers import AutoConfig, AutoModelForCausalLM

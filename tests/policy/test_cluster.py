@@ -108,7 +108,7 @@ def test_the_plan_of_four_billion_on_eight_gpus():
 def test_a_plan_that_cannot_fit_is_refused_with_the_numbers():
     shape = Shape.of(FOUR_BILLION)
     made = plan(shape, TrainConfig(kl=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
-    with pytest.raises(ConfigError, match=r"GPU of the trainer needs 12\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
+    with pytest.raises(ConfigError, match=r"GPU of the trainer needs 11\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
         refuse(made)
     small = plan(shape, TrainConfig(), ClusterConfig(gpu_memory=10, trainers=8), 8192)
     assert any("a GPU of the engine needs" in problem for problem in small.problems)
