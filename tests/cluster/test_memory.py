@@ -22,7 +22,7 @@ from ramet.policy.rows import Row
 from ramet.policy.update import TrainConfig
 
 torch.set_num_threads(1)
-WORDS, TOKENS, KL = 100_000, 1024, float(sys.argv[1])
+WORDS, TOKENS, KL = 60_000, 2048, float(sys.argv[1])
 CONFIG = AutoConfig.for_model(
     "qwen3", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=32,
     vocab_size=WORDS, tie_word_embeddings=True,
