@@ -25,7 +25,6 @@ from ramet.benchmarks.session import meta, read_metrics
 from ramet.benchmarks.show import write_json
 from ramet.config import RunConfig
 from ramet.errors import ConfigError, PolicyError, RewardError
-from ramet.policy.checkpoint import latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
@@ -100,7 +99,9 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
         refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, longest(config, setup.model)))
     claim_folder(directory, config)
     (directory / STOP).unlink(missing_ok=True)
-    for attempt in range(config.openrlhf.restarts + 1):
+    final = directory / "checkpoints" / f"step-{config.train.updates:06d}"
+    outcome: dict[str, Any] = {"kind": "done"}
+    for attempt in range(0 if final.exists() else config.openrlhf.restarts + 1):
         outcome = _attempt(config, directory, spawn)
         if outcome["kind"] != "lost":
             break
@@ -113,8 +114,7 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     metrics = read_metrics(directory)
     records = [meta("train", config.seed), *({"record": "update", **m} for m in metrics)]
     write_json(directory / "training.json", records)
-    last = latest_checkpoint(directory / "checkpoints")
-    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{last.name if last else ''}")
+    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
     console.print(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
     if out is not None:
         write_json(out, records)
