@@ -97,6 +97,9 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     setup = setup_of(config, directory, spawn)
     if not config.openrlhf.cpu:
         refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, longest(config, setup.model)))
+    if not config.env.reward_model:
+        # What is wrong with the tasks is said now, and not by an actor in a minute.
+        config.env.build().tasks("train", 1, config.seed)
     claim_folder(directory, config)
     (directory / STOP).unlink(missing_ok=True)
     final = directory / "checkpoints" / f"step-{config.train.updates:06d}"
