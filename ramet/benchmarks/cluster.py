@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -17,17 +18,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ramet import errors
 from ramet.agents import drain
 from ramet.benchmarks import progress
 from ramet.benchmarks.cluster_job import OUTCOME, longest, setup_of
 from ramet.benchmarks.jobs import claim_folder
 from ramet.benchmarks.session import meta, read_metrics
 from ramet.benchmarks.show import write_json
-from ramet.config import RunConfig
-from ramet.errors import ConfigError, PolicyError, RewardError
+from ramet.config import RunConfig, load, write
+from ramet.errors import ConfigError, PolicyError
+from ramet.policy.checkpoint import latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
+from ramet.policy.openrlhf.settings import FREE, ClusterConfig
 
 console = Console()
 LOG = "openrlhf.log"
@@ -94,19 +98,22 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     """Train in `directory`, resuming what is there. A run that loses a part begins again from its last checkpoint."""
     if not config.openrlhf.address:
         supported.check()
+    config = _absolute(config)
     setup = setup_of(config, directory, spawn)
+    context = longest(config, setup.model)
+    flags(setup, context)
     if not config.openrlhf.cpu:
-        refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, longest(config, setup.model)))
+        refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, context))
     if not config.env.reward_model:
         # What is wrong with the tasks is said now, and not by an actor in a minute.
         config.env.build().tasks("train", 1, config.seed)
-    claim_folder(directory, config)
+    _claim(directory, config)
     (directory / STOP).unlink(missing_ok=True)
     final = directory / "checkpoints" / f"step-{config.train.updates:06d}"
     outcome: dict[str, Any] = {"kind": "done"}
     for attempt in range(0 if final.exists() else config.openrlhf.restarts + 1):
         outcome = _attempt(config, directory, spawn)
-        if outcome["kind"] != "lost":
+        if outcome["kind"] != "lost" or drain.requested():
             break
         left = config.openrlhf.restarts - attempt
         again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
@@ -123,6 +130,30 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
         write_json(out, records)
 
 
+def _absolute(config: RunConfig) -> RunConfig:
+    """With whole paths: the job and its actors may stand in another folder."""
+    model, env = Path(config.model), {}
+    for name in ("data", "train", "ood", "videos", "reward_model"):
+        if (value := getattr(config.env, name)) and Path(value).exists():
+            env[name] = str(Path(value).resolve())
+    whole = {"model": str(model.resolve()) if model.exists() else config.model, "env": config.env.model_copy(update=env)}
+    return config.model_copy(update=whole)
+
+
+def _claim(directory: Path, config: RunConfig) -> None:
+    """As `claim_folder`; a run may go on at another address, and with other numbers of restarts and judges."""
+    path = directory / "config.toml"
+    if path.exists():
+        held = load(RunConfig, path)
+        if held.model_copy(update={"openrlhf": _placed(held, config)}) == config:
+            write(config, path)
+    claim_folder(directory, config)
+
+
+def _placed(held: RunConfig, config: RunConfig) -> ClusterConfig:
+    return held.openrlhf.model_copy(update={name: getattr(config.openrlhf, name) for name in FREE})
+
+
 def _raise(outcome: dict[str, Any], directory: Path) -> None:
     """The error that an outcome tells of, if it does."""
     kind = outcome["kind"]
@@ -131,8 +162,7 @@ def _raise(outcome: dict[str, Any], directory: Path) -> None:
     if kind == "lost":
         raise RunLost(f"{outcome['said']}; the last checkpoint and all finished trees are kept: run the same command again to resume")
     if kind == "error":
-        error = {"ConfigError": ConfigError, "RewardError": RewardError}.get(outcome["error"], PolicyError)
-        raise error(outcome["said"])
+        raise getattr(errors, outcome["error"], PolicyError)(outcome["said"])
     if kind == "internal":
         raise PolicyError(f"the run ended with {outcome['said']}; see {directory / LOG}")
 
@@ -144,7 +174,8 @@ _Job = tuple[Callable[[], bool], Callable[[], str]]
 def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
     """Run the job once. Returns its outcome."""
     (directory / OUTCOME).unlink(missing_ok=True)
-    done = len(read_metrics(directory))
+    last = latest_checkpoint(directory / "checkpoints")
+    done = int(last.name.removeprefix("step-")) if last else 0
     command = [sys.executable, "-m", "ramet.benchmarks.cluster_job", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
     start = _submitted if config.openrlhf.address else _started
     with progress.training("openrlhf", config.train.updates, done) as report, start(config, directory, command) as (running, why):
@@ -166,13 +197,11 @@ def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
 
 def _report(directory: Path, shown: int, report: Callable[[dict[str, Any]], None]) -> int:
     """Report the updates that came since `shown`."""
-    try:
-        metrics = read_metrics(directory)
-    except ValueError:  # a line that is being written
-        return shown
-    for entry in metrics[shown:]:
-        report(entry)
-    return max(shown, len(metrics))
+    for entry in read_metrics(directory):
+        if entry["update"] >= shown:
+            report(entry)
+            shown = entry["update"] + 1
+    return shown
 
 
 @contextmanager
@@ -180,6 +209,7 @@ def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator
     """The job as a process of this machine, with a Ray of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "RAY_USAGE_STATS_ENABLED": "0"}
     # Ray's workers look for compilers and for ninja where this Python is.
+    environment.pop("RAY_ADDRESS", None)
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     with (directory / LOG).open("ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
@@ -199,8 +229,10 @@ def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator
 @contextmanager
 def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
     """The job on an existing cluster, by Ray's job server. The run folder must be one that its nodes see."""
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
+    try:
+        from ray.job_submission import JobStatus, JobSubmissionClient
+    except ImportError as error:
+        raise ConfigError("submitting to a cluster needs Ray here: pip install 'ray[default]==2.55.0'") from error
     try:
         client = JobSubmissionClient(config.openrlhf.address)
         job = client.submit_job(entrypoint=shlex.join(["python", *command[1:]]))
@@ -209,12 +241,27 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
     console.print(f"submitted as {job} to {config.openrlhf.address}")
     ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
+    silent = 0.0
+
     def running() -> bool:
-        return client.get_job_status(job) not in ended
+        nonlocal silent
+        try:
+            status, silent = client.get_job_status(job), 0.0
+        except (OSError, RuntimeError):  # what it uses raises OSErrors
+            silent = silent or time.monotonic()
+            return time.monotonic() - silent < SETTLE_SECONDS
+        return status not in ended
+
+    def why() -> str:
+        with contextlib.suppress(OSError, RuntimeError):
+            return " ".join(str(client.get_job_info(job).message).split())[:300]
+        return f"no job server answers at {config.openrlhf.address}"
 
     try:
-        yield running, lambda: " ".join(str(client.get_job_info(job).message).split())[:300]
+        yield running, why
     finally:
-        if running():
-            client.stop_job(job)
-        (directory / LOG).open("a").write(client.get_job_logs(job))
+        with contextlib.suppress(OSError, RuntimeError):
+            if client.get_job_status(job) not in ended:
+                client.stop_job(job)
+            with (directory / LOG).open("a") as log:
+                log.write(client.get_job_logs(job))

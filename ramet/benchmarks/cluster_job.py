@@ -10,7 +10,6 @@ import json
 import os
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from ramet.agents.drain import Drained
 from ramet.benchmarks.jobs import lock
 from ramet.benchmarks.session import job_of, recipe
 from ramet.config import RunConfig, load
-from ramet.errors import CheckpointError, ConfigError, RametError, first_line
+from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
 from ramet.policy.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import Setup
@@ -77,25 +76,26 @@ def start_ray(setup: Setup) -> None:
             # Ray is told of GPUs that are not there, since the run's parts each ask for one.
             own = {"num_gpus": wanted["GPU"], "num_cpus": wanted["CPU"], "object_store_memory": 2**28}
     if alone:
-        own["include_dashboard"] = False
+        own |= {"address": "local", "include_dashboard": False}
     ray.init(runtime_env={"env_vars": variables}, **own)
     if short := _short(setup):
         raise ConfigError(f"{short}; start Ray on more nodes, or lower openrlhf.trainers and openrlhf.engines")
+    if short := _short(setup, free=True):
+        print(f"{short} and free: waiting until others give theirs back", flush=True)
 
 
-def _short(setup: Setup) -> str:
-    """What the cluster lacks for this run; "" if nothing."""
+def _short(setup: Setup, free: bool = False) -> str:
+    """What the cluster lacks for this run, or of what is free in it; "" if nothing."""
     import ray
 
-    here = ray.cluster_resources()
+    here = ray.available_resources() if free else ray.cluster_resources()
     lacks = [f"{here.get(kind, 0):g} {kind}s where {n} are needed" for kind, n in needs(setup.cluster).items() if here.get(kind, 0) < n]
     return f"this Ray cluster has {' and '.join(lacks)}" if lacks else ""
 
 
-def _guard(setup: Setup, directory: Path) -> None:
+def _guard(setup: Setup, directory: Path, over: threading.Event) -> None:
     """End this process when the cluster has become too small: what waits for a place on it would wait for ever."""
-    while True:
-        time.sleep(GUARD_SECONDS)
+    while not over.wait(GUARD_SECONDS):
         if short := _short(setup):
             _write(directory, {"kind": "lost", "said": short})
             os._exit(1)
@@ -110,7 +110,12 @@ def outcome_of(error: BaseException) -> dict[str, Any]:
     said = f"{type(error).__name__}: {first_line(error)[:200]}"
     if isinstance(error, Drained):
         return {"kind": "drained"}
+    if isinstance(error, OSError):
+        return {"kind": "error", "error": StorageError.__name__, "said": f"{said}; free space or mend it, and run again to resume"}
     r = ray.exceptions
+    if getattr(error, "actor_init_failed", False):
+        # It would fail again. What it raised stands last.
+        return {"kind": "internal", "said": str(error).strip().splitlines()[-1][:200]}
     gone = (r.RaySystemError, r.RayActorError, r.WorkerCrashedError, r.OutOfMemoryError, r.ObjectLostError, r.NodeDiedError)
     if isinstance(error, gone) or type(error).__name__ in LOST:
         return {"kind": "lost", "said": said}
@@ -122,19 +127,21 @@ def outcome_of(error: BaseException) -> dict[str, Any]:
 def main() -> None:
     directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
     outcome: dict[str, Any] = {"kind": "done"}
+    over = threading.Event()
     try:
         # Whoever started this may be gone while it goes on.
         lock(directory / "openrlhf")
         config = load(RunConfig, directory / "config.toml")
         setup = setup_of(config, directory, spawn)
         start_ray(setup)
-        threading.Thread(target=_guard, args=(setup, directory), daemon=True).start()
+        threading.Thread(target=_guard, args=(setup, directory, over), daemon=True).start()
         from ramet.policy.openrlhf.install import run
 
         run(setup, flags(setup, longest(config, setup.model)))
     except BaseException as error:
         traceback.print_exc()
         outcome = outcome_of(error)
+    over.set()
     _write(directory, outcome)
     sys.exit(0 if outcome["kind"] == "done" else 1)
 

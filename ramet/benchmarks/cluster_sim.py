@@ -218,12 +218,13 @@ class Cluster:
             key, known, prompt = (tree, "documents"), self.load.shared, self.load.shared + self.load.own
         place = self._place(task, tree)
         engine = self.engines[place]
+        self._rows[place] += 1
         if place != self._homes[tree]:
             await anyio.sleep(self.hardware.hop)
-        cached = min(engine.known.get(key, 0), known)
+        # A root that comes to another engine may find its task's question there.
+        cached = min(max(engine.known.get(key, 0), engine.known.get(task, 0) if root else 0), known)
         # What it reads is there for whoever comes after it, also while it is being read.
         engine.known[key] = known
-        self._rows[place] += 1
         try:
             await engine.serve(prompt - cached, tokens)
         finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import random
@@ -27,6 +26,8 @@ from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import auto_device, load_model, load_tokenizer
 from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.openrlhf.settings import FREE
+from ramet.policy.runlog import RunLog
 from ramet.policy.trainer import Trainer
 from ramet.policy.update import Draw, Judge, Verdict
 from ramet.rewards.penalty import scored
@@ -146,7 +147,9 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
 
 def job_of(config: RunConfig, spawn: bool) -> str:
     """What tells training runs apart: settings, data and first weights."""
-    return fingerprint(config.model_dump(mode="json"), config.env.files(), spawn, weights_id(find(config.model)))
+    said = config.model_dump(mode="json")
+    said["openrlhf"] = {name: value for name, value in said["openrlhf"].items() if name not in FREE}
+    return fingerprint(said, config.env.files(), spawn, weights_id(find(config.model)))
 
 
 def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
@@ -200,6 +203,5 @@ def meta(command: str, seed: int, seconds: float | None = None) -> dict[str, Any
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The metrics of a training run, by update."""
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The metrics of a training run, by update. A line that is not whole is left out."""
+    return RunLog(directory).read()

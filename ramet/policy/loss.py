@@ -15,10 +15,12 @@ from dataclasses import dataclass
 
 import torch
 
+SUMS = ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")
+
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Summed over the batch. `loss` has a gradient; the others are for logging."""
+    """Summed over the batch (`SUMS`). `loss` has a gradient; the others are for logging."""
 
     loss: torch.Tensor
     tokens: torch.Tensor
@@ -26,6 +28,9 @@ class LossSums:
     log_ratio: torch.Tensor
     kl: torch.Tensor
     entropy: torch.Tensor
+
+    def values(self) -> dict[str, float]:
+        return {name: float(getattr(self, name).detach()) for name in SUMS}
 
 
 def policy_loss(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from ramet.errors import StorageError
+from ramet.policy.update import Metrics
 
 
 class RunLog:
@@ -27,21 +27,20 @@ class RunLog:
         """Go on at update `start`: metrics of it and of later ones are dropped."""
         self._start = start
         if self._metrics.exists():
-            kept = [line for line in self._lines() if json.loads(line)["update"] < start]
             draft = self._metrics.with_name("metrics.draft")
-            _write(draft, "".join(line + "\n" for line in kept), "w")
+            _write(draft, "".join(json.dumps(entry) + "\n" for entry in self.read() if entry["update"] < start), "w")
             draft.replace(self._metrics)
 
-    def _lines(self) -> list[str]:
-        """Complete lines; one cut by a crash is left out."""
-        lines = []
-        for line in self._metrics.read_text().splitlines():
-            try:
-                json.loads(line)
-            except ValueError:
-                break
-            lines.append(line)
-        return lines
+    def read(self) -> list[Metrics]:
+        """The metrics that are there. A line that a crash has cut, or that is being written, is left out."""
+        entries: list[Metrics] = []
+        if self._metrics.exists():
+            for line in self._metrics.read_text().splitlines():
+                try:
+                    entries.append(json.loads(line))
+                except ValueError:
+                    break
+        return entries
 
     def forget_rollouts(self, step: int) -> None:
         """Drop the samples of the updates before `step`, which a checkpoint now holds."""
@@ -59,9 +58,9 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._events.close()
 
-    def write(self, metrics: Mapping[str, float | int]) -> None:
+    def write(self, metrics: Metrics) -> None:
         """The metrics of one update, which has the key `update`."""
-        _write(self._metrics, json.dumps(dict(metrics)) + "\n", "a")
+        _write(self._metrics, json.dumps(metrics) + "\n", "a")
         for name, value in metrics.items():
             self._events.add_scalar(name, value, metrics["update"])
 

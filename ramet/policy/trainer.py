@@ -35,6 +35,7 @@ from ramet.errors import ConfigError, PolicyError
 from ramet.policy.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.hf import HFPolicy
 from ramet.policy.lora import adapt, trainable
+from ramet.policy.loss import SUMS
 from ramet.policy.rows import Row, batches, token_logprobs
 from ramet.policy.runlog import RunLog
 from ramet.policy.update import (
@@ -87,7 +88,10 @@ class Trainer:
         if config.lora_rank:
             adapt(model, config.lora_rank, seed)
         self._weights = list(trainable(model).values())
-        self.optimizer = torch.optim.AdamW(self._weights, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+        # Biases and the scales of norms do not decay.
+        decays: list[dict[str, Any]] = [{"params": [w for w in self._weights if w.ndim > 1]}]
+        decays.append({"params": [w for w in self._weights if w.ndim <= 1], "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(decays, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.start = 0
         self.log = RunLog(directory)
 
@@ -179,7 +183,7 @@ class Trainer:
         rate = learning_rate(config, update)
         for setting in self.optimizer.param_groups:
             setting["lr"] = rate
-        sums = dict.fromkeys(("loss", "tokens", "clipped", "log_ratio", "kl", "entropy"), 0.0)
+        sums = dict.fromkeys(SUMS, 0.0)
         norms, fed, padded = [], 0, 0
         self.model.train()
         for _ in range(config.epochs):
@@ -216,8 +220,7 @@ class Trainer:
             logprobs, entropy, kl = token_logprobs(self.model, ids, self.config.temperature, self._reference, inputs)
             sums = update_loss(logprobs, entropy, kl, Targets.of(batch, rows), self.config)
             sums.loss.backward()
-            values = {name: float(getattr(sums, name).detach()) for name in ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")}
-            results.append((values, sum(len(row.ids) for row in chosen), ids.numel()))
+            results.append((sums.values(), sum(len(row.ids) for row in chosen), ids.numel()))
         return results
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
@@ -60,6 +60,12 @@ class TrainConfig(BaseModel):
     batch_tokens: _Count = 1024
     checkpoint_every: _Count = 20
     max_batch: _Count = 128
+
+    @model_validator(mode="after")
+    def _steps_have_groups(self) -> TrainConfig:
+        if self.minibatches > self.tasks:
+            raise ValueError(f"minibatches are made of whole groups: {self.minibatches} of {self.tasks} tasks would leave some empty")
+        return self
 
 
 def learning_rate(config: TrainConfig, update: int) -> float:

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import anyio
+
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import StopReason
 from ramet.errors import CheckpointError, PolicyError, TransientPolicyError, first_line
@@ -53,7 +55,7 @@ class EnginePolicy:
     it with the new weights, its context computed anew, so that every log-probability is exactly that of the weights
     which the token's version names.
 
-    recomputed  tokens that were computed again for that; the trees are not charged for them
+    recomputed  tokens that samples under way had to compute again for that; the trees are not charged for them
     """
 
     def __init__(self, engine: Any, context: int | None) -> None:
@@ -61,6 +63,8 @@ class EnginePolicy:
         self.version = self.recomputed = 0
         self._numbers = itertools.count()
         self._pauses = 0
+        self._going = anyio.Event()
+        self._going.set()
 
     @property
     def context(self) -> int | None:
@@ -69,12 +73,14 @@ class EnginePolicy:
     async def pause(self) -> None:
         """Stop what is being sampled, drop stored prefixes, and start nothing until `resume`."""
         self._pauses += 1
+        self._going = anyio.Event()
         await self._engine.pause_generation(mode="abort", clear_cache=True)
 
     async def resume(self, version: int) -> None:
         """Go on, with weights of this version."""
         self.version = version
         await self._engine.resume_generation()
+        self._going.set()
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         """Sample one turn; see `ramet.agents.sampling.Policy`."""
@@ -90,6 +96,7 @@ class EnginePolicy:
         try:
             finished, pauses = "abort", -1
             while finished == "abort" and pauses != self._pauses:
+                await self._going.wait()
                 pauses = self._pauses
                 finished = await self._stretch(request, partial)
         except EngineDeadError as error:

@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-openrlhf")
 
+import deepspeed
 import openrlhf.utils
 import ray
 from deepspeed.utils import safe_get_full_grad
@@ -20,6 +21,7 @@ from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Task, Tree
 from ramet.env.arithmetic import RowsEnvironment
+from ramet.errors import PolicyError
 from ramet.nano import BASE
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
@@ -92,9 +94,9 @@ def arguments(made: Setup, monkeypatch: Any) -> Any:
     return parsed.value.args[0]
 
 
-def cluster_policy(train: TrainConfig, directory: Path, monkeypatch: Any) -> Any:
+def cluster_policy(train: TrainConfig, directory: Path, monkeypatch: Any, zero_stage: int = 2) -> Any:
     """A trainer of the cluster by itself, in float32, as OpenRLHF makes it from our flags."""
-    cluster = ClusterConfig(trainers=1, engines=1, zero_stage=2, attention="sdpa", recompute=False, cpu=True)
+    cluster = ClusterConfig(trainers=1, engines=1, zero_stage=zero_stage, attention="sdpa", recompute=False, cpu=True)
     made = Setup(train, cluster, directory, BASE, "auto", "float32", 0, "job", True, lambda count: None)
     from openrlhf.utils.utils import get_strategy
 
@@ -111,7 +113,8 @@ def given_to(actor: Any, parts: list[list[Row]], pad: int) -> list[int]:
     return dealt.steps
 
 
-def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any, zero_stage: int) -> None:
     model, tokenizer, chat = load_model(BASE)
     given = advantages(groups, chat)
     parts = minibatches(groups, given, TRAIN)
@@ -121,9 +124,11 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) 
     local_loss = sum(values["loss"] for values, _, _ in local._backward(parts[0]))
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    actor = cluster_policy(TRAIN, tmp_path / "cluster", monkeypatch)
+    actor = cluster_policy(TRAIN, tmp_path / "cluster", monkeypatch, zero_stage)
     engine = actor.actor.model
-    disturb(engine.module.parameters())
+    weights = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(weights, modifier_rank=0, enabled=zero_stage == 3):
+        disturb(weights)
     steps = given_to(actor, parts, tokenizer.pad_token_id or 0)
     assert steps[0] > 2, "gradients are summed over several batches"
     found: dict[str, torch.Tensor] = {}
@@ -133,7 +138,7 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) 
 
     monkeypatch.setattr(engine, "step", step)
     batches = list(actor._batches)
-    sums = actor.fit(0.0, update=0, steps=steps, rate=1e-4)
+    sums = actor.fit(0.0, steps=steps, rate=1e-4)
 
     assert [row.advantage for row in parts[0]] == [
         a for (_, trees), of in zip(groups, given, strict=True) for tree, per in zip(trees, of, strict=True) for a in per
@@ -151,14 +156,16 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any) 
 
 def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -> None:
     """Two minibatches, two epochs, clipped gradients: AdamW here and DeepSpeed's there."""
-    train = TRAIN.model_copy(update={"minibatches": 2, "epochs": 2, "gradient_clip": 0.02, "warmup": 0, "learning_rate": 1e-3})
+    train = TRAIN.model_copy(
+        update={"minibatches": 2, "epochs": 2, "gradient_clip": 0.02, "warmup": 0, "learning_rate": 1e-3, "weight_decay": 0.1}
+    )
     model, tokenizer, chat = load_model(BASE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = minibatches(groups, advantages(groups, chat), train)
     local = Trainer(model, tokenizer, chat, lambda update: [], judge, train, tmp_path / "local")
     metrics = local._optimise(0, parts)
     actor = cluster_policy(train, tmp_path / "cluster", monkeypatch)
-    sums = actor.fit(0.0, update=0, steps=given_to(actor, parts, tokenizer.pad_token_id or 0), rate=1e-3)
+    sums = actor.fit(0.0, steps=given_to(actor, parts, tokenizer.pad_token_id or 0), rate=1e-3)
     assert sums["gradient_norm"] == pytest.approx(metrics["gradient_norm"], rel=1e-2) and sums["gradient_norm"] > 0.02, "it was clipped"
     after = dict(actor.actor.model.module.named_parameters())
     moved = max(float((p.detach() - before[name]).abs().max()) for name, p in model.named_parameters())
@@ -167,6 +174,17 @@ def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -
     mean = max(float((after[name].detach() - p.detach()).abs().mean()) for name, p in model.named_parameters())
     said = f"weights moved by {moved:.2e} and differ by {mean:.2e}, at most {worst:.2e}"
     assert moved > 1e-3 and mean < 0.01 * moved and worst <= moved, said
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_what_is_not_finite_stops_the_run(groups, tmp_path: Path, monkeypatch: Any, zero_stage: int) -> None:
+    _, tokenizer, chat = load_model(BASE)
+    parts = minibatches(groups, advantages(groups, chat), TRAIN)
+    actor = cluster_policy(TRAIN, tmp_path, monkeypatch, zero_stage)
+    steps = given_to(actor, parts, tokenizer.pad_token_id or 0)
+    actor._batches[-1].info["weight"][0] = float("inf")
+    with pytest.raises(PolicyError, match="a gradient is not finite"):
+        actor.fit(0.0, steps=steps, rate=1e-4)
 
 
 def test_every_token_is_dealt_once_and_all_trainers_step_together(groups) -> None:

@@ -97,13 +97,13 @@ def steps_made(folder: Path) -> int:
     """Optimiser steps that the final weights have seen, as DeepSpeed counts them."""
     state = folder / "openrlhf" / "_actor"
     tag = (state / "latest").read_text()
-    found = torch.load(state / tag / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    found = torch.load(next((state / tag).glob("*mp_rank_00_model_states.pt")), map_location="cpu", weights_only=False)
     return int(found["global_steps"])
 
 
 def test_a_run_is_stopped_and_loses_an_engine_and_a_trainer(tmp_path: Path) -> None:
-    """Two trainers, one update ahead: asked to stop, started again, its engine killed, then a trainer. Every update is made once."""
-    settings = ("train.updates=8", "openrlhf.trainers=2", "openrlhf.staleness=1")
+    """Two trainers with sharded weights, one update ahead: asked to stop, started again, its engine killed, then a trainer. Every update is made once."""
+    settings = ("train.updates=8", "openrlhf.trainers=2", "openrlhf.staleness=1", "openrlhf.zero_stage=3")
     run = Run(tmp_path, *settings)
     run.until(lambda: run.updates, "first update")
     run.process.send_signal(signal.SIGTERM)

@@ -62,7 +62,10 @@ def test_what_the_cluster_cannot_train_is_refused(tmp_path, changed, said):
         flags(setup(tmp_path, **changed), 1024)
 
 
-@pytest.mark.parametrize(("given_", "said"), [("trainers=12", "do not fill nodes"), ("engine_gpus=16", "does not fit a node")])
+@pytest.mark.parametrize(
+    ("given_", "said"),
+    [("trainers=12", "do not fill nodes"), ("engine_gpus=16", "do not fill a node"), ("engine_gpus=3", "do not fill a node")],
+)
 def test_what_does_not_fill_nodes_is_refused(given_, said):
     with pytest.raises(ConfigError, match=said):
         load(RunConfig, None, [f"openrlhf.{given_}"])

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from openrlhf.models import Actor
+from openrlhf.models.utils import compute_entropy
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 
 from ramet.errors import PolicyError
+from ramet.policy.loss import SUMS, LossSums
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import targets_of
 from ramet.policy.openrlhf.settings import Setup
-from ramet.policy.update import update_loss
+from ramet.policy.update import TrainConfig, update_loss
 from ramet.policy.vllm import cpu_settings
 
 cpu.activate()
-
-SUMS = ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")
 
 
 def undecorated(actor: Any) -> Any:
@@ -69,17 +69,31 @@ class _Steps:
         for _ in range(epochs):
             waiting = iter(self._batches)
             for minibatch, count in enumerate(steps):
+                finite = True
                 for number in range(count):
                     experience = next(waiting).to_device(torch.cuda.current_device())
                     engine.set_gradient_accumulation_boundary(number == count - 1)
+                    loss = loss_of(experience, minibatch)
+                    finite = finite and bool(torch.isfinite(loss.detach()))
                     # DeepSpeed takes the mean over trainers.
-                    engine.backward(loss_of(experience, minibatch) * trainers, scale_wrt_gas=False)
+                    engine.backward(loss * trainers, scale_wrt_gas=False)
+                if not _all_finite(engine, finite):
+                    raise PolicyError("a gradient is not finite; lower the learning rate and resume from the last checkpoint")
                 for group in engine.optimizer.param_groups:
                     group["lr"] = rate
                 engine.step()
                 norms.append(float(engine.get_global_grad_norm() or 0.0))
         self._batches = []
         return norms
+
+
+def _all_finite(engine: Any, losses: bool) -> bool:
+    """Are the losses of all trainers finite, and their shares of the gradient? DeepSpeed would step, or skip the step in silence."""
+    shares = getattr(engine.optimizer, "averaged_gradients", {}).values()
+    gradients = [g for share in shares for g in share or () if g is not None]
+    flag = torch.tensor(float(losses and all(bool(torch.isfinite(g).all()) for g in gradients)), device=torch.cuda.current_device())
+    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
+    return bool(flag)
 
 
 class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
@@ -102,40 +116,42 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
             self._reference = strategy.prepare(reference)
             self._reference.eval()
 
-    def fit(self, kl_ctl: float = 0, *, update: int = 0, steps: list[int], rate: float) -> dict[str, float]:
+    def fit(self, kl_ctl: float = 0, *, steps: list[int], rate: float) -> dict[str, float]:
         """Train on what was appended. Returns the sums of `LossSums` over this trainer's batches, and the mean gradient norm."""
-        started = time.perf_counter()
         sums = dict.fromkeys(SUMS, 0.0)
         self.actor.train()
 
         def loss_of(experience: Experience, minibatch: int) -> torch.Tensor:
             found = tree_loss(self.actor, self._reference, experience, self.setup.train)
-            for name in SUMS:
-                sums[name] += float(getattr(found, name).detach())
+            for name, value in found.values().items():
+                sums[name] += value
             return found.loss
 
         norms = self._optimise(self.actor.model, loss_of, steps, self.setup.train.epochs, rate)
         self.actor.eval()
-        norm = sum(norms) / len(norms)
-        if not torch.isfinite(torch.tensor(norm)):
-            raise PolicyError(f"the gradient of update {update} is not finite; lower learning_rate and resume from the last checkpoint")
-        return {**sums, "gradient_norm": norm, "seconds": time.perf_counter() - started}
+        return {**sums, "gradient_norm": sum(norms) / len(norms)}
+
+    def export(self, path: str) -> None:
+        """Write the weights as a model directory."""
+        self.strategy.save_model(self.actor, self.tokenizer, path)
 
     def save_model(self) -> None:
         """The last checkpoint is the last model."""
 
 
-def tree_loss(actor: Any, reference: Any, experience: Experience, train: Any) -> Any:
+def tree_loss(actor: Any, reference: Any, experience: Experience, train: TrainConfig) -> LossSums:
     """The sums of ramet's loss over a batch, by OpenRLHF's models. Gradients flow to `actor`."""
     ids, mask, attention = experience.sequences, experience.action_mask, experience.attention_mask
-    logprobs, output = actor(ids, mask, attention_mask=attention, return_output=True, return_entropy=True)
+    logprobs, output = actor(ids, mask, attention_mask=attention, return_output=True)
+    with torch.no_grad():
+        entropy = compute_entropy(output["logits"][:, :-1])
     kl = torch.zeros_like(logprobs)
     if reference is not None:
         with torch.no_grad():
-            _, others = reference(ids, mask, attention_mask=attention, return_output=True)
+            theirs = torch.log_softmax(reference(ids, mask, attention_mask=attention, return_output=True)[1]["logits"][:, :-1], -1)
         own = torch.log_softmax(output["logits"][:, :-1], -1)
-        kl = (own.exp() * (own - torch.log_softmax(others["logits"][:, :-1], -1))).sum(-1)
-    return update_loss(logprobs, output.entropy, kl, targets_of(experience), train)
+        kl = (own.exp() * (own - theirs)).sum(-1)
+    return update_loss(logprobs, entropy, kl, targets_of(experience), train)
 
 
 class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
@@ -145,6 +161,11 @@ class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
         _adapt(strategy, self.setup)
+        # A critic is saved before its policy, so it may be ahead of it by a checkpoint; the policy's counts.
+        states = Path(strategy.args.ckpt.path)
+        committed, own = states / "_actor" / "latest", states / "_critic" / "latest"
+        if committed.exists() and own.exists():
+            own.write_text(committed.read_text())
         super().init_model_from_pretrained(strategy, pretrain, max_steps)
 
     def fit(self, *, steps: list[int], tokens: list[int]) -> dict[str, float]:

@@ -40,6 +40,7 @@ def flags(setup: Setup, context: int) -> list[str]:
         "ds.param_dtype": "bf16",
         "ds.attn_implementation": cluster.attention,
         "ds.adam_offload": cluster.offload,
+        "ds.grad_accum_dtype": "fp32",
         "actor.gradient_checkpointing_enable": cluster.recompute,
         "data.max_len": context,
         "rollout.batch_size": train.tasks,
@@ -64,7 +65,6 @@ def flags(setup: Setup, context: int) -> list[str]:
         "algo.kl.init_coef": 0,
         "ckpt.path": state,
         "ckpt.output_dir": state / "last",
-        "ckpt.save_hf": True,
         "ckpt.load_enable": True,
         "ckpt.max_num": 2,
     }

@@ -13,6 +13,8 @@ from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.settings import Setup
 
 ENTRY = "openrlhf.cli.train_ppo_ray"
+CALLS = 10**6
+"""Calls that an engine works on at a time. With Ray's thousand, a pause would wait behind trees."""
 
 
 def install(setup: Setup) -> None:
@@ -29,7 +31,7 @@ def install(setup: Setup) -> None:
     def told(kind: Any) -> Any:
         return type(kind.__name__, (kind,), {"setup": setup})
 
-    engine.RolloutRayActor = ray.remote(told(TreeRollout))
+    engine.RolloutRayActor = ray.remote(max_concurrency=CALLS)(told(TreeRollout))
     policy.PolicyModelActor = ray.remote(num_gpus=1)(told(TreePolicy))
     critic.CriticModelActor = ray.remote(num_gpus=1)(told(TreeCritic))
     controller.PPOTrainer = ray.remote(told(TreeTrainer))

@@ -4,7 +4,7 @@ Exact: parameters (the model is built without memory), keys and values. Modelled
 kernels and allocators add some, for which `ROOM` of every GPU is kept. With P parameters, N trainers, bytes:
 
     weights      2 P            (zero_stage 3: 2 P / N, and two layers or the embedding at a time)
-    gradients    2 P / N, 4 P / N as float32 during the step, and DeepSpeed's bucket
+    gradients    4 P / N, summed in float32, as much again during the step, and DeepSpeed's bucket
     optimiser    12 P / N       (offload: in the host's memory)
     reference    2 P            (zero_stage 3: 2 P / N), where train.kl is not 0
     activations  2 T L h, and one layer's 2 T (6 h + 2 q + 2 k + 3 f)          (recompute = false: L times that)
@@ -56,7 +56,7 @@ class Shape:
             config = AutoConfig.from_pretrained(model, local_files_only=True)
             with torch.device("meta"):
                 built: Any = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{model} has no configuration of a language model ({first_line(error)})") from error
         text = config.get_text_config()
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -120,7 +120,8 @@ def plan(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context: int)
         for part in parts
         if part.needed > part.offered * (1 + 1e-9)
     ]
-    host = 12 * shape.parameters / cluster.trainers * min(cluster.trainers, cluster.gpus_per_node) if cluster.offload else 0.0
+    trainers = max(node.get("trainer", 0) + node.get("critic", 0) for node in _nodes(cluster))
+    host = 12 * shape.parameters / cluster.trainers * trainers if cluster.offload else 0.0
     return Plan(shape, parts, _nodes(cluster), 2 * shape.parameters, rows, host, problems)
 
 
@@ -138,7 +139,7 @@ def _training(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context:
     kept = 2 * t * shape.layers * shape.hidden + layer if cluster.recompute else shape.layers * layer
     return {
         "weights": weights,
-        "gradients": 6 * p / n + 2 * min(BUCKET, p),
+        "gradients": 8 * p / n + 2 * min(BUCKET, p),
         "optimiser": 0.0 if cluster.offload else 12 * p / n,
         "reference": 0.0 if not train.kl else 2 * p / n if sharded else 2 * p,
         "activations": kept,

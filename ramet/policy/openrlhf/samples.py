@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -74,16 +74,25 @@ class TreeSamples(SamplesGenerator):
         begun = self._begun[update]
         size = self.setup.train.group_size
         while len(begun.trees) < len(begun.drawn) * size:
-            for ref, (tree,) in self._wait(list(self._pending)).items():
-                where, key, engine = self._pending.pop(ref)
-                self._loads[engine] -= 1
-                of = self._begun[where]
-                of.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
-                self._keep(of, key, tree)
+            self.keep(self._wait(self.growing))
         del self._begun[update]
         begun.journal.close()
         groups = grouped(begun.drawn, begun.trees, size)
         return groups, [[begun.verdicts[g, n].result() for n in range(size)] for g in range(len(groups))]
+
+    @property
+    def growing(self) -> list[Any]:
+        """Ray's references to the trees that are not here yet."""
+        return list(self._pending)
+
+    def keep(self, found: Mapping[Any, Any]) -> None:
+        """Take trees by their references: into the journal, then to the judge."""
+        for ref, (tree,) in found.items():
+            where, key, engine = self._pending.pop(ref)
+            self._loads[engine] -= 1
+            begun = self._begun[where]
+            begun.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
+            self._keep(begun, key, tree)
 
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:
         begun.trees[key] = tree

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ramet.policy.update import Draw, Judge, TrainConfig
 
+FREE = ("address", "restarts", "judges", "gpu_memory")
+"""Settings with which a run may go on that began with others: they change nothing of what it computes."""
 _Count = Annotated[int, Field(ge=1)]
 
 
@@ -62,8 +64,8 @@ class ClusterConfig(BaseModel):
     def _fits_nodes(self) -> ClusterConfig:
         if self.trainers > self.gpus_per_node and self.trainers % self.gpus_per_node:
             raise ValueError(f"{self.trainers} trainers do not fill nodes of {self.gpus_per_node} GPUs; take a multiple of it, or fewer")
-        if self.engine_gpus > self.gpus_per_node:
-            raise ValueError(f"an engine of {self.engine_gpus} GPUs does not fit a node of {self.gpus_per_node}")
+        if self.gpus_per_node % self.engine_gpus:
+            raise ValueError(f"engines of {self.engine_gpus} GPUs do not fill a node of {self.gpus_per_node}, and none may span two")
         return self
 
     @property

@@ -13,11 +13,11 @@ import ray.exceptions
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 
 from ramet.agents.drain import Drained
-from ramet.errors import ConfigError, RametError, StorageError
+from ramet.errors import ConfigError, PolicyError, RametError, StorageError
 from ramet.policy.checkpoint import TRAINER, prune_checkpoints
+from ramet.policy.loss import SUMS
 from ramet.policy.models import load_tokenizer
 from ramet.policy.openrlhf import cpu
-from ramet.policy.openrlhf.actors import SUMS
 from ramet.policy.openrlhf.experience import TreeExperience
 from ramet.policy.openrlhf.flags import STOP
 from ramet.policy.openrlhf.samples import TreeSamples
@@ -26,6 +26,8 @@ from ramet.policy.runlog import RunLog
 from ramet.policy.update import Metrics, advantages_of, learning_rate, loss_metrics, minibatches, summary
 
 WATCH_SECONDS = 2.0
+NOTICE_SECONDS = 30.0
+"""Ray takes that long to notice that a node is gone."""
 
 
 class Lost(RuntimeError):
@@ -49,22 +51,23 @@ class TreeTrainer(BasePPOTrainer):
         **generate_kwargs: Any,
     ) -> None:
         cpu.activate()
-        setup = self.setup
-        tokenizer, self.chat = load_tokenizer(setup.model, setup.chat)
-        super().__init__(
-            strategy, actor_model_group, critic_model_group, reward_model_group, reference_model_group, vllm_engines, tokenizer
-        )
-        self.experience_maker = TreeExperience(
-            setup.cluster, setup.train.batch_tokens, actor_model_group, critic_model_group, None, None, self.kl_ctl, strategy, tokenizer
-        )
-        draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-        self.samples_generator = TreeSamples(strategy, vllm_engines, setup, draw, judge, self._some)
-        self.log = RunLog(setup.directory)
+        super().__init__(strategy, actor_model_group, critic_model_group, reward_model_group, reference_model_group, vllm_engines, None)
+        self.samples_generator: Any = None
+        self.log = RunLog(self.setup.directory)
         self._recomputed = 0
 
     def get_max_steps(self) -> int:
-        train = self.setup.train
-        return train.updates * train.minibatches * train.epochs
+        """Optimiser steps of the run. OpenRLHF asks before anything is trained, so what may be wrong with the run is found here."""
+        setup = self.setup
+        tokenizer, self.chat = load_tokenizer(setup.model, setup.chat)
+        groups = (self.actor_model_group, self.critic_model_group, None, None)
+        self.tokenizer = tokenizer
+        self.experience_maker = TreeExperience(setup.cluster, setup.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
+        draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, setup, draw, judge, self._some)
+        # An engine that does not start would leave the trainers waiting for it.
+        self._all([engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines])
+        return setup.train.updates * setup.train.minibatches * setup.train.epochs
 
     def fit(self, global_step: int = 0) -> None:
         """Run the updates that are left. Raises `Drained` if asked to stop."""
@@ -74,7 +77,7 @@ class TreeTrainer(BasePPOTrainer):
         if start:
             self._sync(start)
             if not self._checkpoint(start).exists():
-                self._save(start)
+                self._export(start)
         stop = self.setup.directory / STOP
         with self.log:
             for update in range(start, train.updates):
@@ -105,7 +108,7 @@ class TreeTrainer(BasePPOTrainer):
         metrics["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
         versions = [v for tree in trees for branch in tree.branches for v in branch.versions if v >= 0]
         if update - min(versions) > cluster.staleness:
-            raise ConfigError(f"update {update} has tokens of weights {min(versions)}, older than staleness {cluster.staleness} allows")
+            raise PolicyError(f"update {update} has tokens of weights {min(versions)}: the bound on staleness does not hold; report this")
         metrics["staleness"] = update - sum(versions) / len(versions)
         metrics["staleness_max"] = update - min(versions)
 
@@ -113,7 +116,7 @@ class TreeTrainer(BasePPOTrainer):
         rate = learning_rate(train, update)
         models = [self.actor_model_group, *([self.critic_model_group] if cluster.critic else [])]
         self._all([ref for group in models for ref in group.async_run_method_batch("append", experience=dealt.experiences)])
-        refs = self.actor_model_group.async_run_method("fit", update=update, steps=dealt.steps, rate=rate)
+        refs = self.actor_model_group.async_run_method("fit", steps=dealt.steps, rate=rate)
         if cluster.critic:
             refs += self.critic_model_group.async_run_method("fit", steps=dealt.steps, tokens=dealt.tokens)
         found = self._all(refs)
@@ -142,17 +145,27 @@ class TreeTrainer(BasePPOTrainer):
         return self.setup.directory / "checkpoints" / f"step-{step:06d}"
 
     def _save(self, step: int) -> None:
-        """DeepSpeed's state, and the weights as a model directory among the run's checkpoints."""
+        """DeepSpeed's state, the critic's first: the policy's is what counts. Then the weights, for whoever uses them."""
         tag = f"global_step{step}"
-        exported = self.setup.directory / "openrlhf" / f"{tag}_hf"
-        shutil.rmtree(exported, ignore_errors=True)
-        refs = self.actor_model_group.async_run_method("save_checkpoint", tag=tag, client_states={"step": step, "job": self.setup.job})
+        for states in (self.setup.directory / "openrlhf").glob("_*"):
+            # OpenRLHF makes room before it writes: leave it nothing but the last whole state, which it keeps.
+            last = (states / "latest").read_text() if (states / "latest").exists() else ""
+            for other in states.iterdir():
+                if other.is_dir() and other.name != last:
+                    shutil.rmtree(other)
         if self.critic_model_group is not None:
-            refs += self.critic_model_group.async_run_method("save_checkpoint", tag=tag)
-        self._all(refs)
-        target = self._checkpoint(step)
+            self._all(self.critic_model_group.async_run_method("save_checkpoint", tag=tag))
+        said = {"step": step, "job": self.setup.job}
+        self._all(self.actor_model_group.async_run_method("save_checkpoint", tag=tag, client_states=said))
+        self._export(step)
+        self.log.forget_rollouts(step)
+
+    def _export(self, step: int) -> None:
+        """The weights as a model directory among the run's checkpoints."""
+        exported, target = self.setup.directory / "openrlhf" / "export", self._checkpoint(step)
+        shutil.rmtree(exported, ignore_errors=True)
+        self._all(self.actor_model_group.async_run_method("export", str(exported)))
         try:
-            self.tokenizer.save_pretrained(exported)
             state = {"step": step, "seed": self.setup.seed, "job": self.setup.job, "engine": "openrlhf"}
             (exported / TRAINER).write_text(json.dumps(state, indent=2) + "\n")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +175,6 @@ class TreeTrainer(BasePPOTrainer):
             said = error.strerror or error
             raise StorageError(f"cannot write checkpoint {target}: {said}; free space and run again to resume") from error
         prune_checkpoints(target.parent, keep=2)
-        self.log.forget_rollouts(step)
 
     def _resumed(self) -> int:
         """The update to go on with: that of DeepSpeed's last whole state."""
@@ -175,21 +187,34 @@ class TreeTrainer(BasePPOTrainer):
         """The values of those of Ray's references that are done, of one at least. Raises `Lost` if an actor of the run has died."""
         while not ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS)[0]:
             self._watch()
-        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
-        try:
-            return dict(zip(ready, ray.get(ready), strict=True))
-        except ray.exceptions.RayTaskError as error:
-            if not isinstance(error.cause, RametError):
-                # What exchanged weights or gradients with a dead actor may fail before the death is known.
-                time.sleep(WATCH_SECONDS)
+        values: dict[Any, Any] = {}
+        failed: BaseException | None = None
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+            try:
+                values[ref] = ray.get(ref)
+            except Exception as error:
+                failed = failed or error
+        # What is whole is kept first; what failed will fail again when it is asked for.
+        if failed is not None and not values:
+            self._explain(failed)
+            raise failed
+        return values
+
+    def _explain(self, error: BaseException) -> None:
+        """What exchanged weights or gradients with a dead actor may fail before the death is known: wait for that, and raise `Lost`."""
+        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, RametError):
+            until = time.monotonic() + NOTICE_SECONDS
+            while time.monotonic() < until:
                 self._watch()
-            raise
+                time.sleep(WATCH_SECONDS)
 
     def _all(self, refs: list[Any]) -> list[Any]:
-        """The values of Ray's references, in their order."""
+        """The values of Ray's references, in their order. Trees that finish meanwhile are kept."""
         values: dict[Any, Any] = {}
-        while len(values) < len(refs):
-            values |= self._some([ref for ref in refs if ref not in values])
+        while left := [ref for ref in refs if ref not in values]:
+            found = self._some([*left, *self.samples_generator.growing])
+            values |= {ref: found.pop(ref) for ref in left if ref in found}
+            self.samples_generator.keep(found)
         return [values[ref] for ref in refs]
 
     def _watch(self) -> None:
