@@ -102,7 +102,7 @@ def steps_made(folder: Path) -> int:
 
 
 def test_a_run_is_stopped_and_loses_an_engine_and_a_trainer(tmp_path: Path) -> None:
-    """Two trainers with sharded weights, one update ahead: asked to stop, started again, its engine killed, then a trainer. Every update is made once."""
+    """Two trainers with sharded weights, one update ahead: stopped, started again, its engine killed, then a trainer."""
     settings = ("train.updates=8", "openrlhf.trainers=2", "openrlhf.staleness=1", "openrlhf.zero_stage=3")
     run = Run(tmp_path, *settings)
     run.until(lambda: run.updates, "first update")

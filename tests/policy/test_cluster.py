@@ -54,7 +54,7 @@ def test_one_configuration_becomes_flags(tmp_path):
     [
         ({"train": TrainConfig(lora_rank=8)}, "lora_rank to 0"),
         ({"dtype": "float32"}, "dtype to bfloat16"),
-        ({"train": TrainConfig(tasks=1, group_size=2), "trainers": 4}, "fewer than 4 trainers"),
+        ({"train": TrainConfig(tasks=1, group_size=2, minibatches=1), "trainers": 4}, "fewer than 4 trainers"),
     ],
 )
 def test_what_the_cluster_cannot_train_is_refused(tmp_path, changed, said):
