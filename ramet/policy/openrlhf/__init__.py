@@ -1,7 +1,7 @@
 """The cluster trainer: trees trained by OpenRLHF's actors on Ray, vLLM engines and DeepSpeed.
 
 OpenRLHF's own entry point runs, with its flags, placement and weight broadcast; classes of ours stand in the places of
-five of its own (`install`):
+its own (`install`):
 
 | OpenRLHF | here | what differs |
 |---|---|---|
@@ -11,7 +11,7 @@ five of its own (`install`):
 | `PolicyModelActor`, `CriticModelActor` | `actors.TreePolicy`, `actors.TreeCritic` | our loss; a fixed number of optimiser steps |
 | `PPOTrainer` | `trainer.TreeTrainer` | the loop, the run folder, resuming |
 
-Nothing here is imported by the rest of ramet unless the engine is asked for.
+The rest of ramet imports the settings; nothing else here unless the engine is asked for.
 """
 
 import os
