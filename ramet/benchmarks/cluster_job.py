@@ -22,13 +22,11 @@ from ramet.config import RunConfig, load
 from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
 from ramet.policy.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
-from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.openrlhf.settings import LOST, Setup
 from ramet.policy.update import Draw, Judge
 
 OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
-LOST = ("Lost", "EngineLost", "EngineDeadError")
-"""Errors of ours and of vLLM that say that a part of a run has died."""
 
 
 def setup_of(config: RunConfig, directory: Path, spawn: bool) -> Setup:

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ramet.policy.update import Draw, Judge, TrainConfig
 
+LOST = ("Lost", "EngineLost", "EngineDeadError")
+"""Errors, of ours and of vLLM, that say that a part of a run has died."""
 FREE = ("address", "restarts", "judges", "gpu_memory")
 """Settings with which a run may go on that began with others: they change nothing of what it computes."""
 _Count = Annotated[int, Field(ge=1)]

@@ -21,7 +21,7 @@ from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import TreeExperience
 from ramet.policy.openrlhf.flags import STOP
 from ramet.policy.openrlhf.samples import TreeSamples
-from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.openrlhf.settings import LOST, Setup
 from ramet.policy.runlog import RunLog
 from ramet.policy.update import Metrics, advantages_of, learning_rate, loss_metrics, minibatches, summary
 
@@ -202,7 +202,8 @@ class TreeTrainer(BasePPOTrainer):
 
     def _explain(self, error: BaseException) -> None:
         """What exchanged weights or gradients with a dead actor may fail before the death is known: wait for that, and raise `Lost`."""
-        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(error.cause, RametError):
+        cause = getattr(error, "cause", None)
+        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, RametError) and type(cause).__name__ not in LOST:
             until = time.monotonic() + NOTICE_SECONDS
             while time.monotonic() < until:
                 self._watch()
