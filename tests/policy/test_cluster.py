@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ramet.agents.drain import Drained
+from ramet.benchmarks.cluster import RunLost
 from ramet.config import RunConfig, load
-from ramet.errors import CheckpointError, ConfigError
+from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, TaskError
 from ramet.policy.credit import gae
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import flags, needs
@@ -111,7 +113,7 @@ def test_the_plan_of_four_billion_on_eight_gpus():
 def test_a_plan_that_cannot_fit_is_refused_with_the_numbers():
     shape = Shape.of(FOUR_BILLION)
     made = plan(shape, TrainConfig(kl=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
-    with pytest.raises(ConfigError, match=r"GPU of the trainer needs 11\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
+    with pytest.raises(ConfigError, match=r"GPU of the trainer needs 1[12]\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
         refuse(made)
     small = plan(shape, TrainConfig(), ClusterConfig(gpu_memory=10, trainers=8), 8192)
     assert any("a GPU of the engine needs" in problem for problem in small.problems)
@@ -160,3 +162,45 @@ def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsy
     assert not list(tmp_path.glob("cluster*")), "nothing is started and nothing written"
     assert call(*example, "--plan", "--set", "openrlhf.gpu_memory=24") == 2
     assert "this does not fit" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_elsewhere_but_not_as_another(tmp_path):
+    from ramet.benchmarks.cluster import _claim
+
+    folder = tmp_path / "r"
+    _claim(folder, load(RunConfig, None, ["openrlhf.address=http://one:8265"]))
+    (folder / "metrics.jsonl").write_text("")
+    moved = load(RunConfig, None, ["openrlhf.address=http://two:8265", "openrlhf.restarts=7"])
+    _claim(folder, moved)
+    assert load(RunConfig, folder / "config.toml") == moved
+    with pytest.raises(ConfigError, match="another configuration or seed"):
+        _claim(folder, load(RunConfig, None, ["openrlhf.address=http://two:8265", "openrlhf.lam=0.5"]))
+
+
+def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
+    from ramet.benchmarks.cluster import _absolute
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "q.jsonl").write_text("")
+    given_ = load(RunConfig, None, ["model=model", "env.kind=gsm8k", "env.train=q.jsonl", "env.data=hub/name"])
+    whole = _absolute(given_)
+    assert (whole.model, whole.env.train, whole.env.data) == (str(tmp_path / "model"), str(tmp_path / "q.jsonl"), "hub/name")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kind"),
+    [
+        ({"kind": "drained"}, Drained),
+        ({"kind": "lost", "said": "a node"}, RunLost),
+        ({"kind": "error", "error": "RewardError", "said": "x"}, RewardError),
+        ({"kind": "error", "error": "TaskError", "said": "x"}, TaskError),
+        ({"kind": "internal", "said": "x"}, PolicyError),
+    ],
+)
+def test_what_ended_a_run_is_raised_as_what_it_was(outcome, kind, tmp_path):
+    from ramet.benchmarks.cluster import _raise
+
+    _raise({"kind": "done"}, tmp_path)
+    with pytest.raises(kind):
+        _raise(outcome, tmp_path)
