@@ -1,7 +1,7 @@
 """`ramet bench scaling`: an update on 8 to 1,024 GPUs, by a model. docs/scaling.md says what it assumes.
 
 What a GPU does is computed from its data sheet. What the controller does is measured on this machine, on trees of the assumed
-size: bytes and seconds of pickling a tree (which is how Ray carries it), of its journal record, of its credit and rows.
+size: bytes and seconds of pickling a tree (which is how Ray carries it), of its journal record, of its rows.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _split(gpus: int, engines: int, trees: int, a: Assumed, hardware: Hardware, 
     exchange = 3 * 2 * a.parameters / wire * max(1.0, trained / trainers / a.micro_batch)
     training = max(compute, exchange)
     controller = trees * measured.controller_seconds
-    limits = {"sampling": sampling, "training": compute, "exchange": exchange, "controller": controller}
+    limits = {"sample": sampling, "train": compute, "exchange": exchange, "control": controller}
     syncing = 2 * a.parameters / (a.node if gpus <= 8 else a.nodes)
     return Point(gpus, engines, trainers, trees, sampling, training, syncing, controller, max(limits, key=lambda name: limits[name]))
 
