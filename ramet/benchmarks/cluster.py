@@ -132,12 +132,12 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
 
 def _absolute(config: RunConfig) -> RunConfig:
     """With whole paths: the job and its actors may stand in another folder."""
-    model, env = Path(config.model), {}
+    env = {}
     for name in ("data", "train", "ood", "videos", "reward_model"):
         if (value := getattr(config.env, name)) and Path(value).exists():
             env[name] = str(Path(value).resolve())
-    whole = {"model": str(model.resolve()) if model.exists() else config.model, "env": config.env.model_copy(update=env)}
-    return config.model_copy(update=whole)
+    model = str(Path(config.model).resolve()) if config.model != "nano" and Path(config.model).exists() else config.model
+    return config.model_copy(update={"model": model, "env": config.env.model_copy(update=env)})
 
 
 def _claim(directory: Path, config: RunConfig) -> None:

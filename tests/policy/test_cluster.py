@@ -186,6 +186,8 @@ def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
     given_ = load(RunConfig, None, ["model=model", "env.kind=gsm8k", "env.train=q.jsonl", "env.data=hub/name"])
     whole = _absolute(given_)
     assert (whole.model, whole.env.train, whole.env.data) == (str(tmp_path / "model"), str(tmp_path / "q.jsonl"), "hub/name")
+    (tmp_path / "nano").mkdir()
+    assert _absolute(load(RunConfig, None)).model == "nano", "the name of a shipped model is no path"
 
 
 @pytest.mark.parametrize(
