@@ -27,7 +27,7 @@ from ramet.benchmarks.session import meta, read_metrics
 from ramet.benchmarks.show import write_json
 from ramet.config import RunConfig, load, write
 from ramet.errors import ConfigError, PolicyError
-from ramet.policy.checkpoint import latest_checkpoint
+from ramet.policy.checkpoint import checkpoint_path, latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
@@ -109,7 +109,7 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
         config.env.build().tasks("train", 1, config.seed)
     _claim(directory, config)
     (directory / STOP).unlink(missing_ok=True)
-    final = directory / "checkpoints" / f"step-{config.train.updates:06d}"
+    final = checkpoint_path(directory / "checkpoints", config.train.updates)
     outcome: dict[str, Any] = {"kind": "done"}
     for attempt in range(0 if final.exists() else config.openrlhf.restarts + 1):
         outcome = _attempt(config, directory, spawn)

@@ -18,6 +18,7 @@ from typing import Any
 from ramet.agents.drain import Drained
 from ramet.benchmarks.jobs import lock
 from ramet.benchmarks.session import job_of, recipe
+from ramet.benchmarks.show import write_text
 from ramet.config import RunConfig, load
 from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
 from ramet.policy.catalogue import find
@@ -29,13 +30,13 @@ OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
 
 
-def setup_of(config: RunConfig, directory: Path, spawn: bool) -> Setup:
-    """What the actors of a run are told. Raises `ConfigError` for what only the local engine can do."""
+def setup_of(config: RunConfig, directory: Path, spawn: bool, job: str = "") -> Setup:
+    """What the actors of a run are told; `job` is for those that train. Raises `ConfigError` for what only the local engine can do."""
     if config.backend != "transformers" or config.attention.method != "dense":
         raise ConfigError("the openrlhf engine samples with vLLM engines of its own: leave backend and attention.method as they are")
     return Setup(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
-        job_of(config, spawn), not config.env.language, functools.partial(_recipe, config, spawn),
+        job, not config.env.language, functools.partial(_recipe, config, spawn),
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def main() -> None:
         # Whoever started this may be gone while it goes on.
         lock(directory / "openrlhf")
         config = load(RunConfig, directory / "config.toml")
-        setup = setup_of(config, directory, spawn)
+        setup = setup_of(config, directory, spawn, job_of(config, spawn))
         start_ray(setup)
         threading.Thread(target=_guard, args=(setup, directory, over), daemon=True).start()
         from ramet.policy.openrlhf.install import run
@@ -145,11 +146,7 @@ def main() -> None:
 
 
 def _write(directory: Path, outcome: dict[str, Any]) -> None:
-    path = directory / OUTCOME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(outcome) + "\n")
-    draft.replace(path)
+    write_text(directory / OUTCOME, json.dumps(outcome) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
 from ramet.benchmarks.show import bill, branch_view, grow_live, write_json
 from ramet.config import RunConfig, validate
 from ramet.policy.catalogue import find
+from ramet.policy.checkpoint import checkpoint_path
 from ramet.policy.hf import HFPolicy
 
 console = Console()
@@ -47,7 +48,7 @@ def run_demo(directory: Path, seed: int) -> None:
         print_points(summary(measured))
         console.print(Rule("2. reinforcement learning from one global reward"))
         trainer = run_training(config, directory / "trained", True, "training")
-        final = trainer.checkpoints / f"step-{config.train.updates:06d}"
+        final = checkpoint_path(trainer.checkpoints, config.train.updates)
         console.print(Rule("3. one tree of clones on a held-out problem"))
         tree = show_tree(config, final)
         console.print(Rule("4. the trained model beside the base"))

@@ -25,7 +25,7 @@ from ramet.benchmarks.show import resolve, write_json
 from ramet.config import RunConfig, write
 from ramet.errors import ConfigError, PolicyError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
-from ramet.policy.checkpoint import TRAINER
+from ramet.policy.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 
@@ -166,7 +166,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     """`ramet train`: train, then measure the final weights; everything resumes."""
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
-    final = trainer.checkpoints / f"step-{config.train.updates:06d}"
+    final = checkpoint_path(trainer.checkpoints, config.train.updates)
     with Journal(directory / "evaluation.jsonl", fingerprint(config.model_dump(mode="json"), spawn, weights_id(final))) as journal:
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")

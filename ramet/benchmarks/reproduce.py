@@ -29,6 +29,7 @@ from ramet.benchmarks.show import write_json
 from ramet.benchmarks.tables import markdown
 from ramet.config import RunConfig
 from ramet.policy.catalogue import find
+from ramet.policy.checkpoint import checkpoint_path
 from ramet.policy.hf import HFPolicy
 
 console = Console()
@@ -80,7 +81,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     checkpoints = {}
     for name, spawn in (("trained", True), ("solo", False)):
         run_training(config, directory / name, spawn, name)
-        checkpoints[name] = directory / name / "checkpoints" / f"step-{config.train.updates:06d}"
+        checkpoints[name] = checkpoint_path(directory / name / "checkpoints", config.train.updates)
     identity = [weights_id(path) for path in (base, *checkpoints.values())]
     with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), identity)) as journal:
         console.print("choosing the baselines' settings on tasks of their own")

@@ -29,6 +29,7 @@ from ramet.benchmarks.sweep import results
 from ramet.config import RunConfig, load
 from ramet.nano.vision import VisionSize, write_vision_model
 from ramet.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
+from ramet.policy.checkpoint import checkpoint_path
 from ramet.policy.sft import SFTTraining, fine_tune
 from ramet.policy.vision import Look
 from ramet.rewards.video.clips import COLOURS, make_long_questions
@@ -69,7 +70,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     _base(folder, config)
     console.print(Rule("4. reinforcement learning from the VideoDRM"))
     trainer = run_training(config, folder / "trained", True, "training")
-    final = trainer.checkpoints / f"step-{config.train.updates:06d}"
+    final = checkpoint_path(trainer.checkpoints, config.train.updates)
     measured = []
     for name, path in (("base", folder / "base"), ("trained", final)):
         with Journal(folder / f"{name}.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(path))) as journal:

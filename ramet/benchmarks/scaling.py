@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from ramet.benchmarks.cluster_sim import Hardware
 from ramet.benchmarks.session import meta
 from ramet.benchmarks.show import write_json
 from ramet.policy.rows import rows_of
+from ramet.policy.runlog import STORED
 
 console = Console()
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -92,12 +92,11 @@ def tree_of(assumed: Assumed, seed: int) -> Tree:
 def measure(assumed: Assumed, seed: int, count: int = 40) -> Measured:
     """The median over `count` trees."""
     trees = [tree_of(assumed, seed + n) for n in range(count)]
-    adapter = TypeAdapter(Tree)
     pickled = [pickle.dumps(tree, protocol=5) for tree in trees]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl", "job") as journal:
 
         def write(tree: Tree) -> None:
-            journal.append({"group": 0, "number": 0, "tree": adapter.dump_json(tree).decode()}, keep=False)
+            journal.append({"group": 0, "number": 0, "tree": STORED.dump_json(tree).decode()}, keep=False)
 
         journal_seconds = _median(write, trees)
         size = journal.path.stat().st_size // count

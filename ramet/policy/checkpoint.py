@@ -24,11 +24,16 @@ OPTIMIZER = "optimizer.safetensors"
 TRAINER = "trainer.json"
 
 
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, among those of a run."""
+    return directory / f"step-{step:06d}"
+
+
 def save_checkpoint(
     directory: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
     """Write `directory/step-NNNNNN`. Raises `StorageError` if the disk refuses; older checkpoints stay."""
-    target = directory / f"step-{step:06d}"
+    target = checkpoint_path(directory, step)
     draft = directory / f".{target.name}.draft"
     try:
         shutil.rmtree(draft, ignore_errors=True)

@@ -7,8 +7,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from pydantic import TypeAdapter
+
+from ramet.agents.tree import Tree
 from ramet.errors import StorageError
 from ramet.policy.update import Metrics
+
+STORED = TypeAdapter(Tree)
+"""Trees as JSON, exactly."""
 
 
 class RunLog:

@@ -30,7 +30,6 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
-from ramet.agents.tree import Status, Tree
 from ramet.errors import ConfigError, PolicyError
 from ramet.policy.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.hf import HFPolicy
@@ -47,6 +46,7 @@ from ramet.policy.update import (
     TrainConfig,
     advantages_of,
     grouped,
+    grow,
     jobs_of,
     judged,
     learning_rate,
@@ -148,8 +148,7 @@ class Trainer:
         sampled = time.perf_counter()
         verdicts = [[judged(self.judge, task, tree) for tree in trees] for task, trees in groups]
         advantages = advantages_of(groups, verdicts, self.config.estimator, self.chat)
-        metrics: Metrics = {"update": update, **summary([tree for _, trees in groups for tree in trees], [v for j in verdicts for v in j])}
-        metrics["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
+        metrics = summary(update, groups, verdicts, advantages)
         metrics |= self._optimise(update, minibatches(groups, advantages, self.config))
         self.policy.refresh(update + 1)
         metrics["seconds_sampling"] = sampled - started
@@ -160,7 +159,6 @@ class Trainer:
         """The update's groups, in the order of `draw` whatever the order in which trees finished."""
         drawn = list(self.draw(update))
         jobs = jobs_of(drawn, update, self.config.group_size, self.seed)
-        trees: dict[tuple[object, ...], Tree] = {}
         whole = self.log.rollouts / f"{update:06d}.jsonl"
         draft = whole.with_suffix(".draft")
         # Half an update is sampled again as a whole: in other batches, the rest of it would differ in the last bits.
@@ -168,11 +166,7 @@ class Trainer:
         with Journal(whole if whole.exists() else draft, fingerprint(self._identity, update)) as journal:
             policy = JournaledPolicy(self.policy, journal)
             runtime = Runtime(policy, self.chat, Sampling(temperature=self.config.temperature), tell_all=self._tell_all)
-            async with runtime.run_many(jobs, in_flight=4 * self.config.max_batch) as finished:
-                async for job, tree in finished:
-                    if tree.root.status is Status.FAILED:
-                        raise PolicyError(f"task {job.task.id} failed: {tree.error}")
-                    trees[job.key] = tree
+            trees = await grow(runtime, jobs, 4 * self.config.max_batch)
         if draft.exists():
             draft.replace(whole)
         return grouped(drawn, trees, self.config.group_size)

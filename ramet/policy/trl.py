@@ -24,10 +24,10 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
-from ramet.agents.tree import Branch, Status, Task, Tree
-from ramet.errors import ConfigError, PolicyError
+from ramet.agents.tree import Branch, Task, Tree
+from ramet.errors import ConfigError
 from ramet.policy.hf import HFPolicy
-from ramet.policy.update import Judge, judged
+from ramet.policy.update import Judge, grow, judged
 
 REWARD = "tree_reward"
 
@@ -107,15 +107,9 @@ class TreeRollouts:
         return out
 
     async def _grow(self, model: Any, jobs: list[Job]) -> dict[tuple[object, ...], Tree]:
-        trees = {}
         async with HFPolicy(model, max_batch=self._max_batch) as policy:
             runtime = Runtime(policy, self._chat, Sampling(self._temperature), tell_all=self._tell_all)
-            async with runtime.run_many(jobs, in_flight=4 * self._max_batch) as finished:
-                async for job, tree in finished:
-                    if tree.root.status is Status.FAILED:
-                        raise PolicyError(f"task {job.task.id} failed: {tree.error}")
-                    trees[job.key] = tree
-        return trees
+            return await grow(runtime, jobs, 4 * self._max_batch)
 
 
 def _row(branch: Branch) -> tuple[list[int], list[int], list[float], list[int]]:

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
-from ramet.agents.runtime import Job
+from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
-from ramet.errors import RametError, RewardError, first_line
+from ramet.errors import PolicyError, RametError, RewardError, first_line
 from ramet.policy.credit import ESTIMATORS, ScoredTree
 from ramet.policy.loss import LossSums, policy_loss
 from ramet.policy.rows import Batch, Row, rows_of
@@ -105,6 +105,17 @@ def grouped(drawn: Sequence[tuple[Task, Budget]], trees: Mapping[tuple[object, .
     return [(task, [trees[g, n] for n in range(group_size)]) for g, (task, _) in enumerate(drawn)]
 
 
+async def grow(runtime: Runtime, jobs: Sequence[Job], in_flight: int) -> dict[tuple[object, ...], Tree]:
+    """The trees of the jobs by their keys. Raises `PolicyError` if one fails."""
+    trees = {}
+    async with runtime.run_many(jobs, in_flight) as finished:
+        async for job, tree in finished:
+            if tree.root.status is Status.FAILED:
+                raise PolicyError(f"task {job.task.id} failed: {tree.error}")
+            trees[job.key] = tree
+    return trees
+
+
 def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
     """What `judge` says. Raises `RewardError` for whatever it raises that is not ours."""
     try:
@@ -189,10 +200,14 @@ def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:
     }
 
 
-def summary(trees: Sequence[Tree], verdicts: Sequence[Verdict]) -> Metrics:
-    """Means over trees."""
+def summary(
+    update: int, groups: Sequence[Group], judged_: Sequence[Sequence[Verdict]], advantages: Sequence[Sequence[Sequence[float]]]
+) -> Metrics:
+    """What was sampled for an update: means over trees, and the groups that nothing is learned from."""
+    trees, verdicts = [tree for _, of in groups for tree in of], [v for of in judged_ for v in of]
     count = len(trees)
     found: Metrics = {
+        "update": update,
         "reward": sum(v.reward for v in verdicts) / count,
         "accuracy": sum(v.score for v in verdicts) / count,
         "spawn_rate": sum(tree.spawned for tree in trees) / count,
@@ -206,4 +221,5 @@ def summary(trees: Sequence[Tree], verdicts: Sequence[Verdict]) -> Metrics:
         found[f"penalty_{name}"] = sum(v.penalties.get(name, 0.0) for v in verdicts) / count
     for status in Status:
         found[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
+    found["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
     return found

@@ -29,9 +29,9 @@ from ramet.policy.openrlhf import install
 from ramet.policy.openrlhf.actors import TreePolicy
 from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
 from ramet.policy.openrlhf.flags import flags
-from ramet.policy.openrlhf.samples import STORED
 from ramet.policy.openrlhf.settings import ClusterConfig, Setup
 from ramet.policy.rows import Row
+from ramet.policy.runlog import STORED
 from ramet.policy.trainer import Trainer
 from ramet.policy.update import Group, TrainConfig, Verdict, advantages_of, minibatches
 

@@ -59,8 +59,10 @@ def _adapt(strategy: Any, setup: Setup) -> None:
 class _Steps:
     """Optimiser steps over batches of several each, whose number and cut OpenRLHF's own loops would not let be fixed."""
 
+    _batches: list[Experience]
+
     def append(self, experience: Experience) -> None:
-        self._batches = [*getattr(self, "_batches", []), experience]
+        self.__dict__.setdefault("_batches", []).append(experience)
 
     def _optimise(self, engine: Any, loss_of: Any, steps: list[int], epochs: int, rate: float) -> list[float]:
         """Go through the batches; `loss_of(experience, minibatch)` is summed over a minibatch and over trainers. Returns gradient norms."""

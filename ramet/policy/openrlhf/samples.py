@@ -5,19 +5,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
-from pydantic import TypeAdapter
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.runlog import STORED
 from ramet.policy.update import Draw, Group, Judge, Verdict, grouped, jobs_of, judged
-
-STORED = TypeAdapter(Tree)
-"""Trees as JSON, exactly."""
 
 
 class TreeSamples(SamplesGenerator):
@@ -25,14 +23,21 @@ class TreeSamples(SamplesGenerator):
 
     Every finished tree goes to the journal of its update first: one that was interrupted goes on with the trees that are missing.
     The trees of a task grow on one engine, which reads what they share once. `wait(refs)` gives the values of those of Ray's references
-    that are done, of one at least, and raises if none ever will be.
+    that are done, of one at least, and raises if none ever will be. `rollouts` is the folder of the journals.
     """
 
     def __init__(
-        self, strategy: Any, engines: list[Any], setup: Setup, draw: Draw, judge: Judge, wait: Callable[[list[Any]], dict[Any, Any]]
+        self,
+        strategy: Any,
+        engines: list[Any],
+        setup: Setup,
+        rollouts: Path,
+        draw: Draw,
+        judge: Judge,
+        wait: Callable[[list[Any]], dict[Any, Any]],
     ) -> None:
         super().__init__(strategy, None, None, None, engines)
-        self.setup, self.draw, self._judge, self._wait = setup, draw, judge, wait
+        self.setup, self._rollouts, self.draw, self._judge, self._wait = setup, rollouts, draw, judge, wait
         self._begun: dict[int, _Update] = {}
         self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
         self._loads = [0] * len(engines)
@@ -42,7 +47,7 @@ class TreeSamples(SamplesGenerator):
         """Start the trees of an update that are not in its journal. Does not wait."""
         if update in self._begun:
             return
-        path = self.setup.directory / "rollouts" / f"{update:06d}.jsonl"
+        path = self._rollouts / f"{update:06d}.jsonl"
         drawn = list(self.draw(update))
         begun = _Update(drawn, Journal(path, fingerprint(self.setup.job, update)))
         self._begun[update] = begun

@@ -14,7 +14,7 @@ from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 
 from ramet.agents.drain import Drained
 from ramet.errors import ConfigError, PolicyError, RametError, StorageError
-from ramet.policy.checkpoint import TRAINER, prune_checkpoints
+from ramet.policy.checkpoint import TRAINER, checkpoint_path, prune_checkpoints
 from ramet.policy.loss import SUMS
 from ramet.policy.models import load_tokenizer
 from ramet.policy.openrlhf import cpu
@@ -64,7 +64,7 @@ class TreeTrainer(BasePPOTrainer):
         self.tokenizer = tokenizer
         self.experience_maker = TreeExperience(setup.cluster, setup.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
         draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, setup, draw, judge, self._some)
+        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, setup, self.log.rollouts, draw, judge, self._some)
         # An engine that does not start would leave the trainers waiting for it.
         self._all([engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines])
         return setup.train.updates * setup.train.minibatches * setup.train.epochs
@@ -96,7 +96,6 @@ class TreeTrainer(BasePPOTrainer):
         started = time.perf_counter()
         groups, verdicts = self.samples_generator.collect(update)
         sampled = time.perf_counter()
-        trees = [tree for _, found in groups for tree in found]
         if cluster.critic:
             advantages = [
                 [[v.reward] * len(tree.branches) for tree, v in zip(found, of, strict=True)]
@@ -104,15 +103,15 @@ class TreeTrainer(BasePPOTrainer):
             ]
         else:
             advantages = advantages_of(groups, verdicts, train.estimator, self.chat)
-        metrics: Metrics = {"update": update, **summary(trees, [v for of in verdicts for v in of])}
-        metrics["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
-        versions = [v for tree in trees for branch in tree.branches for v in branch.versions if v >= 0]
+        metrics = summary(update, groups, verdicts, advantages)
+        parts = minibatches(groups, advantages, train)
+        versions = [v for rows in parts for row in rows for v in row.versions if v >= 0]
         if update - min(versions) > cluster.staleness:
             raise PolicyError(f"update {update} has tokens of weights {min(versions)}: the bound on staleness does not hold; report this")
         metrics["staleness"] = update - sum(versions) / len(versions)
         metrics["staleness_max"] = update - min(versions)
 
-        dealt = self.experience_maker.make_experience_batch(minibatches(groups, advantages, train))
+        dealt = self.experience_maker.make_experience_batch(parts)
         rate = learning_rate(train, update)
         models = [self.actor_model_group, *([self.critic_model_group] if cluster.critic else [])]
         self._all([ref for group in models for ref in group.async_run_method_batch("append", experience=dealt.experiences)])
@@ -128,7 +127,7 @@ class TreeTrainer(BasePPOTrainer):
             metrics["critic_loss"] = sum(part["critic_loss"] for part in found[cluster.trainers :])
         trained = time.perf_counter()
         recomputed = self._sync(update + 1)
-        metrics["recomputed"] = (recomputed - self._recomputed) / len(trees)
+        metrics["recomputed"] = (recomputed - self._recomputed) / sum(len(trees) for _, trees in groups)
         self._recomputed = recomputed
         metrics["seconds_sampling"] = sampled - started
         metrics["seconds_training"] = trained - sampled
@@ -142,7 +141,7 @@ class TreeTrainer(BasePPOTrainer):
         return sum(self._all([engine.resume_generation.remote(version) for engine in self.vllm_engines]))
 
     def _checkpoint(self, step: int) -> Path:
-        return self.setup.directory / "checkpoints" / f"step-{step:06d}"
+        return checkpoint_path(self.setup.directory / "checkpoints", step)
 
     def _save(self, step: int) -> None:
         """DeepSpeed's state, the critic's first: the policy's is what counts. Then the weights, for whoever uses them."""
