@@ -249,7 +249,7 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
     from ramet.rewards.exact_match import integer_match
 
     weights, _, chat = load_model(resolve(model))
-    lengths = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 32, 48)
+    lengths = (3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 32, 48)
 
     async def main() -> list[dict[str, Any]]:
         records = []

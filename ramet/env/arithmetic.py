@@ -15,11 +15,12 @@ import itertools
 import math
 import random
 import re
-import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
+from ramet.env.splits import drawn, part
 from ramet.errors import ConfigError, TaskError
 from ramet.rewards.exact_match import canonical_integer, graded_integer, integer_match
 
@@ -34,7 +35,8 @@ class RowsEnvironment:
 
     iid and training tasks have `operands` of them (inclusive range, log-uniform: half of 2..24 are at
     most 6) in rows of at most `row` (inclusive range, uniform); out-of-distribution ones have `ood_operands` in rows of
-    the longest kind. All operands are 1..`largest`.
+    the longest kind. All operands are 1..`largest`. A sum's operands alone say whether it is for training, for tuning or
+    to be measured (`ramet.env.splits`).
     """
 
     operands: tuple[int, int] = (2, 24)
@@ -45,22 +47,32 @@ class RowsEnvironment:
     splits = ("iid", "ood")
     metrics = ("accuracy",)
 
+    def __post_init__(self) -> None:
+        for name in ("operands", "ood_operands", "row"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ConfigError(f"env.{name} is a range from a smaller to a larger count, both at least 1, not {low} to {high}")
+        if self.largest < 1:
+            raise ConfigError(f"env.largest is the largest operand, at least 1, not {self.largest}")
+
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
-        if split not in ("train", "iid", "ood"):
-            raise ConfigError(f"no split {split!r}; there are train, iid, ood")
-        low, high = self.ood_operands if split == "ood" else self.operands
+        part(split)
+        far = split in ("ood", "tune_ood")
         rng = random.Random(f"rows/{split}/{seed}")
-        made: list[Task] = []
-        while len(made) < count:
+        sums = drawn(split, self._sums(self.ood_operands if far else self.operands, rng))
+        return [
+            rows_task(list(values), f"{split}-{seed}-{i}", row=self.row[1] if far else rng.randint(*self.row))
+            for i, values in enumerate(itertools.islice(sums, count))
+        ]
+
+    def _sums(self, lengths: tuple[int, int], rng: random.Random) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Random operands with their content, the first of them positive."""
+        low, high = lengths
+        while True:
             length = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
             values = [rng.randint(1, self.largest) * rng.choice((1, -1)) for _ in range(min(max(length, low), high))]
             values[0] = abs(values[0])
-            # A fifth of all sums is held out, whatever the seed: no measured task was ever trained on.
-            held_out = zlib.crc32(spell(values, signed=True).encode()) % 5 == 0
-            if held_out == (split != "train"):
-                row = self.row[1] if split == "ood" else rng.randint(*self.row)
-                made.append(rows_task(values, f"{split}-{seed}-{len(made)}", row=row))
-        return made
+            yield spell(values, signed=True), tuple(values)
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         return integer_match(task, answer)
@@ -87,7 +99,7 @@ def rows_task(values: list[int], task_id: str, first_key: int = 0, row: int = RO
     return Task(task_id, (Message("user", text),), documents, sum(values), {"operands": len(values)})
 
 
-def spell(values: list[int], signed: bool) -> str:
+def spell(values: Sequence[int], signed: bool) -> str:
     """`3+4-2`; with `signed` a leading plus is written."""
     text = "".join(f"{value:+d}" for value in values)
     return text if signed else text.removeprefix("+")
@@ -111,10 +123,11 @@ class ReferenceEnvironment:
     metrics = ("accuracy",)
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
+        part(split, ("train", "tune", "iid"))
         rng = random.Random(f"reference/{split}/{seed}")
+        expressions = ((expression, (expression, value)) for expression, value in iter(lambda: reference_expression(rng), None))
         made = []
-        for index in range(count):
-            expression, value = reference_expression(rng)
+        for index, (expression, value) in enumerate(itertools.islice(drawn(split, expressions), count)):
             prompt = f"Calculate {expression}\nEnd with a line `Answer: <value>`."
             made.append(
                 Task(f"{split}-{seed}-{index}", (Message("user", prompt),), {}, value, {"operands": len(re.findall(r"\d+", expression))})

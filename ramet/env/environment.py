@@ -29,7 +29,9 @@ class Environment(Protocol):
     def metrics(self) -> tuple[str, ...]: ...
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
-        """`count` tasks of `split` ("train", "iid" or "ood"); the same arguments give the same tasks."""
+        """`count` tasks of `split` ("train"; "iid" or "ood"; "tune" or "tune_ood", see `ramet.env.splits`); the same arguments give
+        the same tasks. Those that are measured or tuned on differ from one another in content, and from all that are trained on.
+        Raises `ConfigError` for a split that there is not, and where there are not so many tasks."""
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         """Score in [0, 1]. Raises `TaskError` for a task without a reference."""

@@ -13,7 +13,7 @@ the tool is offered:
 A branch that has the tool first states how many rows it was given, and calls or goes on with the next
 token, so that what the choice could depend on is at hand where the choice is made. Calling or not, and
 the rows a clone, are the only free choices. Also shown: answering with the last total when the budget
-ends. Budgets are random and tell nothing.
+ends. Budgets are random and tell nothing. No sum is shown that is there to be tuned on or measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_call, render_results
 from ramet.agents.tree import Message, Status
-from ramet.env.arithmetic import OBJECTIVE, ROW, parse_sum, rows_task
+from ramet.env.arithmetic import OBJECTIVE, ROW, parse_sum, rows_task, spell
+from ramet.env.splits import part_of
 
 WINDOW = 8
 RESULTS = 12
@@ -78,7 +79,7 @@ def demonstrate(rng: random.Random) -> Demonstration:
     count = rng.randint(1, WINDOW) if rng.random() < 0.6 else round(WINDOW * (longest / WINDOW) ** rng.uniform(0.05, 1))
     row = rng.randint(2, ROW)
     count = min(count, RESULTS * row)
-    values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
+    values = _operands(count, largest, rng)
     tools = rng.random() < 0.65
     delegate = tools and rng.random() < 0.5
     # A clone's first row is any row of its parent's, so first rows are signed half of the time.
@@ -97,6 +98,14 @@ def demonstrate(rng: random.Random) -> Demonstration:
     if rng.random() < 0.06:
         pieces = _cut(pieces, rng)
     return Demonstration(prompt, tools, tuple(pieces))
+
+
+def _operands(count: int, largest: int, rng: random.Random) -> list[int]:
+    """Operands of a sum that is there to be trained on: none that baselines are tuned on or that is measured (one number is no sum)."""
+    while True:
+        values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
+        if count == 1 or part_of(spell(values, signed=True)) == "train":
+            return values
 
 
 def statement(rows: int) -> str:

@@ -9,8 +9,10 @@ from collections import Counter
 import pytest
 
 from ramet.agents.tree import Message, Task
-from ramet.env.arithmetic import ReferenceEnvironment, RowsEnvironment, _draft, parse_sum, reference_expression, rows_task
+from ramet.env.arithmetic import ReferenceEnvironment, RowsEnvironment, _draft, parse_sum, reference_expression, rows_task, spell
+from ramet.env.splits import PARTS, part_of
 from ramet.errors import ConfigError, TaskError
+from ramet.nano.demonstrations import demonstrate
 from ramet.rewards.exact_match import graded_integer, integer_match, stated_integer
 
 COUNT = 20_000
@@ -84,15 +86,52 @@ def test_tasks_are_a_function_of_their_arguments_and_splits_differ():
     assert env.tasks("iid", 20, 3) != env.tasks("train", 20, 3) != env.tasks("train", 20, 4)
     assert {env.size(t) for t in env.tasks("ood", 200, 0)} == set(range(48, 55))
     assert {env.size(t) for t in env.tasks("train", 400, 0)} == set(range(2, 25))
-    with pytest.raises(ConfigError, match="no split"):
-        env.tasks("test", 1, 0)
+    for other in (env, ReferenceEnvironment()):
+        with pytest.raises(ConfigError, match="no split 'test'; there are train, tune"):
+            other.tasks("test", 1, 0)
 
 
-def test_no_measured_task_is_ever_trained_on():
-    env = RowsEnvironment((2, 3))
-    trained = {t.messages[0].content for seed in range(20) for t in env.tasks("train", 300, seed)}
-    measured = {t.messages[0].content for seed in range(5) for t in env.tasks("iid", 100, seed)}
-    assert len(trained) > 1000 and len(measured) > 100 and not trained & measured
+def operands(task: Task) -> tuple[int, ...]:
+    return tuple(value for row in task.documents.values() for value in parse_sum(row))
+
+
+def test_what_is_trained_on_tuned_on_and_measured_differs_in_content():
+    env = RowsEnvironment((2, 4), ood_operands=(2, 4), row=(1, 2))
+    drawn = {split: {operands(t) for seed in range(5) for t in env.tasks(split, 100, seed)} for split in PARTS}
+    assert len(drawn["train"]) > 200 and all(len(sums) > 100 for sums in drawn.values())
+    assert not drawn["train"] & (drawn["tune"] | drawn["tune_ood"] | drawn["iid"] | drawn["ood"])
+    assert not (drawn["tune"] | drawn["tune_ood"]) & (drawn["iid"] | drawn["ood"])
+
+
+@pytest.mark.parametrize("split", ["tune", "tune_ood", "iid", "ood"])
+def test_tasks_that_count_as_independent_differ(split):
+    tasks = RowsEnvironment().tasks(split, 300, 0)
+    assert len({operands(t) for t in tasks}) == len({t.id for t in tasks}) == 300
+
+
+def test_the_base_is_shown_no_sum_that_is_tuned_on_or_measured():
+    rng = random.Random(0)
+    shown = set()
+    for _ in range(20_000):
+        text = demonstrate(rng).prompt
+        shown.add(tuple(v for row in re.findall(r"^[A-Z]: (\S+)$", text, re.MULTILINE) for v in parse_sum(row)))
+    short = [values for values in shown if 2 <= len(values) <= 4]
+    assert len(short) > 1000 and {part_of(spell(values, signed=True)) for values in short} == {"train"}
+    env = RowsEnvironment()
+    assert not shown & {operands(t) for split in ("tune", "iid", "ood") for t in env.tasks(split, 300, 0)}
+
+
+@pytest.mark.parametrize("split", ["tune", "tune_ood", "iid", "ood"])
+def test_where_there_are_too_few_sums_that_is_said(split):
+    for few in (RowsEnvironment((1, 1), (1, 1), largest=1), RowsEnvironment((2, 2), (2, 2), largest=2)):
+        with pytest.raises(ConfigError, match="different tasks for the split"):
+            few.tasks(split, 10, 0)
+
+
+@pytest.mark.parametrize("settings", [{"operands": (0, 3)}, {"operands": (5, 2)}, {"row": (0, 0)}, {"ood_operands": (9, 8)}, {"largest": 0}])
+def test_ranges_that_hold_nothing_are_refused(settings):
+    with pytest.raises(ConfigError, match="at least 1"):
+        RowsEnvironment(**settings)
 
 
 @pytest.mark.parametrize("text", ["", "12*3", "a+b", "__import__('os')", "1+", "9" * 7, "1++2", "(1)", "1;2", "\u0661+1"])
