@@ -1,6 +1,8 @@
 """Penalties: what a tree's usage costs, priced on the whole tree, additive, each named.
 
-A reward is `score - sum of penalties`, or what a failure is worth. Every penalty is logged by itself. `reference`
+A reward is `score - sum of penalties`, or what a failure is worth. More score never earns less: at the same cost by the
+difference, and a tree that scored anything, whatever it cost, at least what any tree does that scored nothing (`scored`).
+Every penalty is logged by itself. `reference`
 reproduces the penalties of the SELFCEST release (specification, section 3.4) so that both can be compared.
 """
 
@@ -44,13 +46,19 @@ class Prices(BaseModel):
 
 
 def scored(tree: Tree, score: float, penalties: Mapping[str, float], failure: float | Literal["priced"] = "priced") -> float:
-    """The reward. Raises `RewardError`, naming the tree, for anything that is not finite."""
-    reward = failure if score == 0 and failure != "priced" else score - sum(penalties.values())
-    if not math.isfinite(reward):
+    """The reward. Raises `RewardError`, naming the tree, for anything that is not finite.
+
+    Prices take all that a score is worth at most. Were they to take more, saying nothing would beat an answer that is partly
+    right: it scores nothing, and costs less.
+    """
+    cost = sum(penalties.values())
+    if not (math.isfinite(score) and math.isfinite(cost)):
         raise RewardError(
-            f"the reward of task {tree.task_id} is {reward} (score {score}, penalties {dict(penalties)}); fix the reward function"
+            f"the reward of task {tree.task_id} is not finite (score {score}, penalties {dict(penalties)}); fix the reward function"
         )
-    return reward
+    if score > 0:
+        return max(score - cost, 0.0)
+    return score - cost if failure == "priced" else failure
 
 
 def saturating(n: int, threshold: int, scale: float, most: float) -> float:
