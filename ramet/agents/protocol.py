@@ -8,19 +8,21 @@ Each objective is a string, or `{"objective", "context_keys"?, "max_tokens"?}`; 
 `context_keys` go to every clone. Nothing else is accepted: no sampling parameters, no aliases, no
 repair. What does not validate raises `CallError`, whose text the branch reads and can act on.
 
-Results go back as one line a clone, in call order, then one line that says what is left.
+Results go back as one line a clone, in call order, then one line that says what is left. How an answer is stated is the other half
+of what a branch must know: see `answers`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from ramet.agents.answers import extract_answer as extract_answer
+from ramet.agents.answers import last_boxed as last_boxed
 from ramet.agents.tree import Status
 from ramet.errors import CallError
 
@@ -212,43 +214,3 @@ def left_line(generated: int | None, clones: int | None) -> str:
     if clones is not None:
         parts.append(f"{clones} clones")
     return f"[left {', '.join(parts)}]" if parts else ""
-
-
-_MARKER = re.compile(r"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?[ \t*_`]*:[ \t*_`]*(.*)$", re.IGNORECASE | re.MULTILINE)
-
-
-def extract_answer(text: str, finished: bool = True) -> str | None:
-    """The answer stated in one turn's text, by grammar.
-
-    The last line of the form `Answer: ...` or `The answer is: ...`, emphasised or not, counts (its continuation on the next line if it is
-    empty). Without one, what stands in the last box does, or a finished turn's last non-empty line;
-    an unfinished turn without either has none.
-    """
-    text = text.rpartition("</think>")[2]
-    found = max(_MARKER.finditer(text), key=lambda match: match.start(), default=None)
-    if found is not None:
-        rest = found.group(1).strip() or text[found.end() :].strip().partition("\n")[0].strip()
-        boxed = last_boxed(rest)
-        rest = rest.rstrip(" \t*_`") if boxed is None else boxed.strip()
-        return rest or None
-    boxed = last_boxed(text)
-    if boxed is not None and boxed.strip():
-        return boxed.strip()
-    if not finished:
-        return None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else None
-
-
-def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}` of a text, braces balanced; None without one."""
-    opened: list[int] = []
-    last: tuple[int, int] | None = None
-    for match in re.finditer(r"[{}]", text):
-        if match.group() == "{":
-            opened.append(match.start())
-        elif opened:
-            start = opened.pop()
-            if text.endswith("\\boxed", 0, start) and (last is None or start > last[0]):
-                last = start, match.start()
-    return None if last is None else text[last[0] + 1 : last[1]]

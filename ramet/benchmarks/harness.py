@@ -119,6 +119,7 @@ async def measure(
     if report is not None:
         report(len(wanted) - len(todo))
     runtime = Runtime(FreshCache(policy), chat, entry.sampling, attempts=attempts, tell_all=tell_all)
+    grading = anyio.CapacityLimiter(1)  # off the event loop, and one at a time: a reward may be a model
 
     async def worker() -> None:
         for budget, task, repeat in missing:
@@ -131,7 +132,9 @@ async def measure(
             started = anyio.current_time()
             outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
             outcome = replace(outcome, seconds=anyio.current_time() - started)
-            measured = Measured(entry.policy, split, budget, task.id, env.size(task), env.grade(task, outcome.answer), outcome, repeat)
+            with anyio.CancelScope(shield=True):  # what was paid for is kept
+                score = await anyio.to_thread.run_sync(env.grade, task, outcome.answer, limiter=grading)
+            measured = Measured(entry.policy, split, budget, task.id, env.size(task), score, outcome, repeat)
             journal.append(measured.record())
             done[budget, task.id, repeat] = measured
             if report is not None:

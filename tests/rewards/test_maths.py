@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from ramet.agents.protocol import extract_answer, last_boxed
 from ramet.agents.tree import Task
 from ramet.errors import RewardError, TaskError
 from ramet.rewards import maths
@@ -54,25 +53,3 @@ def test_a_verifier_that_cannot_start_says_so(monkeypatch):
     monkeypatch.setattr(maths.sys, "executable", "/bin/false")
     with pytest.raises(RewardError, match="does not start"):
         Verifier().equivalent("a", "b")
-
-
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("so \\boxed{5}", "5"), ("\\boxed{\\frac{1}{2}} then \\boxed{3} done", "3"), ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
-        ("\\boxed{open", None), ("\\boxed{1} and \\boxed{open", "1"), ("{}}}{", None), ("", None), ("\\boxed{a{b}c}}", "a{b}c"),
-        ("\\boxed{\\boxed{7}}", "7"),
-    ],
-)  # fmt: skip
-def test_the_last_box(text, expected):
-    assert last_boxed(text) == expected
-
-
-def test_boxes_are_found_in_linear_time_and_give_way_to_a_stated_answer():
-    begun = time.perf_counter()
-    assert last_boxed("\\boxed{" * 200_000) is None
-    assert time.perf_counter() - begun < 5
-    assert extract_answer("\\boxed{4}\nAnswer: 5\nbye") == "5"
-    assert extract_answer("thus \\boxed{4}\nI hope this helps") == "4"
-    assert extract_answer("thus \\boxed{4}, and", finished=False) == "4"
-    assert extract_answer("\\boxed{}\nlast") == "last"

@@ -1,0 +1,127 @@
+r"""The answer that a turn states, read by grammar: where a model says "this is my answer", and how it wraps it.
+
+Thoughts are not read, closed or not. Then, the first of these that says something:
+
+1. the last `Answer: ...` at the beginning of a line, or `<answer>...</answer>`. Emphasis, headings and quotes around it, `The` and
+   `Final` before it and a full-width colon are all the same. The value may stand on the next lines: bare, in display maths, in a
+   code block, in tags. One that points elsewhere (`Answer: see above`) says nothing where there is a box;
+2. the last box;
+3. of a finished turn, its last line that is not empty, or the display maths or code block that it ends with.
+"""
+
+from __future__ import annotations
+
+import re
+
+LONGEST = 65_536
+"""Characters of a stated answer that are looked at."""
+_THOUGHT = r"think|thinking|thought|reasoning|seed:think"
+_THOUGHT_ENDS = re.compile(rf"</(?:{_THOUGHT})>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+_THOUGHT_BEGINS = re.compile(rf"^[ \t]*(?:<(?:{_THOUGHT})>|\[THINK\]|◁think▷)", re.IGNORECASE | re.MULTILINE)
+_LOOSE = r"(?:[ \t*_]|`(?!``))*"
+_MARKER = re.compile(
+    rf"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?{_LOOSE}(?:(?P<colon>[:\uff1a]){_LOOSE}|$)|(?P<tag><answer>)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_CLOSING_TAG = re.compile(r"</answer>", re.IGNORECASE)
+_SENTENCE = re.compile(r"(?:(?:so|thus|hence|therefore|then)\b,?[ \t]*)?the[ \t]+(?:final[ \t]+)?answer[ \t]+is[ \t]+(?=\S)", re.IGNORECASE)
+_ELSEWHERE = re.compile(r"[^\d\\$]{0,60}\b(?:above|boxed|earlier|previously|box)\b[^\d\\$]{0,60}", re.IGNORECASE)
+_BLOCKS = (("```", "```"), ("\\[", "\\]"), ("$$", "$$"))
+_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)[ \t]*)?\{|\}")
+_BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])[ \t]*"
+    r"([-+]?\d[\d.,/]*|[a-zA-Z](?=[.,;]?(?:\s*\Z|\s*\$))|\\(?!boxed|fbox|framebox)[a-zA-Z]+[^\s$]*)"
+)
+_EMPHASIS = " \t\r\n*_`"
+
+
+def extract_answer(text: str, finished: bool = True) -> str | None:
+    """The answer stated in one turn's text, a part of that text; None if it states none. `finished`: the model has ended the turn."""
+    text = _spoken(text)
+    boxed = (last_boxed(text) or "").strip() or None
+    for mark in reversed([*_MARKER.finditer(text)]):
+        after = text[mark.end() : mark.end() + LONGEST]
+        said = _CLOSING_TAG.split(after, maxsplit=1)[0].strip() if mark["tag"] else _value(after)
+        if said and not (boxed and _ELSEWHERE.fullmatch(said)):
+            return said
+        if boxed is None and mark["colon"]:
+            return None
+    return boxed or (_ending(text) if finished else None)
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}` of a text, braces balanced, or after `\boxed `; None without one."""
+    opened: list[re.Match[str]] = []
+    last: tuple[int, str] | None = None
+    for match in _BRACE.finditer(text):
+        if match.group() != "}":
+            opened.append(match)
+        elif opened:
+            start = opened.pop()
+            if start["box"] and (last is None or start.start() > last[0]):
+                last = start.start(), text[start.end() : match.start()]
+    for match in _BARE_BOX.finditer(text):
+        if last is None or match.start() > last[0]:
+            last = match.start(), match[1].rstrip(".,;")
+    return None if last is None else last[1]
+
+
+def _spoken(text: str) -> str:
+    """What follows the last thought that was closed, up to one that is still open."""
+    closed = max((match.end() for match in _THOUGHT_ENDS.finditer(text)), default=0)
+    opened = _THOUGHT_BEGINS.search(text, closed)
+    return text[closed : opened.start() if opened else None]
+
+
+def _value(after: str) -> str:
+    """What is said after a marker: the rest of its line or, if that is empty, what comes next."""
+    after = after.lstrip()
+    for opening, closing in _BLOCKS:
+        if after.startswith(opening):
+            return _unwrapped(_without_language(_within(after, len(opening), closing)) if opening == "```" else _within(after, 2, closing))
+    line = after.partition("\n")[0]
+    box = next((match for match in _BRACE.finditer(line) if match["box"]), None)
+    if box is not None and last_boxed(line) is None:  # closed on a later line, or never
+        return _balanced(after, box.end()) or line[box.end() :].strip(_EMPHASIS)
+    return _unwrapped(line)
+
+
+def _within(text: str, start: int, closing: str) -> str:
+    end = text.find(closing, start)
+    return text[start : end if end >= 0 else None].strip()
+
+
+def _without_language(block: str) -> str:
+    """A code block's lines, less the name of a language before them."""
+    first, newline, rest = block.partition("\n")
+    return rest.strip() if newline and re.fullmatch(r"[a-zA-Z]+", first.strip()) else block
+
+
+def _balanced(text: str, start: int) -> str:
+    """From `start`, just inside a brace, to the brace that closes it; empty if none does."""
+    depth = 1
+    for match in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if match.group() == "{" else -1
+        if depth == 0:
+            return text[start : match.start()].strip()
+    return ""
+
+
+def _unwrapped(said: str) -> str:
+    boxed = last_boxed(said)
+    return said.strip(_EMPHASIS) if boxed is None else boxed.strip()
+
+
+def _ending(text: str) -> str | None:
+    """What a finished text without marker or box ends with."""
+    text = text.strip()
+    for opening, closing in _BLOCKS:
+        start = text.rfind(opening, 0, len(text) - len(closing))
+        if text.endswith(closing) and start >= 0 and "\n" in text[start:]:
+            block = text[start + len(opening) : -len(closing)].strip()
+            return (_without_language(block) if opening == "```" else block) or None
+    line = text.rpartition("\n")[2].strip()
+    sentence = _SENTENCE.match(line)
+    said = line[sentence.end() :] if sentence else line
+    box = next((match for match in _BRACE.finditer(said) if match["box"]), None)
+    return (said if box is None else said[box.end() :].strip()) or None
