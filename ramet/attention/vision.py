@@ -6,7 +6,6 @@ uneven, and there may be more ranks than steps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,16 +16,7 @@ from ramet.attention.comm import Group
 from ramet.attention.hf import prefill
 from ramet.attention.methods import Method
 from ramet.attention.plan import balanced
-from ramet.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Video:
-    """What a processor makes of a clip: rows of patches [t h w, ...], the grid (t, h, w), seconds between two steps of time."""
-
-    rows: Tensor
-    grid: tuple[int, int, int]
-    seconds: float
+from ramet.attention.positions import Video, layout
 
 
 @torch.no_grad()
@@ -58,25 +48,15 @@ def encode(tower: Any, group: Group, videos: list[Video]) -> list[Tensor]:
 def prefill_video(model: Any, group: Group, method: Method, ids: list[int], query: int, videos: list[Video]) -> tuple[Sequence, Tensor]:
     """Read a prompt with videos on all ranks. Returns this rank's share and logits [1, vocabulary].
 
-    `ids` hold one video token per feature; further ones were sampled and stand for nothing. Go on with `hf.extend`; what follows
-    is text.
+    `ids` hold one video token per feature; further ones were sampled and stand for nothing (see `positions`). Go on with
+    `hf.extend`; what follows is text.
     """
     if not videos:
         (sequence,), logits = prefill(model, group, method, [ids], [query])
         return sequence, logits
-    tokens = torch.tensor(ids)
+    laid = layout(model.config, ids, videos)
     features = torch.cat(encode(model.model.visual, group, videos))
-    marked = tokens == model.config.video_token_id
-    if int(marked.sum()) < len(features):
-        raise ConfigError(f"the prompt has {int(marked.sum())} video tokens, the videos have {len(features)} features")
-    places = marked & (marked.cumsum(0) <= len(features))
-    embeds = model.get_input_embeddings()(tokens.to(model.device))
-    embeds[places.to(model.device)] = features.to(embeds.dtype)
-    positions, _ = model.model.get_rope_index(
-        tokens[None],
-        mm_token_type_ids=2 * places.int()[None],
-        video_grid_thw=torch.tensor([video.grid for video in videos]),
-        second_per_grid_ts=torch.tensor([video.seconds for video in videos]),
-    )
-    (sequence,), logits = prefill(model, group, method, [ids], [query], [embeds], [positions[:, 0]])
+    embeds = model.get_input_embeddings()(torch.tensor(ids, device=model.device))
+    embeds[laid.places.to(model.device)] = features.to(embeds.dtype)
+    (sequence,), logits = prefill(model, group, method, [ids], [query], [embeds], [laid.positions])
     return sequence, logits

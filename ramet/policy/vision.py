@@ -21,8 +21,8 @@ from torch import Tensor
 from ramet.agents.chat import TextEncoder
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
-from ramet.attention.vision import Video
-from ramet.errors import CheckpointError, PolicyError, TaskError
+from ramet.attention.positions import Layout, Video, layout
+from ramet.errors import CheckpointError, ConfigError, PolicyError, TaskError
 from ramet.policy.drawing import Row
 from ramet.policy.hf import HFPolicy
 from ramet.policy.rows import Inputs
@@ -138,22 +138,21 @@ class Prompted:
 
 
 def model_inputs(config: Any, sequences: Sequence[Prompted], pad: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
-    """A batch (B, T) as the model's own call takes it, padded on one side."""
+    """A batch (B, T) as the model's own call takes it, padded on one side, with its positions (3, B, T)."""
     longest = max(len(s.ids) for s in sequences)
     ids = torch.full((len(sequences), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
     for place, sequence in enumerate(sequences):
         at = slice(longest - len(sequence.ids), longest) if side == "left" else slice(0, len(sequence.ids))
         ids[place, at] = torch.tensor(sequence.ids)
         mask[place, at] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask}
+        positions[:, place, at] = layout(config, sequence.ids, sequence.videos).positions
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     videos = [video for sequence in sequences for video in sequence.videos]
     if videos:
-        inputs["mm_token_type_ids"] = 2 * (ids == config.video_token_id).int() * mask.int()
         inputs["pixel_values_videos"] = torch.cat([video.rows for video in videos])
         inputs["video_grid_thw"] = torch.tensor([video.grid for video in videos])
-        if config.model_type == "qwen2_5_vl":
-            inputs["second_per_grid_ts"] = torch.tensor([video.seconds for video in videos])
     return inputs
 
 
@@ -173,20 +172,6 @@ def media_key(ids: Sequence[int], media: Sequence[Segment], placeholder: int) ->
         before = place
         key.append(-1 - abs(hash((media[run], place))) if run < len(media) else i)
     return tuple(key)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A sequence with videos, before it meets a model.
-
-    places     where its placeholders stand, in order
-    positions  (3, T) of its tokens, in time, height and width
-    after      what is added to a later token's place to give its position
-    """
-
-    places: Tensor
-    positions: Tensor
-    after: int
 
 
 class Sight:
@@ -215,25 +200,9 @@ class Sight:
     def layout(self, ids: Sequence[int], media: Sequence[Segment]) -> Layout:
         """The first placeholders stand for the media; others are tokens that the model has sampled, and mean nothing.
 
-        Raises `PolicyError` where there are too few.
+        Raises `ConfigError` where there are too few.
         """
-        tokens = torch.tensor(ids)
-        marked = tokens == self.model.config.video_token_id
-        videos = [self.reader(segment).video for segment in media]
-        merge = self.model.config.vision_config.spatial_merge_size
-        wanted = sum(v.grid[0] * v.grid[1] * v.grid[2] // merge**2 for v in videos)
-        if int(marked.sum()) < wanted:
-            raise PolicyError(f"the prompt has {int(marked.sum())} video tokens, its media have {wanted}")
-        kinds = marked & (marked.cumsum(0) <= wanted)
-        if not videos:
-            return Layout(torch.empty(0, dtype=torch.long), torch.arange(len(ids)).expand(3, -1), 0)
-        positions, delta = self.model.model.get_rope_index(
-            tokens[None],
-            mm_token_type_ids=2 * kinds.int()[None],
-            video_grid_thw=torch.tensor([v.grid for v in videos]),
-            second_per_grid_ts=torch.tensor([v.seconds for v in videos]),
-        )
-        return Layout(kinds.nonzero()[:, 0], positions[:, 0], int(delta[0]))
+        return layout(self.model.config, ids, [self.reader(segment).video for segment in media])
 
     def inputs(
         self, model: Any, ids: Tensor, places: Tensor, layouts: Sequence[Layout], media: Sequence[Sequence[Segment]]
@@ -244,16 +213,16 @@ class Sight:
         rows: list[Tensor] = []
         columns: list[Tensor] = []
         values: list[Tensor] = []
-        for row, (layout, segments) in enumerate(zip(layouts, media, strict=True)):
-            known = layout.positions.shape[1]
+        for row, (laid, segments) in enumerate(zip(layouts, media, strict=True)):
+            known = laid.positions.shape[1]
             at = places[row].cpu()
             inside = at < known
-            found = torch.where(inside, layout.positions[:, at.clamp(max=known - 1)], at + layout.after)
+            found = torch.where(inside, laid.positions[:, at.clamp(max=known - 1)], at + laid.after)
             positions[:, row] = found.to(positions.device)
             if segments:
                 features = torch.cat([self.features(segment) for segment in segments]).to(embeds.dtype)
-                index = torch.searchsorted(layout.places, at)
-                shown = (index < len(layout.places)) & (layout.places[index.clamp(max=len(layout.places) - 1)] == at)
+                index = torch.searchsorted(laid.places, at)
+                shown = (index < len(laid.places)) & (laid.places[index.clamp(max=len(laid.places) - 1)] == at)
                 rows.append(torch.full((int(shown.sum()),), row))
                 columns.append(shown.nonzero()[:, 0])
                 values.append(features[index[shown].to(features.device)])
@@ -283,7 +252,7 @@ class VisionPolicy(HFPolicy):
                     media_key(request.prompt, request.media, sight.model.config.video_token_id),
                 ),
             )
-        except TaskError as error:
+        except (ConfigError, TaskError) as error:
             raise PolicyError(str(error)) from error
 
     def _key(self, row: Row) -> tuple[int, ...]:

@@ -13,9 +13,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from ramet.attention.comm import Alone, Group, simulated
 from ramet.attention.hf import attach, extend
 from ramet.attention.methods import Method
-from ramet.attention.vision import Video, encode, prefill_video
+from ramet.attention.positions import Video
+from ramet.attention.vision import encode, prefill_video
 from ramet.errors import ConfigError
 from ramet.rewards.video.frames import patches, read_frames
+from tests.attention.test_positions import slow_positions
 from tests.rewards.video.test_frames import write
 
 VIDEO, START, END = 59, 57, 58
@@ -47,9 +49,9 @@ def model() -> Any:
     return model
 
 
-def video(steps: int, height: int, width: int, seed: int) -> Video:
+def video(steps: int, height: int, width: int, seed: int, seconds: float = 0.5) -> Video:
     generator = torch.Generator().manual_seed(seed)
-    return Video(torch.randn(steps * height * width, 3 * 2 * 14 * 14, generator=generator), (steps, height, width), 0.5)
+    return Video(torch.randn(steps * height * width, 3 * 2 * 14 * 14, generator=generator), (steps, height, width), seconds)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 8])
@@ -69,25 +71,22 @@ def prompt(features: int) -> list[int]:
 
 @torch.no_grad()
 def own(model: Any, ids: list[int], clip: Video) -> Tensor:
-    """The model's own logits."""
+    """The model's own logits, at the positions of the definition."""
     model.set_attn_implementation({"text_config": "eager"})
-    model.model.rope_deltas = None
-    tokens = torch.tensor([ids])
     logits: Tensor = model(
-        input_ids=tokens,
+        input_ids=torch.tensor([ids]),
         pixel_values_videos=clip.rows,
         video_grid_thw=torch.tensor([clip.grid]),
-        second_per_grid_ts=torch.tensor([clip.seconds]),
-        mm_token_type_ids=2 * (tokens == VIDEO).int(),
+        position_ids=slow_positions(model.config, ids, [clip])[:, None],
     ).logits[0]
     attach(model)
     return logits
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_prefill_and_decoding_equal_the_model_itself(model: Any, hosts: int) -> None:
-    """With all keys passed on; positions are three-dimensional for the video and go on from its end for the text."""
-    clip = video(4, 8, 4, 3)
+@pytest.mark.parametrize(("hosts", "seconds"), [(1, 15.0), (2, 0.5), (2, 5.0), (4, 15.0)])
+def test_prefill_and_decoding_equal_the_model_itself(model: Any, hosts: int, seconds: float) -> None:
+    """With all keys passed on; positions are three-dimensional for the video and go on from its end for the text, in time too."""
+    clip = video(4, 8, 4, 3, seconds)
     ids, more = prompt(32), [9, 10, 11]
     expected = own(model, ids + more, clip)
 
@@ -125,7 +124,7 @@ def test_from_a_file_to_an_answer(model: Any, tmp_path: Path) -> None:
 
 def test_tokens_and_features_must_agree(model: Any) -> None:
     attach(model)
-    with pytest.raises(ConfigError, match="has 31 video tokens, the videos have 32 features"):
+    with pytest.raises(ConfigError, match="has 31 video tokens, its videos have 32"):
         prefill_video(model, Alone(), Method("dense"), prompt(31), 5, [video(4, 8, 4, 3)])
     with pytest.raises(ConfigError, match="takes no positions of its own"):
         simulated(2, lambda group: prefill_video(model, group, Method("apb"), prompt(32), 5, [video(4, 8, 4, 3)]))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +26,8 @@ from ramet.policy.models import load_model
 from ramet.policy.openai import WireFormat
 from ramet.policy.rows import batches, rows_of, token_logprobs
 from ramet.policy.vision import Look, Prompted, VideoReader, VisionPolicy, model_inputs
-from ramet.rewards.video.clips import make_questions
+from ramet.rewards.video.clips import make_questions, write_clip
+from tests.attention.test_positions import slow_positions
 
 LOOK = Look(frames=4, most=56 * 56)
 TEXTS = ["What is there?", "And now?", "Look at it well, and say what you see."]
@@ -100,6 +102,44 @@ def test_the_same_words_about_another_video_share_no_memory(sights: Any) -> None
     assert again.ids == first.ids
 
 
+@pytest.fixture(scope="module", params=[1, 20, 60])
+def timed(sights: Any, request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Segment, int]:
+    """A clip of as many seconds, and of its own."""
+    path = tmp_path_factory.mktemp("timed") / "clip.mp4"
+    frames = np.random.default_rng(request.param).integers(0, 255, (request.param * 2, 56, 56, 3)).astype(np.uint8)
+    write_clip(path, frames, 2)
+    return Segment(str(path)), request.param
+
+
+def test_all_ways_through_the_model_agree_on_positions(sights: Any, timed: Any) -> None:
+    """Sampling, training rows, a batch for supervised training, `generate` and one pass at the positions of the definition; however
+    far the time axis of a video runs ahead of its height, its width and the text."""
+    model, reader, chat, clips = sights
+    clip, seconds = timed
+    for media in ((clip,), (clips[0], clip)):
+        prompt = tuple(chat.render([Message("user", "What?", media)], tools=False))
+        request = SampleRequest(prompt, 10, frozenset(), 3, Sampling(1.0), media=media)
+        policy = VisionPolicy(model, reader)
+        first, second = anyio.run(sampled, policy, [request, replace(request, seed=4)])
+        videos = tuple(reader(segment).video for segment in media)
+        assert videos[-1].seconds == pytest.approx(seconds / 2)  # four frames, two a step
+        greedy = anyio.run(sampled, VisionPolicy(model, reader), [replace(request, sampling=Sampling(0.0))])[0]
+        with torch.no_grad():
+            asked = model_inputs(model.config, [Prompted(prompt, videos)], 0)
+            said = model.generate(**asked, max_new_tokens=10, do_sample=False, eos_token_id=-1)
+        assert greedy.ids == tuple(said[0, len(prompt) :].tolist())
+        for sample in (first, second):
+            whole = [*prompt, *sample.ids]
+            ids = torch.tensor([whole])
+            exact = model_inputs(model.config, [Prompted(whole, videos)], 0)
+            exact["position_ids"] = slow_positions(model.config, whole, videos)[:, None]
+            rows = policy.training_inputs(ids, ids.tolist(), [media])
+            batch = model_inputs(model.config, [Prompted(whole, videos), Prompted(whole[:-3], videos)], 0)
+            for inputs in (lambda _, exact=exact: exact, rows, lambda _, batch=batch: batch):
+                logprobs, _, _ = token_logprobs(model, inputs(model)["input_ids"] if inputs is not rows else ids, inputs=inputs)
+                assert torch.allclose(logprobs[0, len(prompt) :], torch.tensor(sample.logprobs), atol=2e-5)
+
+
 def test_training_sees_the_probabilities_that_sampling_saw(sights: Any) -> None:
     """Whole trees with videos: rows carry the media, and the log-probabilities are those of the rollout."""
     model, reader, chat, clips = sights
@@ -153,7 +193,7 @@ def test_what_does_not_see_says_so(sights: Any) -> None:
     with pytest.raises(ChatFormatError, match="this model has no vision"):
         WireFormat().render(task.messages, tools=False)
     request = SampleRequest((1, 2), 2, frozenset(), media=(clips[0],))
-    with pytest.raises(PolicyError, match="the prompt has 0 video tokens, its media have 8"):
+    with pytest.raises(PolicyError, match="the prompt has 0 video tokens, its videos have 8"):
         anyio.run(sampled, VisionPolicy(model, reader), [request])
     with pytest.raises(CheckpointError, match="takes no video"):
         VideoReader(text.config, tokenizer, LOOK)

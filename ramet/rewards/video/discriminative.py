@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,13 +19,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from ramet import __version__
 from ramet.agents.chat import ChatFormat, TextEncoder, chat_format
 from ramet.agents.tree import Message, Segment
+from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.lora import merged
 from ramet.policy.models import quiet
@@ -32,7 +36,9 @@ from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs, shown
 
 SETTINGS = "video_drm.json"
 TOGETHER = 4096
-"""Tokens of answers that are scored in one pass: its mask grows with the square."""
+"""Tokens of answers that share a pass: the work that they waste on one another grows with the square."""
+VISIBLE = 2**22
+"""Entries of a mask at most, of a pass over answers; more rows go through in parts."""
 SCORES = 2**16
 """Scores that are remembered."""
 
@@ -85,7 +91,9 @@ class Scorer(PreTrainedModel):  # type: ignore[misc]
     ) -> SequenceClassifierOutput:
         """`margin` is for the loss, which is not computed here."""
         inputs["use_cache"] = False
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
+        # No token sees what is right of it, so only padding on the left needs a mask, which grows with the square of the length.
+        seen = None if attention_mask[:, 0].all() else attention_mask
+        hidden = self.model(input_ids=input_ids, attention_mask=seen, **inputs).last_hidden_state
         return SequenceClassifierOutput(logits=self.head(self.pool(hidden, attention_mask, answer_mask)))
 
     def head(self, pooled: Tensor) -> Tensor:
@@ -103,21 +111,26 @@ class Scorer(PreTrainedModel):  # type: ignore[misc]
         return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
+def versions() -> dict[str, Any]:
+    """What a score depends on beside weights and settings; `positions` is the rule by which tokens are numbered."""
+    return {"ramet": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__, "positions": RULE}
+
+
 def sigmoid(x: float) -> float:
     """Without overflow."""
     return 1 / (1 + math.exp(min(max(-x, -700.0), 700.0)))
 
 
-def _parts(group: list[Any], lengths: list[int]) -> list[list[Any]]:
-    """The group cut so that the answers of a part have at most `TOGETHER` tokens, or there is one."""
-    parts: list[list[Any]] = [[]]
+def _parts(spans: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The answers cut so that those of a part have at most `TOGETHER` tokens, or there is one."""
+    parts: list[list[list[int]]] = [[]]
     held = 0
-    for one, length in zip(group, lengths, strict=True):
-        if parts[-1] and held + length > TOGETHER:
+    for span in spans:
+        if parts[-1] and held + len(span) > TOGETHER:
             parts.append([])
             held = 0
-        parts[-1].append(one)
-        held += length
+        parts[-1].append(span)
+        held += len(span)
     return parts
 
 
@@ -133,7 +146,7 @@ class VideoDRM:
         self.chat.see = self.reader.ids
         self._known: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self.passes = 0
-        """Forward passes made so far."""
+        """Batches of single answers, and groups of answers to one question, that were scored so far."""
 
     @classmethod
     def from_base(cls, path: Path, settings: DRMSettings, seed: int = 0, dtype: torch.dtype = torch.float32) -> VideoDRM:
@@ -153,36 +166,44 @@ class VideoDRM:
             return cls(Scorer(backbone.config, backbone, settings.pooling), tokenizer, settings)
 
     def save(self, path: Path) -> None:
-        """Weights (adapters merged), configuration, tokenizer and settings in a directory."""
+        """Weights (adapters merged), configuration, tokenizer and settings in a directory, with the versions that they are of."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             state = merged(self.scorer) or self.scorer.state_dict()
             save_file({name: value.detach().contiguous().clone() for name, value in state.items()}, path / "model.safetensors")
             self.scorer.config.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
-            (path / SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n")
+            (path / SETTINGS).write_text(json.dumps(asdict(self.settings) | {"versions": versions()}, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", **options: Any) -> VideoDRM:
-        """A trained one. Raises `CheckpointError` for what is missing or does not fit."""
+        """A trained one. Raises `CheckpointError` for what is missing or does not fit; warns where it was trained with other positions."""
         from transformers import AutoTokenizer
 
         if not (path / SETTINGS).exists():
             raise CheckpointError(f"{path} holds no VideoDRM ({SETTINGS} is missing); train one with `ramet reward train-drm`")
         try:
-            data = json.loads((path / SETTINGS).read_text())
+            data = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+            made_with = data.pop("versions", {})
             settings = DRMSettings(**{**data, "look": Look(**data["look"])})
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             weights = load_file(path / "model.safetensors")
-            config.dtype = next(iter(weights.values())).dtype
+            config.dtype = next(weight.dtype for name, weight in weights.items() if name.startswith(f"{Scorer.base_model_prefix}."))
             with torch.random.fork_rng():
                 scorer = Scorer(config, None, settings.pooling)
-            scorer.load_state_dict(weights)
+            scorer.load_state_dict(weights, assign=True)  # each in the precision in which it was kept
         except Exception as error:  # of json, transformers, safetensors and torch
             raise CheckpointError(f"the VideoDRM in {path} cannot be loaded: {first_line(error)}") from error
+        if made_with.get("positions", 0) != RULE:
+            rule = f"rule {made_with['positions']}" if "positions" in made_with else "those of a release that it does not name"
+            warnings.warn(
+                f"the VideoDRM in {path} was trained with positions of another kind ({rule}; here: rule {RULE}), so its scores differ from "
+                "those that it was trained to give. Train it again",
+                stacklevel=2,
+            )
         return cls(scorer.to(device).eval(), tokenizer, settings, **options)
 
     def look(self, **changes: Any) -> VideoDRM:
@@ -219,7 +240,7 @@ class VideoDRM:
         return inputs | {"answer_mask": mask}
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """One score an item, higher is better; answers to the same question are scored in one pass. Known ones are not computed again.
+        """One score an item, higher is better; a question is read once for all its answers. Known ones are not computed again.
 
         Raises `TaskError` for a video that cannot be read, `RewardError` for what is too long and for a score that is no number.
         """
@@ -235,10 +256,9 @@ class VideoDRM:
             found |= zip([key for key, _ in part], self._singly([item for _, item in part]), strict=True)
         for group in groups.values():
             if len(group) > 1:
-                for part in _parts(group, [len(self.answer_ids(item.answer)) for _, item in group]):
-                    first = part[0][1]
-                    scores = self.score_together(first.video, first.question, [item.answer for _, item in part])
-                    found |= zip([key for key, _ in part], scores, strict=True)
+                first = group[0][1]
+                scores = self.score_together(first.video, first.question, [item.answer for _, item in group])
+                found |= zip([key for key, _ in group], scores, strict=True)
         self._known.update(found)
         while len(self._known) > SCORES:
             self._known.popitem(last=False)
@@ -258,40 +278,40 @@ class VideoDRM:
 
     @torch.inference_mode()
     def score_together(self, video: Segment | None, question: str, answers: Sequence[str]) -> list[float]:
-        """Scores of several answers to one question, in one pass: each answer sees the question and itself, and no other answer."""
+        """Scores of several answers to one question, which is read once: each answer sees it and itself, and no other answer."""
         prompt, spans = self.prompt(video, question), [self.answer_ids(answer) for answer in answers]
         for span in spans:
             self._whole(prompt, span)
-        head = model_inputs(self.scorer.config, [prompt], 0)
-        backbone, device = self.scorer.model, self.scorer.device
-        begun, total = len(prompt.ids), len(prompt.ids) + sum(map(len, spans))
-        if prompt.videos:
-            rope = {n: head[n] for n in ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts") if n in head}
-            positions, delta = backbone.get_rope_index(head["input_ids"], **rope)
-            positions, after = positions[:, 0], begun + int(delta[0])
-        else:
-            positions, after = torch.arange(begun).expand(3, -1), begun
-        visible = torch.zeros(total, total, dtype=torch.bool)
-        visible[:, :begun] = True
-        ends, start = [], begun
-        for span in spans:
-            visible[start : start + len(span), start : start + len(span)] = True
-            positions = torch.cat([positions, (after + torch.arange(len(span))).expand(3, -1)], dim=1)
-            start += len(span)
-            ends.append(start)
-        visible &= torch.ones(total, total, dtype=torch.bool).tril()
-        dtype = next(backbone.parameters()).dtype
-        mask = torch.zeros(1, 1, total, total, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
-        inputs = head | {"input_ids": torch.tensor([[*prompt.ids, *(i for span in spans for i in span)]])}
-        inputs.pop("mm_token_type_ids", None)
-        hidden = backbone(
-            **self._placed(inputs | {"attention_mask": mask, "position_ids": positions[:, None]}), use_cache=False
-        ).last_hidden_state[0]
-        if self.settings.pooling == "mean":
-            pooled = torch.stack([hidden[end - len(span) : end].mean(0) for end, span in zip(ends, spans, strict=True)])
-        else:
-            pooled = hidden[torch.tensor(ends) - 1]
-        return self._numbers(self.scorer.head(pooled.to(device)))
+        head = self._placed(model_inputs(self.scorer.config, [prompt], 0))
+        del head["attention_mask"]
+        cache = DynamicCache(config=self.scorer.config.get_text_config())
+        self.scorer.model(**head, past_key_values=cache, use_cache=True)
+        begun, first = len(prompt.ids), int(head["position_ids"].max()) + 1
+        pooled = []
+        for part in _parts(spans):
+            rows = self._extended(cache, begun, first, part)
+            cache.crop(-len(rows))
+            for hidden in rows.split([len(span) for span in part]):
+                pooled.append(hidden.mean(0) if self.settings.pooling == "mean" else hidden[-1])
+        return self._numbers(self.scorer.head(torch.stack(pooled)))
+
+    def _extended(self, cache: Cache, begun: int, first: int, spans: Sequence[list[int]]) -> Tensor:
+        """Hidden states (rows, d) of answers, one after another, each at positions from `first` on and after the `begun` rows of `cache`.
+
+        Of the mask only some rows exist at a time, so that memory grows with the length and not with its square.
+        """
+        ids = torch.tensor([i for span in spans for i in span])
+        positions = torch.cat([first + torch.arange(len(span)) for span in spans])
+        whose, places = torch.repeat_interleave(torch.tensor([len(span) for span in spans])), torch.arange(len(ids))
+        at_once = max(VISIBLE // (begun + len(ids)), 1)
+        hidden = []
+        for start in range(0, len(ids), at_once):
+            rows, seen = slice(start, start + at_once), slice(0, start + at_once)
+            own = (whose[rows, None] == whose[None, seen]) & (places[rows, None] >= places[None, seen])
+            mask = torch.cat([torch.ones(len(own), begun, dtype=torch.bool), own], dim=1)
+            inputs = {"input_ids": ids[None, rows], "attention_mask": mask[None, None], "position_ids": positions[rows].expand(3, 1, -1)}
+            hidden.append(self.scorer.model(**self._placed(inputs), past_key_values=cache, use_cache=True).last_hidden_state[0])
+        return torch.cat(hidden)
 
     def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.scorer.device, next(self.scorer.model.parameters()).dtype

@@ -6,7 +6,7 @@ The vision tower is frozen. An answer is never cut: a pair that is longer than `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,11 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
         scorer.score.requires_grad_(True)
     scorer.model.visual.requires_grad_(config.train_vision)
     checkpoints = folder / "checkpoints"
+    known = {each.name for each in fields(RewardConfig)}
+    recomputing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"  # by release
     arguments = RewardConfig(
         **config.arguments(checkpoints, scorer.device), max_length=None, center_rewards_coefficient=config.centring or None,
-        activation_checkpointing=False,
+        **{recomputing: False},
     )  # fmt: skip
     with quiet():
         trainer = RewardTrainer(

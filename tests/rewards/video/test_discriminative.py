@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 
+import ramet
 from ramet.agents.tree import Segment
+from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError
+from ramet.rewards.video import discriminative
 from ramet.rewards.video.best_of_n import ByScore, Candidates
+from ramet.rewards.video.clips import write_clip
 from ramet.rewards.video.discriminative import Item, VideoDRM
 from ramet.rewards.video.judge import Duel, by_scores
 from ramet.rewards.video.pairs import Pair
 from ramet.rewards.video.train_drm import Collator, DRMTraining, train_drm
+from tests.attention.test_positions import slow_positions
 from tests.rewards.video.conftest import SETTINGS
 
 
@@ -45,6 +53,51 @@ def test_a_score_does_not_depend_on_its_company(base: Path, questions: list, poo
     assert drm.score(asked) == pytest.approx(alone, abs=2e-5)  # by question, all choices in one pass
     blind = [Item(None, "What is it?", a) for a in ("a red square", "blue", "x" * 30)]
     assert drm.score(blind) == pytest.approx([drm._singly([item])[0] for item in blind], abs=2e-5)
+
+
+@pytest.mark.parametrize("seconds", [1, 20, 60])
+def test_an_answer_alone_scores_what_it_scores_beside_others(base: Path, tmp_path: Path, seconds: int, monkeypatch: Any) -> None:
+    """Also about a clip whose time axis runs far ahead, with answers of several lengths, and where they go through in parts;
+    all as one pass at the positions of the definition."""
+    drm = sharpened(VideoDRM.from_base(base, SETTINGS))
+    path = tmp_path / "clip.mp4"
+    write_clip(path, np.random.default_rng(seconds).integers(0, 255, (seconds * 2, 56, 56, 3)).astype(np.uint8), 2)
+    asked = [Item(Segment(str(path)), "What colour?", a) for a in ("red", "blue, I think", "x" * 40, "y")]
+    alone = [drm._singly([item])[0] for item in asked]
+    for item, score in zip(asked, alone, strict=True):
+        prompt = drm.prompt(item.video, item.question)
+        inputs = drm.batch([prompt], [drm.answer_ids(item.answer)])
+        inputs["position_ids"] = slow_positions(drm.scorer.config, inputs["input_ids"][0].tolist(), prompt.videos)[:, None]
+        with torch.inference_mode():
+            assert drm.scorer(**inputs).logits.item() == pytest.approx(score, abs=2e-5)
+    assert max(alone) - min(alone) > 0.5
+    assert drm.score_together(asked[0].video, "What colour?", [i.answer for i in asked]) == pytest.approx(alone, abs=2e-5)
+    monkeypatch.setattr(discriminative, "TOGETHER", 20)
+    monkeypatch.setattr(discriminative, "VISIBLE", 200)
+    assert drm.score(asked) == pytest.approx(alone, abs=2e-5)
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(base: Path) -> None:
+    """No mask of a whole prompt, with answers, by itself or in a batch: only rows of answers that are read."""
+    drm = VideoDRM.from_base(base, SETTINGS)
+    seen: list[torch.Tensor] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query: Any, key: Any, value: Any, attn_mask: Any = None, **options: Any) -> Any:
+        if query.requires_grad or attn_mask is None:
+            return attention(query, key, value, attn_mask=attn_mask, **options)
+        seen.append(attn_mask)
+        return attention(query, key, value, attn_mask=attn_mask, **options)
+
+    question = "long " * 300
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+        drm.score([Item(None, question, a) for a in ("red", "blue")])
+        assert seen
+        assert max(mask.shape[-2] for mask in seen) < 20
+        seen.clear()
+        drm.score([Item(None, question, "a"), Item(None, question + "?", "a longer answer")])
+        assert not seen
 
 
 def test_known_answers_are_not_computed_again(drm: VideoDRM, questions: list) -> None:
@@ -92,6 +145,35 @@ def test_training_saving_and_loading(base: Path, clips: Path, questions: list, t
     assert not torch.equal(after["score.weight"], before["score.weight"])
     expected = 1 / (1 + math.exp((0.25 - scores[0]) / 2.0))
     assert again.probabilities(items(questions)[:1]) == [pytest.approx(expected)]
+
+
+def test_what_is_loaded_has_the_precision_of_what_was_saved(base: Path, questions: list, tmp_path: Path) -> None:
+    """The backbone in bfloat16, the head in float32, whatever their names; and scores are the same bits."""
+    drm = VideoDRM.from_base(base, SETTINGS, dtype=torch.bfloat16)
+    scores = drm.score(items(questions, 3))
+    drm.save(tmp_path / "drm")
+    again = VideoDRM.load(tmp_path / "drm")
+    kinds = {name: weight.dtype for name, weight in drm.scorer.state_dict().items()}
+    assert {name: weight.dtype for name, weight in again.scorer.state_dict().items()} == kinds
+    assert kinds.pop("score.weight") == torch.float32
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert again.score(items(questions, 3)) == scores
+
+
+def test_a_checkpoint_says_with_what_it_was_made(drm: VideoDRM, tmp_path: Path, recwarn: Any) -> None:
+    """Versions, and the rule of positions: one of another rule, or from before there were any, is not taken without a word."""
+    drm.save(tmp_path)
+    kept = json.loads((tmp_path / "video_drm.json").read_text())
+    assert kept["versions"] == {
+        "ramet": ramet.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "positions": RULE
+    }  # fmt: skip
+    VideoDRM.load(tmp_path)
+    assert not [w for w in recwarn if "positions" in str(w.message)]
+    for versions, said in (({"positions": 99}, "rule 99"), (None, "that it does not name")):
+        found = {name: value for name, value in kept.items() if name != "versions"} | ({"versions": versions} if versions else {})
+        (tmp_path / "video_drm.json").write_text(json.dumps(found))
+        with pytest.warns(UserWarning, match=f"positions of another kind .*{said}"):
+            assert VideoDRM.load(tmp_path).settings == drm.settings
 
 
 def _pairs(questions: list, margin: float | None = None) -> list[Pair]:
