@@ -4,25 +4,29 @@ The initial prompt of a branch is rendered once. After that only ids are appende
 sampled, then what `after_turn` returns. Nothing that was sampled is ever encoded again, so the ids
 that are trained are the ids that were sampled.
 
-All message content is untrusted: `encode_text` encodes it such that no control token of the
-tokenizer can appear, whatever the text spells.
+All message content is untrusted: `TextEncoder` encodes it such that no control token of the
+tokenizer can appear, whatever the text spells. What stands between two control tokens is encoded
+as one text, as the tokenizer does it.
 
-Three formats: `ControlTokenFormat` (the nano model: one control token for each thing), `ChatMLFormat`
-(Qwen, SmolLM2, Hermes) and `TemplateFormat` (any Hugging Face chat template that is sound by prefix
-difference). None imports a tokenizer library; they take the tokenizer object.
+Three formats: `ControlTokenFormat` (the nano model: one control token for each thing), `TemplateFormat`
+(the model's own Hugging Face chat template, where it is sound by prefix difference) and `ChatMLFormat`
+(for models without a template that were trained on it; chosen by name only).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import groupby
 from typing import Any, Protocol
 
 from ramet.agents.protocol import tool_schema
 from ramet.agents.tree import Message, Segment
-from ramet.errors import ChatFormatError
+from ramet.errors import ChatFormatError, first_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,21 +67,61 @@ class ChatFormat(Protocol):
         """A view for people."""
 
 
+def turn_end(chat: ChatFormat) -> int:
+    """The id that closes a turn as the format writes it; a model's `stop_ids` may be more."""
+    return chat.after_turn("", closed=False)[0]
+
+
 class TextEncoder:
-    """Encodes untrusted text with one tokenizer, never to a control token."""
+    """Encodes untrusted text with one tokenizer, never to a control token.
+
+    The text goes on from what stands before it: the mark of a space that some tokenizers put before a text does not creep in.
+    """
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        added: dict[str, int] = dict(tokenizer.get_added_vocab())
+        self._continued = _without_prefix(tokenizer)
+        # Runs of white space that have a token of their own (Gemma, GPT-NeoX) are text.
+        added: dict[str, int] = {literal: i for literal, i in tokenizer.get_added_vocab().items() if literal.strip(" \t\r\n▁")}
         for token in tokenizer.all_special_tokens:
             added[token] = tokenizer.convert_tokens_to_ids(token)
         self.control_ids = frozenset(added.values())
-        literals = sorted((literal for literal in added if len(literal) > 1), key=len, reverse=True)
-        self._literal = re.compile("|".join(map(re.escape, literals))) if literals else None
+        self._added = added
+        self._control = _any_of(added)
+        self._literal = _any_of(literal for literal in added if len(literal) > 1)
+        self._after_control = self._continued if self._continued is not tokenizer and self._prefix_at_start_only() else tokenizer
 
     def __call__(self, text: str) -> list[int]:
+        return self._text(text, self._continued)
+
+    def assembled(self, parts: Iterable[int | str], start: bool = False) -> list[int]:
+        """Ids as they are, and texts encoded as the tokenizer encodes what stands between control tokens; `start`: of the whole prompt."""
+        ids: list[int] = []
+        for is_text, run in groupby(parts, lambda part: isinstance(part, str)):
+            if is_text:
+                ids += self._text("".join(map(str, run)), self._tokenizer if start and not ids else self._after_control)
+            else:
+                ids += map(int, run)
+        return ids
+
+    def trusted(self, text: str) -> list[int | str]:
+        """Text of our own or of a template, for `assembled`: where it spells a control token it means the token."""
+        if self._control is None:
+            return [text]
+        parts: list[int | str] = []
+        start, strips = 0, False
+        for match in self._control.finditer(text):
+            index = self._added[match[0]]
+            token = self._tokenizer.added_tokens_decoder.get(index)
+            before = text[start : match.start()]
+            before = before.lstrip() if strips else before
+            parts += [before.rstrip() if token is not None and token.lstrip else before, index]
+            start, strips = match.end(), token is not None and token.rstrip
+        return [part for part in [*parts, text[start:].lstrip() if strips else text[start:]] if part != ""]
+
+    def _text(self, text: str, tokenizer: Any) -> list[int]:
         text = text.encode("utf-8", "replace").decode()
-        ids = self._encode(text)
+        ids = self._encode(text, tokenizer)
         if self.control_ids.isdisjoint(ids):
             return ids
         # An added token was spelled. Cutting each spelling after its first character keeps it text.
@@ -89,19 +133,55 @@ class TextEncoder:
         pieces.append(text[start:])
         ids = []
         for piece in pieces:
-            encoded = self._encode(piece)
+            encoded = self._encode(piece, self._continued if ids else tokenizer)
             if not self.control_ids.isdisjoint(encoded):
-                encoded = [i for character in piece for i in self._encode(character)]
+                encoded = [i for character in piece for i in self._encode(character, self._continued)]
             ids += encoded
         if not self.control_ids.isdisjoint(ids):
             raise ChatFormatError("this tokenizer turns plain text into control tokens; it cannot be used safely")
         return ids
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, tokenizer: Any) -> list[int]:
         if not text:
             return []
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
         return ids
+
+    def _prefix_at_start_only(self) -> bool:
+        """Does text after a control token get no mark of a space? (`prepend_scheme="first"`; "always" puts one there too.)"""
+        for literal, index in self._added.items():
+            if self._tokenizer.encode(literal, add_special_tokens=False) == [index]:
+                joint: list[int] = self._tokenizer.encode(literal + "a", add_special_tokens=False)
+                return joint[1:] == self._encode("a", self._continued)
+        return False
+
+
+def _any_of(literals: Iterable[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(literals, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def _without_prefix(tokenizer: Any) -> Any:
+    """The tokenizer without the space, or its mark, that it puts before a text; itself if it puts none."""
+    if not any(_prefixes(tokenizer)):
+        return tokenizer
+    changed = copy.deepcopy(tokenizer)
+    for component, setting, off in _prefixes(changed):
+        setattr(component, setting, off)
+    return changed
+
+
+def _prefixes(tokenizer: Any) -> Iterator[tuple[Any, str, Any]]:
+    """The components of a fast tokenizer that put something before a text: (component, its setting, what turns it off)."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pending = [] if backend is None else [backend.normalizer, backend.pre_tokenizer]
+    while pending:
+        component = pending.pop()
+        if type(component).__name__ == "Sequence":
+            pending += list(component)
+        for setting, off in (("prepend", ""), ("prepend_scheme", "never"), ("add_prefix_space", False)):
+            if getattr(component, setting, off) != off:
+                yield component, setting, off
 
 
 def _token_id(tokenizer: Any, token: str) -> int:
@@ -142,13 +222,13 @@ def _index(ids: list[int], wanted: int, start: int) -> int | None:
 
 
 class _Content:
-    """The content of a message as ids: its videos, then its text."""
+    """The content of a message: the ids of its videos, then its text."""
 
     _encode: TextEncoder
     see: See = staticmethod(blind)
 
-    def _content(self, message: Message) -> list[int]:
-        return [*(i for segment in message.media for i in self.see(segment)), *self._encode(message.content)]
+    def _content(self, message: Message) -> list[int | str]:
+        return [*(i for segment in message.media for i in self.see(segment)), message.content]
 
 
 class ControlTokenFormat(_Content):
@@ -172,7 +252,7 @@ class ControlTokenFormat(_Content):
             ids.append(self._id["<|tools|>"])
         for message in messages:
             if message.role != "system":
-                ids += [self._id[f"<|{message.role}|>"], *self._content(message), self._id["<|end|>"]]
+                ids += [self._id[f"<|{message.role}|>"], *self._encode.assembled(self._content(message)), self._id["<|end|>"]]
         return [*ids, self._id["<|assistant|>"]]
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
@@ -205,7 +285,6 @@ class ChatMLFormat(_Content):
         self._encode = TextEncoder(tokenizer)
         self._start = _token_id(tokenizer, "<|im_start|>")
         self._end = _token_id(tokenizer, "<|im_end|>")
-        self._newline = self._encode("\n")
         stops = {self._end}
         if tokenizer.eos_token_id is not None:
             stops.add(int(tokenizer.eos_token_id))
@@ -214,24 +293,21 @@ class ChatMLFormat(_Content):
         self._markers = (added["<tool_call>"], added["</tool_call>"]) if "<tool_call>" in added and "</tool_call>" in added else None
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
-        ids: list[int] = []
+        parts: list[int | str] = []
         if tools:
             system = "\n\n".join(message.content for message in messages if message.role == "system")
             messages = [m for m in messages if m.role != "system"]
-            ids += [
-                *self._opening("system"),
-                *self._encode(system + "\n\n" if system else ""),
-                *self._trusted(tool_preamble()),
-                *self._closing(),
-            ]
+            parts += [*self._opening("system"), system + "\n\n" if system else "", *self._encode.trusted(tool_preamble()), *self._closing()]
         for message in messages:
-            ids += self._opening(message.role) + self._content(message) + self._closing()
-        return ids + self._opening("assistant")
+            parts += [*self._opening(message.role), *self._content(message), *self._closing()]
+        return self._encode.assembled([*parts, *self._opening("assistant")], start=True)
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
         end = [] if closed else [self._end]
-        response = [*self._trusted("<tool_response>\n"), *self._encode(text), *self._trusted("\n</tool_response>")]
-        return [*end, *self._newline, *self._opening("user"), *response, *self._closing(), *self._opening("assistant")]
+        response = [*self._encode.trusted("<tool_response>\n"), text, *self._encode.trusted("\n</tool_response>")]
+        return self._encode.assembled(
+            [*end, "\n", *self._opening("user"), *response, *self._closing(), *self._opening("assistant")],
+        )
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         if self._markers is not None:
@@ -241,16 +317,11 @@ class ChatMLFormat(_Content):
     def text(self, ids: Sequence[int]) -> str:
         return _decode(self._tokenizer, ids)
 
-    def _trusted(self, text: str) -> list[int]:
-        """Our own text, in which tags that the tokenizer knows are those tokens: what the model is to copy."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    def _opening(self, role: str) -> list[int | str]:
+        return [self._start, role + "\n"]
 
-    def _opening(self, role: str) -> list[int]:
-        return [self._start, *self._encode(role + "\n")]
-
-    def _closing(self) -> list[int]:
-        return [self._end, *self._newline]
+    def _closing(self) -> list[int | str]:
+        return [self._end, "\n"]
 
 
 def tool_preamble() -> str:
@@ -311,13 +382,31 @@ def mistral_calls(text: str) -> tuple[str, ...]:
     return tuple(json.dumps(call) for call in data) if isinstance(data, list) and data else (text.strip(),)
 
 
+TODAY = datetime(2024, 7, 26)
+"""What templates that print the date are told, whatever the day: prompts are the same tomorrow."""
+
+
+def _dated(template: str) -> str:
+    """A template for which it is always `TODAY`: its own macro stands before the clock's `strftime_now`."""
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIMSfpjUWcxXGuVFTDeR" for flag in ("-", "")]
+    said = "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ format" + said + " }}{% endmacro %}{{ '' }}" + template
+
+
 class TemplateFormat(_Content):
-    """Any Hugging Face chat template, by prefix difference.
+    """The model's own chat template, by prefix difference.
 
     The template is rendered with placeholders where content goes; the text around them is encoded
-    as the template means it, the content as untrusted text. A template is refused unless adding
-    messages leaves the rendering of the earlier ones unchanged, over two tool rounds: otherwise
+    as the template means it, the content as untrusted text, trimmed or escaped where the template does that. A template is refused
+    unless adding messages leaves the rendering of the earlier ones unchanged, over two tool rounds: otherwise
     ids that were sampled would not be the ids that the template stands for.
+
+    opened  what the template writes after the opening of a turn that is to be sampled, and leaves out of turns that are past
+            (`<think>`): as a branch only grows, it stays there
+
+    A template that ignores tools gets them described in a system message.
     """
 
     def __init__(self, tokenizer: Any):
@@ -328,19 +417,25 @@ class TemplateFormat(_Content):
         self._tool_role = "tool"
         try:
             self._render([Message("user", "u"), Message("assistant", "a"), Message("tool", "t")], False)
-        except Exception:  # jinja raises its own classes; a template without a tool role is common
+        except ChatFormatError:  # a template without a tool role is common
             self._tool_role = "user"
         self._system_role = True
         try:
             self._system_role = _slot(0) in self._render([Message("system", _slot(0)), Message("user", _slot(1))], False)
-        except Exception:  # likewise for one without a system role
+        except ChatFormatError:  # likewise for one without a system role
             self._system_role = False
-        self._stop_text, self._suffix = self._derive_suffix()
-        ids = self._encode_template(self._stop_text)
-        if not ids or ids[0] not in self._encode.control_ids:
-            raise ChatFormatError(f"the template ends a turn with {self._stop_text!r}, which is not a control token")
-        self._end = ids
-        stops = {ids[0]}
+        asked = [Message("user", "u")]
+        self._describes_tools = tool_schema()["function"]["name"] in self._render(asked, True, generate=True)
+        said = self._render(asked, False, generate=True)
+        if self._encode.assembled(self._encode.trusted(said), start=True) != tokenizer.encode(said, add_special_tokens=False):
+            raise ChatFormatError("the tokenizer does not encode its chat template section by section, as messages are encoded here")
+        self.opened, end, self._between = self._derived(tools=False)
+        if self._describes_tools and self._derived(tools=True) != (self.opened, end, self._between):
+            raise ChatFormatError("the chat template treats tool rounds differently when there are tools; token-in, token-out is unsound")
+        closing = self._encode.trusted(end)[0]
+        if not isinstance(closing, int):
+            raise ChatFormatError(f"the template ends a turn with {end!r}, which is not a control token")
+        stops = {closing}
         if tokenizer.eos_token_id is not None:
             stops.add(int(tokenizer.eos_token_id))
         self.stop_ids = frozenset(stops)
@@ -348,23 +443,19 @@ class TemplateFormat(_Content):
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
         if not self._system_role:
             messages = _fold_system(messages)
-        slots = [Message(m.role, _slot(i)) for i, m in enumerate(messages)]
-        text = self._render(slots, tools, generate=True)
-        ids: list[int] = []
-        for i, message in enumerate(messages):
-            before, found, text = text.partition(_slot(i))
-            if not found:
-                raise ChatFormatError(f"the template leaves out the {message.role} message")
-            ids += self._encode_template(before) + self._content(message)
-        return ids + self._encode_template(text)
+        shown = [Message(m.role, _padded(i)) for i, m in enumerate(messages)]
+        if tools and not self._describes_tools:
+            shown = _described(shown, self._system_role)
+        text = self._render(shown, tools, generate=True)
+        return self._encode.assembled(self._filled(text, messages), start=True)
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
-        before, _, after = self._suffix.partition(_slot(2))
-        end = self._end[1:] if closed else self._end
-        return [*end, *self._encode_template(before), *self._encode(text), *self._encode_template(after)]
+        parts = self._filled(self._between, [Message("tool", text)])
+        return self._encode.assembled(parts[1:] if closed else parts)
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """Calls as this tokenizer's model spells them: between tags, after `[TOOL_CALLS]` (Mistral), or as a turn that is JSON (Llama)."""
+        sampled = [*self._encode.assembled(self._encode.trusted(self.opened)), *sampled]  # a thought may have begun in the prompt
         added = self._tokenizer.get_added_vocab()
         if "<tool_call>" in added and "</tool_call>" in added:
             return _parse_marked(self._tokenizer, sampled, self.stop_ids, added["<tool_call>"], added["</tool_call>"])
@@ -384,32 +475,57 @@ class TemplateFormat(_Content):
 
     def _render(self, messages: Sequence[Message], tools: bool, generate: bool = False) -> str:
         chat = [{"role": self._tool_role if m.role == "tool" else m.role, "content": m.content} for m in messages]
-        text = self._tokenizer.apply_chat_template(
-            chat, tools=[tool_schema()] if tools else None, add_generation_prompt=generate, tokenize=False
-        )
+        schemas = [tool_schema()] if tools else None
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat, schemas, chat_template=_dated(self._tokenizer.get_chat_template(tools=schemas)), add_generation_prompt=generate,
+                tokenize=False,
+            )  # fmt: skip
+        except Exception as error:  # jinja raises its own classes, and whatever the template's expressions raise
+            raise ChatFormatError(f"the model's chat template refuses these messages: {first_line(error)}") from error
         return str(text)
 
-    def _encode_template(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False) if text else []
-        return ids
+    def _filled(self, text: str, messages: Sequence[Message]) -> list[int | str]:
+        """Rendered text with the messages' content in the place of their slots."""
+        slots = list(_SLOT.finditer(text))
+        missing = [m.role for i, m in enumerate(messages) if [int(slot[2]) for slot in slots].count(i) != 1]
+        if missing:
+            raise ChatFormatError(f"the template leaves out the {missing[0]} message, or says it twice")
+        parts: list[int | str] = []
+        at = 0
+        for slot in slots:
+            *media, content = self._content(messages[int(slot[2])])
+            parts += [*self._encode.trusted(text[at : slot.start()]), *media, _as_shown(str(content), slot[1], slot[3])]
+            at = slot.end()
+        return [*parts, *self._encode.trusted(text[at:])]
 
-    def _derive_suffix(self) -> tuple[str, str]:
-        """What the template puts between an assistant turn and the next: (its end, the rest)."""
-        user, said, tool = Message("user", _slot(0)), Message("assistant", _slot(1)), Message("tool", _slot(2))
-        said2, tool2 = Message("assistant", _slot(3)), Message("tool", _slot(4))
-        first = self._render([user], False, generate=True)
-        alone = self._render([user, said], False)
-        one = self._render([user, said, tool], False, generate=True)
-        two = self._render([user, said, tool, said2, tool2], False, generate=True)
-        if not one.startswith(first + _slot(1)) or not alone.startswith(first + _slot(1)):
+    def _derived(self, tools: bool) -> tuple[str, str, str]:
+        """(`opened`, what ends an assistant turn, what stands between the text of a turn and the next, with a slot for the tool's)."""
+        user, said, tool = Message("user", _slot(1)), Message("assistant", _slot(2)), Message("tool", _padded(0))
+        said2, tool2 = Message("assistant", _slot(3)), Message("tool", _padded(4))
+        first = self._render([user], tools, generate=True)
+        one = self._render([user, said, tool], tools, generate=True)
+        two = self._render([user, said, tool, said2, tool2], tools, generate=True)
+        kept, found, tail = one.partition(_slot(2))
+        opened = first[len(kept) :]
+        if not found or not first.startswith(kept) or not tail.endswith(opened):
             raise ChatFormatError("the chat template rewrites earlier turns when messages are added; token-in, token-out is unsound")
-        tail = one[len(first + _slot(1)) :]
-        if not two.startswith(one + _slot(3)) or two[len(one + _slot(3)) :] != tail.replace(_slot(2), _slot(4)):
+        if two != one.removesuffix(opened) + _slot(3) + tail.replace(_slot(0), _slot(4)):
             raise ChatFormatError("the chat template treats later tool rounds differently; token-in, token-out is unsound")
-        end = alone[len(first + _slot(1)) :]
-        if not end or not tail.startswith(end) or _slot(2) not in tail:
+        end = self._render([user, said], tools).partition(_slot(2))[2]
+        if not end or not tail.startswith(end) or _slot(0) not in tail:
             raise ChatFormatError("the chat template does not end an assistant turn before the tool message")
-        return end, tail[len(end) :]
+        return opened, end, tail
+
+
+def _described(messages: list[Message], system_role: bool) -> list[Message]:
+    """Rendered slots with the tool described beside the system message, or before the first."""
+    first = messages[0] if messages else Message("user", "")
+    if first.role == "system":
+        return [replace(first, content=f"{first.content}\n\n{tool_preamble()}"), *messages[1:]]
+    if system_role:
+        return [Message("system", tool_preamble()), *messages]
+    return [replace(first, content=f"{tool_preamble()}\n\n{first.content}"), *messages[1:]]
 
 
 def _fold_system(messages: Sequence[Message]) -> list[Message]:
@@ -423,12 +539,34 @@ def _slot(index: int) -> str:
     return f"SLOT{index}OF0RAMET"
 
 
+def _padded(index: int) -> str:
+    """A slot between tabs, which show whether the template trims or escapes what it is given."""
+    return f"\t{_slot(index)}\t"
+
+
+_SLOT = re.compile(r"(\t|\\t)?SLOT(\d+)OF0RAMET(\t|\\t)?")
+
+
+def _as_shown(content: str, before: str | None, after: str | None) -> str:
+    """`content` as a template shows what stands between the tabs of a padded slot, of which it left `before` and `after`."""
+    content = content.lstrip() if before is None else content
+    content = content.rstrip() if after is None else content
+    return json.dumps(content, ensure_ascii=False)[1:-1] if before == after == r"\t" else content
+
+
 def chat_format(name: str, tokenizer: Any) -> ChatFormat:
-    """The format called `name`; "auto" takes the tokenizer's own control tokens, else its template."""
+    """The format called `name`. "auto" takes the tokenizer's own chat template, or nano's control tokens, and guesses nothing else."""
     formats: dict[str, Callable[[Any], ChatFormat]] = {"nano": ControlTokenFormat, "chatml": ChatMLFormat, "template": TemplateFormat}
-    if name == "auto":
-        added = tokenizer.get_added_vocab()
-        name = "nano" if "<|tools|>" in added else "chatml" if "<|im_start|>" in added else "template"
-    if name not in formats:
-        raise ChatFormatError(f"no chat format {name!r}; there are auto, {', '.join(formats)}")
-    return formats[name](tokenizer)
+    if name != "auto":
+        if name not in formats:
+            raise ChatFormatError(f"no chat format {name!r}; there are auto, {', '.join(formats)}")
+        return formats[name](tokenizer)
+    advice = "set chat to the format that the model was trained on, such as chatml"
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            return TemplateFormat(tokenizer)
+        except ChatFormatError as error:
+            raise ChatFormatError(f"{error}; {advice}") from error
+    if set(ControlTokenFormat.CONTROL) <= tokenizer.get_added_vocab().keys():
+        return ControlTokenFormat(tokenizer)
+    raise ChatFormatError(f"the tokenizer has no chat template: put the model's chat_template.jinja beside it, or {advice}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float3
 
 
 def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
-    """(tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
+    """(tokenizer, chat format) of a local directory; a turn ends wherever `generation_config.json` says too. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     if not (path / "config.json").exists():
@@ -61,4 +62,17 @@ def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # as below
         raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}") from error
-    return tokenizer, chat_format(chat, tokenizer)
+    format_ = chat_format(chat, tokenizer)
+    format_.stop_ids |= _end_ids(path)
+    return tokenizer, format_
+
+
+def _end_ids(path: Path) -> frozenset[int]:
+    """Every token that the model's makers have generation end at, beside the one that the chat format writes."""
+    file = path / "generation_config.json"
+    try:
+        ends = json.loads(file.read_text(encoding="utf-8-sig")).get("eos_token_id") if file.exists() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
+    found = ends if isinstance(ends, list) else [ends]
+    return frozenset(i for i in found if isinstance(i, int) and i >= 0)

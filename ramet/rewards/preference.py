@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ramet.agents.chat import TextEncoder, chat_format
+from ramet.agents.chat import TextEncoder, chat_format, turn_end
 from ramet.agents.tree import Message
 from ramet.errors import CheckpointError, RewardError, first_line
 
@@ -39,7 +39,7 @@ class PreferenceModel:
         """Higher is better. Raises `RewardError` for what is too long to be read whole, and for a score that is no number."""
         if self._tokenizer.chat_template:
             chat = chat_format("auto", self._tokenizer)
-            ids = [*chat.render([Message("user", question)], tools=False), *self._encode(answer), min(chat.stop_ids)]
+            ids = [*chat.render([Message("user", question)], tools=False), *self._encode(answer), turn_end(chat)]
         else:
             ids = self._encode(f"{question}\n{answer}")
         limit = self._model.config.max_position_embeddings

@@ -25,6 +25,10 @@ CHATML = (
 )
 
 
+THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+"""It opens a thought for the turn to be sampled, and leaves it out of those that are past, as QwQ's."""
+
+
 def byte_tokenizer(special: list[str], added: list[str] | None = None, template: str | None = None, normalizer: Any = None) -> Any:
     """A byte-level tokenizer with the given special and non-special added tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -53,9 +57,17 @@ def smol() -> Any:
     return byte_tokenizer(["<|im_end|>", "<|im_start|>"], None, CHATML)
 
 
-@pytest.fixture(params=["nano", "chatml-qwen", "chatml-smol", "template-qwen"])
+SEPARATED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
+
+
+@pytest.fixture(params=["nano", "chatml-qwen", "chatml-smol", "template-qwen", "template-separated"])
 def chat(request, nano_tokenizer, qwen, smol) -> Any:
+    marks = ["<|im_end|>", "<|im_start|>", "<|im_sep|>"]
     return {
+        "template-separated": lambda: TemplateFormat(byte_tokenizer(marks, ["<tool_call>", "</tool_call>"], SEPARATED)),
         "nano": lambda: ControlTokenFormat(nano_tokenizer),
         "chatml-qwen": lambda: ChatMLFormat(qwen),
         "chatml-smol": lambda: ChatMLFormat(smol),
@@ -203,18 +215,165 @@ def test_templates_for_which_it_is_unsound_are_refused(template, says):
         TemplateFormat(byte_tokenizer(["<|im_end|>", "<|im_start|>"], None, template))
 
 
-def test_formats_are_chosen_by_what_the_tokenizer_has(nano_tokenizer, qwen):
+def test_formats_are_chosen_by_what_the_tokenizer_says_of_itself(nano_tokenizer, qwen):
     assert isinstance(chat_format("auto", nano_tokenizer), ControlTokenFormat)
-    assert isinstance(chat_format("auto", qwen), ChatMLFormat)
-    assert isinstance(
-        chat_format("auto", byte_tokenizer(["</s>"], None, "{% for m in messages %}{{ m.content }}</s>{% endfor %}")), TemplateFormat
-    )
+    assert isinstance(chat_format("auto", qwen), TemplateFormat)
+    assert isinstance(chat_format("chatml", qwen), ChatMLFormat)
     with pytest.raises(ChatFormatError, match="no chat format"):
         chat_format("vicuna", qwen)
     with pytest.raises(ChatFormatError, match="no chat template"):
         TemplateFormat(byte_tokenizer(["</s>"]))
     with pytest.raises(ChatFormatError, match="no token"):
         ControlTokenFormat(qwen)
+
+
+@pytest.mark.parametrize("special", [["<|im_end|>", "<|im_start|>"], ["</s>"], ["<|end|>", "<|tools|>"]])
+def test_a_format_is_never_guessed_from_the_vocabulary(special):
+    with pytest.raises(ChatFormatError, match=r"no chat template: put the model's chat_template\.jinja beside it, or set chat"):
+        chat_format("auto", byte_tokenizer(special))
+    unsound = CHATML.replace("{% for", "{{ messages|length }}{% for")
+    with pytest.raises(ChatFormatError, match=r"rewrites earlier turns.*set chat to the format"):
+        chat_format("auto", byte_tokenizer(["<|im_end|>", "<|im_start|>"], None, unsound))
+
+
+def encoded(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    """What the model's makers give it: the template's text, encoded by the tokenizer."""
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+# An empty thought before the last answer only, none before earlier ones, as Qwen3's.
+LAST_THOUGHT = CHATML.replace(
+    "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"
+)
+DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML
+OTHER = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content | trim }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+ALTERNATING = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}{% endif %}"
+    "<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+STYLES = {
+    "chatml": CHATML, "separator": SEPARATED, "bos": "{{ bos_token }}" + CHATML, "default system": DEFAULT_SYSTEM,
+    "opened thought": THINKING, "last thought": LAST_THOUGHT, "other marks": OTHER, "alternating": ALTERNATING,
+}  # fmt: skip
+
+
+def styled(template: str) -> Any:
+    marks = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|im_sep|>", "<s>", "<|user|>", "<|assistant|>"]
+    tokenizer = byte_tokenizer(marks, ["<think>", "</think>"], template)
+    tokenizer.bos_token = "<s>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("content", ["2+2?", "\n  two lines\n\nand more  \n", 'a "quoted" \\ word'])
+def test_auto_gives_the_ids_of_the_model_s_own_template(style, content):
+    tokenizer = styled(STYLES[style])
+    made = chat_format("auto", tokenizer)
+    question = [{"role": "user", "content": content}]
+    assert made.render([Message("user", content)], tools=False) == encoded(tokenizer, question)
+    # Two tool rounds, appended as ids. A thought that was opened stays where it was sampled.
+    ids, chat_ = made.render([Message("user", "q")], tools=False), [{"role": "user", "content": "q"}]
+    for said, result in (("a", content), ("b", "7")):
+        ids += [*tokenizer.encode(said), *made.after_turn(result, closed=False)]
+        chat_ += [{"role": "assistant", "content": said}, {"role": made._tool_role, "content": result}]
+    kept = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "<think>"]
+    if style == "opened thought":
+        assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 3
+    else:
+        assert kept == ids == encoded(tokenizer, chat_)
+    stop = made.after_turn("x", closed=False)[0]
+    assert [stop, *made.after_turn("x", closed=True)] == made.after_turn("x", closed=False) and stop in made.stop_ids
+
+
+def test_a_turn_is_read_from_the_thought_on_that_the_prompt_opens():
+    tokenizer = styled(THINKING)
+    made = chat_format("auto", tokenizer)
+    assert made.text(made.render([Message("user", "q")], False)).endswith("<think>\n")
+    assert made.text(made.after_turn("7", closed=True)).endswith("<think>\n")
+    parsed = made.parse(tokenizer.encode("hm</think>\n\nAnswer: 4<|im_end|>"))
+    assert parsed.text.endswith("Answer: 4") and not parsed.text.startswith("hm") and not parsed.error
+
+
+def test_what_a_template_escapes_is_escaped():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'tool' else m.content }}")
+    tokenizer = styled(template)
+    made = chat_format("auto", tokenizer)
+    text = 'two "quoted"\nlines <|im_end|> é'
+    assert json.dumps(text, ensure_ascii=False) in made.text(made.after_turn(text, closed=True))
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") not in made.after_turn(text, closed=True)[:-15]
+
+
+def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day():
+    tokenizer = styled("\n{% if strftime_now is defined %}{{ strftime_now('%A, %d %B %Y, %-m/%y, %H:%M') }}{% endif %}" + CHATML)
+    made = chat_format("auto", tokenizer)
+    assert made.text(made.render([Message("user", "x")], False)).startswith("\nFriday, 26 July 2024, 7/24, 00:00<|im_start|>user")
+
+
+def test_the_tool_is_described_by_the_template_or_in_a_system_message():
+    def prompt(template: str, messages: list[Message]) -> str:
+        made = chat_format("auto", styled(template))
+        return made.text(made.render(messages, tools=True))
+
+    user = Message("user", "q")
+    said = prompt(CHATML, [user])
+    assert said.startswith("<|im_start|>system\nYou have one tool")
+    assert said.endswith("<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt(CHATML, [Message("system", "Be brief."), user]).startswith("<|im_start|>system\nBe brief.\n\nYou have one tool")
+    assert prompt(ALTERNATING, [user]).startswith("<s><|im_start|>user\nYou have one tool")
+    native = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
+    said = prompt(native, [user])
+    assert said.startswith('<|im_start|>tools\n[{"type": "function"') and "You have one tool" not in said
+
+
+def spaced_tokenizer(scheme: str, template: str | None) -> Any:
+    """A tokenizer that marks spaces, and puts a mark before a text: everywhere, only at its start, or by a normaliser."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({"▁", "Ġ", *pre_tokenizers.ByteLevel.alphabet(), *map(chr, range(32, 127)), "\n"})
+    vocab = {c: i for i, c in enumerate([*letters, "▁q", "▁u", "Ġq", "Ġu", "\n\n"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("▁", "q"), ("▁", "u"), ("Ġ", "q"), ("Ġ", "u"), ("\n", "\n")]))
+    if scheme == "normaliser":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    elif scheme == "bytes":
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|im_end|>", "<|im_start|>")])
+    tokenizer.add_tokens([AddedToken("<tool_call>", normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=template)
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "normaliser", "bytes"])
+@pytest.mark.parametrize("opening", ["\n", ""])
+def test_no_space_creeps_in_before_a_text(scheme, opening):
+    template = CHATML.replace("\n{{ m.content }}", opening + "{{ m.content }}")
+    tokenizer = spaced_tokenizer(scheme, template)
+    made = chat_format("auto", tokenizer)
+    for content in ("q", " q u", "\nq"):
+        assert made.render([Message("user", content)], False) == encoded(tokenizer, [{"role": "user", "content": content}])
+    marks = {tokenizer.convert_tokens_to_ids(t) for t in ("▁", "▁q", "▁u", "Ġ", "Ġq", "Ġu")}
+    assert marks.isdisjoint(made._encode("qu")) and not marks.isdisjoint(made._encode("q u"))
+    # Neither where a spelled token is cut apart.
+    text = "q<tool_call>u<|im_end|>q"
+    assert made._encode.control_ids.isdisjoint(made._encode(text))
+    assert [tokenizer.convert_ids_to_tokens(i) for i in made._encode(text)] == list(text)
+
+
+def test_runs_of_white_space_with_a_token_of_their_own_are_text():
+    tokenizer = byte_tokenizer(["<|im_end|>", "<|im_start|>"], ["\n\n", "    "], CHATML)
+    content = "a\n\nb    c"
+    ids = chat_format("auto", tokenizer).render([Message("user", content)], False)
+    assert ids == encoded(tokenizer, [{"role": "user", "content": content}])
 
 
 class Reciting:

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ramet import __version__
-from ramet.agents.chat import ChatFormat, TextEncoder, chat_format
+from ramet.agents.chat import ChatFormat, TextEncoder, chat_format, turn_end
 from ramet.agents.tree import Message, Segment
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
@@ -219,7 +219,7 @@ class VideoDRM:
 
     def answer_ids(self, answer: str) -> list[int]:
         """An answer and the end of its turn. Answers are untrusted text: none of it can become a control token."""
-        return [*self._encode(answer), min(self.chat.stop_ids)]
+        return [*self._encode(answer), turn_end(self.chat)]
 
     def _whole(self, prompt: Prompted, answer: list[int]) -> list[int]:
         ids, limit = [*prompt.ids, *answer], self.scorer.config.get_text_config().max_position_embeddings

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.budget import Budget
-from ramet.agents.chat import TextEncoder
+from ramet.agents.chat import TextEncoder, turn_end
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.errors import RewardError, TaskError
@@ -65,7 +65,7 @@ def sft_grm(
     """Train in place on verdicts. Raises `RewardError` where there is none."""
     if not traces:
         raise RewardError("no verdict is right in both orders: there is nothing to learn from. Give traces of a better judge")
-    encode, end = TextEncoder(grm.tokenizer), min(grm.chat.stop_ids)
+    encode, end = TextEncoder(grm.tokenizer), turn_end(grm.chat)
     examples = []
     for pair, forward, said in traces:
         message = pairwise(shown(pair, forward))
