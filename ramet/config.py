@@ -116,6 +116,16 @@ class EnvConfig(BaseModel):
         return self
 
     @property
+    def measurable(self) -> bool:
+        """Is there anything to be measured on?"""
+        return "data" not in _OPTIONS[self.kind] or bool(self.data or self.ood)
+
+    def check_measurable(self) -> None:
+        """Raises `ConfigError` if there is nothing to be measured on."""
+        if not self.measurable:
+            raise ConfigError("env.data names no file or data set: give --data")
+
+    @property
     def language(self) -> bool:
         """Does the environment ask questions in words, so that a method has to say how they are to be answered?"""
         return self.kind != "rows"

@@ -57,6 +57,7 @@ def test_run_goes_on_from_its_journal(tmp_path):
         (["reproduce", "giant"], "there are nano and longvideo"),
         (["models", "train-nano", "--out", "."], "error"),
         (["fly"], "No such command"),
+        (["eval", "--env", "hotpotqa"], "env.data names no file or data set"),
         (["eval", "--budgett", "3"], "No such option"),
         (["run", "1+2", "--depth", "-1"], "--depth"),
     ],

@@ -169,7 +169,7 @@ async def _grow(setting: Setting, growth: Growth) -> None:
         if room <= 0:
             appended = _notice(setting, ledger, length, closed=False)
             if final or appended is None:
-                _end(growth, Status.OUT_OF_BUDGET)
+                _end(growth, Status.OUT_OF_BUDGET, reason=_full(setting, ledger, length, final))
                 return
             length += _append(growth, appended)
             final = True
@@ -228,6 +228,13 @@ def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> int:
     if setting.context is not None:
         limits.append(setting.context - length - (0 if final else _ending(setting, ledger)))
     return min(limits)
+
+
+def _full(setting: Setting, ledger: Ledger, length: int, final: bool) -> str:
+    """The context that has no room for the next sample; "" if it is not the context that lacks."""
+    if setting.context is None or length + (0 if final else _ending(setting, ledger)) < setting.context:
+        return ""
+    return f"the {'budget' if setting.context == setting.budget.context else 'model'}'s context of {setting.context} tokens"
 
 
 def _ending(setting: Setting, ledger: Ledger) -> int:

@@ -237,6 +237,14 @@ class Tree:
     def spawned(self) -> bool:
         return any(branch.clones for branch in self.branches)
 
+    @property
+    def starved(self) -> str:
+        """The limit for which nothing at all could be sampled; "" if something was, or if it is no limit that kept it from being."""
+        if self.usage.generated or self.root.status not in (Status.OUT_OF_BUDGET, Status.TIMED_OUT):
+            return ""
+        named = "seconds" if self.root.status is Status.TIMED_OUT else self.root.reason or "generated"
+        return f"a prompt of {len(self.root.prompt)} tokens leaves nothing of {named if ' ' in named else f'budget.{named}'}"
+
 
 def price(root: Branch, seconds: float = 0.0) -> Usage:
     """Total `Usage` of a tree, counted from its branches (the ledger counts it independently)."""

@@ -45,6 +45,7 @@ class Outcome:
 
     recall  of the documents that support the answer, the share that was read apart from the others: named for a clone,
             or retrieved. None where the task names none
+    starved  see `Tree.starved`; "" if anything was sampled
     """
 
     answer: str | None
@@ -58,12 +59,14 @@ class Outcome:
     attention: int = 0
     recall: float | None = None
     seconds: float = field(default=0.0, compare=False)
+    starved: str = ""
 
 
 def outcome(answer: str | None, status: str, trees: Sequence[Tree], path: int, clones: int, recall: float | None = None) -> Outcome:
     """What several trees gave together, whose longest chain is `path` tokens."""
     total = {name: sum(getattr(t.usage, name) for t in trees) for name in ("generated", "prefilled", "cached", "attention")}
-    return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, **total)
+    starved = trees[0].starved if trees and not total["generated"] else ""
+    return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, starved=starved, **total)
 
 
 Method = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]

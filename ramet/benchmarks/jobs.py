@@ -28,6 +28,7 @@ from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
+from ramet.policy.update import nothing_sampled
 
 console = Console()
 
@@ -79,6 +80,10 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
     if done < config.train.updates:
         with progress.training(label, config.train.updates, done) as report:
             anyio.run(trainer.train, report)
+    if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
+        trees = config.train.tasks * config.train.group_size
+        most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
+        console.print(f"warning: {nothing_sampled(most, 'their prompts leave nothing of a limit, such as the context')}")
     return trainer
 
 
@@ -124,7 +129,21 @@ def run_measuring(
                     beside.unlink()
         return found
 
-    return anyio.run(main)
+    found = anyio.run(main)
+    _warn_of_starved(found)
+    return found
+
+
+def _warn_of_starved(measured: Sequence[Measured]) -> None:
+    """Say how many outcomes nothing could be sampled for. Raises `ConfigError` if that is all of them."""
+    starved = [m for m in measured if m.outcome.starved]
+    if starved and len(starved) == len(measured):
+        raise ConfigError(nothing_sampled(f"any of {len(measured)} outcomes", starved[0].outcome.starved))
+    for policy, split in dict.fromkeys((m.policy, m.split) for m in starved):
+        chosen = [m.outcome.starved for m in starved if (m.policy, m.split) == (policy, split)]
+        total = sum((m.policy, m.split) == (policy, split) for m in measured)
+        what = f"{len(chosen)} of {total} outcomes ({policy}, {split}), which count as wrong"
+        console.print(f"warning: {nothing_sampled(what, chosen[0])}")
 
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
@@ -164,6 +183,8 @@ def print_points(records: Sequence[dict[str, Any]]) -> None:
 
 def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet train`: train, then measure the final weights; everything resumes."""
+    if not config.env.measurable:
+        console.print("env.data names no file or data set: the final weights will not be measured")
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
@@ -180,6 +201,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
 
 def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet eval`: one policy over the sweep of budgets."""
+    config.env.check_measurable()
     claim_folder(directory, config)
     path: str | Path = policy if config.backend == "chat" else resolve(policy)
     base = isinstance(path, str) or not (path / TRAINER).exists()

@@ -45,6 +45,7 @@ from ramet.policy.update import (
     Targets,
     TrainConfig,
     advantages_of,
+    check_sampled,
     grouped,
     grow,
     jobs_of,
@@ -52,6 +53,7 @@ from ramet.policy.update import (
     learning_rate,
     loss_metrics,
     minibatches,
+    starved,
     summary,
     update_loss,
 )
@@ -94,6 +96,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(decays, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.start = 0
         self.log = RunLog(directory)
+        self._starved = ""
 
     @property
     def checkpoints(self) -> Path:
@@ -121,6 +124,7 @@ class Trainer:
                 for update in range(self.start, self.config.updates):
                     metrics = await self.update(update)
                     self.log.write(metrics)
+                    check_sampled(metrics, self._starved)
                     done = update + 1
                     stopping = drain.requested() and done < self.config.updates
                     if done % self.config.checkpoint_every == 0 or done == self.config.updates or stopping:
@@ -145,6 +149,7 @@ class Trainer:
         """One iteration; returns its metrics."""
         started = time.perf_counter()
         groups = await self.rollout(update)
+        self._starved = next(iter(starved(groups)), "")
         sampled = time.perf_counter()
         verdicts = [[judged(self.judge, task, tree) for tree in trees] for task, trees in groups]
         advantages = advantages_of(groups, verdicts, self.config.estimator, self.chat)

@@ -18,7 +18,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
-from ramet.errors import PolicyError, RametError, RewardError, first_line
+from ramet.errors import ConfigError, PolicyError, RametError, RewardError, first_line
 from ramet.policy.credit import ESTIMATORS, ScoredTree
 from ramet.policy.loss import LossSums, policy_loss
 from ramet.policy.rows import Batch, Row, rows_of
@@ -200,6 +200,28 @@ def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:
     }
 
 
+def nothing_sampled(what: str, why: str) -> str:
+    """One line on trees for which nothing could be sampled: which, and for want of what (`Tree.starved`)."""
+    return (
+        f"nothing was sampled for {what}: {why}; raise that limit (budget.context, where it is the budget's context), take a model that "
+        "reads more, or make the tasks shorter"
+    )
+
+
+def check_sampled(metrics: Metrics, why: str) -> None:
+    """Raises `ConfigError` where nothing could be sampled for any tree of a run's first update, for want of `why`.
+
+    Later ones, whose tasks may all be too long by chance, only count such trees as `starved`.
+    """
+    if metrics["update"] == 0 and metrics["starved"] == 1:
+        raise ConfigError(nothing_sampled("any tree of the first update", why))
+
+
+def starved(groups: Sequence[Group]) -> list[str]:
+    """For each tree that nothing could be sampled for, the limit."""
+    return [tree.starved for _, trees in groups for tree in trees if tree.starved]
+
+
 def summary(
     update: int, groups: Sequence[Group], judged_: Sequence[Sequence[Verdict]], advantages: Sequence[Sequence[Sequence[float]]]
 ) -> Metrics:
@@ -221,5 +243,6 @@ def summary(
         found[f"penalty_{name}"] = sum(v.penalties.get(name, 0.0) for v in verdicts) / count
     for status in Status:
         found[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
+    found["starved"] = len(starved(groups)) / count
     found["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
     return found

@@ -274,6 +274,8 @@ async def test_a_notice_and_an_answer_are_given_the_context_that_is_kept_for_the
     assert list(tree.root.ids)[: -len(tree.root.turns[-1].sampled)] == [*prompt, *map(ord, "z" * slack), *notice]
     tree = await grow(lambda c: "z" * 500, Budget(context=len(prompt) + len(notice), answer_reserve=4))
     assert (tree.root.turns, tree.root.status) == ((), Status.OUT_OF_BUDGET), "a notice without room for an answer is not given"
+    assert tree.root.reason == f"the budget's context of {len(prompt) + len(notice)} tokens"
+    assert tree.starved == f"a prompt of {len(prompt)} tokens leaves nothing of {tree.root.reason}"
 
 
 def test_a_broken_ledger_is_noticed():

@@ -14,7 +14,7 @@ from ramet.agents.journal import Journal
 from ramet.agents.resume import JournaledPolicy
 from ramet.benchmarks.jobs import claim_folder, run_measuring, tree_entry
 from ramet.config import RunConfig, validate
-from ramet.errors import StorageError
+from ramet.errors import ConfigError, StorageError
 from ramet.nano import BASE
 
 SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets": [200]}}
@@ -68,3 +68,23 @@ def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeyp
             run_measuring(config, other, [tree_entry("trained", config, True)], ("iid", "ood"), journal, "measuring")
     assert run("cut") == whole
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["journal.jsonl"]
+
+
+def test_a_measurement_that_can_sample_nothing_is_an_error_and_a_partial_one_says_how_much(tmp_path, capsys):
+    """Accuracy 0 of prompts that nobody read is no result."""
+
+    def run(folder: str, **budget: int):
+        config = validate(RunConfig, SMALL | {"budget": budget})
+        with Journal(tmp_path / folder / "journal.jsonl", "job") as journal:
+            return run_measuring(config, BASE, [tree_entry("base", config, True)], ("iid",), journal, "measuring")
+
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"nothing was sampled for any of 8 outcomes: a prompt of \d+ tokens .* context of 16 tokens"):
+            run("none", context=16)
+    with pytest.raises(ConfigError, match=r"leaves nothing of budget.prefilled;"):
+        run("dear", prefilled=2)
+    measured = run("all")
+    assert not any(m.outcome.starved for m in measured) and "warning" not in capsys.readouterr().out
+    some = [m for m in run("some", prefilled=20) if m.outcome.starved]
+    assert 0 < len(some) < 8 and all(m.score == 0 and m.outcome.generated == 0 for m in some)
+    assert f"{len(some)} of 8 outcomes (base, iid), which count as wrong" in " ".join(capsys.readouterr().out.split())

@@ -238,3 +238,25 @@ def test_reference_penalties_take_the_worst_turns_longest_clone():
     assert got == pytest.approx({"root_length": 0.190, "clone_length": 0.126, "calls": 0.1}, abs=5e-4)
     tree = Tree("t", root, price(root))
     assert Prices(preset="reference", clones=0.5).penalties(tree) == {**got, "clones": 0.5 * 4}
+
+
+def _with_context(context: int, at_update: int = 0):
+    def drawn(update: int) -> list[tuple[Task, Budget]]:
+        return [(t, b.model_copy(update={"context": context}) if update == at_update else b) for t, b in draw(update)]
+
+    return drawn
+
+
+def test_a_run_that_can_sample_nothing_ends_with_the_limit_and_leaves_no_checkpoint(random_model, nano_tokenizer, tmp_path):
+    made = trainer(random_model, nano_tokenizer, tmp_path)
+    made.draw = _with_context(8)
+    with pytest.raises(ConfigError, match=r"nothing was sampled for any tree .* a prompt of \d+ tokens .* budget's context of 8 tokens"):
+        run_trainer(made)
+    assert latest_checkpoint(made.checkpoints) is None and [m["starved"] for m in made.log.read()] == [1.0]
+
+
+def test_trees_that_found_no_room_are_counted(random_model, nano_tokenizer, tmp_path):
+    made = trainer(random_model, nano_tokenizer, tmp_path, CONFIG.model_copy(update={"updates": 2}))
+    made.draw = _with_context(8, at_update=1)
+    run_trainer(made)
+    assert [m["starved"] for m in made.log.read()] == [0.0, 1.0]

@@ -23,7 +23,7 @@ from ramet.policy.openrlhf.flags import STOP
 from ramet.policy.openrlhf.samples import TreeSamples
 from ramet.policy.openrlhf.settings import LOST, Setup
 from ramet.policy.runlog import RunLog
-from ramet.policy.update import Metrics, advantages_of, learning_rate, loss_metrics, minibatches, summary
+from ramet.policy.update import Metrics, advantages_of, check_sampled, learning_rate, loss_metrics, minibatches, starved, summary
 
 WATCH_SECONDS = 2.0
 NOTICE_SECONDS = 30.0
@@ -55,6 +55,7 @@ class TreeTrainer(BasePPOTrainer):
         self.samples_generator: Any = None
         self.log = RunLog(self.setup.directory)
         self._recomputed = 0
+        self._starved = ""
 
     def get_max_steps(self) -> int:
         """Optimiser steps of the run. OpenRLHF asks before anything is trained, so what may be wrong with the run is found here."""
@@ -83,7 +84,9 @@ class TreeTrainer(BasePPOTrainer):
             for update in range(start, train.updates):
                 for ahead in range(update, min(update + staleness + 1, train.updates)):
                     self.samples_generator.begin(ahead)
-                self.log.write(self._update(update))
+                metrics = self._update(update)
+                self.log.write(metrics)
+                check_sampled(metrics, self._starved)
                 done = update + 1
                 stopping = stop.exists() and done < train.updates
                 if done % train.checkpoint_every == 0 or done == train.updates or stopping:
@@ -95,6 +98,7 @@ class TreeTrainer(BasePPOTrainer):
         train, cluster = self.setup.train, self.setup.cluster
         started = time.perf_counter()
         groups, verdicts = self.samples_generator.collect(update)
+        self._starved = next(iter(starved(groups)), "")
         sampled = time.perf_counter()
         if cluster.critic:
             advantages = [
