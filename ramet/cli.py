@@ -1,4 +1,5 @@
-"""The command line: `ramet demo | run | train | eval | reproduce | frontier | reward | attention | bench | models | doctor`.
+"""The command line: `ramet demo | run | train | eval | reproduce | frontier | reward | attention | bench | models | config |
+doctor`.
 
 Every command prints one line and exits with a status other than 0 when its job was not done. Heavy imports
 stand in the commands that need them, so that `ramet --help` is quick.
@@ -6,43 +7,73 @@ stand in the commands that need them, so that `ramet --help` is quick.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from typer.core import TyperCommand
 
-from ramet import __version__
+from ramet import __version__, storage
+from ramet.agents import drain
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
 from ramet.cli_bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of
 from ramet.cli_reward import reward
 from ramet.errors import ConfigError, RametError
+from ramet.terminal import console, messages, one_line, tagged, tolerate
 
 app = typer.Typer(
     help="A language model that learns to delegate to clones of itself under one budget.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
 app.add_typer(reward, name="reward")
-console = Console(stderr=True)
 
-_Config = Annotated[Path | None, typer.Option("--config", help="TOML file; see docs/learning.md")]
+
+
+def _folder_name(name: str | None) -> str | None:
+    if (name is not None and Path(name).name in ("", "..")) or name == ".":
+        raise ConfigError(f"--name {name!r} names no folder of its own")
+    return name
+
+
+def _named(default: str) -> Any:
+    return typer.Option("--name", callback=_folder_name, help=f"Name of the run folder; by default {default}.")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        console.print(__version__)
+        raise typer.Exit
+
+
+_Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; `ramet config` lists and prints them.")]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
 
 @app.callback()
-def _root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False) -> None:
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")] = False,
+) -> None:
     """`main` reads --debug before the parser does; it stands here to be listed in the help."""
+
+
+class _Sums(TyperCommand):
+    """A command whose argument may begin with a minus."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [f" {word}" if re.match(r"-[\d(]", word) else word for word in args])
 
 
 def _run_config(config: Path | None, overrides: list[str] | None, seed: int | None, default: dict[str, Any] | None = None) -> Any:
@@ -58,7 +89,7 @@ def _run_config(config: Path | None, overrides: list[str] | None, seed: int | No
 def demo(
     seed: Seed = 0,
     runs: _Out = Path("runs"),
-    name: Annotated[str, typer.Option(help="Name of the run folder.")] = "demo",
+    name: Annotated[str, _named("demo")] = "demo",
 ) -> None:
     """Measure the base, train it to delegate, watch one tree, measure again. At most ten minutes on two cores.
 
@@ -66,11 +97,11 @@ def demo(
     """
     from ramet.benchmarks.demo import run_demo
 
-    with draining(console.print):
+    with draining(messages.print):
         run_demo(runs / name, seed or 0)
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(cls=_Sums)
 def run(
     expression: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7".')],
     policy: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
@@ -109,7 +140,7 @@ def train(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default the config's name.")] = None,
+    name: Annotated[str | None, _named("the config's name")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
     engine: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs; see docs/cluster.md.")] = "local",
@@ -129,7 +160,7 @@ def train(
             raise ConfigError("--dry-run and --plan are of the engine openrlhf: add --engine openrlhf")
         from ramet.benchmarks.jobs import train_job
 
-        with draining(console.print):
+        with draining(messages.print):
             train_job(given, folder, spawn, json)
         return
     from ramet.benchmarks import cluster
@@ -139,7 +170,7 @@ def train(
     if dry_run:
         cluster.print_flags(given, folder, spawn)
     if not plan and not dry_run:
-        with draining(console.print):
+        with draining(messages.print):
             cluster.train_on_cluster(given, folder, spawn, json)
 
 
@@ -149,7 +180,7 @@ def evaluate(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default eval- and the policy's.")] = None,
+    name: Annotated[str | None, _named("eval- and the policy's")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
     env: Annotated[str | None, typer.Option(help="Questions in words: hotpotqa, gsm8k, ...; see `ramet frontier --help`.")] = None,
@@ -165,10 +196,10 @@ def evaluate(
     from ramet.benchmarks.jobs import eval_job
     from ramet.config import LANGUAGE
 
-    with draining(console.print):
+    with draining(messages.print):
         given = _questions(env, data, limit, budgets) + (set_ or [])
         resolved = _run_config(config, given, seed, LANGUAGE if env not in (None, "rows") else None)
-        eval_job(policy, resolved, runs / (name or f"eval-{Path(policy).name}"), spawn, json)
+        eval_job(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
 
 
 @app.command()
@@ -177,7 +208,7 @@ def reproduce(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default reproduce-nano- and the seed.")] = None,
+    name: Annotated[str | None, _named("reproduce-nano- and the seed")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
     """Run a full comparison that the README shows: nano from the shipped base, longvideo from nothing. Run again to resume.
@@ -189,13 +220,13 @@ def reproduce(
     if what == "longvideo":
         from ramet.benchmarks.reproduce_longvideo import reproduce_longvideo
 
-        with draining(console.print):
+        with draining(messages.print):
             reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config, set_ or [], seed or 0)
         return
     if what != "nano":
         raise ConfigError(f"there is nothing called {what!r} to reproduce; there are nano and longvideo")
     resolved = _run_config(config, set_, seed, NANO)
-    with draining(console.print):
+    with draining(messages.print):
         reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
 
 
@@ -220,7 +251,7 @@ def frontier(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, typer.Option(help="Name of the run folder; by default frontier-, model and environment.")] = None,
+    name: Annotated[str | None, _named("frontier-, model and environment")] = None,
     runs: _Out = Path("runs"),
     json: Json = None,
 ) -> None:
@@ -236,12 +267,17 @@ def frontier(
     resolved = _run_config(config, given, seed, LANGUAGE)
     every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
     chosen = every if methods is None else [m.strip() for m in methods.split(",")]
-    folder = runs / (name or f"frontier-{Path(policy).name}-{resolved.env.kind}")
-    with draining(console.print):
+    folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
+    with draining(messages.print):
         frontier_job(
             policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model,
             price_table(price or []), json,
         )  # fmt: skip
+
+
+def _last(policy: str) -> str:
+    """The last part of a model's name or path."""
+    return Path(policy).name.strip(".") or Path(policy).resolve().name or "model"
 
 
 def _questions(env: str | None, data: str | None, limit: int | None, budgets: str | None) -> list[str]:
@@ -270,7 +306,7 @@ def models_get(
     """
     from ramet.policy.catalogue import get
 
-    get(name, wheel, console.print)
+    get(name, wheel, messages.print)
 
 
 @models.command("train-nano")
@@ -317,9 +353,26 @@ def doctor(json: Json = None) -> None:
 
 
 @app.command()
+def config(
+    section: Annotated[str, typer.Argument(help="Settings whose names begin so, such as train; by default all.")] = "",
+    config: _Config = None,
+    set_: _Set = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Print them as a file for --config.")] = False,
+    json: Json = None,
+) -> None:
+    """List the settings that --config and --set take, with their values. They are checked as a run would check them.
+
+    Example: ramet config train --set train.updates=50
+    """
+    from ramet.benchmarks.settings import show_settings
+
+    show_settings(_run_config(config, set_, None), section, toml, json)
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
-    print(__version__)
+    console.print(__version__)
 
 
 _RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "train-drm", "sft-grm", "train-grm", "best-of-n")
@@ -327,51 +380,48 @@ _RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "tr
 
 def main() -> None:
     """Entry point: errors become one line and an exit status."""
+    tolerate()
+    console.stderr = False
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    signal.signal(signal.SIGTERM, drain.interrupt)
     try:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except BaseException as error:
         cause = first_error(error)
+        if isinstance(cause, SystemExit) and cause.code in (0, None):
+            sys.exit(0)
+        # What is said now is the last word: a Ctrl-C that is held down does not cut it off.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        storage.give_up()
         if debug and not isinstance(cause, SystemExit):
             raise
         sys.exit(_report(cause))
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def _report(error: BaseException) -> int:
     # The parser turns an interrupt into an exit with this status.
     if isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130):
         resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
-        console.print("[yellow]interrupted[/]" + ("; what was done is kept: run the same command again to resume" if resumes else ""))
-        return 130
+        messages.print("interrupted" + ("; what was done is kept: run the same command again to resume" if resumes else ""), style="yellow")
+        return 143 if drain.interrupted() else 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, RametError):
-        console.print(f"[red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        return error.exit_code
+        return _say("error:", one_line(str(error)), error.exit_code)
     show = getattr(error, "show", None)
     if show is not None:  # a usage error of the command line parser
         show()
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError):
-        console.print(f"[red]error:[/] {_escape(str(error))}", soft_wrap=True)
-        return 1
-    console.print(
-        f"[red]internal error:[/] {type(error).__name__}: {_escape(str(error))}; run with --debug for the traceback", soft_wrap=True
-    )
-    return 70
+        return _say("error:", one_line(str(error)), 1)
+    return _say("internal error:", one_line(f"{type(error).__name__}: {error}; run with --debug for the traceback"), 70)
 
 
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+def _say(tag: str, text: str, status: int) -> int:
+    messages.print(tagged(tag, "red", text), soft_wrap=True)
+    return status
 
 
 if __name__ == "__main__":

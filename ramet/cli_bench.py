@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ramet import storage, terminal
 from ramet.errors import ConfigError
 
 bench = typer.Typer(help="Measure this machine. Example: ramet bench sampling --json sampling.json", no_args_is_help=True)
@@ -15,7 +16,21 @@ attention = typer.Typer(
 )
 
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of what is random: training, tasks that are measured, samples.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write machine-readable results there.")]
+
+
+def _destination(path: Path | None) -> Path | None:
+    """Where a result is to be written: refused before the work if it cannot be."""
+    if path is not None:
+        storage.writable(path)
+        if storage.to_stdout(path):
+            terminal.give_way()
+    return path
+
+
+Json = Annotated[
+    Path | None, typer.Option("--json", callback=_destination, help="Write machine-readable results there; -: to standard output.")
+]
+Png = Annotated[Path | None, typer.Option("--png", callback=_destination, help="Draw the result there.")]
 Hosts = Annotated[int, typer.Option(min=1, help="Hosts that share a context.")]
 Anchor = Annotated[int | None, typer.Option(min=0, help="Rows that every block sees; by default 1/64 of the context.")]
 Passing = Annotated[int | None, typer.Option(min=0, help="Rows that a block passes on; by default 1/128 of the context.")]
@@ -57,7 +72,7 @@ def attention_plan(
     method: Annotated[str, typer.Option(help="dense, ring, zigzag, ulysses, star, apb or spava.")] = "spava",
     anchor: Anchor = None,
     passing: Passing = None,
-    png: Annotated[Path | None, typer.Option(help="Draw who attends to what there.")] = None,
+    png: Png = None,
     json: Json = None,
 ) -> None:
     """Print which rank holds what, and who attends to what.
@@ -113,7 +128,7 @@ def bench_reward_server(
 def bench_cluster(
     engines: Annotated[int, typer.Option(min=2, help="Simulated engines.")] = 1000,
     updates: Annotated[int, typer.Option(min=1, help="Simulated updates, a seed each.")] = 3,
-    png: Annotated[Path | None, typer.Option(help="Draw there how long trees take.")] = None,
+    png: Png = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
@@ -197,7 +212,7 @@ def bench_attention(
     query: Annotated[int, typer.Option(min=1, help="Rows of the question, of the tokens.")] = 64,
     bandwidth: Annotated[float, typer.Option(min=1e-3, help="Of the link between hosts, in GB/s.")] = 12.5,
     repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
-    png: Annotated[Path | None, typer.Option(help="Draw speed by hosts there.")] = None,
+    png: Png = None,
     json: Json = None,
 ) -> None:
     """Attention methods at the shapes of Qwen2.5-3B: each host's time on its critical path, and two real processes.

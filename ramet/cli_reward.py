@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ramet.agents.drain import draining
+from ramet.cli_bench import Json
 from ramet.errors import ConfigError
+from ramet.terminal import messages
 
 reward = typer.Typer(
     help="Reward models that watch videos: data, training, judging, benchmarks. Example: ramet reward demo", no_args_is_help=True
 )
-console = Console(stderr=True)
 
 _Seed = Annotated[int, typer.Option("--seed", help="Seed of what is random.")]
-_Json = Annotated[Path | None, typer.Option("--json", help="Write machine-readable results there.")]
 _Out = Annotated[Path, typer.Option("--out", help="Run folder; the same command goes on with what lies there.")]
 _Pairs = Annotated[str, typer.Option("--pairs", help="Pairs (.jsonl, .json, .parquet).")]
 _Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default the file's own.")]
@@ -72,7 +71,7 @@ def demo(
     seed: _Seed = 0,
     runs: Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")] = Path("runs"),
     name: Annotated[str, typer.Option(help="Name of the run folder.")] = "reward-demo",
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Draw clips, build pairs, train a VideoDRM, and ask whether it looks. A few minutes on two cores.
 
@@ -80,7 +79,7 @@ def demo(
     """
     from ramet.benchmarks.reward_demo import run_reward_demo
 
-    with draining(console.print):
+    with draining(messages.print):
         run_reward_demo(runs / name, seed, json)
 
 
@@ -103,7 +102,7 @@ def build_pairs(
     fps: _Fps = None,
     pixels: _Pixels = None,
     seed: _Seed = 0,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Make preference pairs from videos and questions with checkable answers, with a datasheet. Run again to resume.
 
@@ -151,7 +150,7 @@ def train_drm(
     bf16: Annotated[bool, typer.Option("--bf16", help="Weights and passes in bfloat16.")] = False,
     held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the videos that calibration is measured on.")] = 0.1,
     seed: _Seed = 0,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Train a VideoDRM on preference pairs by TRL, and calibrate it on held-out videos. Run again to resume.
 
@@ -245,7 +244,7 @@ def train_grm(
     config = TrainConfig(
         updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl=kl, lora_rank=lora_rank, temperature=1.0
     )
-    with draining(console.print):
+    with draining(messages.print):
         train_grm_job(model, pairs, videos, _map(field), settings, config, seed, out)
 
 
@@ -258,7 +257,7 @@ def score(
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Score answers to a question about a video.
 
@@ -315,7 +314,7 @@ def bench(
     pixels: _Pixels = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first pairs only.")] = None,
     seed: _Seed = 0,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """How often a reward model prefers the better answer, with its own video, another one, and none. Run again to resume.
 
@@ -341,7 +340,7 @@ def report(
     run: Annotated[Path, typer.Argument(help="Folder of a benchmark run.")],
     other: Annotated[Path | None, typer.Argument(help="Another one, to be compared pair by pair.")] = None,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """Compute the numbers of a benchmark run again from what was kept; of two runs, their difference with McNemar's test.
 
@@ -369,7 +368,7 @@ def best_of_n(
     fps: _Fps = None,
     pixels: _Pixels = None,
     seed: _Seed = 0,
-    json: _Json = None,
+    json: Json = None,
 ) -> None:
     """What picking the best of N answers is worth, beside pass@N, the majority, and chance.
 
@@ -406,5 +405,5 @@ def serve(
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     served = open_reward(model, _seen(frames, fps, pixels), {}, "score")
     said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
-    console.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
+    messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
     run(served, videos, token, host, port)

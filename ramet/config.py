@@ -25,10 +25,12 @@ from ramet.env.environment import Environment
 from ramet.env.gym import GymEnvironment
 from ramet.env.maths import MathsEnvironment
 from ramet.env.multihop import MultihopEnvironment, words
-from ramet.errors import ConfigError, StorageError
+from ramet.errors import ConfigError
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.update import TrainConfig
 from ramet.rewards.penalty import Prices
+from ramet.schema import Settings, takes
+from ramet.storage import read_text, write_text
 
 _Config = TypeVar("_Config", bound=BaseModel)
 _Tokens = Annotated[int, Field(ge=1)]
@@ -264,7 +266,7 @@ def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), 
     data: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
     if path is not None:
         try:
-            data = tomllib.loads(path.read_text())
+            data = tomllib.loads(read_text(path))
         except OSError as error:
             raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -279,7 +281,8 @@ def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
     try:
         return kind.model_validate(_merged(kind().model_dump(), data))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(kind, problem) for problem in error.errors(include_url=False)[:3])) from None
+        said = dict.fromkeys(_explain(kind, problem) for problem in error.errors(include_url=False))
+        raise ConfigError("; ".join(list(said)[:3])) from None
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,16 +311,19 @@ def _apply(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:
-    where = ".".join(map(str, problem["loc"]))
-    if problem["type"] != "extra_forbidden":
-        given = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+    where, schema = Settings(kind).at(problem["loc"])
+    given = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+    if problem["type"] == "value_error":
         return f"{where or 'config'}: {problem['msg'].removeprefix('Value error, ')}{given}"
-    section: Any = kind
-    for key in problem["loc"][:-1]:
-        section = section.model_fields[key].annotation
-    known = list(section.model_fields)
-    close = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-    return f"unknown key {where!r}; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
+    if problem["type"] != "extra_forbidden":
+        example = kind().model_dump()
+        for key in where.split("."):
+            example = example.get(key, {}) if isinstance(example, dict) else None
+        return f"{where or 'config'} takes {takes(schema, example)}{given}"
+    unknown, known = problem["loc"][-1], list(schema.get("properties", ()))
+    close = difflib.get_close_matches(str(unknown), known, 1)
+    whole = ".".join([*([where] if where else []), str(unknown)])
+    return f"unknown key {whole!r}; " + (f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}")
 
 
 def _given(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,15 +331,14 @@ def _given(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _given(value) if isinstance(value, Mapping) else value for name, value in data.items() if value is not None}
 
 
-def write(config: BaseModel, path: Path) -> None:
+def dumps(config: BaseModel) -> str:
     """The resolved configuration as TOML. TOML has no null: an unlimited budget is spelled out, other defaults are left out."""
     data = config.model_dump(mode="json")
     budget = {name: "unlimited" if value is None else value for name, value in data.get("budget", {}).items()}
     data = _given({name: value for name, value in data.items() if name != "budget"})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text(tomli_w.dumps(data | ({"budget": budget} if budget else {})))
-        draft.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    return tomli_w.dumps(data | ({"budget": budget} if budget else {}))
+
+
+def write(config: BaseModel, path: Path) -> None:
+    """`dumps` into a file."""
+    write_text(path, dumps(config))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from ramet.agents.budget import Budget
 from ramet.config import RunConfig, load, write
 from ramet.errors import ConfigError
+from ramet.schema import Settings, takes
 
 
 @pytest.mark.parametrize(
@@ -16,26 +19,35 @@ from ramet.errors import ConfigError
     [
         ("train.updatez=3", "unknown key 'train.updatez'; did you mean 'updates'"),
         ("foo=1", "unknown key 'foo'; there are model"),
-        ("train.updates=0", "train.updates: Input should be greater than or equal to 1"),
+        ("train.updates=0", "train.updates takes a whole number from 1 on (got 0)"),
+        ("train.updates=many", "train.updates takes a whole number from 1 on (got 'many')"),
+        ("train=5", "train takes a section, with updates, "),
         ("budget.generated=0", "budget.generated is 0"),
         ("budget.turns=0", "budget.turns is 0"),
         ("budget.seconds=0", "budget.seconds is 0"),
         ("budget.generated=5", "both limit generated tokens"),
-        ("budget.depth=-1", "budget.depth"),
-        ("budgets=[0]", "budgets.0"),
+        ("budget.depth=-1", "budget.depth takes a whole number from 0 on (got -1)"),
+        ("budgets=[0]", "budgets.0 takes a whole number from 1 on (got 0)"),
+        ("eval.budgets=48,96", "eval.budgets takes a list in brackets, such as [48, 64, 96], of whole numbers from 1 on (got '48,96')"),
         ("env.operands=[5,2]", "the smaller first"),
-        ("reward.generated=-0.1", "reward.generated"),
+        ("env.operands=5", "such as [2, 24], of 2 whole numbers (got 5)"),
+        ("env.fields=3", "a table in braces, such as {name = value} (got 3)"),
+        ("env.graded=maybe", "env.graded takes true or false (got 'maybe')"),
+        ("reward.generated=-0.1", "reward.generated takes a number from 0 on (got -0.1)"),
         ("reward.generated=nan", "reward.generated"),
-        ("train.estimator=best", "train.estimator"),
+        ("reward.failure=zero", "reward.failure takes a number of at most 0 or 'priced' (got 'zero')"),
+        ("train.estimator=best", "train.estimator takes one of team, "),
+        ("model=[1]", "model takes text (got [1])"),
         ("seed", "is not of the form"),
         (".x=1", "is not of the form"),
-        ("seed.x=1", "seed"),
+        ("seed.x=1", "seed takes a whole number"),
     ],
 )
 def test_overrides_that_cannot_be_meant(override, says):
     with pytest.raises(ConfigError) as error:
         load(RunConfig, None, [override])
     assert says in str(error.value) and "\n" not in str(error.value)
+    assert not re.search(r"Input should|constrained|literal\[|valid (?:tuple|dictionary)", str(error.value))
 
 
 def test_giving_one_key_of_a_section_leaves_its_others_as_they_are(tmp_path):
@@ -58,6 +70,25 @@ def test_files(tmp_path):
     (tmp_path / "good.toml").write_text('seed = 4\n[budget]\nwidth = "unlimited"\n')
     assert load(RunConfig, tmp_path / "good.toml", ["seed=5"]).seed == 5
     assert load(RunConfig, tmp_path / "good.toml").budget.width is None
+    (tmp_path / "marked.toml").write_text('\ufeffmodel = "modèle"\n', encoding="utf-8")
+    assert load(RunConfig, tmp_path / "marked.toml").model == "modèle"
+
+
+def test_every_setting_says_what_it_takes_and_its_value_is_of_that_kind():
+    values = RunConfig().model_dump(mode="json")
+    for name, schema in Settings(RunConfig):
+        value = values
+        for key in name.split("."):
+            value = value[key]
+        said = takes(schema)
+        assert said and "another value" not in said, name
+        assert Settings(RunConfig).at(name.split(".")) == (name, schema)
+        if isinstance(value, list):
+            assert "a list in brackets" in said
+        elif isinstance(value, bool):
+            assert said == "true or false"
+        elif isinstance(value, int):
+            assert "number" in said or str(value) in said
 
 
 @given(

@@ -14,6 +14,7 @@ from typing import Any
 from ramet.errors import RametError
 
 _requested = False
+_interrupted = False
 
 
 class Drained(RametError):
@@ -33,6 +34,18 @@ def requested() -> bool:
     return _requested
 
 
+def interrupted() -> bool:
+    """Was it a SIGTERM that interrupted this process, and not Ctrl-C?"""
+    return _interrupted
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """The handler of a SIGTERM that stops at once."""
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def draining(tell: Callable[[str], None]) -> Iterator[None]:
     """Inside, the first SIGTERM only makes `requested()` true; `tell` gets a line about it. Main thread only."""
@@ -43,7 +56,7 @@ def draining(tell: Callable[[str], None]) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         global _requested
         if _requested:
-            raise KeyboardInterrupt
+            interrupt(number, frame)
         _requested = True
         tell("SIGTERM: finishing what is running; once more stops at once")
 

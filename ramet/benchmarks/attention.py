@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from ramet.attention.comm import Alone, Group, simulated
@@ -17,11 +15,12 @@ from ramet.attention.methods import Method
 from ramet.attention.plan import Plan, Sharded
 from ramet.benchmarks.plots import save
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import resolve, write_json
+from ramet.benchmarks.show import resolve
 from ramet.errors import ConfigError, RametError
 from ramet.policy.models import load_model
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
-console = Console()
 TOLERANCE = 1e-5
 """Of the largest logit: what float32 may differ when everything is passed on. In float64 most models' norms still round to float32."""
 DTYPES = ("float32", "float64")
@@ -58,7 +57,6 @@ def show_plan(method: Method, context: int, query: int, hosts: int, picture: Pat
     plan = method.plan(context, query, hosts)
     anchored = isinstance(plan, Plan)
     lengths = f", anchor {plan.anchor:,}, passing {plan.passing:,} a block and KV head" if isinstance(plan, Plan) else ""
-    console.print(f"[bold]{method.name}[/]: {context:,} context and {query:,} query rows on {hosts} hosts{lengths}")
     table = Table("rank", "blocks", "rows computed", "keys kept", *(["keys passed to it"] if anchored else []), "attention, share of dense")
     records: list[dict[str, Any]] = []
     for rank in range(hosts):
@@ -74,15 +72,16 @@ def show_plan(method: Method, context: int, query: int, hosts: int, picture: Pat
         spans = "  ".join(f"{start:,}-{stop - 1:,}" if stop > start else "none" for start, stop in blocks)
         cells = [str(rank), spans, f"{record['rows']:,}", f"{record['kept']:,}", *([f"{passed:,}"] if anchored else []), f"{share:.4f}"]
         table.add_row(*cells)
+    if out is not None:
+        write_json(out, [meta("attention plan", 0), *records])
+    console.print(f"{method.name}: {context:,} context and {query:,} query rows on {hosts} hosts{lengths}")
     console.print(table)
     for line in kinds(plan, CELLS):
-        console.print("".join(" ░▒█▓"[kind] for kind in line), highlight=False)
+        console.print("".join(" ░▒█▓"[kind] for kind in line))
     console.print("rows down, keys across: " + ("░ anchor  ▒ passed on  █ own rows  ▓ query on all rows" if anchored else "█ attended"))
     if picture is not None:
         draw(method, plan, picture)
         console.print(f"picture in {picture}")
-    if out is not None:
-        write_json(out, [meta("attention plan", 0), *records])
 
 
 def draw(method: Method, plan: Plan | Sharded, path: Path) -> None:

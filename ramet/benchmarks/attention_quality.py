@@ -23,9 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from ramet.agents.journal import Journal, fingerprint
@@ -35,15 +32,17 @@ from ramet.attention.cost import pairs
 from ramet.attention.hf import attach, extend, prefill, recorded
 from ramet.attention.methods import Method
 from ramet.attention.plan import Plan
+from ramet.benchmarks import progress
 from ramet.benchmarks.attention import divergence
 from ramet.benchmarks.plots import save
 from ramet.benchmarks.session import meta, weights_id
-from ramet.benchmarks.show import resolve, write_json
+from ramet.benchmarks.show import resolve
 from ramet.benchmarks.statistics import accuracy_interval, paired_difference
 from ramet.errors import ConfigError
 from ramet.policy.models import load_model
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
-console = Console()
 ANSWER_TOKENS = 16
 EXACT = 1e-8
 """Nats below which a divergence is rounding."""
@@ -180,7 +179,7 @@ def bench_needle(
             if ("dense", 1, index) not in done:
                 found = given.code in tokenizer.decode(said)
                 journal.append(about | {"case": "dense", "hosts": 1, "found": found, "divergence": 0.0, "recall": 1.0, "pairs": 1.0})
-            for label, method, count in track(todo, f"text {index + 1} of {len(texts)}", console=console, transient=True):
+            for label, method, count in progress.each(todo, f"text {index + 1} of {len(texts)}"):
                 plan = method.plan(context, given.query, count)
                 assert isinstance(plan, Plan)
                 seen = [[Selections() for _ in shares]]
@@ -198,9 +197,9 @@ def bench_needle(
                     }
                 )
         records = summary(journal.records)
-    show(records)
-    plot(records, out / "needle.png")
     write_json(out / "results.json", [meta("bench needle", seed), *records])
+    plot(records, out / "needle.png")
+    show(records)
     console.print(f"all of it in {out}")
 
 

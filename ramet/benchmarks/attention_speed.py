@@ -25,9 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from ramet.attention import kernels
@@ -37,12 +34,13 @@ from ramet.attention.kernels import Partial, attend
 from ramet.attention.merge import merge
 from ramet.attention.methods import NAMES, Method
 from ramet.attention.plan import Plan, Sharded
+from ramet.benchmarks import progress
 from ramet.benchmarks.plots import save
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import write_json
 from ramet.errors import ConfigError
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
-console = Console()
 LONG_CALL = 4e10
 """Operations beyond which an attention call is timed on some of its query rows."""
 ROWS = 256
@@ -197,7 +195,7 @@ def critical_path(
             cases = [("dense", 1), *((name, h) for h in hosts for name in names if name != "dense" and h > 1 and _possible(name, h, shape))]
             dense: dict[str, float] = {}
             rate = 0.0
-            for name, count in track(cases, f"{phase}, {length:,} tokens", console=console, transient=True):
+            for name, count in progress.each(cases, f"{phase}, {length:,} tokens"):
                 method, plan = plan_of(name, length, count, query)
                 rank = busiest(method, plan, shape)
                 if phase == "prefill":
@@ -303,12 +301,12 @@ def bench_attention(
     if walls:
         records += wall(names, 2, walls, query, repeats)
     torch.set_num_threads(threads)
+    if out is not None:
+        write_json(out, [meta("bench attention", 0, time.perf_counter() - started), *records])
     show(records)
     if picture is not None:
         plot(records, picture)
         console.print(f"picture in {picture}")
-    if out is not None:
-        write_json(out, [meta("bench attention", 0, time.perf_counter() - started), *records])
 
 
 def numbers(what: str, text: str) -> list[int]:

@@ -15,16 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ramet import errors
 from ramet.agents import drain
 from ramet.benchmarks import progress
 from ramet.benchmarks.cluster_job import OUTCOME, longest, setup_of
 from ramet.benchmarks.jobs import claim_folder
 from ramet.benchmarks.session import meta, read_metrics
-from ramet.benchmarks.show import write_json
 from ramet.config import RunConfig, load, write
 from ramet.errors import ConfigError, PolicyError
 from ramet.policy.checkpoint import checkpoint_path, latest_checkpoint
@@ -32,8 +28,9 @@ from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
+from ramet.storage import read_text, write_json
+from ramet.terminal import Table, console, tagged
 
-console = Console()
 LOG = "openrlhf.log"
 LEAVE_SECONDS = 30.0
 SETTLE_SECONDS = 30.0
@@ -54,7 +51,7 @@ def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
             lines.append(f"  {word}")
         else:
             lines[-1] += f" {shlex.quote(word)}"
-    print(" \\\n".join(lines))
+    console.print(" \\\n".join(lines), soft_wrap=True)
 
 
 def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
@@ -117,17 +114,17 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
             break
         left = config.openrlhf.restarts - attempt
         again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
-        console.print(f"[yellow]lost:[/] {outcome['said']}{again}")
+        console.print(tagged("lost:", "yellow", f"{outcome['said']}{again}"))
         if left and config.openrlhf.address:
             time.sleep(SETTLE_SECONDS)
     _raise(outcome, directory)
     metrics = read_metrics(directory)
     records = [meta("train", config.seed), *({"record": "update", **m} for m in metrics)]
     write_json(directory / "training.json", records)
-    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
-    console.print(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
     if out is not None:
         write_json(out, records)
+    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
+    console.print(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -191,7 +188,7 @@ def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
     path = directory / OUTCOME
     if not path.exists():
         return {"kind": "lost", "said": f"the process that holds the run has died ({said}); see {directory / LOG}"}
-    found: dict[str, Any] = json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(read_text(path))
     return found
 
 
@@ -263,5 +260,5 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
         with contextlib.suppress(OSError, RuntimeError):
             if client.get_job_status(job) not in ended:
                 client.stop_job(job)
-            with (directory / LOG).open("a") as log:
+            with (directory / LOG).open("a", encoding="utf-8") as log:
                 log.write(client.get_job_logs(job))

@@ -18,13 +18,13 @@ from typing import Any
 from ramet.agents.drain import Drained
 from ramet.benchmarks.jobs import lock
 from ramet.benchmarks.session import job_of, recipe
-from ramet.benchmarks.show import write_text
 from ramet.config import RunConfig, load
 from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
 from ramet.policy.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import LOST, Setup
 from ramet.policy.update import Draw, Judge
+from ramet.storage import write_text
 
 OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0

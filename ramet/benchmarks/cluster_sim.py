@@ -24,8 +24,6 @@ from typing import Any
 
 import anyio
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.budget import Budget
 from ramet.agents.protocol import render_call
@@ -37,9 +35,8 @@ from ramet.agents.tree import Message, StopReason, Task
 from ramet.benchmarks import progress
 from ramet.benchmarks.plots import save, subplots
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import write_json
-
-console = Console()
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
 RESULT = 30
 """Tokens of a clone's answer in the root's context."""
@@ -296,12 +293,12 @@ def bench_cluster(engines: int, seeds: int, seed: int, png: Path | None, out: Pa
             r["placement"], f"{r['seconds']:.1f} ({r['seconds_min']:.1f}-{r['seconds_max']:.1f})", f"{r['p90']:.1f}", f"{r['p50']:.1f}",
             f"{r['p99']:.1f}", f"{r['busy']:.0%}", f"{r['cached']:.0%}",
         )  # fmt: skip
-    console.print(shown)
     if png is not None:
         _draw(latencies, png)
     if out is not None:
         settings = {"record": "settings", "engines": engines, "seeds": seeds, **asdict(hardware), **asdict(load)}
         write_json(out, [meta("bench cluster", seed, time.perf_counter() - started), settings, *records])
+    console.print(shown)
 
 
 def _record(placement: str, found: list[Outcome], latencies: Any) -> dict[str, Any]:

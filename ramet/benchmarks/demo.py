@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from rich.console import Console
-from rich.rule import Rule
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.runtime import Runtime
@@ -21,13 +19,13 @@ from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, run
 from ramet.benchmarks.report import write_report
 from ramet.benchmarks.reproduce import pictures, summary
 from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
-from ramet.benchmarks.show import bill, branch_view, grow_live, write_json
+from ramet.benchmarks.show import bill, branch_view, grow_live
 from ramet.config import RunConfig, validate
 from ramet.policy.catalogue import find
 from ramet.policy.checkpoint import checkpoint_path
 from ramet.policy.hf import HFPolicy
-
-console = Console()
+from ramet.storage import write_json
+from ramet.terminal import Heading, Screen, console
 
 DEMO: dict[str, Any] = {
     "budgets": [64, 128, 192, 256, 384],
@@ -42,16 +40,16 @@ def run_demo(directory: Path, seed: int) -> None:
     config = validate(RunConfig, {"seed": seed, **DEMO})
     claim_folder(directory, config)
     with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(find(config.model)))) as journal:
-        console.print(Rule("1. the base model, deciding for itself and without spawning"))
+        console.print(Heading("1. the base model, deciding for itself and without spawning"))
         entries = [tree_entry("base", config, True), tree_entry("base_serial", config, False)]
         measured = run_measuring(config, find(config.model), entries, ("iid",), journal, "measuring")
         print_points(summary(measured))
-        console.print(Rule("2. reinforcement learning from one global reward"))
+        console.print(Heading("2. reinforcement learning from one global reward"))
         trainer = run_training(config, directory / "trained", True, "training")
         final = checkpoint_path(trainer.checkpoints, config.train.updates)
-        console.print(Rule("3. one tree of clones on a held-out problem"))
+        console.print(Heading("3. one tree of clones on a held-out problem"))
         tree = show_tree(config, final)
-        console.print(Rule("4. the trained model beside the base"))
+        console.print(Heading("4. the trained model beside the base"))
         measured += run_measuring(config, final, [tree_entry("trained", config, True)], ("iid",), journal, "measuring")
     records = [meta("demo", seed, time.perf_counter() - started), *summary(measured)]
     write_json(directory / "demo.json", records)
@@ -66,7 +64,7 @@ def run_demo(directory: Path, seed: int) -> None:
     )
     print_points(records)
     console.print(
-        f"[bold]done in {time.perf_counter() - started:.0f} seconds.[/] Open {directory / 'report.html'}; "
+        f"done in {time.perf_counter() - started:.0f} seconds. Open {directory / 'report.html'}; "
         "pictures, metrics, checkpoints and demo.json lie beside it"
     )
 
@@ -96,7 +94,7 @@ def show_tree(config: RunConfig, model: Path) -> str:
 
     task = anyio.run(delegated)
     tree = anyio.run(grow, task)
-    recorder = Console(record=True, width=100, file=io.StringIO())
+    recorder = Screen(record=True, width=100, file=io.StringIO())
     for target in (console, recorder):
         target.print(task.messages[-1].content)
         target.print(branch_view(tree.root, chat))

@@ -8,12 +8,10 @@ import sys
 from pathlib import Path
 
 import anyio
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from ramet.errors import RametError
-
-console = Console()
+from ramet.terminal import Table, console
 
 PARTS = (
     ("torch", "torch", "sampling and training", "pip install torch==2.13.0"),
@@ -74,7 +72,7 @@ def run_doctor(out: Path | None) -> None:
     broken = []
 
     def note(what: str, ok: bool, state: str, purpose: str) -> None:
-        table.add_row(what, f"[green]{state}[/]" if ok else f"[red]{state}[/]", purpose)
+        table.add_row(what, Text(state, "green" if ok else "red"), purpose)
         records.append({"record": "check", "what": what, "ok": ok, "state": state})
 
     note("python", sys.version_info >= (3, 11), sys.version.split()[0], "3.11 or newer")

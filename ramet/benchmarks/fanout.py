@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.budget import Budget
 from ramet.agents.protocol import render_call
@@ -27,8 +25,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.scripted import STOP, PlainFormat
 from ramet.agents.tree import Message, StopReason, Task
 from ramet.errors import RametError
-
-console = Console()
+from ramet.terminal import Table, console
 
 PROGRAMS: dict[str, tuple[int, tuple[int, ...]]] = {
     "one tree, 1,000 clones": (1, (1000,)),
@@ -90,7 +87,7 @@ async def _bare(trees: int, fan: tuple[int, ...]) -> int:
 
 def _peak() -> int:
     """The peak of this process's resident memory, KiB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1])
 
 
@@ -98,7 +95,7 @@ def measure(framework: str, program: str) -> dict[str, Any]:
     """One measurement, in this process."""
     trees, fan = PROGRAMS[program]
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts anew
     before = _peak()
     wall, cpu = time.perf_counter(), time.process_time()
     clones = anyio.run({"ramet": _ours, "anyio": _bare}[framework], trees, fan)
@@ -118,7 +115,7 @@ def measure(framework: str, program: str) -> dict[str, Any]:
 def bench_runtime(repeats: int, out: Path | None) -> None:
     """Print and write a record per framework and program: medians over `repeats`, and the ratio of each pair."""
     from ramet.benchmarks.session import meta
-    from ramet.benchmarks.show import write_json
+    from ramet.storage import write_json
 
     records: list[dict[str, Any]] = [meta("bench runtime", 0)]
     shown = Table("program", "framework", "clones", "CPU µs a clone", "seconds", "peak MiB", "KiB a clone", "ratio in CPU")
@@ -128,7 +125,8 @@ def bench_runtime(repeats: int, out: Path | None) -> None:
         runs: dict[str, list[dict[str, Any]]] = {"anyio": [], "ramet": []}
         for _ in range(repeats):
             for framework, measured in runs.items():
-                done = subprocess.run([sys.executable, "-m", __name__, framework, program], capture_output=True, text=True, check=False)
+                command = [sys.executable, "-m", __name__, framework, program]
+                done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
                 if done.returncode:
                     raise RametError(f"{framework}, {program}: {done.stderr.strip().splitlines()[-1:]}")
                 measured.append(json.loads(done.stdout))
@@ -150,9 +148,9 @@ def bench_runtime(repeats: int, out: Path | None) -> None:
                 f"{record['kib_per_clone']:.1f}",
                 f"{record['ratio']:.1f} ({min(ratios):.1f}-{max(ratios):.1f})" if framework == "ramet" else "",
             )
-    console.print(shown)
     if out is not None:
         write_json(out, records)
+    console.print(shown)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import anyio
 from pydantic import BaseModel
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
@@ -21,35 +18,16 @@ from ramet.benchmarks import baselines, methods, progress
 from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
 from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine, weights_id
-from ramet.benchmarks.show import resolve, write_json
-from ramet.config import RunConfig, write
+from ramet.benchmarks.show import resolve
+from ramet.config import RunConfig, dumps, write
 from ramet.errors import ConfigError, PolicyError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.hf import HFPolicy
 from ramet.policy.trainer import Trainer
 from ramet.policy.update import nothing_sampled
-
-console = Console()
-
-LOCK = ".lock"
-_LOCKS: dict[Path, IO[str]] = {}
-
-
-def lock(directory: Path) -> None:
-    """Hold `directory` until this process ends, however it ends."""
-    path = directory.resolve() / LOCK
-    if path in _LOCKS:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise StorageError(f"another process is working in {directory}; wait for it, or choose another --name") from None
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    _LOCKS[path] = file
+from ramet.storage import LOCK, lock, read_text, write_json
+from ramet.terminal import Table, console
 
 
 def claim_folder(directory: Path, config: BaseModel) -> None:
@@ -57,11 +35,7 @@ def claim_folder(directory: Path, config: BaseModel) -> None:
     lock(directory)
     path = directory / "config.toml"
     if path.exists():
-        held = path.read_text()
-        draft = directory / ".config.draft"
-        write(config, draft)
-        new = draft.read_text()
-        draft.unlink()
+        held, new = read_text(path), dumps(config)
         others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK)]
         if held != new and not others:
             write(config, path)  # claimed by a run that did not get as far as writing anything
@@ -193,10 +167,10 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
     records = [meta("train", config.seed), *result_records(measured)]
     write_json(directory / "evaluation.json", records)
-    print_points(records)
-    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
     if out is not None:
         write_json(out, records)
+    print_points(records)
+    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
 
 
 def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
@@ -213,15 +187,15 @@ def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: 
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
     records = [meta("eval", config.seed), *result_records(measured)]
     write_json(directory / "results.json", records)
-    print_points(records)
     if out is not None:
         write_json(out, records)
+    print_points(records)
 
 
 def list_models() -> None:
     """`ramet models list`."""
     path = resolve("nano")
-    recipe = json.loads((path / "pretrain.json").read_text())
+    recipe = json.loads(read_text(path / "pretrain.json"))
     size = (path / "model.safetensors").stat().st_size / 2**20
     for name, model in CATALOGUE.items():
         console.print(f"{name}: {model.about}; " + ("fetched" if (cache() / name / "config.json").exists() else f"ramet models get {name}"))
@@ -252,7 +226,7 @@ def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -
             nonlocal last
             report(step + 1 - last)
             last = step + 1
-            if not progress.console.is_terminal:
+            if not console.moves:
                 console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
 
         tokenizer, model = pretrain(config, tell)
@@ -311,6 +285,6 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
         shown.add_row(
             str(r["operands"]), f"{r['alone']:.2f}", f"{r['alone_sampled']:.2f}", f"{r['offered']:.2f}", f"{r['spawn_rate']:.2f}", spawned
         )
-    console.print(shown)
     if out is not None:
         write_json(out, [meta("models accuracy", seed), *records])
+    console.print(shown)

@@ -20,17 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from ramet.agents.journal import read_records
 from ramet.benchmarks.jobs import eval_job, train_job
 from ramet.benchmarks.session import meta, open_model
-from ramet.benchmarks.show import write_json
 from ramet.config import RunConfig, validate
 from ramet.errors import RametError
-
-console = Console()
+from ramet.storage import read_text, write_json
+from ramet.terminal import Table, console
 
 SMALL: dict[str, Any] = {
     "threads": 1,
@@ -51,10 +47,10 @@ def eval_work(folder: Path) -> tuple[Work, int]:
 
 def train_work(folder: Path) -> tuple[Work, int]:
     """Metrics by update and the final evaluation's points, and how many updates stand there twice."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
     repeated = sum(count - 1 for count in Counter(line["update"] for line in lines).values())
     work: Work = {("update", line["update"]): {n: v for n, v in line.items() if not n.startswith("seconds")} for line in lines}
-    for record in json.loads((folder / "evaluation.json").read_text()):
+    for record in json.loads(read_text(folder / "evaluation.json")):
         if record["record"] == "point":
             work["point", record["split"], record["budget"]] = {n: v for n, v in record.items() if n != "seconds"}
     return work, repeated
@@ -111,9 +107,9 @@ def bench_kills(kills: int, seed: int, out: Path | None) -> None:
                 console.print(f"{name}: {counts['kills']} of {kills} kills, {counts['runs']} runs", end="\r")
             records.append({"record": "kills", "job": name, "pieces": len(expected), **counts})
             shown.add_row(name, *(str(counts[column]) for column in ("kills", "runs", "lost", "duplicated", "differing")))
-    console.print(shown)
     if out is not None:
         write_json(out, records)
+    console.print(shown)
     if any(r.get("lost") or r.get("duplicated") or r.get("differing") for r in records):
         raise RametError("a killed and resumed run is not the undisturbed one")
 

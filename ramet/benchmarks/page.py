@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.benchmarks.report import STYLE, table
-from ramet.benchmarks.show import write_text
+from ramet.storage import write_text
 
 SCRIPT = Path(__file__).with_name("page.js")
 _MORE = """
@@ -56,6 +56,6 @@ def write_page(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> 
         if r["record"] == "meta":
             about = f"{r['command']}, seed {r['seed']}, ramet {r['version']}, {r['machine']['cpu']}, {r['time']}"
             parts.append(f'<p class="note">{escape(about)}</p>')
-    parts.append(f'<script type="application/json" id="points">{data}</script><script>{SCRIPT.read_text()}</script>')
+    parts.append(f'<script type="application/json" id="points">{data}</script><script>{SCRIPT.read_text(encoding="utf-8")}</script>')
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}{_MORE}</style>'
     write_text(path, f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n')

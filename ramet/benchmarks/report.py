@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.benchmarks.plots import LABELS, SPLITS
-from ramet.errors import StorageError
+from ramet.storage import write_text
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -85,7 +85,4 @@ def write_report(path: Path, title: str, intro: str, records: Sequence[dict[str,
             parts.append(f"{escape(record['machine']['cpu'])}, {record['machine']['threads']} threads, {escape(record['time'])}</p>")
     parts.append('<p class="note">Brackets are 95% intervals clustered by task (Wilson at the effective sample size).</p>')
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
-    try:
-        path.write_text(page + "".join(parts) + "</body></html>\n")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    write_text(path, page + "".join(parts) + "</body></html>\n")

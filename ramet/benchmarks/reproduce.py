@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.actor import seed_of
 from ramet.agents.journal import Journal, fingerprint
@@ -25,14 +23,13 @@ from ramet.benchmarks.harness import Entry, Measured, grouped, measure
 from ramet.benchmarks.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.benchmarks.report import write_report
 from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
-from ramet.benchmarks.show import write_json
 from ramet.benchmarks.tables import markdown
 from ramet.config import RunConfig
 from ramet.policy.catalogue import find
 from ramet.policy.checkpoint import checkpoint_path
 from ramet.policy.hf import HFPolicy
-
-console = Console()
+from ramet.storage import write_json, write_text
+from ramet.terminal import Table, console
 
 NANO: dict[str, Any] = {"train": {"updates": 150}}
 ROWS_PER_CLONE = (1, 2, 3)
@@ -105,7 +102,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     ]
     records = [meta("reproduce nano", config.seed), *summary(measured), *choices]
     write_json(directory / "results.json", records)
-    (directory / "results.md").write_text(markdown(records))
+    write_text(directory / "results.md", markdown(records))
     curves = {name: read_metrics(directory / name) for name in ("trained", "solo")}
     pictures(records, curves, directory)
     write_report(

@@ -13,10 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.rule import Rule
-from rich.table import Table
-
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.protocol import left_line, render_call
 from ramet.benchmarks import plots, progress
@@ -24,7 +20,6 @@ from ramet.benchmarks.jobs import claim_folder, run_measuring, run_training, tre
 from ramet.benchmarks.methods import instructed, instruction
 from ramet.benchmarks.reward_demo import built_pairs, trained_drm
 from ramet.benchmarks.session import engine_of, meta, open_model, read_metrics, weights_id
-from ramet.benchmarks.show import write_json
 from ramet.benchmarks.sweep import results
 from ramet.config import RunConfig, load
 from ramet.nano.vision import VisionSize, write_vision_model
@@ -33,8 +28,8 @@ from ramet.policy.checkpoint import checkpoint_path
 from ramet.policy.sft import SFTTraining, fine_tune
 from ramet.policy.vision import Look
 from ramet.rewards.video.clips import COLOURS, make_long_questions
-
-console = Console()
+from ramet.storage import read_text, write_json
+from ramet.terminal import Heading, Table, console
 
 SCENES, TRAIN, HELD_OUT = 6, 2400, 200
 FRAMES, PIXELS = 2, 56 * 56
@@ -60,15 +55,15 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     own = [f"model={folder / 'base'}", f"seed={seed}", *(f"env.{name}={folder / where}" for name, where in paths.items())]
     config = load(RunConfig, path, [*own, *overrides], LONGVIDEO)
     claim_folder(folder, config)
-    console.print(Rule("1. clips of several scenes, and pairs of answers about them"))
+    console.print(Heading("1. clips of several scenes, and pairs of answers about them"))
     for name, count, s in (("train", TRAIN, 2 * seed), ("held-out", HELD_OUT, 2 * seed + 1)):
         make_long_questions(folder / name, count, s, SCENES)
     pairs, _ = built_pairs(folder / "train", 2 * seed, [])
-    console.print(Rule("2. a VideoDRM"))
+    console.print(Heading("2. a VideoDRM"))
     trained_drm(folder, pairs, seed, Look(frames=FRAMES, most=PIXELS), DRM_STEPS)
-    console.print(Rule("3. a small model that can have clones watch, and can guess"))
+    console.print(Heading("3. a small model that can have clones watch, and can guess"))
     _base(folder, config)
-    console.print(Rule("4. reinforcement learning from the VideoDRM"))
+    console.print(Heading("4. reinforcement learning from the VideoDRM"))
     trainer = run_training(config, folder / "trained", True, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
     measured = []
@@ -99,7 +94,7 @@ def _base(folder: Path, config: RunConfig) -> None:
         write_vision_model(draft, texts, config.seed, VisionSize(96))
     model, tokenizer, chat = open_model(config, draft)
     reader = engine_of(config, model, tokenizer, chat).sight.reader
-    rows = [json.loads(line) for line in (folder / "train" / "questions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in read_text(folder / "train" / "questions.jsonl").splitlines()]
     by_id = {task.reference.id: task.reference for task in tasks}
     truth = {key: colour for row in rows for key, colour in scenes_of(by_id[row["id"]], row["scenes"], config.env.seconds).items()}
     shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))

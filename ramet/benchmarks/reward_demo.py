@@ -14,16 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.rule import Rule
-from rich.table import Table
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.benchmarks import progress
 from ramet.benchmarks.best_of_n import best_of_n
 from ramet.benchmarks.jobs import claim_folder
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import write_json, write_text
 from ramet.benchmarks.video_report import accuracy_bars, best_of_n_curves, results_table, training_curve, write_page, wrong_pairs
 from ramet.benchmarks.video_reward import Protocol, protocol_record, results, run_bench, warnings
 from ramet.nano.vision import write_vision_model
@@ -37,8 +33,8 @@ from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, Item, Vide
 from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 from ramet.rewards.video.train_drm import DRMTraining, train_drm
-
-console = Console()
+from ramet.storage import read_text, write_json, write_text
+from ramet.terminal import Heading, Table, console, tagged
 
 LOOK = Look(frames=4, most=56 * 56)
 TRAIN, HELD_OUT, HELD_BACK = 3000, 600, 150
@@ -56,26 +52,28 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     """The whole demonstration in `folder`."""
     started = time.perf_counter()
     claim_folder(folder, DemoConfig(seed=seed))
-    console.print(Rule("1. preference pairs from clips whose truth is known"))
+    console.print(Heading("1. preference pairs from clips whose truth is known"))
     make_questions(folder / "held-out", HELD_OUT, 2 * seed + 1)
     make_questions(folder / "train", TRAIN, 2 * seed)
     held, questions = built_pairs(folder / "held-out", 2 * seed + 1, [])
     pairs, _ = built_pairs(folder / "train", 2 * seed, held)
-    console.print(Rule("2. a VideoDRM, trained by TRL"))
+    console.print(Heading("2. a VideoDRM, trained by TRL"))
     drm, log = trained_drm(folder, pairs, seed, LOOK, STEPS)
-    console.print(Rule("3. does it look? held-out pairs, with four videos each"))
+    console.print(Heading("3. does it look? held-out pairs, with four videos each"))
     protocol = Protocol("pointwise", frames=LOOK.frames, pixels=LOOK.most, seed=seed)
     with Journal(folder / "bench.jsonl", fingerprint("reward demo", seed)) as journal:
         conditions = ("right", "wrong", "none", "reversed")
         with progress.measuring("judging", len(held) * len(conditions)) as report:
             judged = run_bench(drm, held, protocol, conditions, journal, report, at_once=64)
     found = results(judged, seed=seed)
-    console.print(Rule("4. picking the best of eight answers"))
+    console.print(Heading("4. picking the best of eight answers"))
     picker = ByScore(drm)
     picked = best_of_n(_candidates(questions, seed), {"VideoDRM": picker}, (1, 2, 4, 8), seed=seed)
     records = [meta("reward demo", seed, time.perf_counter() - started), protocol_record(protocol), *found, *picked]
-    records += json.loads((folder / "calibration.json").read_text())
+    records += json.loads(read_text(folder / "calibration.json"))
     write_json(folder / "demo.json", records)
+    if out is not None:
+        write_json(out, records)
     pictures = [folder / name for name in ("accuracy.png", "best-of-n.png", "training.png")]
     accuracy_bars(records, pictures[0])
     best_of_n_curves(records, pictures[1])
@@ -92,10 +90,8 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     )
     print_results(records)
     for said in warnings(found):
-        console.print(f"[yellow]note:[/] {said}")
-    console.print(f"[bold]done in {time.perf_counter() - started:.0f} seconds.[/] Open {folder / 'report.html'}; demo.json lies beside it")
-    if out is not None:
-        write_json(out, records)
+        console.print(tagged("note:", "yellow", said))
+    console.print(f"done in {time.perf_counter() - started:.0f} seconds. Open {folder / 'report.html'}; demo.json lies beside it")
 
 
 def built_pairs(folder: Path, seed: int, benchmarks: list[Pair]) -> tuple[list[Pair], list[VideoQuestion]]:
@@ -110,7 +106,7 @@ def built_pairs(folder: Path, seed: int, benchmarks: list[Pair]) -> tuple[list[P
         write_text(path, "".join(json.dumps(row_of(pair, folder)) + "\n" for pair in made))
     pairs = load_pairs(str(path))
     for fault in faults(pairs):
-        console.print(f"[yellow]note:[/] {fault}")
+        console.print(tagged("note:", "yellow", fault))
     console.print(f"{folder.name}: {len(pairs)} pairs from {len(questions)} questions; see {folder / 'datasheet.md'}")
     return pairs, questions
 
@@ -134,7 +130,7 @@ def trained_drm(folder: Path, pairs: list[Pair], seed: int, look: Look, steps: i
         write_json(log, trained["log"])
         drm.settings = replace(drm.settings, temperature=calibration.temperature, centre=calibration.centre)
         drm.save(path)
-    return VideoDRM.load(path), json.loads(log.read_text())
+    return VideoDRM.load(path), json.loads(read_text(log))
 
 
 def _candidates(questions: list[VideoQuestion], seed: int) -> list[Candidates]:

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from ramet.agents.journal import Journal, fingerprint, read_records
 from ramet.agents.tree import Segment
@@ -21,7 +20,6 @@ from ramet.benchmarks.best_of_n import best_of_n
 from ramet.benchmarks.jobs import claim_folder
 from ramet.benchmarks.reward_demo import print_results
 from ramet.benchmarks.session import meta, weights_id
-from ramet.benchmarks.show import write_json, write_text
 from ramet.benchmarks.video_report import accuracy_bars, best_of_n_curves, training_curve, write_page, wrong_pairs
 from ramet.benchmarks.video_reward import Protocol, against, protocol_record, results, run_bench, warnings
 from ramet.data import load_rows
@@ -44,8 +42,8 @@ from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.train_drm import DRMTraining, fits, train_drm
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, sifted, traces_of
-
-console = Console()
+from ramet.storage import read_text, write_json, write_text
+from ramet.terminal import console, tagged
 
 
 class RewardRun(BaseModel):
@@ -93,7 +91,7 @@ def model_id(name: str | None) -> str:
     if not name or name.startswith("fake:"):
         return name or ""
     path = find(name)
-    settings = (path / SETTINGS).read_text() if (path / SETTINGS).exists() else ""
+    settings = read_text(path / SETTINGS) if (path / SETTINGS).exists() else ""
     return fingerprint(weights_id(path), settings)
 
 
@@ -143,12 +141,12 @@ def build_job(
     sheet = build.sheet(pairs)
     write_text(folder / "pairs.jsonl", "".join(json.dumps(row_of(pair, root)) + "\n" for pair in pairs))
     write_text(folder / "datasheet.md", datasheet(sheet))
-    console.print(datasheet(sheet))
-    _say_faults(pairs)
-    console.print(f"{len(pairs)} pairs in {folder / 'pairs.jsonl'}, videos below {root}; datasheet.md beside it")
     if out is not None:
         stages = [{"record": "stage", "stage": name, **counts} for name, counts in sheet["stages"].items()]
         write_json(out, [meta("reward build-pairs", config.seed), *stages, {"record": "datasheet", **sheet}])
+    console.print(datasheet(sheet))
+    _say_faults(pairs)
+    console.print(f"{len(pairs)} pairs in {folder / 'pairs.jsonl'}, videos below {root}; datasheet.md beside it")
 
 
 def _answerer(name: str, seen: Seen) -> Answerer:
@@ -199,14 +197,14 @@ def train_drm_job(
         *({"record": "step", **entry} for entry in trained["log"]),
     ]  # fmt: skip
     write_json(folder / "training.json", records)
+    if out is not None:
+        write_json(out, records)
     console.print(
         f"{trained['steps']} steps on {trained['pairs']} pairs ({trained['too_long']} were too long and left out). Held out: {right:.3f} "
         f"of {len(held)} pairs; temperature {found.temperature:.2f}, calibration error {found.ece_before:.3f} before and {found.ece:.3f} "
         f"after, correlation of length and score {found.length_correlation:.2f}"
     )
     console.print(f"the VideoDRM is in {folder / 'drm'}; training.json and training.png beside it")
-    if out is not None:
-        write_json(out, records)
 
 
 def _split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
@@ -300,12 +298,12 @@ def score_job(model: str, seen: Seen, video: str | None, question: str, answers:
     reward = open_reward(model, seen, {}, "score")
     items = [Item(None if video is None else Segment(video), question, answer) for answer in answers]
     scores = reward.score(items)
-    for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
-        console.print(f"{score:9.3f}  {escape(answer)}")
     if out is not None:
         write_json(
             out, [meta("reward score", 0), *({"record": "score", "answer": a, "score": s} for a, s in zip(answers, scores, strict=True))]
         )
+    for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
+        console.print(f"{score:9.3f}  {answer}")
 
 
 def judge_job(
@@ -330,12 +328,13 @@ def judge_job(
     )
     for vote in verdict.votes:
         said = {True: "first", False: "second", None: "cannot be read"}[vote.a]
-        console.print(f"[dim]{'as given' if vote.forward else 'swapped'}[/] → [bold]{said}[/]: {escape(vote.error or vote.said)}")
+        shown = Text.assemble(("as given" if vote.forward else "swapped", "dim"), " → ", (said, "bold"), f": {vote.error or vote.said}")
+        console.print(shown)
     if verdict.probability is not None:
         console.print(f"probability that the first is better: {verdict.probability:.3f}")
     winner = {"a": "the first answer", "b": "the second answer", None: "neither"}[verdict.winner]
     agreed = "" if verdict.consistent is None else " in both orders" if verdict.consistent else "; the orders differ"
-    console.print(f"better: [bold]{winner}[/]{agreed}")
+    console.print(Text.assemble("better: ", (winner, "bold"), agreed))
 
 
 def bench_job(
@@ -372,43 +371,43 @@ def bench_job(
             part = [protocol_record(last), *({**r, "frames": last.frames, "k": k} for r in found)]
             print_results(part)
             for said in warnings(found):
-                console.print(f"[yellow]note:[/] {said}")
+                console.print(tagged("note:", "yellow", said))
             records += part
     write_json(folder / "results.json", records)
+    if out is not None:
+        write_json(out, records)
     accuracy_bars(part, folder / "accuracy.png")
     lines = "; ".join(dict.fromkeys(r["line"] for r in records if r["record"] == "protocol"))
     intro = f"{len(pairs)} pairs. The picture is of the last protocol."
     pictures, wrong = [folder / "accuracy.png"], wrong_pairs(pairs, judged)
     write_page(folder / "report.html", f"{model} on {Path(source).name}", intro, lines, records, pictures, wrong)
     console.print(f"run folder {folder}: results.json, report.html, and what was said of each pair in *.jsonl")
-    if out is not None:
-        write_json(out, records)
 
 
 def report_job(one: Path, other: Path | None, ties: float, out: Path | None) -> None:
     """`ramet reward report`: the numbers of a benchmark run from what was kept, without the model; of two runs, their difference."""
-    records: list[dict[str, Any]] = [meta("reward report", 0)]
-    for folder in filter(None, (one, other)):
-        for path in _journals(folder):
-            found = results(_judged(path), ties)
-            console.print(f"[bold]{path}[/]")
-            print_results([*(r["protocol"] for r in read_records(path) if "protocol" in r), *found])
-            for said in warnings(found):
-                console.print(f"[yellow]note:[/] {said}")
-            records += [{**r, "run": str(path)} for r in found]
+    runs = {path: results(_judged(path), ties) for folder in filter(None, (one, other)) for path in _journals(folder)}
+    records = [{**r, "run": str(path)} for path, found in runs.items() for r in found]
+    differences: list[tuple[str, dict[str, Any]]] = []
     if other is not None:
         here, there = ({path.name: path for path in _journals(folder)} for folder in (one, other))
         shared = sorted(set(here) & set(there)) or [None]
         for name in shared:
             first, second = (here[name], there[name]) if name else (next(iter(here.values())), next(iter(there.values())))
-            for d in against(_judged(first), _judged(second), ties):
-                console.print(
-                    f"{d['condition']}: {first.parent.name} less {second.parent.name}: {d['difference']:+.3f} ({d['ci_low']:+.3f} to "
-                    f"{d['ci_high']:+.3f}) on {d['n']} pairs, McNemar p = {d['p']:.4f}"
-                )
-                records.append(d)
+            said = f"{first.parent.name} less {second.parent.name}"
+            differences += [(said, d) for d in against(_judged(first), _judged(second), ties)]
     if out is not None:
-        write_json(out, records)
+        write_json(out, [meta("reward report", 0), *records, *(d for _, d in differences)])
+    for path, found in runs.items():
+        console.print(Text(str(path), "bold"))
+        print_results([*(r["protocol"] for r in read_records(path) if "protocol" in r), *found])
+        for note in warnings(found):
+            console.print(tagged("note:", "yellow", note))
+    for said, d in differences:
+        console.print(
+            f"{d['condition']}: {said}: {d['difference']:+.3f} ({d['ci_low']:+.3f} to {d['ci_high']:+.3f}) on {d['n']} pairs, "
+            f"McNemar p = {d['p']:.4f}"
+        )
 
 
 def _journals(folder: Path) -> list[Path]:
@@ -451,20 +450,20 @@ def best_of_n_job(
     with progress.measuring(reward.name, len(candidates)) as report:
         found = best_of_n(candidates, {reward.name: picker}, ns, seed=seed, report=report)
     records = [meta("reward best-of-n", seed), *found]
-    print_results(records)
-    best_of_n_curves(records, folder / "best-of-n.png")
-    write_json(folder / "results.json", records)
-    console.print(f"run folder {folder}: results.json, best-of-n.png, answers.jsonl")
     if out is not None:
         write_json(out, records)
+    write_json(folder / "results.json", records)
+    best_of_n_curves(records, folder / "best-of-n.png")
+    print_results(records)
+    console.print(f"run folder {folder}: results.json, best-of-n.png, answers.jsonl")
 
 
 def _say_faults(pairs: Sequence[Pair], most: int = 5) -> None:
     found = faults(pairs)
     for fault in found[:most]:
-        console.print(f"[yellow]note:[/] {escape(fault)}")
+        console.print(tagged("note:", "yellow", fault))
     if len(found) > most:
-        console.print(f"[yellow]note:[/] and {len(found) - most} more")
+        console.print(tagged("note:", "yellow", f"and {len(found) - most} more"))
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

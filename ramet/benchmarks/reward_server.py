@@ -15,17 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from rich.console import Console
 
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import write_json
 from ramet.errors import RewardError
 from ramet.policy.catalogue import find
 from ramet.rewards.video.discriminative import Item, VideoDRM
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.server import RemoteReward, RewardService
-
-console = Console()
+from ramet.storage import write_json
+from ramet.terminal import console
 
 
 def bench_server(model: str, source: str, videos: Path | None, clients: int, repeats: int, seed: int, out: Path | None) -> None:
@@ -55,13 +53,13 @@ def bench_server(model: str, source: str, videos: Path | None, clients: int, rep
         "items_per_second": statistics.median(rates["served"]), "items_per_second_direct": statistics.median(rates["direct"]),
         "share": statistics.median(share), "share_min": min(share), "share_max": max(share),
     }  # fmt: skip
+    if out is not None:
+        write_json(out, [meta("bench reward-server", seed), record])
     console.print(
         f"{clients} clients, {len(asked)} requests of {len(everything)} items: every answer is the model's own. "
         f"{record['items_per_second']:,.0f} items a second in {calls} calls of the model, {record['items_per_second_direct']:,.0f} by one "
         f"direct call: {record['share']:.0%} ({min(share):.0%} to {max(share):.0%})"
     )
-    if out is not None:
-        write_json(out, [meta("bench reward-server", seed), record])
 
 
 def _seconds(work: Callable[[], object]) -> float:

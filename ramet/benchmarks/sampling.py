@@ -19,21 +19,20 @@ from typing import Any
 
 import anyio
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import resolve, write_json
+from ramet.benchmarks.show import resolve
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
 BATCH = 64
-console = Console()
 
 
 class Recorder(PolicyWrapper):
@@ -190,7 +189,7 @@ def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | N
     )
     ratios = [theirs / ours for ours, theirs in zip(rounds["ramet"], rounds["generate"], strict=True)]
     records.append({"record": "ratio", "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)})
-    console.print(table)
-    console.print(f"ramet / generate: {statistics.median(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})")
     if out is not None:
         write_json(out, records)
+    console.print(table)
+    console.print(f"ramet / generate: {statistics.median(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})")

@@ -15,18 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.cluster_sim import Hardware
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import write_json
 from ramet.policy.rows import rows_of
 from ramet.policy.runlog import STORED
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
-console = Console()
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -212,7 +210,7 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         )  # fmt: skip
         traffic = {"ray_bytes": p.trees * measured.carried, "journal_bytes_per_second": p.trees * measured.journal / p.seconds}
         records.append({"record": "scaling", **asdict(p), "seconds": p.seconds, "tokens_per_second": rate, **traffic})
-    console.print(shown)
     if out is not None:
         inputs = {"record": "inputs", **asdict(assumed), **asdict(hardware), **asdict(measured)}
         write_json(out, [meta("bench scaling", seed, time.perf_counter() - started), inputs, *records])
+    console.print(shown)

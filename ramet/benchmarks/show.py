@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import anyio
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree as View
 
@@ -27,14 +23,15 @@ from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Status, Task, Tree
 from ramet.benchmarks.session import meta, weights_id
 from ramet.env.arithmetic import parse_sum, rows_task
-from ramet.errors import CheckpointError, ConfigError, PolicyError, StorageError
+from ramet.errors import ConfigError, PolicyError
 from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
 from ramet.policy.sequence_parallel import Sharing
 from ramet.rewards.exact_match import integer_match
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
-console = Console()
 _COLOURS = {Status.ANSWERED: "green", Status.EMPTY: "yellow", Status.OUT_OF_BUDGET: "yellow", Status.CANCELLED: "red"}
 
 
@@ -42,8 +39,9 @@ def branch_view(branch: Branch, chat: ChatFormat, parent: View | None = None) ->
     """What a branch said, turn by turn, its clones under the turn that started them."""
     colour = _COLOURS.get(branch.status, "red")
     title = "root" if "." not in branch.id else f"clone {branch.id.partition('.')[2]}"
-    answer = f" [bold]{escape(branch.answer)}[/]" if branch.answer is not None else ""
-    label = f"[bold cyan]{title}[/] [dim]{branch.generated} tokens[/] → [{colour}]{branch.status.value}[/]{answer}"
+    label = Text.assemble((title, "bold cyan"), (f" {branch.generated} tokens", "dim"), " → ", (branch.status.value, colour))
+    if branch.answer is not None:
+        label.append(f" {branch.answer}", "bold")
     view = View(label) if parent is None else parent.add(label)
     for turn in branch.turns:
         if turn.sampled:
@@ -59,20 +57,22 @@ def _clean(text: str) -> str:
 
 def growth_view(root: Growth, chat: ChatFormat, task: Task, limit: int | None) -> Group:
     """The same while it grows: branches with their tokens, and the budget draining."""
-    view = View(f"[bold]{escape(task.messages[-1].content)}[/]")
+    view = View(Text(task.messages[-1].content, "bold"))
     _add_growth(view, root, chat)
     spent = root.ledger.total("generated")
     if limit is None:
         return Group(view, Text(f"{spent} tokens generated"))
     left = max(limit - spent, 0)
     bar = "█" * round(40 * left / limit)
-    return Group(view, Text.from_markup(f"budget [green]{bar:<40}[/] {left} of {limit} tokens left"))
+    return Group(view, Text.assemble("budget ", (f"{bar:<40}", "green"), f" {left} of {limit} tokens left"))
 
 
 def _add_growth(view: View, growth: Growth, chat: ChatFormat) -> None:
     state = growth.status.value if growth.status else "…"
     node = view.add(
-        f"[cyan]{growth.id}[/] [dim]{growth.ledger.total('generated')} tokens[/] {state} [bold]{escape(growth.answer or '')}[/]"
+        Text.assemble(
+            (growth.id, "cyan"), (f" {growth.ledger.total('generated')} tokens", "dim"), f" {state} ", (growth.answer or "", "bold")
+        )
     )
     for turn in growth.turns:
         node.add(Text(_clean(chat.text(turn.sampled)), style="dim"))
@@ -170,18 +170,18 @@ def run_one(
         console.print(f"{source.replayed} samples taken from {kept}, {source.sampled} made")
     if tree.root.status is Status.FAILED:
         raise PolicyError(tree.error)
-    console.print(Text(task.messages[-1].content, style="bold"))
-    console.print(branch_view(tree.root, chat))
     right = integer_match(task, tree.answer) == 1.0
-    verdict = "[green]right[/]" if right else f"[red]wrong[/]: it is {task.reference}"
-    console.print(f"answer [bold]{escape(tree.answer or 'none')}[/] ({verdict})")
-    console.print(bill(tree, budget))
     if out is not None:
         record = {
             "record": "tree", "answer": tree.answer, "reference": task.reference, "correct": right,
             "status": tree.root.status.value, **asdict(tree.usage),
         }  # fmt: skip
         write_json(out, [meta("run", seed), record])
+    console.print(Text(task.messages[-1].content, style="bold"))
+    console.print(branch_view(tree.root, chat))
+    verdict = [("right", "green")] if right else [("wrong", "red"), f": it is {task.reference}"]
+    console.print(Text.assemble("answer ", (tree.answer or "none", "bold"), " (", *verdict, ")"))
+    console.print(bill(tree, budget))
 
 
 def resolve(policy: str) -> Path:
@@ -189,27 +189,9 @@ def resolve(policy: str) -> Path:
     from ramet.policy.checkpoint import latest_checkpoint
 
     path = find(policy)
-    if not path.exists():
-        raise CheckpointError(f"there is no model {policy!r}: give nano, a model directory or a run folder")
     if not (path / "config.json").exists():
         for folder in (path / "trained" / "checkpoints", path / "checkpoints"):
             found = latest_checkpoint(folder)
             if found is not None:
                 return found
     return path
-
-
-def write_json(path: Path, records: list[dict[str, Any]]) -> None:
-    """A list of flat records, written whole or not at all."""
-    write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, written whole or not at all. Raises `StorageError`."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_name(path.name + ".draft")
-        draft.write_text(text)
-        draft.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

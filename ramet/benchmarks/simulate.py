@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from rich.console import Console
 
 from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
@@ -36,10 +35,9 @@ from ramet.agents.tree import Message, Task, Tree
 from ramet.benchmarks import progress
 from ramet.benchmarks.invariants import Violation, check_growth, check_quiet, check_tree
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import write_json
 from ramet.errors import RametError, StorageError
-
-console = Console()
+from ramet.storage import write_json
+from ramet.terminal import console
 
 
 @dataclass(frozen=True, slots=True)
@@ -356,19 +354,19 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
         "violations": len(failures),
         "cpu_seconds": seconds,
     }
+    if out is not None:
+        write_json(out, [meta("bench simulate", first), record, *failures])
     console.print(
         f"{seeds} interleavings in {seconds:.0f} CPU seconds: {totals['trees']} trees, {totals['clones']} clones, "
         f"{totals['faults']} faults, {len(failures)} violations"
     )
-    if out is not None:
-        write_json(out, [meta("bench simulate", first), record, *failures])
     if failures:
         raise RametError(f"{len(failures)} seeds violate an invariant; replay one with ramet bench simulate --seed N --verbose")
 
 
 def _describe(seed: int, folder: Path) -> None:
     scenario = Scenario.of(seed)
-    console.print(scenario)
+    console.print(str(scenario))
     run = Run(scenario, folder / "described.jsonl")
     try:
         run.go()
@@ -377,6 +375,6 @@ def _describe(seed: int, folder: Path) -> None:
             console.print(f"tree {key}: {tree.root.status.value}, {tree.usage}")
             for branch in tree.branches:
                 console.print(
-                    f"  {branch.id}: {branch.status.value} {branch.reason} {PlainFormat().text(branch.ids)[-200:]!r}", markup=False
+                    f"  {branch.id}: {branch.status.value} {branch.reason} {PlainFormat().text(branch.ids)[-200:]!r}"
                 )
         (folder / "described.jsonl").unlink(missing_ok=True)

@@ -15,8 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import frontier, methods, plots
@@ -24,15 +22,16 @@ from ramet.benchmarks.harness import Entry, Measured, grouped, point
 from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, tree_entry
 from ramet.benchmarks.page import write_page
 from ramet.benchmarks.session import engine_id, meta, weights_id
-from ramet.benchmarks.show import resolve, write_json, write_text
+from ramet.benchmarks.show import resolve
 from ramet.config import RunConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError
 from ramet.rewards.maths import SECONDS, expired
 from ramet.rewards.preference import PreferenceModel
+from ramet.storage import write_json, write_text
+from ramet.terminal import console
 
-console = Console()
 METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
 SAMPLES = 4
 DOCUMENTS_PER_CLONE = 3
@@ -120,6 +119,8 @@ def frontier_job(
     models = {"trained": trained or policy, "solo": solo or policy}
     records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, models, policy)]
     write_json(directory / "results.json", records)
+    if out is not None:
+        write_json(out, records)
     plots.costs(records, directory / "frontier.png")
     write_page(directory / "report.html", f"{policy} on {config.env.kind}", records)
     write_text(directory / "results.csv", table(records))
@@ -130,8 +131,6 @@ def frontier_job(
     if expired():
         console.print(f"{expired()} answers could not be verified within {SECONDS:g} seconds, and count as wrong")
     console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
-    if out is not None:
-        write_json(out, records)
 
 
 def preference(path: Path) -> methods.Score:

@@ -11,11 +11,11 @@ from typing import Any
 
 from ramet.benchmarks.plots import save, subplots
 from ramet.benchmarks.report import STYLE, table
-from ramet.benchmarks.show import write_text
 from ramet.benchmarks.video_reward import CONDITIONS, measures
 from ramet.errors import TaskError
 from ramet.rewards.video.frames import read_frames
 from ramet.rewards.video.pairs import Pair
+from ramet.storage import write_text
 
 TITLES = {
     "right": "its own video",

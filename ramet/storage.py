@@ -1,0 +1,164 @@
+"""Files of a run: read and written as UTF-8 whatever the locale, whole or not at all; folders that one process works in.
+
+Raises `StorageError` for what the disk refuses.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from ramet.errors import StorageError
+from ramet.terminal import messages, tagged
+
+STDOUT = Path("-")
+"""Names standard output where results are written to."""
+LOCK = ".lock"
+CONFIG = "config.toml"
+_LOCKS: dict[Path, IO[str]] = {}
+_MADE: list[Path] = []
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d+)|(stdin|stdout|stderr))|/proc/(?:self|\d+)/fd/(\d+)")
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark."""
+    return path.read_text(encoding="utf-8-sig")
+
+
+def write_json(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """A list of flat records, written whole or not at all. See `write_text`."""
+    write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; through a link, what it points to. `-` is standard output.
+
+    What is no file (a device, a pipe, an open descriptor such as /dev/fd/3) is written to as it stands.
+    """
+    try:
+        if path == STDOUT or _descriptor(path) == 1:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        elif (number := _descriptor(path)) is not None:
+            with os.fdopen(os.dup(number), "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        elif _special(path):
+            with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+        else:
+            target = path.resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = _draft(target)
+            draft.write_text(text, encoding="utf-8", errors="backslashreplace")
+            draft.replace(target)
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def writable(path: Path) -> None:
+    """Raise `StorageError` if `write_text` could not write there: found out before the work, not after."""
+    try:
+        if path == STDOUT:
+            return
+        if (number := _descriptor(path)) is not None:
+            os.fstat(number)
+        elif path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        elif _special(path):
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        else:
+            draft = _draft(path.resolve())
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.touch()
+            draft.unlink()
+    except OSError as error:
+        raise _refused(path, error) from error
+
+
+def to_stdout(path: Path) -> bool:
+    """Does `path` name standard output?"""
+    return path == STDOUT or _descriptor(path) == 1
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(path.name + ".draft")
+
+
+def _special(path: Path) -> bool:
+    return path.exists() and not path.is_file()
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of an open file that `path` names as such."""
+    found = _DESCRIPTOR.fullmatch(os.path.abspath(path))
+    if found is None:
+        return None
+    number, name, own = found.groups()
+    return ("stdin", "stdout", "stderr").index(name) if name else int(number or own)
+
+
+def _refused(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror or error}")
+
+
+def lock(directory: Path) -> None:
+    """Hold `directory` until this process ends, however it ends. Where the file system has no locks, say so and go on."""
+    directory = directory.resolve()
+    if directory in _LOCKS:
+        return
+    path = directory / LOCK
+    try:
+        _make(directory)
+        while True:
+            file = path.open("w", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+            file.close()  # its folder was given up by another process meanwhile
+    except BlockingIOError:
+        raise StorageError(f"another process is working in {directory}; wait for it, or choose another --name") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise _refused(path, error) from error
+        note = f"the file system of {directory} has no locks: let no other process work in it"
+        messages.print(tagged("note:", "yellow", note))
+    _LOCKS[directory] = file
+
+
+def _make(directory: Path) -> None:
+    """`mkdir` with parents, remembering what was made."""
+    missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    _MADE.extend(missing)
+
+
+def give_up() -> None:
+    """Remove what this process claimed and did nothing in: folders with nothing but their settings, their lock and empty journals."""
+    for directory in _LOCKS:
+        files = [path for path in directory.rglob("*") if not path.is_dir()]
+        if directory in _MADE and all(map(_says_nothing, files)):
+            for path in files:
+                path.unlink(missing_ok=True)
+            for folder in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
+                folder.rmdir()
+    for folder in _MADE:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _says_nothing(path: Path) -> bool:
+    if path.name in (LOCK, CONFIG, CONFIG + ".draft"):
+        return True
+    if path.suffix != ".jsonl":
+        return False
+    with path.open("rb") as file:
+        return b'"journal":' in file.readline() and not file.readline()
