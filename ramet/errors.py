@@ -52,6 +52,10 @@ class PolicyError(RametError):
     """A backend that cannot serve a request, now or ever."""
 
 
+class RefusedRequest(PolicyError):
+    """A backend does not take this one request, such as a prompt that is too long for it; it may well serve others."""
+
+
 class TransientPolicyError(PolicyError):
     """A backend failure that may pass (connection reset, 429, 5xx). The runtime retries these only."""
 

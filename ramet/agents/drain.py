@@ -1,7 +1,8 @@
 """Stop after what is running: the first SIGTERM drains, the second stops at once.
 
 A long job asks `requested()` before it starts the next piece of work (a tree to measure, an update) and raises
-`Drained` once nothing is running. Only inside `draining()` does SIGTERM mean this; elsewhere it interrupts.
+`Drained` once nothing is running. What waits for a backend to recover is not waited for (`pause`). Only inside
+`draining()` does SIGTERM mean this; elsewhere it interrupts.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import anyio
 
 from ramet.errors import RametError
 
@@ -44,6 +47,15 @@ def interrupt(number: int, frame: Any) -> None:
     global _interrupted
     _interrupted = True
     raise KeyboardInterrupt
+
+
+async def pause(seconds: float) -> None:
+    """Wait before trying again what failed. Raises `Drained`, within a second, where nothing new is to be started."""
+    until = anyio.current_time() + seconds
+    while not _requested and (left := until - anyio.current_time()) > 0:
+        await anyio.sleep(min(left, 1.0))
+    if _requested:
+        raise Drained
 
 
 @contextmanager

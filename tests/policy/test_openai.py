@@ -17,7 +17,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, SampleRequest, Sampling
 from ramet.agents.tree import Message, Status, StopReason, Task
-from ramet.errors import PolicyError, TransientPolicyError
+from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError
 from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
 from tests.cancelling import cancelled
 
@@ -121,15 +121,16 @@ async def test_token_ids_go_out_and_come_back(monkeypatch):
     "answer, error, message",
     [
         (lambda b, h: send(h, 429, b'{"error": {"message": "slow down"}}', Retry_After="3"), TransientPolicyError, "429: slow down"),
-        (lambda b, h: send(h, 503, b"<html>"), TransientPolicyError, "503: <html>"),
-        (lambda b, h: send(h, 400, b'{"error": {"message": "too long"}}'), PolicyError, "400: too long"),
+        (lambda b, h: send(h, 503, b"<html>"), TransientPolicyError, "503: a web page"),
+        (lambda b, h: send(h, 400, b'{"error": {"message": "the prompt is too long"}}'), RefusedRequest, "400: the prompt is too long"),
+        (lambda b, h: send(h, 400, b'{"error": {"message": "no such voice"}}'), PolicyError, "400: no such voice"),
         (lambda b, h: send(h, 401, b'{"error": "bad key"}'), PolicyError, "401: bad key"),
         (lambda b, h: stream(h, chunk([5]), done=False), TransientPolicyError, "ended a stream with None"),
         (lambda b, h: stream(h, chunk([5]), b"{broken"), TransientPolicyError, "not JSON"),
         (lambda b, h: stream(h, {"error": {"message": "engine died"}}), TransientPolicyError, "engine died"),
         (lambda b, h: stream(h, {"choices": [{"text": "hi", "finish_reason": "stop"}]}), PolicyError, "use the chat backend"),
         (lambda b, h: stream(h, {"choices": [{"token_ids": [1, 2], "logprobs": None}]}), PolicyError, "0 log-probabilities for 2"),
-        (lambda b, h: stream(h, chunk([5], "tool_calls")), TransientPolicyError, "tool_calls"),
+        (lambda b, h: stream(h, chunk([5], "abort")), TransientPolicyError, "broke a sample off: abort"),
         (
             lambda b, h: stream(h, {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [None]}}]}),
             PolicyError,
@@ -137,7 +138,7 @@ async def test_token_ids_go_out_and_come_back(monkeypatch):
         ),
         (lambda b, h: stream(h, b'{"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [NaN]}}]}'), PolicyError, "not as the"),
         (lambda b, h: stream(h, {"choices": "x"}), PolicyError, "not as the protocol"),
-        (lambda b, h: send(h, 401, b"bad key: Bearer sk-secret"), PolicyError, "401: bad key: Bearer ..."),
+        (lambda b, h: send(h, 401, b"bad key: Bearer sk-secret"), PolicyError, r"401: bad key: Bearer \.\.\."),
         (lambda b, h: send(h, 500, b"y" * 2**20), TransientPolicyError, "500: y"),
         (lambda b, h: h.connection.shutdown(2), TransientPolicyError, "Error"),
         (lambda b, h: stream(h, b"x" * 2**23), PolicyError, "more than 4194304 bytes"),
@@ -171,11 +172,11 @@ async def test_cancelling_keeps_what_had_come_and_hangs_up():
 
 async def test_no_server_and_no_model_are_named():
     with pytest.raises(PolicyError, match="no OpenAI-compatible server answers"):
-        await one(CompletionsPolicy("http://127.0.0.1:9/v1"))
+        await one(CompletionsPolicy("http://127.0.0.1:9/v1", wait=0))
     with pytest.raises(PolicyError, match="is not the address"):
         CompletionsPolicy("localhost:8000")
-    with server(lambda b, h: None) as (url, _):
-        with pytest.raises(PolicyError, match="does not list large; it has small"):
+    with server(lambda b, h: send(h, 404, b'{"error": {"message": "no such model"}}')) as (url, _):
+        with pytest.raises(PolicyError, match="404: no such model; it lists small"):
             await one(CompletionsPolicy(url, "large"))
 
 
@@ -203,10 +204,11 @@ async def test_a_server_without_a_list_of_models_serves_the_one_that_is_named():
 
 async def test_more_than_the_grant_is_an_error_not_a_discount():
     events = [{"choices": [{"delta": {"content": "Answer: 7"}, "finish_reason": "stop"}]}, {"usage": {"completion_tokens": 99}}]
-    wire = WireFormat()
+    wire, partial = WireFormat(), Partial()
     with server(lambda b, h: stream(h, *events)) as (url, _):
         with pytest.raises(PolicyError, match="generated 99 tokens for a grant of 8"):
-            await one(ChatPolicy(url, wire), SampleRequest((1, wire.piece("hi"), wire.END, 2), 8, wire.stop_ids))
+            await one(ChatPolicy(url, wire), SampleRequest((1, wire.piece("hi"), wire.END, 2), 8, wire.stop_ids), partial)
+    assert len(partial.ids) == 99, "all of it is there to be charged"
 
 
 async def test_requests_at_one_server_are_bounded():
@@ -300,7 +302,7 @@ def test_the_wire_format_gives_messages_back_in_any_process():
 
 
 @pytest.mark.parametrize(
-    "value, expected", [(None, None), ("2", 2.0), ("-1", 0.0), ("99999", 3600.0), ("soon", None), ("nan", None), ("0.5", 0.5)]
+    "value, expected", [(None, None), ("2", 2.0), ("-1", 0.0), ("99999", None), ("inf", None), ("soon", None), ("nan", None), ("0.5", 0.5)]
 )
 def test_retry_after(value, expected):
     assert retry_after(value) == expected

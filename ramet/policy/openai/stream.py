@@ -1,0 +1,135 @@
+"""Server-sent events out of bytes, by the rules of the WHATWG (HTML standard, 9.2), and what servers send in their place.
+
+Beyond the rules: data that is one whole JSON object, or `[DONE]`, is an event at once, without waiting for the blank line that
+some servers leave out; a JSON object on a line of its own is an event; `error: ...` is one of kind error; a body that is no
+stream at all is one event of kind body; what stands at the end without a newline counts.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+MOST = 2**22
+"""Characters of one event, or of a body that is none."""
+_BREAK = re.compile("\r\n|\n|\r")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """kind  message, or what `event:` says; error; body
+    value  the JSON object that `text` is, if it is one
+    """
+
+    text: str
+    kind: str = "message"
+    value: dict[str, Any] | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.text.strip().strip('"').upper() == "[DONE]"
+
+
+class TooLong(ValueError):
+    """An event of more than `MOST` characters."""
+
+    def __init__(self) -> None:
+        super().__init__(f"an event of more than {MOST} bytes")
+
+
+class EventReader:
+    """Feed it the blocks of a body as they come; close it at the end. Comments make no event."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self._line: list[str] = []
+        self._data: list[str] = []
+        self._body: list[str] = []
+        self._length = 0
+        """Of what is held of a line, of data and of a body."""
+        self._kind = "message"
+        self._after_return = False
+        self._begun = False
+
+    def feed(self, block: bytes) -> list[Event]:
+        """The events that this block completes. Raises `TooLong`."""
+        return self._read(self._decoder.decode(block))
+
+    def close(self) -> list[Event]:
+        """The events that the end of the body completes."""
+        events = self._read(self._decoder.decode(b"", True) + "\n")
+        if self._body:
+            return [*events, _event("\n".join(self._body), "body")]
+        return events + self._dispatch()
+
+    def _read(self, text: str) -> list[Event]:
+        if self._after_return and text:
+            text = text.removeprefix("\n")
+            self._after_return = False
+        self._after_return = self._after_return or text.endswith("\r")
+        first, *rest = _BREAK.split(text)
+        self._hold(self._line, first)
+        events: list[Event] = []
+        for following in rest:
+            line = "".join(self._line)
+            self._length -= len(line) + len(self._line)
+            self._line = []
+            events += self._take(line)
+            self._hold(self._line, following)
+        return events
+
+    def _hold(self, where: list[str], text: str) -> None:
+        where.append(text)
+        self._length += len(text) + 1
+        if self._length > MOST:
+            raise TooLong
+
+    def _take(self, line: str) -> list[Event]:
+        if self._body:
+            self._hold(self._body, line)
+            return []
+        if not line:
+            return self._dispatch()
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if field == "data":
+            if not self._data and (event := _event(value, self._kind)) and (event.value is not None or event.done):
+                self._begun = True
+                return [event]
+            self._hold(self._data, value)
+        elif field == "event":
+            self._kind = value
+        elif field == "error":
+            self._begun = True
+            return [_event(value, "error")]
+        elif field not in ("", "id", "retry"):
+            event = _event(line, "message")
+            if event.value is not None:
+                self._begun = True
+                return [event]
+            if not self._begun and not self._data and line.strip():
+                self._hold(self._body, line)
+        return []
+
+    def _dispatch(self) -> list[Event]:
+        lines, kind = self._data, self._kind
+        self._data, self._kind = [], "message"
+        self._length -= sum(map(len, lines)) + len(lines)
+        text = "\n".join(lines)
+        if not text.strip():
+            return []
+        self._begun = True
+        return [_event(text, kind)]
+
+
+def _event(text: str, kind: str) -> Event:
+    value = None
+    if text.lstrip()[:1] == "{":
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = None
+    return Event(text, kind, value if isinstance(value, dict) else None)
