@@ -37,7 +37,7 @@ from ramet.benchmarks.attention import divergence
 from ramet.benchmarks.plots import save
 from ramet.benchmarks.session import meta, weights_id
 from ramet.benchmarks.show import resolve
-from ramet.benchmarks.statistics import accuracy_interval, paired_difference
+from ramet.benchmarks.statistics import accuracy_interval, mean_interval
 from ramet.errors import ConfigError
 from ramet.policy.models import load_model
 from ramet.storage import write_json
@@ -204,14 +204,14 @@ def bench_needle(
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record a case and number of hosts: means over texts, found with its Wilson interval, divergence with a bootstrap's."""
+    """One record a case and number of hosts: means over texts, found with its Wilson interval, divergence with a t interval."""
     grouped: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["case"], row["hosts"]), []).append(row)
     records = []
     for (case, hosts), group in grouped.items():
         found = accuracy_interval({str(r["text"]): [float(r["found"])] for r in group})
-        lost = paired_difference({str(r["text"]): [r["divergence"]] for r in group}, {str(r["text"]): [0.0] for r in group})
+        lost = mean_interval([r["divergence"] for r in group])
         records.append(
             {
                 "record": "needle", "case": case, "hosts": hosts, "n": len(group), "length": max(r["length"] for r in group),

@@ -58,7 +58,7 @@ def best_of_n(
             report(1)
     records = []
     for (n, method), values in found.items():
-        interval = clustered_mean(values, [q.cluster for q in questions], seed)
+        interval = clustered_mean(values, [q.cluster for q in questions])
         record: dict[str, Any] = {
             "record": "best_of_n", "n": n, "method": method, "questions": len(questions), "accuracy": interval.mean,
             "ci_low": interval.low, "ci_high": interval.high,

@@ -10,7 +10,7 @@ import numpy as np
 
 from ramet.benchmarks.baselines import Outcome
 from ramet.benchmarks.harness import Measured
-from ramet.benchmarks.statistics import paired_difference, sign_test
+from ramet.benchmarks.statistics import holm, paired_difference, sign_test
 
 
 def _scores(measured: Sequence[Measured]) -> dict[str, list[float]]:
@@ -47,7 +47,7 @@ def matched(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: s
         record: dict[str, Any] = {
             "record": "matched", "policy": winner, "baseline": policy, "split": split, "budget": budget, "cost": cost,
             "baseline_cost": spent, "winner_budget": None, "winner_cost": None, "n": len({m.task for m in measured}),
-            "difference": None, "ci_low": None, "ci_high": None, "p_value": None,
+            "difference": None, "ci_low": None, "ci_high": None, "p_value": None, "p_holm": None,
         }  # fmt: skip
         if own:
             chosen = own[max(own)]
@@ -58,7 +58,7 @@ def matched(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: s
                 "ci_high": interval.high, "p_value": sign_test(ours, theirs),
             }  # fmt: skip
         records.append(record)
-    return records
+    return corrected(records)
 
 
 def areas(
@@ -127,14 +127,33 @@ def comparisons(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winne
                     "p_value": sign_test(ours, theirs),
                 }
             )
+    return corrected(records)
+
+
+def corrected(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Comparisons with `p_holm`: their p-values corrected for the budgets at which a baseline is compared on a split."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for r in records:
+        if r["p_value"] is not None:
+            families.setdefault((r["baseline"], r["split"]), []).append(r)
+    for family in families.values():
+        for r, p in zip(family, holm([r["p_value"] for r in family]), strict=True):
+            r["p_holm"] = p
     return records
 
 
-def claims(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per baseline and split: at how many budgets the difference is not negative, and clear of zero.
+def clear(record: Mapping[str, Any]) -> int:
+    """1 where a comparison is clearly in favour of its policy, -1 clearly against, else 0.
 
-    Clear: the interval excludes zero and the exact sign test has p < 0.05.
+    Clear: the interval excludes zero, and so does the exact sign test with p < 0.05 after correction for the number of budgets.
     """
+    if record["difference"] is None or record["p_holm"] >= 0.05:
+        return 0
+    return int(record["ci_low"] > 0) - int(record["ci_high"] < 0)
+
+
+def claims(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per baseline and split: at how many budgets the difference is not negative, and clear of zero."""
     records = []
     for baseline, split in dict.fromkeys((c["baseline"], c["split"]) for c in compared):
         chosen = [c for c in compared if c["baseline"] == baseline and c["split"] == split]
@@ -145,8 +164,8 @@ def claims(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "split": split,
                 "budgets": len(chosen),
                 "not_worse": sum(c["difference"] >= 0 for c in chosen),
-                "clearly_worse": sum(c["ci_high"] < 0 and c["p_value"] < 0.05 for c in chosen),
-                "clearly_better": sum(c["ci_low"] > 0 and c["p_value"] < 0.05 for c in chosen),
+                "clearly_worse": sum(clear(c) < 0 for c in chosen),
+                "clearly_better": sum(clear(c) > 0 for c in chosen),
             }
         )
     return records

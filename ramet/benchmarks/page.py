@@ -41,14 +41,15 @@ def write_page(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> 
                     else (
                         f"{r['winner_cost']:.0f}",
                         f"{r['difference']:+.3f} [{r['ci_low']:+.3f}, {r['ci_high']:+.3f}]",
-                        f"{r['p_value']:.3f}",
+                        f"{r['p_value']:.3f}, {r['p_holm']:.3f}",
                     )
                 ),
             ]
             for r in compared
         ]  # fmt: skip
-        headers = ["metric", "split", "baseline", "its budget", "generated", f"{compared[0]['policy']} generated", "difference", "p"]
-        parts.append(f"<h2>{escape(compared[0]['policy'])} for at most what each baseline spent</h2>" + table(headers, rows))
+        winner = compared[0]["policy"]
+        headers = ["metric", "split", "baseline", "its budget", "generated", f"{winner} generated", "difference", "p, corrected for budgets"]
+        parts.append(f"<h2>{escape(winner)} for at most what each baseline spent</h2>" + table(headers, rows))
     areas = [r for r in records if r["record"] == "area"]
     rows = [[r["metric"], r["split"], r["cost"], r["policy"], f"{r['area']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]"] for r in areas]
     parts.append("<h2>Area under the frontier</h2>" + table(["metric", "split", "cost", "method", "area"], rows))

@@ -83,6 +83,6 @@ def write_report(path: Path, title: str, intro: str, records: Sequence[dict[str,
         if record["record"] == "meta":
             parts.append(f'<p class="note">{escape(record["command"])}, seed {record["seed"]}, ramet {escape(record["version"])}, ')
             parts.append(f"{escape(record['machine']['cpu'])}, {record['machine']['threads']} threads, {escape(record['time'])}</p>")
-    parts.append('<p class="note">Brackets are 95% intervals clustered by task (Wilson at the effective sample size).</p>')
+    parts.append('<p class="note">Brackets are 95% intervals, clustered by task, of each accuracy by itself.</p>')
     page = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
     write_text(path, page + "".join(parts) + "</body></html>\n")

@@ -228,7 +228,7 @@ def _say(records: Sequence[Mapping[str, Any]], metric: str) -> None:
     for baseline, split in dict.fromkeys((r["baseline"], r["split"]) for r in chosen):
         rows = [r for r in chosen if (r["baseline"], r["split"]) == (baseline, split)]
         known = [r for r in rows if r["difference"] is not None]
-        better, worse = (sum(sign * r[end] > 0 and r["p_value"] < 0.05 for r in known) for sign, end in ((1, "ci_low"), (-1, "ci_high")))
+        better, worse = (sum(frontier.clear(r) == sign for r in known) for sign in (1, -1))
         none = len(rows) - len(known)
         console.print(
             f"{rows[0]['policy']} for at most what {baseline} spent ({split}, {metric}): clearly better at {better}, "

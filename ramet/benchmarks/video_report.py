@@ -156,6 +156,6 @@ def write_page(
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(f'<p><img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}"></p>')
     parts.append(f"<h2>Results</h2><p>Protocol: {escape(protocol)}</p>{table(*results_table(records))}")
-    parts.append('<p class="note">Intervals are 95% bootstraps over videos; where all agree, Wilson.</p>')
+    parts.append('<p class="note">Intervals are 95%, over videos; that of macro is a bootstrap.</p>')
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
     write_text(path, head + "".join(parts) + more + "</body></html>\n")

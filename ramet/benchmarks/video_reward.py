@@ -208,7 +208,7 @@ def _result(subset: str, condition: str, records: Sequence[Record], ties: float,
     result: Record = {"record": "result", "subset": subset, "condition": condition, "n": len(records), "clusters": len(set(clusters))}
     for name in dict.fromkeys(n for m in each for n in m):
         pairs = [(m[name], c) for m, c in zip(each, clusters, strict=True) if name in m]
-        interval: Interval = clustered_mean([v for v, _ in pairs], [c for _, c in pairs], seed)
+        interval: Interval = clustered_mean([v for v, _ in pairs], [c for _, c in pairs])
         result[name] = interval.mean
         if name in ("accuracy", "consistent"):
             before = "ci" if name == "accuracy" else f"{name}_ci"

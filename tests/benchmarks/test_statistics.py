@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ramet.benchmarks.frontier import claims, cost_at, equal_accuracy
-from ramet.benchmarks.statistics import accuracy_interval, paired_difference, sign_test
+from ramet.benchmarks.baselines import Outcome
+from ramet.benchmarks.frontier import claims, clear, comparisons, corrected, cost_at, equal_accuracy
+from ramet.benchmarks.harness import Measured, grouped
+from ramet.benchmarks.statistics import accuracy_interval, holm, paired_difference, sign_test
 
 
 def scores(values) -> dict[str, list[float]]:
@@ -23,7 +25,15 @@ def test_one_sample_a_task_is_the_wilson_interval():
 def test_all_right_is_not_certain():
     interval = accuracy_interval(scores([1] * 100))
     assert interval.mean == 1.0 and interval.high == 1.0 and 0.95 < interval.low < 0.97
-    assert accuracy_interval(scores([0])).high > 0.7
+    assert (accuracy_interval(scores([0])).low, accuracy_interval(scores([0])).high) == (0.0, 1.0)
+
+
+def test_of_few_tasks_less_is_known_than_the_normal_distribution_says():
+    """Wilson's interval of 4 of 16 is 0.102 to 0.495; with 2.131 standard errors for 1.960, and 15 for 16, 0.091 to 0.525."""
+    interval = accuracy_interval(scores([1] * 4 + [0] * 12))
+    assert (interval.low, interval.high) == (pytest.approx(0.0914, abs=1e-3), pytest.approx(0.5248, abs=1e-3))
+    one, other = accuracy_interval(scores([1] * 81 + [0] * 182)), accuracy_interval(scores([1] * 8 + [0] * 18))
+    assert other.high - other.low > 3 * (one.high - one.low)
 
 
 def test_copies_of_a_sample_add_no_certainty():
@@ -43,7 +53,7 @@ def test_coverage_of_both_intervals():
         b = {str(i): list((rng.random(3) < q * 0.8).astype(float)) for i, q in enumerate(p)}
         interval = accuracy_interval(a)
         held += interval.low <= 0.5 <= interval.high
-        difference = paired_difference(a, b, resamples=400)
+        difference = paired_difference(a, b)
         held_difference += difference.low <= 0.1 <= difference.high
     assert held / rounds > 0.91 and held_difference / rounds > 0.90
 
@@ -79,7 +89,40 @@ def test_the_sign_test_by_hand(wins, losses, p):
 
 
 def test_claims_count_what_the_intervals_say():
-    rows = [(0.1, 0.05, 0.2), (0.0, -0.1, 0.1), (-0.2, -0.3, -0.1)]
-    compared = [{"baseline": "solo", "split": "iid", "difference": d, "ci_low": a, "ci_high": b, "p_value": 0.01} for d, a, b in rows]
+    rows = [(0.1, 0.05, 0.2), (0.0, -0.1, 0.1), (-0.2, -0.3, -0.1), (0.3, 0.2, 0.4)]
+    compared = corrected(
+        [
+            {"baseline": "solo", "split": "iid", "difference": d, "ci_low": a, "ci_high": b, "p_value": p}
+            for (d, a, b), p in zip(rows, (0.01, 0.01, 0.01, 0.04), strict=True)
+        ]
+    )
     (claim,) = claims(compared)
-    assert (claim["not_worse"], claim["clearly_better"], claim["clearly_worse"], claim["budgets"]) == (2, 1, 1, 3)
+    assert (claim["not_worse"], claim["clearly_better"], claim["clearly_worse"], claim["budgets"]) == (3, 2, 1, 4)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([0.2]) == [0.2]
+    assert holm([0.02, 0.001, 0.001]) == pytest.approx([0.02, 0.003, 0.003])
+
+
+def outcomes(policy: str, budget: int, right) -> list[Measured]:
+    cost = Outcome("7", budget, budget, 1, False, 0, "answered")
+    return [Measured(policy, "iid", budget, str(i), 1, float(r), cost) for i, r in enumerate(right)]
+
+
+def test_where_nothing_differs_seven_budgets_seldom_show_a_clear_difference():
+    """Two methods of equal accuracy, independent at each of seven budgets: uncorrected, a quarter of such tables show one."""
+    rng = np.random.default_rng(0)
+    shown = uncorrected = 0
+    for _ in range(200):
+        measured = [m for policy in ("trained", "solo") for b in range(7) for m in outcomes(policy, 10 + b, rng.random(150) < 0.5)]
+        compared = comparisons(grouped(measured))
+        shown += any(clear(c) for c in compared)
+        uncorrected += any(c["p_value"] < 0.05 for c in compared)
+    assert uncorrected > 30 and shown <= 16  # 5% of 200 is 10, and its standard error 3
+
+
+def test_a_comparison_of_one_task_says_nothing():
+    (compared,) = comparisons(grouped([*outcomes("trained", 9, [True]), *outcomes("solo", 9, [False])]))
+    assert (compared["ci_low"], compared["ci_high"], compared["p_value"], clear(compared)) == (-1.0, 1.0, 1.0, 0)
