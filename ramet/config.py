@@ -217,6 +217,8 @@ class RunConfig(BaseModel):
     budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given
     budgets        limits on generated tokens that training tasks are drawn with
     reward         what usage costs, in units of the score
+    tell_budget    who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line
+                   for part of the question. Methods are then compared fairly only with others that hold the tool
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -236,6 +238,7 @@ class RunConfig(BaseModel):
     reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
     train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="standardised")
     openrlhf: ClusterConfig = ClusterConfig()
+    tell_budget: Literal["all", "holders"] = "all"
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from ramet.benchmarks.plots import LABELS
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
@@ -124,7 +126,7 @@ def test_reproduce_writes_what_the_readme_shows_and_does_nothing_twice(tmp_path)
     folder = tmp_path / "runs" / "reproduce-nano-2"
     records = json.loads((folder / "results.json").read_text())
     points = {(r["policy"], r["split"], r["budget"]): r for r in records if r["record"] == "point"}
-    policies = ("trained", "solo", "base", "best_of_n", "map_reduce")
+    policies = set(LABELS) - {"base_serial"}
     assert set(points) == {(p, s, b) for p in policies for s, b in (("iid", 40), ("iid", 90), ("ood", 150))}
     for point in points.values():
         assert {"n", "accuracy", "ci_low", "ci_high", "generated", "critical_path", "spawn_rate"} <= set(point)

@@ -3,17 +3,17 @@
 Every method turns a task and a budget into an `Outcome`: one answer and what was spent on it. All see the
 same information: the task's rows are in every root prompt.
 
-- `tree`: the model decides (base, trained; with depth 0, solo).
-- `best_of_n`: whole solutions in one context each, until the budget is used up; majority vote.
+- `tree`: the model decides (base, trained; with depth 0, solo, or weights that learned to spawn and may not).
+- `always`: the same, but that it delegates is decided; how is not.
+- `best_of_n`: whole solutions in one context each, until the budget is used up; majority vote (self-consistency).
 - `map_reduce`: a program hands a fixed number of rows to each clone and the results to the model. The
   text of its call is free, because no model wrote it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget, fair_shares
@@ -21,8 +21,9 @@ from ramet.agents.chat import ChatFormat, ControlTokenFormat
 from ramet.agents.context import ContextStore, clone_prompt
 from ramet.agents.protocol import CloneResult, left_line, parse_call, render_call, render_results
 from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tasks import task_group
-from ramet.agents.tree import Message, Status, Task, Tree
+from ramet.agents.tree import Message, Status, StopReason, Task, Tree
 from ramet.env.arithmetic import OBJECTIVE
 from ramet.errors import ConfigError, PolicyError
 from ramet.nano.demonstrations import statement
@@ -119,31 +120,84 @@ def support_recall(task: Task, keys: Collection[str]) -> float | None:
     return sum(key in found for key in supporting) / len(supporting)
 
 
-async def best_of_n(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+class Begun(PolicyWrapper):
+    """`policy`, whose first sample begins with `ids`: it did not choose them, and pays for them as for its own."""
+
+    def __init__(self, policy: Policy, ids: Sequence[int]):
+        super().__init__(policy)
+        self._ids = tuple(ids)
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        ids, self._ids = self._ids[: request.max_tokens], ()
+        if not ids:
+            return await self._policy.sample(request, partial)
+        partial.ids += ids
+        partial.logprobs += [0.0] * len(ids)
+        left = request.max_tokens - len(ids)
+        if left == 0:
+            return Sample(ids, (0.0,) * len(ids), StopReason.LENGTH, prefilled=len(request.prompt))
+        inner = Partial(partial.ids, partial.logprobs)
+        try:
+            sample = await self._policy.sample(replace(request, prompt=request.prompt + ids, max_tokens=left), inner)
+        finally:  # what it is made to say is charged as said, not as read
+            partial.prefilled, partial.cached = min(inner.prefilled, len(request.prompt)), inner.cached
+        prefilled = min(sample.prefilled, len(request.prompt))
+        return replace(sample, ids=ids + sample.ids, logprobs=(0.0,) * len(ids) + sample.logprobs, prefilled=prefilled)
+
+
+async def always(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+    """`tree`, but the root's first turn opens a call, as a branch of the nano model does that delegates."""
+    if not isinstance(runtime.chat, ControlTokenFormat):
+        raise ConfigError("always delegating is written for the nano chat format")
+    opened = runtime.chat.turn(statement(len(task.documents)), "")[:-2]  # without the end of the call, and of the turn
+    return await tree(replace(runtime, policy=Begun(runtime.policy, opened)), task, budget, seed)
+
+
+def best_of_n(canonical: Callable[[str], str]) -> Method:
     """Independent single-context solutions until one no longer fits; the most frequent answer, the earliest on ties.
 
-    Attempts that were cut vote only if none finished. They are independent, so the critical path is
-    the longest one's.
+    Answers of one `canonical` form count as one. Attempts that were cut vote only if none finished. They are independent, so the
+    critical path is the longest one's.
     """
-    total = only_generated(budget)
-    left, votes, cut = total, Counter[str](), Counter[str]()
-    trees: list[Tree] = []
-    while left > 0:
-        attempt = budget.model_copy(update={"generated": left, "depth": 0})
-        grown = checked(await runtime.run(task, attempt, seed_of(seed, "best_of_n", len(trees))))
-        trees.append(grown)
-        left -= grown.usage.generated
-        if grown.answer is not None:
-            (votes if grown.root.status is Status.ANSWERED else cut)[grown.answer] += 1
-        if grown.usage.generated == 0:
-            break
-    ranked = (votes or cut).most_common(1)
-    longest = max((grown.usage.generated for grown in trees), default=0)
-    return outcome(ranked[0][0] if ranked else None, f"{len(trees)} samples", trees, longest, 0)
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        left = only_generated(budget)
+        finished: list[str] = []
+        cut: list[str] = []
+        trees: list[Tree] = []
+        while left > 0:
+            attempt = budget.model_copy(update={"generated": left, "depth": 0})
+            grown = checked(await runtime.run(task, attempt, seed_of(seed, "best_of_n", len(trees))))
+            trees.append(grown)
+            left -= grown.usage.generated
+            if grown.answer is not None:
+                (finished if grown.root.status is Status.ANSWERED else cut).append(grown.answer)
+            if grown.usage.generated == 0:
+                break
+        longest = max((grown.usage.generated for grown in trees), default=0)
+        return outcome(vote(finished or cut, canonical), f"{len(trees)} samples", trees, longest, 0)
+
+    return method
 
 
-def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
-    """The method with a fixed split, for all budgets or by budget. Needs the nano chat format, in which the call is spelled.
+def vote(answers: Sequence[str], canonical: Callable[[str], str]) -> str | None:
+    """The first of the answers of which most say the same; None without any."""
+    said: dict[str, list[str]] = {}
+    for answer in answers:
+        said.setdefault(canonical(answer), []).append(answer)
+    return max(said.values(), key=len)[0] if said else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How map-reduce cuts a task: rows of each clone, and tokens that the reducer keeps for each result that it has to add."""
+
+    rows: int
+    kept: int
+
+
+def map_reduce(cut: Cut | Mapping[int, Cut]) -> Method:
+    """The method with a fixed cut, for all budgets or by budget. Needs the nano chat format, in which the call is spelled.
 
     The reducer reads what a branch of the nano model that had called for itself would read.
     """
@@ -152,12 +206,11 @@ def map_reduce(rows_per_clone: int | Mapping[int, int]) -> Method:
         if not isinstance(runtime.chat, ControlTokenFormat):
             raise ConfigError("map_reduce is written for the nano chat format")
         generated = only_generated(budget)
-        size = rows_per_clone if isinstance(rows_per_clone, int) else rows_per_clone[generated]
+        chosen = cut if isinstance(cut, Cut) else cut[generated]
         keys = list(task.documents)
-        groups = [keys[i : i + size] for i in range(0, len(keys), size)]
+        groups = [keys[i : i + chosen.rows] for i in range(0, len(keys), chosen.rows)]
         store = ContextStore(task.documents)
-        # The reducer keeps twelve tokens for each result that it has to add, and the answer.
-        kept = 0 if len(groups) == 1 else min(12 * len(groups), generated // 2)
+        kept = 0 if len(groups) == 1 else min(chosen.kept * len(groups), generated // 2)
         shares = fair_shares(generated - kept, [None] * len(groups))
         parts = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, OBJECTIVE, keys)),)) for i, keys in enumerate(groups)]
         budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for share in shares]

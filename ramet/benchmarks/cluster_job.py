@@ -36,7 +36,7 @@ def setup_of(config: RunConfig, directory: Path, spawn: bool, job: str = "") -> 
         raise ConfigError("the openrlhf engine samples with vLLM engines of its own: leave backend and attention.method as they are")
     return Setup(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
-        job, not config.env.language, functools.partial(_recipe, config, spawn),
+        job, config.tell_budget == "all", functools.partial(_recipe, config, spawn),
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def run_measuring(
                         try:
                             found += await measure(
                                 policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
-                                in_flight, config.eval.repeats, attempts, not config.env.language,
+                                in_flight, config.eval.repeats, attempts, config.tell_budget == "all",
                             )  # fmt: skip
                         except PolicyError:
                             policy.give_up()

@@ -12,7 +12,6 @@ A task says what is asked; a method adds one instruction at the end of its promp
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -22,7 +21,7 @@ from ramet.agents.context import ContextStore, clone_prompt
 from ramet.agents.protocol import CloneResult, render_results
 from ramet.agents.runtime import Runtime
 from ramet.agents.tree import Message, Task, Tree
-from ramet.benchmarks.baselines import Method, Outcome, checked, only_generated, outcome, side_by_side, support_recall, tree
+from ramet.benchmarks.baselines import Method, Outcome, checked, only_generated, outcome, side_by_side, support_recall, tree, vote
 from ramet.config import EnvConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
@@ -102,9 +101,8 @@ def self_consistency(env: Environment, count: int) -> Method:
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         trees = await _samples(runtime, task, budget, seed, count)
-        said = [(env.canonical(grown.answer), grown) for grown in trees if grown.answer is not None]
-        winner = Counter(answer for answer, _ in said).most_common(1)
-        return _chosen(trees, next((grown for answer, grown in said if answer == winner[0][0]), None))
+        winner = vote([grown.answer for grown in trees if grown.answer is not None], env.canonical)
+        return _chosen(trees, next((grown for grown in trees if grown.answer == winner is not None), None))
 
     return method
 

@@ -48,7 +48,7 @@ def write_page(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> 
             for r in compared
         ]  # fmt: skip
         winner = compared[0]["policy"]
-        headers = ["metric", "split", "baseline", "its budget", "generated", f"{winner} generated", "difference", "p, corrected for budgets"]
+        headers = ["metric", "split", "baseline", "its budget", "generated", f"{winner} generated", "difference", "p, corrected"]
         parts.append(f"<h2>{escape(winner)} for at most what each baseline spent</h2>" + table(headers, rows))
     areas = [r for r in records if r["record"] == "area"]
     rows = [[r["metric"], r["split"], r["cost"], r["policy"], f"{r['area']:.3f} [{r['ci_low']:.3f}, {r['ci_high']:.3f}]"] for r in areas]

@@ -10,20 +10,32 @@ from ramet.benchmarks.harness import ample_sizes, spawn_rates
 
 LABELS = {
     "trained": "trained controller",
+    "trained_always": "trained, always delegates",
+    "trained_never": "trained, never delegates",
     "base": "base model",
     "base_serial": "base, no spawning",
     "solo": "trained, no spawning (solo)",
     "best_of_n": "best of n (base)",
+    "best_of_n_solo": "best of n (solo)",
+    "best_of_n_trained": "best of n (trained)",
     "map_reduce": "fixed map-reduce (base)",
+    "map_reduce_trained": "fixed map-reduce (trained)",
 }
 COLOURS = {
     "trained": "#c0392b",
+    "trained_always": "#e67e73",
+    "trained_never": "#f0b7b1",
     "base": "#7f8c8d",
     "base_serial": "#2c7fb8",
     "solo": "#2c7fb8",
     "best_of_n": "#e08e0b",
+    "best_of_n_solo": "#e08e0b",
+    "best_of_n_trained": "#e08e0b",
     "map_reduce": "#3a8f5c",
+    "map_reduce_trained": "#3a8f5c",
 }
+DASHES = {"best_of_n": "--", "map_reduce": "--", "best_of_n_solo": ":"}
+"""Of methods that share a colour, the weights that are not the trained ones."""
 SPLITS = {"iid": "lengths as trained", "ood": "at least twice as long"}
 
 
@@ -37,6 +49,10 @@ def subplots(rows: int, columns: int) -> Any:
     return plt.subplots(rows, columns, figsize=(5.4 * columns, 3.9 * rows), squeeze=False, layout="constrained")
 
 
+def _style(policy: str) -> dict[str, Any]:
+    return {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "ls": DASHES.get(policy, "-")}
+
+
 def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against the budget and against the critical path, one row a split, 95% bands."""
     points = [r for r in records if r["record"] == "point"]
@@ -47,7 +63,7 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
             chosen = sorted((p for p in points if p["split"] == split and p["policy"] == policy), key=lambda p: p["budget"])
             if not chosen:
                 continue
-            style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5}
+            style = _style(policy)
             for column, x in enumerate(("budget", "critical_path")):
                 along = chosen if x == "budget" else sorted(chosen, key=lambda p: p[x])
                 xs, ys = [p[x] for p in along], [p["accuracy"] for p in along]
@@ -59,7 +75,7 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
             xlabel="budget: generated tokens of the whole tree", ylabel="accuracy", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02)
         )
         axes[row][1].set(xlabel="mean critical path (tokens one after another)", title=f"{SPLITS[split]}", ylim=(-0.02, 1.02))
-    axes[0][0].legend(frameon=False, fontsize=8.5)
+    axes[0][0].legend(frameon=False, fontsize=7)
     save(figure, path)
 
 
@@ -118,8 +134,8 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
         chosen = [r for r in ample if r["policy"] == policy]
         if not chosen:
             continue
-        style = {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "marker": "o", "ms": 3.5, "label": LABELS[policy]}
-        lines.plot([(r["size_low"] + r["size_high"]) / 2 for r in chosen], [r["accuracy"] for r in chosen], **style)
+        sizes = [(r["size_low"] + r["size_high"]) / 2 for r in chosen]
+        lines.plot(sizes, [r["accuracy"] for r in chosen], marker="o", ms=3.5, label=LABELS[policy], **_style(policy))
     lines.set(xlabel="operands", ylabel="accuracy", title="accuracy by length, largest budget", ylim=(-0.02, 1.02))
     lines.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     save(figure, path)

@@ -1,105 +1,73 @@
 """`ramet reproduce nano`: the comparison that the README shows.
 
 Two policies are trained from the shipped base by the same reinforcement learning, with the same number of
-updates and rollouts: one is offered the spawn tool, the other ("solo") is not. Then five policies answer
-the same held-out tasks under the same budgets. Best of n and map-reduce run with the settings that do best
-on other tasks. Everything resumes.
+updates and rollouts: one is offered the spawn tool, the other ("solo") is not. Then all that could explain the first one's accuracy
+away answers the same held-out tasks under the same budgets: its weights without the choice (always, never delegating), voting over
+samples of each of the three models, and a program that cuts the work, with the base and with the trained weights. What is to be set
+of these is set to what does best on other tasks. Everything resumes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import anyio
-
-from ramet.agents.actor import seed_of
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
-from ramet.benchmarks import baselines, frontier, plots
-from ramet.benchmarks.harness import Entry, Measured, grouped, measure
+from ramet.benchmarks import baselines, frontier, plots, progress, tuning
+from ramet.benchmarks.harness import Entry, Measured, grouped
 from ramet.benchmarks.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
+from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.report import write_report
 from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
 from ramet.benchmarks.tables import markdown
 from ramet.config import RunConfig
 from ramet.policy.catalogue import find
 from ramet.policy.checkpoint import checkpoint_path
-from ramet.policy.hf import HFPolicy
 from ramet.storage import write_json, write_text
 from ramet.terminal import Table, console
 
 NANO: dict[str, Any] = {"train": {"updates": 150}}
-ROWS_PER_CLONE = (1, 2, 3)
+SPLITS = ("iid", "ood")
 
 
-TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
-
-
-def choose(config: RunConfig, journal: Journal) -> tuple[dict[str, dict[int, int]], float]:
-    """Give the baselines their best settings, found on other tasks than those that are measured.
-
-    Map-reduce gets, per split and budget, the rows per clone with which it does best; best of n the
-    sampling temperature that does best over all budgets.
-    """
-    model, _, chat = open_model(config)
-    env = config.env.build()
-    seed = seed_of(config.seed, "choose", config.eval.seed)
-
-    async def scores(policy: HFPolicy, entry: Entry, split: str, budgets: Sequence[int], tasks: int) -> dict[int, float]:
-        drawn = [replace(t, id=f"choose-{t.id}") for t in env.tasks(split, tasks, seed % 2**32)]
-        measured = await measure(policy, chat, entry, env, drawn, split, budgets, config.budget, journal, seed)
-        return {budget: sum(m.score for m in measured if m.budget == budget) for budget in budgets}
-
-    async def main() -> tuple[dict[str, dict[int, int]], float]:
-        rows: dict[str, dict[int, int]] = {}
-        votes = dict.fromkeys(TEMPERATURES, 0.0)
-        async with HFPolicy(model, max_batch=config.train.max_batch) as policy:
-            for split, budgets in (("iid", config.eval.budgets), ("ood", config.eval.ood_budgets)):
-                found = {}
-                for size in ROWS_PER_CLONE:
-                    entry = Entry(f"map_reduce_{size}", baselines.map_reduce(size), Sampling(temperature=config.eval.temperature), 0)
-                    found[size] = await scores(policy, entry, split, budgets, config.eval.tasks // 3 or 1)
-                rows[split] = {budget: max(ROWS_PER_CLONE, key=lambda size: found[size][budget]) for budget in budgets}
-                for temperature in TEMPERATURES:
-                    entry = Entry(f"best_of_n_{temperature}", baselines.best_of_n, Sampling(temperature=temperature), 0)
-                    votes[temperature] += sum((await scores(policy, entry, split, budgets, config.eval.tasks // 6 or 1)).values())
-        return rows, max(TEMPERATURES, key=votes.__getitem__)
-
-    return anyio.run(main)
+def entries(config: RunConfig, weights: str, choices: tuning.Choices) -> list[Entry]:
+    """What runs with the base, solo or trained weights on one split."""
+    greedy = Sampling(temperature=config.eval.temperature)
+    canonical = config.env.build().canonical
+    after = "" if weights == "base" else f"_{weights}"
+    made = [tree_entry(weights, config, weights != "solo")]
+    if weights == "trained":
+        made.append(Entry("trained_always", baselines.always, greedy, config.budget.depth))
+        made.append(tree_entry("trained_never", config, False))
+    made.append(Entry(f"best_of_n{after}", baselines.best_of_n(canonical), Sampling(temperature=choices.temperature), 0))
+    if choices.cuts:
+        made.append(Entry(f"map_reduce{after}", baselines.map_reduce(choices.cuts), greedy, 0))
+    return made
 
 
 def reproduce_nano(config: RunConfig, directory: Path) -> None:
     """Train both, measure all, write `results.json`, `results.md`, pictures and `report.html` into `directory`."""
     claim_folder(directory, config)
-    base = find(config.model)
-    checkpoints = {}
+    paths = {"base": find(config.model)}
     for name, spawn in (("trained", True), ("solo", False)):
         run_training(config, directory / name, spawn, name)
-        checkpoints[name] = checkpoint_path(directory / name / "checkpoints", config.train.updates)
-    identity = [weights_id(path) for path in (base, *checkpoints.values())]
+        paths[name] = checkpoint_path(directory / name / "checkpoints", config.train.updates)
+    identity = [weights_id(path) for path in paths.values()]
+    measured: list[Measured] = []
+    choices = []
     with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), identity)) as journal:
-        console.print("choosing the baselines' settings on tasks of their own")
-        rows, temperature = choose(config, journal)
-        console.print(f"map-reduce, rows per clone by budget: {rows}; best of n, temperature: {temperature}")
-        greedy = Sampling(temperature=config.eval.temperature)
-        measured: list[Measured] = []
-        for name, spawn in (("trained", True), ("solo", False)):
-            measured += run_measuring(config, checkpoints[name], [tree_entry(name, config, spawn)], ("iid", "ood"), journal, "measuring")
-        for split in ("iid", "ood"):
-            entries = [
-                tree_entry("base", config, True),
-                Entry("best_of_n", baselines.best_of_n, Sampling(temperature=temperature), 0),
-                Entry("map_reduce", baselines.map_reduce(rows[split]), greedy, 0),
-            ]
-            measured += run_measuring(config, base, entries, (split,), journal, "measuring")
-    choices = [
-        {"record": "choice", "split": split, "budget": budget, "map_reduce_rows_per_clone": size, "best_of_n_temperature": temperature}
-        for split, by_budget in rows.items()
-        for budget, size in by_budget.items()
-    ]
+        for weights in ("trained", "solo", "base"):
+            model, _, chat = open_model(config, paths[weights])
+            for split in SPLITS:
+                label = f"tuning baselines of {weights}, {split}"
+                cut = weights != "solo"
+                with progress.measuring(label, tuning.outcomes(config, split, cut)) as report:
+                    chosen = tuning.tune(config, model, chat, weights, split, cut, journal, report)
+                choices += chosen.records(weights, split)
+                measured += run_measuring(config, paths[weights], entries(config, weights, chosen), (split,), journal, "measuring")
+    measured.sort(key=lambda m: (list(LABELS).index(m.policy), SPLITS.index(m.split)))
     records = [meta("reproduce nano", config.seed), *summary(measured), *choices]
     write_json(directory / "results.json", records)
     write_text(directory / "results.md", markdown(records))

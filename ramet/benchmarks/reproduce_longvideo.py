@@ -37,6 +37,7 @@ FRAMES, PIXELS = 2, 56 * 56
 DRM_STEPS, SFT_STEPS = 600, 1000
 LONGVIDEO: dict[str, Any] = {
     "model": "base",
+    "tell_budget": "holders",
     "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "frames": FRAMES, "pixels": PIXELS},
     "budget": {"answer_reserve": 12, "context": "unlimited", "depth": 1, "width": 8, "turns": 4},
     "budgets": [96, 160, 256],

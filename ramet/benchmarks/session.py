@@ -162,7 +162,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     draw, judge = recipe(config, token_count(tokenizer), spawn)
     policy = engine_of(config, model, tokenizer, chat)
     job = job_of(config, spawn)
-    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, not config.env.language, policy)
+    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, config.tell_budget == "all", policy)
 
 
 def machine() -> dict[str, Any]:

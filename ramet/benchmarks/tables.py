@@ -11,7 +11,10 @@ from ramet.benchmarks.plots import LABELS, SPLITS
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
     """Accuracy by budget, claims, cost at equal accuracy, and behaviour by length and budget, each a table."""
-    tables = (accuracy(records, "iid"), accuracy(records, "ood"), claims(records), costs(records), spawning(records), lengths(records))
+    tables = (
+        accuracy(records, "iid"), accuracy(records, "ood"), claims(records), costs(records), spawning(records), lengths(records),
+        choices(records),
+    )  # fmt: skip
     return "\n".join("\n".join(lines) + "\n" for lines in tables)
 
 
@@ -43,6 +46,17 @@ def claims(records: Sequence[dict[str, Any]]) -> list[str]:
         if r["record"] == "claim"
     ]
     return table(["trained controller against", "on", "at least as accurate", "clearly better", "clearly worse"], rows)
+
+
+def choices(records: Sequence[dict[str, Any]]) -> list[str]:
+    """What the baselines were set to, on tasks of their own."""
+    chosen = [r for r in records if r["record"] == "choice"]
+    rows = []
+    for weights, split in dict.fromkeys((r["weights"], r["split"]) for r in chosen):
+        own = [r for r in chosen if (r["weights"], r["split"]) == (weights, split)]
+        cuts = ", ".join(f"{r['budget']}: {r['map_reduce_rows']}, {r['map_reduce_kept']}" for r in own if "budget" in r)
+        rows.append([weights, SPLITS[split], f"{own[0]['best_of_n_temperature']:g}", cuts])
+    return table(["weights", "on", "best of n, temperature", "map-reduce, by budget: rows a clone, tokens kept a result"], rows)
 
 
 def costs(records: Sequence[dict[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
 from ramet.benchmarks import baselines
-from ramet.benchmarks.baselines import best_of_n, map_reduce, tree
+from ramet.benchmarks.baselines import Begun, Cut, always, best_of_n, map_reduce, tree, vote
 from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import ConfigError
@@ -31,7 +31,7 @@ def base():
     return load_model(BASE)
 
 
-@pytest.mark.parametrize("method", [tree, best_of_n, map_reduce(1), map_reduce(3)])
+@pytest.mark.parametrize("method", [tree, always, best_of_n(ENV.canonical), map_reduce(Cut(1, 12)), map_reduce(Cut(3, 4))])
 @pytest.mark.parametrize("generated", [1, 9, 30, 120])
 def test_every_method_keeps_its_budget(base, method, generated):
     model, _, chat = base
@@ -48,7 +48,8 @@ def test_every_method_keeps_its_budget(base, method, generated):
             for task in ENV.tasks("iid", 4, 1):
                 spent.clear()
                 outcome = await method(Runtime(policy, chat), task, Budget(generated=generated, answer_reserve=8, context=768), 3)
-                assert outcome.generated == sum(spent) <= generated
+                given = len(chat.turn(f"rows: {len(task.documents)}", "")[:-2]) if method is always else 0
+                assert sum(spent) + min(given, 1) <= outcome.generated <= min(sum(spent) + given, generated)
                 assert outcome.critical_path <= outcome.generated
                 again = await method(Runtime(policy, chat), task, Budget(generated=generated, answer_reserve=8, context=768), 3)
                 assert (again.answer, again.generated) == (outcome.answer, outcome.generated)
@@ -69,26 +70,70 @@ class Says:
         return Sample(ids, (0.0,) * len(ids), StopReason.END if ids[-1] in request.stop_ids else StopReason.LENGTH)
 
 
-def vote(base, texts, generated):
+def voted(base, texts, generated):
     _, _, chat = base
     task = ENV.tasks("iid", 1, 0)[0]
-    return anyio.run(best_of_n, Runtime(Says(chat, texts), chat), task, Budget(generated=generated), 0)
+    return anyio.run(best_of_n(ENV.canonical), Runtime(Says(chat, texts), chat), task, Budget(generated=generated), 0)
 
 
 def test_best_of_n_takes_the_most_frequent_and_on_ties_the_earliest(base):
     _, _, chat = base
     each = len(chat.turn("Answer: 7"))
-    assert vote(base, ["Answer: 7", "Answer: 8", "Answer: 8"], 3 * each).answer == "8"
-    tied = vote(base, ["Answer: 7", "Answer: 8"], 2 * each)
+    assert voted(base, ["Answer: 7", "Answer: 8", "Answer: 8"], 3 * each).answer == "8"
+    tied = voted(base, ["Answer: 7", "Answer: 8"], 2 * each)
     assert (tied.answer, tied.generated, tied.critical_path) == ("7", 2 * each, each)
-    cut = vote(base, ["Answer: 7", "Answer: 9"], each + 2)
+    cut = voted(base, ["Answer: 7", "Answer: 9"], each + 2)
     assert (cut.answer, cut.generated) == ("7", each + 2)
+
+
+def test_votes_are_of_what_answers_say():
+    """`7`, `+7` and `07` are one answer, and outvote `8`, which comes more often than any one spelling."""
+    assert vote(["8", "7", "8", "+7", "07"], ENV.canonical) == "7"
+    assert vote([], ENV.canonical) is None and vote(["7", "8"], ENV.canonical) == "7"
+
+
+def test_always_delegating_opens_the_call_and_leaves_the_rest_to_the_model(base):
+    """The base, which delegates half of the time, does so each time; what it was made to say is charged and stands in the branch."""
+    model, _, chat = base
+    tasks = RowsEnvironment((10, 12)).tasks("iid", 12, 2)
+    budget = Budget(generated=300, answer_reserve=8, context=768, depth=1, width=16)
+
+    async def main() -> None:
+        async with HFPolicy(model) as policy:
+            free = [await tree(Runtime(policy, chat), task, budget, seed) for seed, task in enumerate(tasks)]
+            made = [await always(Runtime(policy, chat), task, budget, seed) for seed, task in enumerate(tasks)]
+            assert 0 < sum(o.spawned for o in free) < 12 and all(o.spawned for o in made)
+            grown = await Runtime(Begun(policy, chat.turn("rows: 2", "")[:-2]), chat).run(tasks[0], budget, 1)
+            first = grown.root.turns[0]
+            assert chat.text(first.sampled).startswith("rows: 2<tool_call>{") and grown.usage.generated == sum(
+                len(turn.sampled) for branch in grown.branches for turn in branch.turns
+            )
+
+    anyio.run(main)
+
+
+@pytest.mark.parametrize("kept", [4, 12])
+def test_the_reducer_keeps_what_it_is_told_to(base, kept):
+    """Clones may spend what is not kept, shared out fairly; the reducer has at least what was kept."""
+    _, _, chat = base
+    task = RowsEnvironment((12, 12)).tasks("iid", 1, 0)[0]
+    limits: list[int] = []
+
+    class Noting(Says):
+        async def sample(self, request, partial):
+            limits.append(request.max_tokens)
+            return await super().sample(request, partial)
+
+    said = Noting(chat, ["Answer: 1"] * 9)
+    anyio.run(map_reduce(Cut(1, kept)), Runtime(said, chat), task, Budget(generated=100), 0)
+    rows = len(task.documents)
+    assert len(limits) == rows + 1 and sum(limits[:rows]) == 100 - kept * rows and limits[-1] >= kept * rows
 
 
 def test_best_of_n_needs_a_limit(base):
     _, _, chat = base
     with pytest.raises(ConfigError, match="need a limit on generated tokens"):
-        anyio.run(best_of_n, Runtime(Says(chat, []), chat), ENV.tasks("iid", 1, 0)[0], Budget(), 0)
+        anyio.run(best_of_n(ENV.canonical), Runtime(Says(chat, []), chat), ENV.tasks("iid", 1, 0)[0], Budget(), 0)
 
 
 def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
