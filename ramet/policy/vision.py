@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from ramet.errors import CheckpointError, ConfigError, PolicyError, TaskError
 from ramet.policy.drawing import Row
 from ramet.policy.hf import HFPolicy
 from ramet.policy.rows import Inputs
-from ramet.rewards.video.frames import DEVIATION, MEAN, Frames, content_id, patches, read_frames
+from ramet.rewards.video.frames import DEVIATION, MEAN, Fit, Frames, content_id, fitted, patches, read_frames
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -48,15 +48,15 @@ class Look:
     most: int = 128 * 28 * 28
     order: Literal["filmed", "reversed", "shuffled"] = "filmed"
 
-    def at(self, segment: Segment) -> Frames:
-        """The segment's frames. Raises `TaskError` for what cannot be read."""
-        found = read_frames(Path(segment.file), self.frames, segment.start, segment.end, fps=self.fps)
+    def at(self, segment: Segment, fit: Fit | None = None) -> Frames:
+        """The segment's frames, each resized by `fit` as it is read. Raises `TaskError` for what cannot be read."""
+        found = read_frames(Path(segment.file), self.frames, segment.start, segment.end, fps=self.fps, fit=fit)
         order = list(range(len(found.times)))
         if self.order == "reversed":
             order.reverse()
         elif self.order == "shuffled":
             random.Random(f"{Path(segment.file).name}/{segment.start}").shuffle(order)
-        return Frames(found.pixels[order], found.times, found.seconds)
+        return replace(found, pixels=found.pixels[order])
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ class VideoReader:
         return seen
 
     def _read(self, segment: Segment) -> Seen:
-        vision, config, frames = self._vision, self._config, self.look.at(segment)
+        vision, config, look = self._vision, self._config, self.look
+        factor = vision.patch_size * vision.spatial_merge_size
+        frames = look.at(segment, lambda height, width: fitted(height, width, factor, look.least, look.most))
         newest = config.model_type == "qwen3_vl"
         half = (0.5, 0.5, 0.5)
         rows, grid = patches(
@@ -112,8 +114,8 @@ class VideoReader:
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             temporal=vision.temporal_patch_size,
-            least=self.look.least,
-            most=self.look.most,
+            least=1,  # they are of the right size already
+            most=frames.pixels.shape[1] * frames.pixels.shape[2],
             mean=half if newest else MEAN,
             deviation=half if newest else DEVIATION,
         )

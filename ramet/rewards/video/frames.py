@@ -3,38 +3,38 @@
     frames = read_frames(Path("clip.mp4"), 16)                # uint8 (16, height, width, 3), and the second of each
     pixels, grid = patches(frames.pixels)                     # rows of patches, (t, h, w) in patches
 
-A video is a file that PyAV decodes (GIFs and single pictures too) or a folder of pictures, a second each. It is untrusted: what
-is no video, has no frames, is cut short or is too large to be decoded is named in a `TaskError`, with the second where it ends.
+A video is a file that PyAV decodes (`containers`), a picture, an animated WebP or a folder of pictures, a second each (`pictures`). It is
+untrusted: what is no video, has no frames, is cut short or is too large to be decoded is named in a `TaskError`, with the second where
+it ends.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ramet.errors import ConfigError, TaskError, first_line
+from ramet.errors import ConfigError, TaskError
+from ramet.rewards.video.containers import Clip, told
+from ramet.rewards.video.pictures import Pictures, in_folder, one
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """Of the red, green and blue channels of CLIP's training images, in shares of 255."""
-MOST_PIXELS = 2**25
-"""Of one frame, 8K: more is taken for an attack on memory."""
 MOST_IN_ALL = 2**28
-"""Pixels of all frames that are read at once."""
-LISTS = ("hls", "dash", "concat", "sdp", "rtsp", "image2", "imf")
-"""Formats whose files name other files or addresses, which nobody has allowed."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Pixels of all frames that are held at once, as they are handed out."""
+SLACK = 0.25
+"""Seconds after the last picture of a file that is cut short for which it stands."""
+
+Fit = Callable[[int, int], tuple[int, int]]
+"""Height and width that frames are resized to, of those that they have."""
 
 
 @dataclass(frozen=True)
@@ -45,217 +45,106 @@ class Frames:
     times: tuple[float, ...]
     seconds: float
     """Between one frame and the next, on average."""
-
-
-@dataclass(frozen=True)
-class _Span:
-    """What of a video is read: seconds, and where it begins and ends."""
-
-    start: float
-    end: float
-
-    def middles(self, count: int) -> list[float]:
-        """The middle of each of `count` equal parts."""
-        return [self.start + (self.end - self.start) * (2 * i + 1) / (2 * count) for i in range(count)]
+    damaged: int = 0
+    """Packets that could not be decoded, of those that were needed."""
 
 
 def read_frames(
-    path: Path, count: int, start: float = 0.0, end: float | None = None, *, fps: float | None = None, indices: Sequence[int] = ()
+    path: Path,
+    count: int,
+    start: float = 0.0,
+    end: float | None = None,
+    *,
+    fps: float | None = None,
+    indices: Sequence[int] = (),
+    fit: Fit | None = None,
 ) -> Frames:
     """Frames of [start, end) seconds: what is shown in the middle of each of `count` equal parts; a short clip repeats frames.
 
     With `fps`, that many a second instead, at most `count` in all. With `indices`, the frames of these numbers, from 0 on, in
-    ascending order, and nothing else counts.
+    ascending order, and nothing else counts. With `fit`, each frame is resized as soon as it is read, bicubically.
+
+    A clip with damage is read as far as it goes: the last picture before stands in for one that cannot be decoded. Raises `TaskError`
+    where more than a quarter of the frames have none within a second.
     """
     if count < 1 or (fps is not None and not fps > 0):
         raise ConfigError(f"at least one frame must be read (got {count}, {fps} a second)")
+    with _video(path) as video:
+        if indices:
+            return _numbered(path, video, sorted(set(indices)), fit)
+        stop = video.length if end is None else min(end, video.length)
+        length = stop - start
+        if not length > 0 or start < 0:
+            raise TaskError(f"{path} has nothing between {start:g} and {stop:g} seconds")
+        if fps is not None:
+            count = max(1, min(count, round(length * fps)))
+        wanted = [start + length * (2 * i + 1) / (2 * count) for i in range(count)]
+        if wanted[-1] > video.end + SLACK:
+            raise TaskError(f"{path} is cut short: its frames end at {video.end:.2f} s, and {wanted[-1]:.2f} s was to be read")
+        height, width = fit(video.height, video.width) if fit else (video.height, video.width)
+        if count * height * width > MOST_IN_ALL:
+            raise TaskError(f"{count} frames of {path} have more than {MOST_IN_ALL} pixels; read fewer")
+        kept: list[np.ndarray] = []
+        times: list[float] = []
+        for time, pixels in video.at(wanted):
+            kept.append(kept[-1] if times and times[-1] == time else _fitted(pixels, fit))
+            times.append(time)
+        return _frames(path, kept, times, length / count, video.damaged)
+
+
+def _video(path: Path) -> Clip | Pictures:
+    """A video by what it holds, to be closed after use."""
     if path.is_dir():
-        return _chosen(path, _pictures(path), count, start, end, fps, indices)
-    with _opened(path) as container:
-        if start > 0 and not indices:
-            container.seek(int(start * 1_000_000), backward=True)
-        return _chosen(path, _Decoded(path, container), count, start, end, fps, indices)
+        return Pictures(in_folder(path))
+    return one(path) or Clip(path)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A file that PyAV can decode and that may be decoded. What is raised of its reading comes out as a `TaskError`."""
-    try:
-        import av
-    except ImportError:
-        raise ConfigError("reading videos needs PyAV: pip install 'ramet[video]'") from None
-    try:
-        with av.open(str(path)) as container:
-            if set(container.format.name.split(",")) & set(LISTS) and path.suffix.lower() not in PICTURES:
-                raise TaskError(f"{path} is a list of other files ({container.format.name}); those are not read")
-            if not container.streams.video:
-                raise TaskError(f"{path} has no video")
-            stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise TaskError(f"{path} has a video in a format that cannot be decoded here")
-            if stream.width * stream.height > MOST_PIXELS:
-                raise TaskError(f"{path} has frames of {stream.width}x{stream.height}; at most {MOST_PIXELS} pixels are decoded")
-            yield container
-    except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-        raise TaskError(f"cannot read video {path}: {first_line(error)}") from error
-
-
-class _Pictures:
-    """A folder of pictures as a video with one frame a second."""
-
-    def __init__(self, folder: Path, files: list[Path]):
-        self.length, self.strict = float(len(files)), True
-        self._folder, self._files = folder, files
-        self.area = _area(files[0])
-
-    def __iter__(self) -> Iterator[tuple[float, float, Any]]:
-        for second, file in enumerate(self._files):
-            yield float(second), 1.0, file
-
-    def pixels(self, file: Path) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            with Image.open(file) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise TaskError(f"{file} is {image.width}x{image.height}; at most {MOST_PIXELS} pixels are decoded")
-                return np.asarray(image.convert("RGB"))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise TaskError(f"cannot read picture {file}: {first_line(error)}") from error
-
-
-def _area(file: Path) -> int:
-    """Pixels of a picture, by its header; 0 where that cannot be read, which reading it will say."""
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return int(image.width * image.height)
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return 0
-
-
-def _pictures(folder: Path) -> _Pictures:
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURES]
-    if not files:
-        raise TaskError(f"{folder} has no pictures ({', '.join(PICTURES)})")
-    # By the numbers in their names, so that 10 comes after 9.
-    return _Pictures(folder, sorted(files, key=lambda f: [(int(n or 0), t) for n, t in re.findall(r"(\d*)(\D*)", f.name)]))
-
-
-class _Decoded:
-    """The frames of an open container, in the order in which they are shown."""
-
-    def __init__(self, path: Path, container: Any):
-        self._path, self._container = path, container
-        stream = container.streams.video[0]
-        self.area = stream.width * stream.height
-        self._origin = float((stream.start_time or 0) * (stream.time_base or 0))
-        self.strict = not container.streams.audio
-        """Does the video last as long as the file says? Where there is sound, it may end sooner."""
-        if stream.duration and stream.time_base:
-            self.length, self.strict = float(stream.duration * stream.time_base), True
-        elif container.duration:
-            self.length = container.duration / 1_000_000
-        else:
-            self.length, self.strict = stream.frames / float(stream.average_rate or 25) or 1.0, False
-
-    def __iter__(self) -> Iterator[tuple[float, float, Any]]:
-        import av
-
-        last = 0.0
-        decoded = iter(self._container.decode(self._container.streams.video[0]))
-        while True:
-            try:
-                frame = next(decoded)
-            except StopIteration:
-                return
-            except (av.FFmpegError, OSError, ValueError) as error:
-                raise TaskError(f"cannot decode video {self._path} after {last:.2f} s: {first_line(error)}") from error
-            time = float(frame.time or 0.0) - self._origin
-            yield time, float((frame.duration or 0) * (frame.time_base or 0)), frame
-            last = time
-
-    def pixels(self, frame: Any) -> np.ndarray:
-        if frame.width * frame.height > max(self.area, 1) * 4:
-            raise TaskError(f"{self._path} has a frame of {frame.width}x{frame.height}, much larger than it says")
-        # A frame says how far it is to be turned against the clock.
-        return np.rot90(frame.to_ndarray(format="rgb24"), k=round(frame.rotation / 90) % 4)
-
-
-def _chosen(
-    path: Path, video: _Pictures | _Decoded, count: int, start: float, end: float | None, fps: float | None, indices: Sequence[int]
-) -> Frames:
-    if indices:
-        return _numbered(path, video, sorted(set(indices)))
-    span = _Span(start, video.length if end is None else min(end, video.length))
-    length = span.end - span.start
-    if not length > 0 or start < 0:
-        raise TaskError(f"{path} has nothing between {start:g} and {span.end:g} seconds")
-    if fps is not None:
-        count = max(1, min(count, round(length * fps)))
-    wanted = span.middles(count)
-    if count * video.area > MOST_IN_ALL:
-        raise TaskError(f"{count} frames of {path} have more than {MOST_IN_ALL} pixels; read fewer")
-    kept: list[np.ndarray] = []
-    times: list[float] = []
-    last, until, shown = None, 0.0, 0.0
-
-    def keep(frame: Any) -> None:
-        kept.append(kept[-1] if times and times[-1] == shown else video.pixels(frame))
-        times.append(shown)
-
-    for time, duration, frame in video:
-        while len(kept) < count and last is not None and wanted[len(kept)] < time:
-            keep(last)
-        if len(kept) == count:
-            break
-        last, shown, until = frame, time, time + max(duration, time - shown)
-    if last is None:
-        raise TaskError(f"{path} has no frame that can be decoded")
-    slack = 0.25 if video.strict else 1 + 0.1 * video.length
-    if len(kept) < count and wanted[-1] > until + slack:
-        raise TaskError(f"{path} is cut short: its frames end at {until:.2f} s, and {wanted[-1]:.2f} s was to be read")
-    while len(kept) < count:
-        keep(last)
-    return _frames(path, kept, times, length / count)
-
-
-def _numbered(path: Path, video: _Pictures | _Decoded, indices: list[int]) -> Frames:
+def _numbered(path: Path, video: Clip | Pictures, indices: list[int], fit: Fit | None) -> Frames:
     kept: list[np.ndarray] = []
     times: list[float] = []
     number = -1
-    for number, (time, _, frame) in enumerate(video):
+    for number, (time, pixels) in enumerate(video.all()):
         if number == indices[len(kept)]:
-            kept.append(video.pixels(frame))
+            kept.append(_fitted(pixels, fit))
             times.append(time)
             if len(kept) == len(indices):
-                return _frames(path, kept, times, (times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0)
+                return _frames(path, kept, times, (times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0, video.damaged)
     raise TaskError(f"{path} has {number + 1} frames; number {indices[len(kept)]} was to be read")
 
 
-def _frames(path: Path, kept: list[np.ndarray], times: list[float], seconds: float) -> Frames:
+def _fitted(pixels: np.ndarray, fit: Fit | None) -> np.ndarray:
+    return pixels if fit is None else resized(pixels, *fit(*pixels.shape[:2]))
+
+
+def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """A frame (height, width, 3) of another size, bicubically; one that has it as it is."""
+    from PIL import Image
+
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _frames(path: Path, kept: list[np.ndarray], times: list[float], seconds: float, damaged: int) -> Frames:
     if len({frame.shape for frame in kept}) > 1:
         raise TaskError(f"the frames of {path} differ in size: {', '.join(sorted({f'{f.shape[1]}x{f.shape[0]}' for f in kept}))}")
-    return Frames(np.stack(kept), tuple(times), seconds)
+    return Frames(np.stack(kept), tuple(times), seconds, damaged)
 
 
 def video_seconds(path: Path) -> float:
-    """How long a video lasts, as its file says. Raises `TaskError`."""
-    if path.is_dir():
-        return _pictures(path).length
-    with _opened(path) as container:
-        return _Decoded(path, container).length
+    """How long a video lasts: to the end of its pictures, or to where its file says where it is cut short. Raises `TaskError`."""
+    with _video(path) as video:
+        return video.length
 
 
 def content_id(path: Path) -> str:
-    """A hash of a video's bytes, remembered for as long as the file stays as it is. Raises `TaskError` where it cannot be read."""
-    files = sorted(f for f in path.iterdir() if f.is_file()) if path.is_dir() else [path]
-    try:
-        states = tuple((str(file), (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files)
-        return _hash(states)
-    except OSError as error:
-        raise TaskError(f"cannot read video {path}: {error.strerror or error}") from error
+    """A hash of a video's bytes, remembered for as long as its files stay as they are; of a folder, of its pictures.
+
+    Raises `TaskError` where it cannot be read.
+    """
+    files = in_folder(path) if path.is_dir() else [path]
+    with told(path):
+        return _hash(tuple((str(file), (state := file.stat()).st_mtime_ns, state.st_size) for file in files))
 
 
 @lru_cache(maxsize=65536)
@@ -298,11 +187,10 @@ def patches(
     Frames are resized bicubically; an odd last frame is doubled. Rows are ordered by time, then by merged square, so that
     the rows of one step in time stand together.
     """
-    from PIL import Image
-
     height, width = fitted(pixels.shape[1], pixels.shape[2], patch * merge, least, most)
-    resized = np.stack([np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)) for frame in pixels])
-    frames = (torch.from_numpy(resized).float() / 255 - torch.tensor(mean)) / torch.tensor(deviation)
+    frames = (
+        torch.from_numpy(np.stack([resized(frame, height, width) for frame in pixels])).float() / 255 - torch.tensor(mean)
+    ) / torch.tensor(deviation)
     if len(frames) % temporal:
         frames = torch.cat([frames, frames[-1:].expand(temporal - len(frames) % temporal, -1, -1, -1)])
     t, h, w = len(frames) // temporal, height // patch, width // patch
