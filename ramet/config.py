@@ -11,10 +11,12 @@ import copy
 import difflib
 import hashlib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -208,12 +210,39 @@ class AttentionConfig(BaseModel):
     passing: Annotated[int, Field(ge=0)] | None = None
 
 
+class ServerConfig(BaseModel):
+    """How the server at `url` is spoken to. A run may go on at another address, with other limits on requests and waiting.
+
+    model        its name for what it serves; by default the policy's name (chat), or its only model (completions)
+    in_flight    requests at a time; 1 for servers that drop a stream when another request comes
+    seconds      longest silence before a request counts as failed
+    wait         seconds that a server which is not up yet is waited for
+    names        its names for fields that it calls otherwise, such as { max_tokens = "max_completion_tokens" }; "" leaves a field out
+    extra        fields to send besides, such as { reasoning_effort = "low" }
+    fold_system  the system message goes into the first message of the user
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = ""
+    in_flight: _Tokens = 64
+    seconds: Annotated[float, Field(gt=0)] = 300.0
+    wait: Annotated[float, Field(ge=0)] = 180.0
+    names: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    fold_system: bool = False
+
+
+_SECRET = re.compile(r"key|token|secret|password|passwd|^pwd$|^sig|auth", re.IGNORECASE)
+"""Parameters of an address that are nobody else's business."""
+
+
 class RunConfig(BaseModel):
     """One run: what learns, on what, under which budgets.
 
     model          "nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name
     backend        what samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)
-    url            of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1
+    url            of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; no place for a key, since it is written down
     budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given
     budgets        limits on generated tokens that training tasks are drawn with
     reward         what usage costs, in units of the score
@@ -226,6 +255,7 @@ class RunConfig(BaseModel):
     model: str = "nano"
     backend: Literal["transformers", "vllm", "completions", "chat"] = "transformers"
     url: str = ""
+    server: ServerConfig = ServerConfig()
     chat: Literal["auto", "nano", "chatml", "template"] = "auto"
     seed: int = 0
     threads: Annotated[int, Field(ge=1)] | None = None
@@ -248,11 +278,18 @@ class RunConfig(BaseModel):
                 raise ValueError(f"budget.{name} is 0: nothing could be answered; give it more or leave it out")
         if bool(self.url) != (self.backend in ("completions", "chat")):
             raise ValueError("url and a backend that is a server (completions, chat) go together")
+        address = urlsplit(self.url)
+        if address.username or address.password or any(_SECRET.search(name) for name, _ in parse_qsl(address.query)):
+            raise ValueError("url holds a key or a user, and is written to the run folder; put the key into OPENAI_API_KEY")
         if self.attention.method != "dense" and self.backend != "transformers":
             raise ValueError(f"attention.method {self.attention.method} goes with the backend transformers")
         if self.budget.generated is not None and self.budgets:
             raise ValueError("budget.generated and budgets both limit generated tokens; set budgets to [] to use the first")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """What tells runs apart: all settings but where a server is, and how many requests and how long it is waited for."""
+        return self.model_dump(mode="json", exclude={"url": True, "server": {"in_flight", "seconds", "wait"}})
 
 
 LANGUAGE: dict[str, Any] = {

@@ -19,7 +19,7 @@ from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure,
 from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine, weights_id
 from ramet.benchmarks.show import resolve
-from ramet.config import RunConfig, dumps, write
+from ramet.config import RunConfig, dumps, load, write
 from ramet.errors import ConfigError, PolicyError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.checkpoint import TRAINER, checkpoint_path
@@ -31,18 +31,26 @@ from ramet.terminal import Table, console
 
 
 def claim_folder(directory: Path, config: BaseModel) -> None:
-    """Make the run folder this configuration's and this process's; refuse one that holds another or is in use."""
+    """Make the run folder this configuration's and this process's; refuse one that holds another or is in use.
+
+    A run may go on where its server is now, with other limits on requests and waiting (`RunConfig.identity`).
+    """
     lock(directory)
     path = directory / "config.toml"
     if path.exists():
         held, new = read_text(path), dumps(config)
         others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK)]
-        if held != new and not others:
-            write(config, path)  # claimed by a run that did not get as far as writing anything
+        if held != new and (not others or _same(path, config)):
+            write(config, path)  # also if it was claimed by a run that did not get as far as writing anything
         elif held != new:
             raise ConfigError(f"{directory} holds a run with another configuration or seed; choose another --name or remove it")
     else:
         write(config, path)
+
+
+def _same(path: Path, config: BaseModel) -> bool:
+    """Are these the settings of the run that `path` holds, as far as they tell runs apart?"""
+    return isinstance(config, RunConfig) and load(RunConfig, path).identity() == config.identity()
 
 
 def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) -> Trainer:
@@ -162,7 +170,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
-    with Journal(directory / "evaluation.jsonl", fingerprint(config.model_dump(mode="json"), spawn, weights_id(final))) as journal:
+    with Journal(directory / "evaluation.jsonl", fingerprint(config.identity(), spawn, weights_id(final))) as journal:
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
     records = [meta("train", config.seed), *result_records(measured)]
@@ -181,7 +189,7 @@ def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: 
     base = isinstance(path, str) or not (path / TRAINER).exists()
     name = ("base" if spawn else "base_serial") if base else ("trained" if spawn else "solo")
     with Journal(
-        directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), config.env.files(), engine_id(config, path), spawn)
+        directory / "journal.jsonl", fingerprint(config.identity(), config.env.files(), engine_id(config, path), spawn)
     ) as journal:
         entry = tree_entry(name, config, spawn)
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")

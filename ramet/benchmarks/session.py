@@ -19,7 +19,7 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.benchmarks.methods import instructed, instruction
-from ramet.config import RunConfig
+from ramet.config import RunConfig, ServerConfig
 from ramet.env.multihop import words
 from ramet.errors import ConfigError
 from ramet.policy.catalogue import find
@@ -50,7 +50,7 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     """
     if config.backend == "chat":
         wire = WireFormat()
-        return ChatPolicy(config.url, wire, str(model) or None), wire, words
+        return ChatPolicy(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
     path = find(str(model))
     if config.attention.method != "dense":
         return _shared_engine(config, path)
@@ -61,12 +61,20 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     else:
         tokenizer, chat = load_tokenizer(path, config.chat)
         if config.backend == "completions":
-            policy = CompletionsPolicy(config.url)
+            policy = CompletionsPolicy(config.url, config.server.model or None, **_spoken_to(config.server))
         else:
             from ramet.policy.vllm import VLLMPolicy
 
             policy = VLLMPolicy(path, dtype=config.dtype)
     return policy, chat, token_count(tokenizer)
+
+
+def _spoken_to(server: ServerConfig) -> dict[str, Any]:
+    """How a server's policy is made."""
+    return {
+        "concurrency": server.in_flight, "seconds": server.seconds, "wait": server.wait, "names": server.names, "extra": server.extra,
+        "fold_system": server.fold_system,
+    }  # fmt: skip
 
 
 def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Callable[[str], int]]:
@@ -107,8 +115,8 @@ def token_count(tokenizer: Any) -> Callable[[str], int]:
 
 
 def engine_id(config: RunConfig, model: str | Path) -> str:
-    """What tells engines apart in a journal: the weights, or for a chat server its address and model."""
-    return f"{config.url} {model}" if config.backend == "chat" else weights_id(find(str(model)))
+    """What tells engines apart in a journal: the weights, or for a chat server its name for them."""
+    return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
 def weights_id(path: Path) -> str:
@@ -147,7 +155,7 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
 
 def job_of(config: RunConfig, spawn: bool) -> str:
     """What tells training runs apart: settings, data and first weights."""
-    said = config.model_dump(mode="json")
+    said = config.identity()
     said["openrlhf"] = {name: value for name, value in said["openrlhf"].items() if name not in FREE}
     return fingerprint(said, config.env.files(), spawn, weights_id(find(config.model)))
 

@@ -104,7 +104,7 @@ def frontier_job(
     env = config.env.build()
     chosen = entries(names, config, env, depths, widths, methods.likelihood if reward_model is None else preference(reward_model))
     measured: list[Measured] = []
-    job = [config.model_dump(mode="json"), config.env.files(), engine_id(config, model), PROTOCOL]
+    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL]
     job += [None if reward_model is None else weights_id(reward_model)]
     with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
         measured += run_measuring(config, model, chosen, env.splits, journal, policy)

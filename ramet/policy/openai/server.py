@@ -240,7 +240,7 @@ class Server(ABC):
         passing = isinstance(error, (httpx.HTTPError, httpx.StreamError)) and not isinstance(
             error, (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
         )
-        lasting = ("CERTIFICATE_VERIFY_FAILED", "Name or service not known", "nodename nor servname", "407 Proxy")
+        lasting = ("CERTIFICATE_VERIFY_FAILED", "Name or service not known", "nodename nor servname", "No address associated", "407 Proxy")
         if not passing or (not self._served and any(words in said for words in lasting)):
             return PolicyError(line)
         return TransientPolicyError(line)
