@@ -12,6 +12,7 @@ Thoughts are not read, closed or not. Then, the first of these that says somethi
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 LONGEST = 65_536
 """Characters of a stated answer that are looked at."""
@@ -32,6 +33,7 @@ _BARE_BOX = re.compile(
     r"\\(?:boxed|fbox|framebox)(?![a-zA-Z])[ \t]*"
     r"([-+]?\d[\d.,/]*|[a-zA-Z](?=[.,;]?(?:\s*\Z|\s*\$))|\\(?!boxed|fbox|framebox)[a-zA-Z]+[^\s$]*)"
 )
+_BETWEEN = re.compile(r"(?:[\s,;$]|\\[()\[\]]|\\[,;]|\\q?quad|\\text\{\s*(?:and|or),?\s*\}|and|or){1,60}")
 _EMPHASIS = " \t\r\n*_`"
 
 
@@ -50,20 +52,54 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}` of a text, braces balanced, or after `\boxed `; None without one."""
+    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}` of a text, braces balanced, or after `\boxed `; None without one.
+
+    Of several in a row (`\boxed{1} and \boxed{2}`), all, with what is between them.
+    """
+    boxes = _boxes(text)
+    last = len(boxes) - 1
+    while last > 0 and _BETWEEN.fullmatch(text, boxes[last - 1].end, boxes[last].start):
+        last -= 1
+    if not boxes:
+        return None
+    return boxes[-1].inside if last == len(boxes) - 1 else text[boxes[last].start : boxes[-1].end]
+
+
+def unboxed(text: str) -> str:
+    r"""Of a text with boxes, what they hold: `1, 2` of `\boxed{1} and \boxed{2}`. Other texts as they are."""
+    boxed = last_boxed(text)
+    if boxed is None:
+        return text
+    return ", ".join(box.inside for box in _boxes(boxed)) or boxed
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    start: int
+    end: int
+    inside: str
+
+
+def _boxes(text: str) -> list[_Box]:
+    """All closed boxes in order, but those that hold another."""
     opened: list[re.Match[str]] = []
-    last: tuple[int, str] | None = None
+    found: list[_Box] = []
     for match in _BRACE.finditer(text):
         if match.group() != "}":
             opened.append(match)
         elif opened:
             start = opened.pop()
-            if start["box"] and (last is None or start.start() > last[0]):
-                last = start.start(), text[start.end() : match.start()]
-    for match in _BARE_BOX.finditer(text):
-        if last is None or match.start() > last[0]:
-            last = match.start(), match[1].rstrip(".,;")
-    return None if last is None else last[1]
+            if start["box"]:
+                found.append(_Box(start.start(), match.end(), text[start.end() : match.start()]))
+    found += [
+        _Box(match.start(), match.start(1) + len(said), said) for match in _BARE_BOX.finditer(text) if (said := match[1].rstrip(".,;"))
+    ]
+    inner: list[_Box] = []
+    for box in sorted(found, key=lambda box: box.start):
+        if inner and box.start < inner[-1].end:
+            inner.pop()
+        inner.append(box)
+    return inner
 
 
 def _spoken(text: str) -> str:

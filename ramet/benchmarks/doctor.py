@@ -22,7 +22,6 @@ PARTS = (
     ("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
     ("av", "av", "frames of videos", "pip install 'ramet[video]'"),
     ("datasets", "datasets", "questions from Parquet files and hubs", "pip install 'ramet[data]'"),
-    ("math_verify", "math-verify", "equivalence of mathematical answers", "pip install 'ramet[data]'"),
     ("bm25s", "bm25s", "the method retrieve", "pip install 'ramet[data]'"),
     ("reasoning_gym", "reasoning-gym", "the environment gym", "pip install 'ramet[data]'"),
     ("peft", "peft", "train.lora_rank", "pip install 'ramet[data]'"),
@@ -32,7 +31,7 @@ PARTS = (
     ("openrlhf", "openrlhf", "ramet train --engine openrlhf", "see docs/cluster.md; on CPUs make install-openrlhf"),
     ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
 )
-OPTIONAL = ("trio", "av", "datasets", "math-verify", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "openrlhf", "flash-attn")
+OPTIONAL = ("trio", "av", "datasets", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "openrlhf", "flash-attn")
 
 
 def _version(package: str) -> str:

@@ -27,7 +27,6 @@ from ramet.config import RunConfig
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError
-from ramet.rewards.maths import SECONDS, expired
 from ramet.rewards.preference import PreferenceModel
 from ramet.storage import write_json, write_text
 from ramet.terminal import console
@@ -128,8 +127,6 @@ def frontier_job(
     first = env.metrics[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
     _say(records, first)
-    if expired():
-        console.print(f"{expired()} answers could not be verified within {SECONDS:g} seconds, and count as wrong")
     console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
 
 

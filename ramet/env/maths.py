@@ -12,7 +12,7 @@ from ramet.agents.tree import Message, Task
 from ramet.data import Row, field, text
 from ramet.env.questions import Questions
 from ramet.errors import TaskError
-from ramet.rewards.maths import math_match, number, plain
+from ramet.rewards.maths import canonical, math_match, parse_reference
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "gsm8k": {},
@@ -50,14 +50,14 @@ class MathsEnvironment(Questions):
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
         question = text(_either(row, "question", self._fields, where), "question", where)
         answer = final_answer(text(_either(row, "answer", self._fields, where), "answer", where), where)
+        parse_reference(answer, where)
         return Task(task_id, (Message("user", question),), {}, answer, {"size": _digits(row.get("level")) or 0})
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         return math_match(task, answer)
 
     def canonical(self, answer: str) -> str:
-        value = number(answer)
-        return plain(answer) if value is None else str(value)
+        return canonical(answer)
 
     def size(self, task: Task) -> int:
         return int(task.meta["size"])

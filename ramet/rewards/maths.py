@@ -1,49 +1,61 @@
-"""Is a stated mathematical answer equivalent to the reference? Decided by math-verify, in a process that can be stopped.
+r"""Does a stated mathematical answer say what the reference says?
 
-What is equal as written, or as a number, is decided here. The rest is parsed by a computer algebra system, which model
-text can keep busy for ever (`9**9**9`): it runs in a worker process with a time limit, and is killed past it. An answer that
-cannot be verified in time is not equivalent; `Verifier.expired` counts them.
+Both are read into trees (`algebra.notation`) that are compared in value and form (`algebra.equality`); plain numbers at once. Nothing is
+searched, simplified or evaluated as code: the time is bounded by the length of the text, and any thread may ask. What cannot be read, and
+what is too large to compute, is no answer.
+
+What stands in the question is no answer to it: where an answer is equal to the reference but written otherwise (`\sqrt{72}` for
+`6\sqrt{2}`), it must not be copied from there. tests/rewards/maths_pairs.jsonl holds what counts as equal, case by case.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
 import re
-import select
-import subprocess
-import sys
-from dataclasses import dataclass, field
 from fractions import Fraction
 
-from ramet.agents.protocol import last_boxed
 from ramet.agents.tree import Task
-from ramet.errors import RewardError, TaskError
+from ramet.errors import TaskError
+from ramet.rewards.algebra.equality import same
+from ramet.rewards.algebra.lexing import LONGEST, cleaned, plain_words
+from ramet.rewards.algebra.notation import AS_WRITTEN, read
+from ramet.rewards.algebra.trees import Node, Quantity, Text, Unreadable, number_of, written
+from ramet.rewards.algebra.units import NUMBER_WORDS
 
-MAX_CHARACTERS = 500
-"""Longer answers are not parsed: no reference is a tenth as long."""
-SECONDS = 5.0
-START_SECONDS = 60.0
-_NUMBER = re.compile(r"([+-]?\d{1,30}(?:\.\d{1,30})?)(?:/(\d{1,30}))?")
-
-
-def plain(text: str) -> str:
-    """The answer without what does not belong to it: a box, dollar signs, `x =` of one letter, a final full stop, spaces."""
-    boxed = last_boxed(text)
-    text = (text if boxed is None else boxed).replace("\u2212", "-").replace("\\!", "").replace("\\$", "").replace("$", "")
-    text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", text.replace("\\left", "").replace("\\right", ""))
-    text = re.sub(r"^\s*[a-zA-Z]\s*=\s*", "", text)
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
-    return re.sub(r"\s+", "", text).removesuffix(".")
+_PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,300}(?:\.\d{1,300})?)\s*\$?\s*\.?\s*")
+_FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+?)(?<!\\)\$\$?|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.,/:-])-?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/:]|[.,]\d)")
+_DOUBT = NUMBER_WORDS | frozenset((
+    "nor", "never", "cannot", "can't", "isn't", "aren't", "wasn't", "doesn't", "don't", "didn't", "won't", "neither", "either", "perhaps",
+    "dozen", "twice", "by", "percent", "a.m", "p.m", "am", "pm", "base", "mod", "modulo",
+))  # fmt: skip
+_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ()\[\]]|[\s$]")
 
 
 def number(text: str) -> Fraction | None:
-    """The value of a plain integer, decimal or fraction; None for anything else."""
-    match = _NUMBER.fullmatch(plain(text))
-    if match is None:
+    """The value of an integer, decimal, fraction, mixed number or the like, with or without a unit; None for anything else."""
+    plain = _PLAIN.fullmatch(text)
+    if plain:
+        return Fraction(plain[1])
+    try:
+        node = read(text)
+    except Unreadable:
         return None
-    below = int(match.group(2) or 1)
-    return Fraction(match.group(1)) / below if below else None
+    while isinstance(node, Quantity):
+        node = node.amount
+    value = number_of(node)
+    return None if value is None else value.value
+
+
+def canonical(answer: str) -> str:
+    """The same for answers that are written alike, and for equal numbers."""
+    value = number(answer)
+    if value is not None:
+        return str(value)
+    try:
+        return written(read(answer))
+    except Unreadable:
+        return " ".join(answer.split())
 
 
 def reference(task: Task) -> str:
@@ -53,77 +65,77 @@ def reference(task: Task) -> str:
     return task.reference
 
 
+def parse_reference(text: str, where: str) -> Node:
+    """The reference as a tree. Raises `TaskError`, naming `where`, for what is no notation."""
+    try:
+        return read(text)
+    except Unreadable as error:
+        shown = text if len(text) <= 60 else text[:60] + "…"
+        raise TaskError(f"{where}: its reference answer {shown!r} cannot be read ({error}); mend it or leave the row out") from None
+
+
 def math_match(task: Task, answer: str | None) -> float:
-    """1.0 if the answer is equivalent to the reference."""
+    """1.0 if the answer is equivalent to the reference. Raises `TaskError` for a reference that cannot be read."""
     gold = reference(task)
-    if answer is None or len(answer) > MAX_CHARACTERS:
+    if not isinstance(answer, str):
         return 0.0
-    if plain(answer) == plain(gold):
+    ours, theirs = _PLAIN.fullmatch(gold), _PLAIN.fullmatch(answer)
+    if ours and theirs and len(gold) < 15 and len(answer) < 15:
+        return float(Fraction(ours[1]) == Fraction(theirs[1]))
+    expected = parse_reference(gold, f"task {task.id}")
+    if len(answer) > LONGEST:
+        return 0.0
+    if isinstance(expected, Text) and _spelled(gold) == _spelled(answer):
         return 1.0
-    ours, theirs = number(answer), number(gold)
-    if ours is not None and theirs is not None:
-        return float(ours == theirs)
-    return float(_shared().equivalent(gold, answer))
+    said = _understood(answer)
+    if said is None:
+        return 0.0
+    try:
+        equal = same(expected, said)
+    except Unreadable:
+        return 0.0
+    return float(equal and (written(expected) == written(said) or not _copied(answer, task)))
 
 
-@dataclass
-class Verifier:
-    """One worker process that compares, started when it is first needed and again when it had to be killed."""
+def _spelled(text: str) -> str:
+    return plain_words(cleaned(text))
 
-    seconds: float = SECONDS
-    expired: int = 0
-    _process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
-    def equivalent(self, gold: str, answer: str) -> bool:
-        """Raises `RewardError` if the worker cannot run at all."""
-        process = self._process or self._start()
-        assert process.stdin is not None
+def _understood(answer: str) -> Node | None:
+    """The answer as it stands or, of a sentence that affirms one number or formula (`so there are 72 clips`), that; None of others."""
+    whole: Node | None = None
+    for text in (answer, *_in_prose(answer)):
         try:
-            process.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
-            process.stdin.flush()
-            reply = self._line(process, self.seconds)
-        except OSError:
-            reply = b""
-        if reply in (b"0", b"1"):
-            return reply == b"1"
-        self.expired += 1  # too slow, or it has crashed on this answer: deep recursion, memory
-        self.close()
-        return False
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "ramet.rewards.verify"]
-        self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        said = self._line(process, START_SECONDS)
-        if said != b"ready":
-            self.close()
-            raise RewardError(f"the process that verifies maths does not start ({said.decode() or 'no answer'}); pip install 'ramet[data]'")
-        return process
-
-    @staticmethod
-    def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-        """One line of the worker within so many seconds; empty if there is none."""
-        assert process.stdout is not None
-        return process.stdout.readline().strip() if select.select([process.stdout], [], [], seconds)[0] else b""
-
-    def close(self) -> None:
-        """Kill the worker."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.communicate()
+            node = read(text)
+        except Unreadable:
+            continue
+        if not (isinstance(node, Text) and node.words.startswith(AS_WRITTEN)):
+            return node
+        whole = whole or node
+    return whole
 
 
-_VERIFIER: Verifier | None = None
+def _in_prose(text: str) -> list[str]:
+    """From the one formula or number of a sentence on, its unit included; a formula alone. Nothing where there are several, or a doubt."""
+    found = [*_FORMULA.finditer(text)] or [*_NUMBER.finditer(text)]
+    formula = bool(found) and found[0].re is _FORMULA
+    around = (_FORMULA if formula else _NUMBER).sub(" ", text)
+    words = re.findall(r"[^\W\d_][^\W\d_']*", around.casefold())
+    if len(found) != 1 or not any(len(word) > 1 for word in words) or re.search(r"[\d\\^=<>*/+]", around) or _DOUBT & set(words):
+        return []
+    return [text[found[0].start() :], found[0].group()][: 1 + formula]
 
 
-def expired() -> int:
-    """How many answers of this process could not be verified in time."""
-    return 0 if _VERIFIER is None else _VERIFIER.expired
+def _copied(answer: str, task: Task) -> bool:
+    """Does the answer stand in the question?"""
+    said = "".join(_squeezed(cleaned(answer)).split())
+    asked = _squeezed(task.messages[-1].content) if task.messages else ""
+    there = r"\s*".join(map(re.escape, said))
+    return len(said) > 1 and re.search(rf"(?<![\w.^]){there}(?!\w|\s*\^|\.\d)", asked) is not None
 
 
-def _shared() -> Verifier:
-    global _VERIFIER
-    if _VERIFIER is None:
-        _VERIFIER = Verifier()
-        atexit.register(_VERIFIER.close)
-    return _VERIFIER
+def _squeezed(text: str) -> str:
+    """Without what does not change how a formula reads."""
+    text = _FRACTION.sub(r"\1/\2", re.sub(r"\\[dtc]frac", r"\\frac", text))
+    text = _SPACING.sub(" ", text).replace("{", "").replace("}", "")
+    return text.replace("\\cdot", "*").replace("\\times", "*").replace("\u2212", "-")

@@ -1,0 +1,1 @@
+"""Mathematical answers: read, and compared in value and form."""

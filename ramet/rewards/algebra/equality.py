@@ -1,0 +1,293 @@
+r"""When two trees state the same answer.
+
+Two things must agree. **Value**: computed by `values`, and exactly where both are literal numbers. **Form**: an answer is as finished as
+the reference is. A computation is no answer to what it computes (`2+3`, `\log_2 32`, `\binom84`, `6/2`, `\sqrt9` for a number), a product
+none where the reference is a sum (`x^2-9` and `(x-3)(x+3)`, either way), several terms none where the reference has fewer (`2x+3x` for
+`5x`): see `forms`. Solutions may come in any order; a unit may be missing, and 50% is a half and also an answer to "how many per cent?".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+
+from ramet.rewards.algebra.forms import as_finished
+from ramet.rewards.algebra.trees import (
+    CONSTANTS,
+    Group,
+    Node,
+    Num,
+    Op,
+    Quantity,
+    Relation,
+    Sym,
+    Text,
+    integer_of,
+    literal,
+    number_of,
+    symbols_of,
+    written,
+)
+from ramet.rewards.algebra.values import equal_values
+
+FLOAT_DIGITS = 15
+"""A decimal of so many significant digits is a binary float as a program prints it: equal to what it is nearest to."""
+_FLOAT_ERROR = Fraction(1, 10**14)
+
+
+def same(gold: Node, said: Node) -> bool:
+    """Does `said` state the answer `gold`? Raises `Unreadable` for values beyond all bounds."""
+    gold, said = _single(gold), _single(said)
+    if isinstance(gold, Text) or isinstance(said, Text):
+        return gold == said or _same_times(gold, said)
+    if isinstance(gold, Relation) or isinstance(said, Relation):
+        return _same_relations(gold, said)
+    amount, said_amount = _amount(gold)[0], _amount(said)[0]
+    if isinstance(amount, Group) or isinstance(said_amount, Group):
+        return _units_agree(_amount(gold)[1], _amount(said)[1]) and _same_groups(amount, said_amount)
+    return _same_quantities(gold, said)
+
+
+def _single(node: Node) -> Node:
+    """Without the brackets of a list or set of one."""
+    while isinstance(node, Group) and node.kind in ("list", "{}", "union") and len(node.items) == 1:
+        node = node.items[0]
+    if isinstance(node, Group) and node.kind in ("list", "{}"):
+        return Group(node.kind, _values(node.items))
+    return node
+
+
+def _values(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    """Of solutions that all name the same unknown (`x = 1 or x = 2`; `x = 1, 2`), the values."""
+    found = [_stated(item) if isinstance(item, Relation) else (None, item) for item in items]
+    named = [f for f in found if f is not None]
+    names = {written(name) for name, _ in named if name is not None}
+    if len(named) != len(items) or len(names) != 1 or named[0][0] is None:
+        return items
+    return tuple(value for _, value in named)
+
+
+def _same_times(gold: Node, said: Node) -> bool:
+    """Times of day of which one, `6:30`, does not say of which half; past noon the whole day's hours do."""
+    if isinstance(gold, Text) and (later := _hours(said)):
+        return gold.words == f"clock {later[0]}:{later[1]:02}" and later[0] > 12
+    if isinstance(said, Text) and (half := _hours(gold)):
+        return said.words in (f"clock {half[0] % 12}:{half[1]:02}", f"clock {half[0] % 12 + 12}:{half[1]:02}")
+    return False
+
+
+def _hours(node: Node) -> tuple[int, int] | None:
+    """Hours and minutes of what may be a time of day, such as `6:30`."""
+    if isinstance(node, Group) and node.kind == "ratio" and len(node.items) == 2:
+        hours, minutes = (integer_of(item) for item in node.items)
+        if hours is not None and minutes is not None and 0 <= hours < 24 and 0 <= minutes < 60:
+            return int(hours), int(minutes)
+    return None
+
+
+# Relations
+
+
+def _is_name(node: Node) -> bool:
+    """What may stand before `=` without being part of the answer: `x`, `f(x)`, `f^{-1}(x)`, `(p, q)`, `|AB|`, `AB:CD`, words."""
+    if isinstance(node, Group):
+        return node.kind in ("()", "ratio") and all(map(_is_name, node.items))
+    if isinstance(node, Op) and node.name == "mul":
+        return isinstance(_base(node.args[0]), Sym) and all(_is_name(a) or _is_integer(a) for a in node.args[1:])
+    if isinstance(node, Op) and node.name in ("abs", "div"):
+        return all(isinstance(a, Sym) and len(a.name) > 1 and a.name.isupper() for a in node.args)
+    return isinstance(_base(node), Sym) and not (isinstance(node, Sym) and node.name in CONSTANTS)
+
+
+def _base(node: Node) -> Node:
+    inverse = isinstance(node, Op) and node.name == "pow" and node.args[1] == Num(Fraction(-1))
+    return node.args[0] if isinstance(node, Op) and inverse else node
+
+
+def _is_integer(node: Node) -> bool:
+    return isinstance(node, Num) and node.kind == "integer"
+
+
+def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] | None:
+    """The name and the value of `x = 5`, of `x \\in S`, and of a true computation `x = 2 + 3 = 5`; None of another relation."""
+    if any(operator not in ("=", "~") for operator in relation.operators) and relation.operators != ("in",):
+        return None
+    name = relation.parts[0] if _is_name(relation.parts[0]) else None
+    values = relation.parts if name is None else relation.parts[1:]
+    if said and name is None and len(values) == 2 and not symbols_of(values[1]) and not _numbers(values[0]):
+        return values[0], values[1]  # `a + b = 5`
+    if len(values) == 1:
+        return name, values[0]
+    if any(isinstance(_amount(v)[0], (Group, Relation, Text)) or symbols_of(v) for v in values):
+        return None
+    pairs = zip(relation.operators[-len(values) + 1 :], values, values[1:], strict=False)
+    if not all(equal_values(_amount(a)[0], _amount(b)[0], error=None if operator == "=" else 0.01) for operator, a, b in pairs):
+        return None
+    exact = [v for v, operator in zip(values, relation.operators[-len(values) + 1 :], strict=False) if operator == "~"]
+    return name, exact[0] if exact and not literal(_amount(exact[0])[0]) else values[-1]
+
+
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+
+
+def _same_relations(gold: Node, said: Node) -> bool:
+    if isinstance(gold, Relation) and isinstance(said, Relation):
+        turned = Relation(tuple(_FLIPPED.get(o, o) for o in reversed(said.operators)), tuple(reversed(said.parts)))
+        if any(gold.operators == r.operators and all(map(same, gold.parts, r.parts)) for r in (said, turned)):
+            return True
+        ours, theirs = _stated(gold, said=False), _stated(said)
+        if ours and theirs:
+            same_name = ours[0] is None or theirs[0] is None or written(ours[0]) == written(theirs[0])
+            return same_name and same(ours[1], theirs[1])
+        if ours and (interval := _interval(said)):
+            return same(ours[1], interval)
+        if theirs and (interval := _interval(gold)):
+            return same(interval, theirs[1])
+        return _same_equations(gold, said)
+    relation, other = (gold, said) if isinstance(gold, Relation) else (said, gold)
+    assert isinstance(relation, Relation)
+    stated = _stated(relation, relation is said)
+    if stated:
+        return same(stated[1], said) if relation is gold else same(gold, stated[1])
+    interval = _interval(relation)
+    return interval is not None and isinstance(other, Group) and other.kind not in ("list", "ratio") and same(interval, other)
+
+
+def _same_equations(gold: Relation, said: Relation) -> bool:
+    """Equations whose right side is zero, and one is the other with all signs changed."""
+    zero = Num(Fraction(0))
+    if gold.operators == said.operators == ("=",) and gold.parts[1] == said.parts[1] == zero:
+        return same(gold.parts[0], Op("neg", (said.parts[0],)))
+    return False
+
+
+def _interval(relation: Relation) -> Node | None:
+    """The interval of one unknown that `a < x <= b`, or one half of it, says."""
+    infinity = Sym("\\infty")
+    operators, parts = relation.operators, relation.parts
+    if any(o not in _FLIPPED for o in operators) or len(parts) > 3:
+        return None
+    if operators[0] in (">", ">="):
+        operators, parts = tuple(_FLIPPED[o] for o in reversed(operators)), tuple(reversed(parts))
+    if any(o not in ("<", "<=") for o in operators):
+        return None
+    unknown = [_is_name(p) for p in parts]
+    opening, closing = "(" if operators[0] == "<" else "[", ")" if operators[-1] == "<" else "]"
+    if unknown == [False, True, False]:
+        return Group(opening + closing, (parts[0], parts[2]))
+    if unknown == [True, False]:
+        return Group("(" + closing, (Op("neg", (infinity,)), parts[1]))
+    if unknown == [False, True]:
+        return Group(opening + ")", (parts[0], infinity))
+    return None
+
+
+def _numbers(node: Node) -> bool:
+    inside = node.args if isinstance(node, Op) else node.items if isinstance(node, Group) else ()
+    return isinstance(node, Num) or any(map(_numbers, inside))
+
+
+# Groups
+
+
+def _same_groups(gold: Node, said: Node) -> bool:
+    gold, said = _as_union(gold), _as_union(said)
+    if not isinstance(gold, Group) or not isinstance(said, Group):
+        group, other = (gold, said) if isinstance(gold, Group) else (said, gold)
+        assert isinstance(group, Group)
+        if group.kind == "ratio" and len(group.items) == 2:
+            quotient = Op("div", group.items)
+            return literal(other) and equal_values(quotient, other)
+        return {written(group), written(other)} == {written(_ALL), written(_REALS)}
+    times = _hours(gold), _hours(said)
+    if all(t and t[1] > 9 for t in times):
+        return times[0] == times[1]
+    if gold.kind == said.kind == "ratio":
+        return len(gold.items) == len(said.items) and all(
+            equal_values(Op("mul", (a, d)), Op("mul", (b, c)))
+            for a, b, c, d in zip(gold.items, gold.items[1:], said.items, said.items[1:], strict=False)
+        )
+    if {gold.kind, said.kind} <= {"list", "{}", "union"} and (gold.kind == "union") == (said.kind == "union"):
+        lists = gold.kind == said.kind == "list"
+        return _same_sets(gold.items if lists else _distinct(gold.items), said.items)
+    return gold.kind == said.kind and len(gold.items) == len(said.items) and all(map(same, gold.items, said.items))
+
+
+_REALS = Sym("\\mathbbR")
+_ALL = Group("()", (Op("neg", (Sym("\\infty"),)), Sym("\\infty")))
+
+
+def _as_union(node: Node) -> Node:
+    """Inequalities of one unknown, one `or` the other, are a union of intervals."""
+    if isinstance(node, Group) and node.kind in ("list", "union") and any(isinstance(i, Relation) for i in node.items):
+        intervals = [_interval(i) if isinstance(i, Relation) else i for i in node.items]
+        if all(i is not None for i in intervals):
+            return Group("union", tuple(i for i in intervals if i is not None))
+    return node
+
+
+def _same_sets(gold: Sequence[Node], said: Sequence[Node]) -> bool:
+    """Each of one among the other, in any order. What `gold` has twice must be there twice; in `said` a repetition says nothing."""
+    left = list(said)
+    for item in gold:
+        found = next((i for i, other in enumerate(left) if same(item, other)), None)
+        if found is None:
+            return False
+        left.pop(found)
+    return all(any(same(item, other) for item in gold) for other in left) and (not left or len(gold) == len(_distinct(gold)))
+
+
+def _distinct(items: Sequence[Node]) -> list[Node]:
+    found: list[Node] = []
+    for item in items:
+        if not any(same(item, other) for other in found):
+            found.append(item)
+    return found
+
+
+# Quantities and expressions
+
+
+def _amount(node: Node) -> tuple[Node, str]:
+    """The amount and its unit; `Op("neg")` of a quantity is one."""
+    units: list[str] = []
+    negative = False
+    while isinstance(node, Quantity) or (isinstance(node, Op) and node.name == "neg" and isinstance(node.args[0], Quantity)):
+        if isinstance(node, Quantity):
+            units.append(node.unit)
+            node = node.amount
+        else:
+            negative = not negative
+            node = node.args[0]
+    return (Op("neg", (node,)) if negative else node), " ".join(dict.fromkeys(u for u in reversed(units) if u))
+
+
+def _units_agree(gold: str, said: str) -> bool:
+    """One names none, or each word of one is a word of the other."""
+    ours, theirs = set(gold.split()), set(said.split())
+    return ours <= theirs or theirs <= ours
+
+
+def _same_quantities(gold: Node, said: Node) -> bool:
+    (ours, unit), (theirs, other) = _amount(gold), _amount(said)
+    ours_percent, theirs_percent = "%" in unit.split(), "%" in other.split()
+    if ours_percent == theirs_percent:
+        return _units_agree(unit, other) and _same_expressions(ours, theirs)
+    if ours_percent:  # of 50%: 50%, 0.5, and 50 as an answer to "how many per cent"
+        return _same_expressions(ours, theirs) or (not other and _same_expressions(ours, theirs, Fraction(1, 100)))
+    small = (isinstance(ours, Num) and abs(ours.value) < 1) or isinstance(ours, Op)
+    return _same_expressions(ours, theirs, Fraction(100)) or (not small and _same_expressions(ours, theirs))
+
+
+def _same_expressions(gold: Node, said: Node, scale: Fraction = Fraction(1)) -> bool:
+    """Is `said` as finished as `gold`, and `scale` times its value?"""
+    ours, theirs = number_of(gold), number_of(said)
+    if ours is not None and theirs is not None:
+        return _same_numbers(ours.value * scale, theirs.value, max(ours.digits, theirs.digits))
+    if not as_finished(gold, said):
+        return False
+    return equal_values(Op("mul", (Num(scale), gold)) if scale != 1 else gold, said)
+
+
+def _same_numbers(ours: Fraction, theirs: Fraction, digits: int) -> bool:
+    return ours == theirs or (digits >= FLOAT_DIGITS and abs(ours - theirs) <= _FLOAT_ERROR * abs(ours))

@@ -1,0 +1,145 @@
+"""Answers as trees: what was written, with nothing evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+CONSTANTS = ("\\pi", "e", "i", "\\infty")
+
+
+class Unreadable(ValueError):
+    """A text that is no notation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Num:
+    """A literal number. `digits`: significant digits of a decimal, 0 of others. `kind`: integer, decimal, mixed or scientific."""
+
+    value: Fraction
+    kind: str = "integer"
+    digits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sym:
+    """A variable, a constant, or anything else that stands for itself."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """`add`, `neg`, `mul`, `div`, `pow`, or the name of a function."""
+
+    name: str
+    args: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Items between brackets: `kind` is the two brackets, `list` without any, `union`, `ratio`, or a matrix (its items are rows)."""
+
+    kind: str
+    items: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A chain such as `1 < x <= 2`: one more part than operators."""
+
+    operators: tuple[str, ...]
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantity:
+    """Something in a unit, or in per cent (`%`) or degrees (`°`)."""
+
+    amount: Node
+    unit: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Words, in lower case; and whatever else is only equal as it is written."""
+
+    words: str
+
+
+Node = Num | Sym | Op | Group | Relation | Quantity | Text
+
+
+def number_of(node: Node) -> Num | None:
+    """The literal number that a node is: an integer, decimal, mixed number, fraction of integers that is no integer, or `1.5 * 10^6`."""
+    if isinstance(node, Num):
+        return node
+    if not isinstance(node, Op):
+        return None
+    if node.name == "neg":
+        inner = number_of(node.args[0])
+        return None if inner is None or inner.value < 0 else Num(-inner.value, inner.kind, inner.digits)
+    if node.name == "div":
+        above, below = (integer_of(argument) for argument in node.args)
+        if above is None or not below or (above / below).denominator == 1:
+            return None
+        return Num(above / below, "fraction")
+    if is_scientific(node):
+        mantissa, power = node.args
+        assert isinstance(mantissa, Num) and isinstance(power, Op)
+        exponent = integer_of(power.args[1])
+        assert exponent is not None
+        return Num(mantissa.value * Fraction(10) ** int(exponent), "scientific", mantissa.digits)
+    return None
+
+
+def integer_of(node: Node) -> Fraction | None:
+    if isinstance(node, Op) and node.name == "neg":
+        inner = integer_of(node.args[0])
+        return None if inner is None else -inner
+    return node.value if isinstance(node, Num) and node.kind == "integer" else None
+
+
+def is_scientific(node: Op) -> bool:
+    if node.name != "mul" or len(node.args) != 2:
+        return False
+    mantissa, power = node.args
+    if not isinstance(mantissa, Num) or not 1 <= abs(mantissa.value) < 10 or not isinstance(power, Op) or power.name != "pow":
+        return False
+    exponent = integer_of(power.args[1])
+    return power.args[0] == Num(Fraction(10)) and exponent is not None and abs(exponent) <= 1000
+
+
+def literal(node: Node) -> bool:
+    return number_of(node) is not None
+
+
+def symbols_of(node: Node) -> set[str]:
+    if isinstance(node, Sym):
+        return set() if node.name in CONSTANTS else {node.name}
+    if isinstance(node, Quantity):
+        return symbols_of(node.amount)
+    inside = (
+        node.args if isinstance(node, Op) else node.items if isinstance(node, Group) else node.parts if isinstance(node, Relation) else ()
+    )
+    return {name for child in inside for name in symbols_of(child)}
+
+
+def written(node: Node) -> str:
+    """One spelling for what is written alike but for brackets, signs, and the order of terms, factors and solutions."""
+    if isinstance(node, Num):
+        return f"{node.kind} {node.value}" if node.kind in ("mixed", "scientific") else str(node.value)
+    if isinstance(node, (Sym, Text)):
+        return node.name if isinstance(node, Sym) else node.words
+    if isinstance(node, Quantity):
+        return written(node.amount)
+    if isinstance(node, Relation):
+        return " ".join((written(node.parts[0]), *(f"{o} {written(p)}" for o, p in zip(node.operators, node.parts[1:], strict=True))))
+    inside = node.args if isinstance(node, Op) else node.items
+    name = node.name if isinstance(node, Op) else node.kind
+    if name == "neg" and isinstance(inside[0], Num):
+        return str(-inside[0].value)
+    texts = [written(child) for child in inside]
+    if name in ("add", "mul", "list", "{}", "union"):
+        texts.sort()
+    return f"{name}({', '.join(texts)})"

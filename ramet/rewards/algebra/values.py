@@ -1,0 +1,155 @@
+"""Are two expressions equal? Computed to fifty digits and more, at fixed points for the variables; in bounded time, whatever they say."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+from mpmath import MPContext
+
+from ramet.rewards.algebra.trees import Node, Num, Op, Quantity, Sym, Unreadable, number_of, symbols_of, written
+
+_POINTS = 4
+_DIGITS = 60
+_LARGEST = 10**9
+_CONTEXT = MPContext()
+_LOCK = threading.Lock()  # of the context, whose working precision is a global state
+
+
+def equal_values(a: Node, b: Node, error: float | None = None) -> bool:
+    """At every point, to the working precision or within a relative `error`."""
+    digits = max(_DIGITS, 30 + max(_longest(a), _longest(b)))
+    points = _POINTS if symbols_of(a) | symbols_of(b) else 1
+    with _LOCK:
+        _CONTEXT.dps = digits
+        allowed = _CONTEXT.mpf(10) ** (25 - digits) if error is None else _CONTEXT.mpf(error)
+        return all(_close(_value(a, point), _value(b, point), allowed) for point in range(points))
+
+
+def _longest(node: Node) -> int:
+    if isinstance(node, Num):
+        return max(node.value.numerator.bit_length(), node.value.denominator.bit_length()) // 3
+    inside = node.args if isinstance(node, Op) else (node.amount,) if isinstance(node, Quantity) else ()
+    return max((_longest(child) for child in inside), default=0)
+
+
+def _close(a: Any, b: Any, allowed: Any) -> bool:
+    if a == b:
+        return True
+    size = max(abs(a), abs(b))
+    return bool(
+        _CONTEXT.isfinite(a)
+        and _CONTEXT.isfinite(b)
+        and abs(a - b) <= allowed * max(size, _CONTEXT.mpf(10) ** (-_DIGITS // 2) if size < 1e-30 else size)
+    )
+
+
+def _point(name: str, point: int) -> Any:
+    """A number between -3 and 3, by name; above 0 at half of the points."""
+    drawn = int.from_bytes(hashlib.sha256(f"{name}/{point}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+    value = _CONTEXT.mpf(drawn) * 2.5 + 0.5
+    return value if point % 2 == 0 else value - 3.5
+
+
+def _value(node: Node, point: int) -> Any:
+    """Raises `Unreadable` where there is none, or none that can be had in bounded time."""
+    c = _CONTEXT
+    if isinstance(node, Num):
+        return c.mpf(node.value.numerator) / node.value.denominator
+    if isinstance(node, Sym):
+        known = {"\\pi": c.pi, "e": c.e, "i": c.j, "\\infty": c.inf}
+        return +known[node.name] if node.name in known else _point(node.name, point)
+    if isinstance(node, Quantity):
+        scale = {"%": c.mpf(1) / 100, "°": c.pi / 180}.get(node.unit, c.mpf(1))
+        return _value(node.amount, point) * scale
+    if not isinstance(node, Op):
+        raise Unreadable("no expression")
+    arguments = [_value(child, point) for child in node.args]
+    power = number_of(node.args[1]) if node.name == "pow" else None
+    try:
+        if power is not None and 1 < power.value.denominator < 1000 and power.value.denominator % 2:  # as \sqrt[3]{x}^2
+            arguments = [_root(arguments[0], _CONTEXT.mpf(power.value.denominator)), _CONTEXT.mpf(power.value.numerator)]
+        result = _EVALUATE[node.name](*arguments) if node.name in _EVALUATE else _opaque(node, point)
+    except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
+        raise Unreadable(str(error)) from None
+    if result is None or (c.isfinite(result) and abs(c.mag(result)) > 4 * _LARGEST if result else False):
+        raise Unreadable("too large")
+    return result
+
+
+def _opaque(node: Op, point: int) -> Any:
+    return _point(written(node), point)
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if abs(exponent) > _LARGEST:
+        return None
+    return base**exponent
+
+
+def _bounded(function: Callable[..., Any], largest: float = 1e6) -> Callable[..., Any]:
+    def evaluate(*arguments: Any) -> Any:
+        return None if any(abs(a) > largest for a in arguments) else function(*arguments)
+
+    return evaluate
+
+
+def _product(*factors: Any) -> Any:
+    found = factors[0]
+    for factor in factors[1:]:
+        found = found * factor
+    return found
+
+
+def _root(radicand: Any, index: Any) -> Any:
+    if abs(index) > 1000 or not index:
+        return None
+    real = _CONTEXT.im(radicand) == 0 and radicand < 0 and index == int(index) and int(index) % 2 == 1
+    return -((-radicand) ** (1 / index)) if real else radicand ** (1 / index)
+
+
+def _log(argument: Any, base: Any) -> Any:
+    return _CONTEXT.ln(argument) / _CONTEXT.ln(base)
+
+
+def _whole(function: Callable[[int, int], int]) -> Callable[..., Any]:
+    def evaluate(*arguments: Any) -> Any:
+        if any(a != int(a.real) or abs(a) > 1e15 for a in arguments):
+            return None
+        found = int(arguments[0].real)
+        for other in arguments[1:]:
+            found = function(found, int(other.real))
+        return _CONTEXT.mpf(found)
+
+    return evaluate
+
+
+_EVALUATE: dict[str, Callable[..., Any]] = {
+    "add": lambda *terms: sum(terms[1:], terms[0]),
+    "neg": lambda a: -a,
+    "mul": _product,
+    "div": lambda a, b: a / b,
+    "pow": _power,
+    "root": _root,
+    "abs": abs,
+    "factorial": _bounded(lambda n: _CONTEXT.gamma(n + 1), 1e5),
+    "binom": _bounded(lambda n, k: _CONTEXT.binomial(n, k), 1e5),
+    "floor": _bounded(lambda a: _CONTEXT.floor(a), 1e30),
+    "ceil": _bounded(lambda a: _CONTEXT.ceil(a), 1e30),
+    "ln": lambda a: _CONTEXT.ln(a),
+    "log": _log,
+    "gcd": _whole(gcd),
+    "lcm": _whole(lambda a, b: a * b // gcd(a, b) if a and b else 0),
+    "max": lambda *a: max(a, key=lambda v: v.real),
+    "min": lambda *a: min(a, key=lambda v: v.real),
+    **{
+        name: _bounded(lambda *a, own=own: getattr(_CONTEXT, own)(*a), 1e30)
+        for name, own in {
+            **{n: n for n in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh", "re", "im", "arg")},
+            **{f"arc{n}": f"a{n}" for n in ("sin", "cos", "tan", "cot", "sec", "csc", "sinh", "cosh", "tanh")},
+        }.items()
+    },
+}
