@@ -2,7 +2,8 @@
 
 The rules are those of the official scorers of HotpotQA, 2WikiMultihopQA and MuSiQue: lower case, no punctuation, no
 articles, single spaces. Where one side says yes, no or noanswer and the other does not, the HotpotQA and 2Wiki scorers give
-no partial credit (`verdicts`); MuSiQue's does not make this exception.
+no partial credit (`verdicts`); MuSiQue's does not make this exception. A reference of which these rules leave nothing (`The`, `A`, `?`) is
+only matched as it is written, and silence matches nothing.
 """
 
 from __future__ import annotations
@@ -36,12 +37,22 @@ def references(task: Task) -> Sequence[str]:
 def exact_match(task: Task, answer: str | None) -> float:
     """1.0 if the answer, normalised, is one of the references."""
     golds = references(task)
-    return float(answer is not None and any(normalise(answer) == normalise(gold) for gold in golds))
+    return float(answer is not None and any(_same(answer, gold) for gold in golds))
+
+
+def _same(answer: str, gold: str) -> bool:
+    left = normalise(gold)
+    return normalise(answer) == left if left else _plain(answer) == _plain(gold) != ""
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def f1(task: Task, answer: str | None, verdicts: bool = True) -> float:
     """The best token F1 over the references."""
-    return max(token_f1(answer or "", gold, verdicts) for gold in references(task))
+    golds = references(task)
+    return max(token_f1(answer or "", gold, verdicts) if normalise(gold) else float(_same(answer or "", gold)) for gold in golds)
 
 
 def token_f1(answer: str, gold: str, verdicts: bool = True) -> float:

@@ -16,7 +16,7 @@ from fractions import Fraction
 from ramet.agents.tree import Task
 from ramet.errors import TaskError
 from ramet.rewards.algebra.equality import same
-from ramet.rewards.algebra.lexing import LONGEST, cleaned, plain_words
+from ramet.rewards.algebra.lexing import LONGEST, WORD_COMMANDS, cleaned, plain_words
 from ramet.rewards.algebra.notation import AS_WRITTEN, read
 from ramet.rewards.algebra.trees import Node, Quantity, Text, Unreadable, number_of, written
 from ramet.rewards.algebra.units import NUMBER_WORDS
@@ -24,10 +24,13 @@ from ramet.rewards.algebra.units import NUMBER_WORDS
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,300}(?:\.\d{1,300})?)\s*\$?\s*\.?\s*")
 _FORMULA = re.compile(r"(?<!\\)\$\$?([^$]+?)(?<!\\)\$\$?|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,/:-])-?(?:\\?\$)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/:]|[.,]\d)")
-_DOUBT = NUMBER_WORDS | frozenset((
+_AFFIRMING = frozenset(("is", "are", "was", "and", "to", "then", "equals", "equal", "about", "approximately", "through"))
+_DOUBT = NUMBER_WORDS - _AFFIRMING | frozenset((
     "nor", "never", "cannot", "can't", "isn't", "aren't", "wasn't", "doesn't", "don't", "didn't", "won't", "neither", "either", "perhaps",
-    "dozen", "twice", "by", "percent", "a.m", "p.m", "am", "pm", "base", "mod", "modulo",
+    "least", "most", "under", "above", "below", "almost", "nearly", "up", "dozen", "twice", "by", "percent", "a.m", "p.m", "am", "pm",
+    "base", "mod", "modulo",
 ))  # fmt: skip
+_STATED = re.compile(r"([^\W\d_][^\d\\$=<>]*\b(?:is|are|equals))\s+(\S.*)", re.DOTALL)
 _FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ()\[\]]|[\s$]")
 
@@ -117,10 +120,14 @@ def _understood(answer: str) -> Node | None:
 
 def _in_prose(text: str) -> list[str]:
     """From the one formula or number of a sentence on, its unit included; a formula alone. Nothing where there are several, or a doubt."""
+    text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", text)
     found = [*_FORMULA.finditer(text)] or [*_NUMBER.finditer(text)]
     formula = bool(found) and found[0].re is _FORMULA
     around = (_FORMULA if formula else _NUMBER).sub(" ", text)
     words = re.findall(r"[^\W\d_][^\W\d_']*", around.casefold())
+    stated = _STATED.fullmatch(text)
+    if stated and not _DOUBT & set(stated[1].casefold().split()):
+        return [stated[2]]
     if len(found) != 1 or not any(len(word) > 1 for word in words) or re.search(r"[\d\\^=<>*/+]", around) or _DOUBT & set(words):
         return []
     return [text[found[0].start() :], found[0].group()][: 1 + formula]

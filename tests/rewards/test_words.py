@@ -63,6 +63,14 @@ def test_the_best_alias_counts_and_no_answer_is_no_match():
             exact_match(Task("t", (), {}, bad), "x")
 
 
+@pytest.mark.parametrize("gold", ["The", "A", "?", "an", "!!!"])
+@pytest.mark.parametrize("verdicts", [True, False])
+def test_silence_earns_nothing_even_where_the_rules_leave_nothing_of_the_reference(gold, verdicts):
+    for said in (None, "", " ", "...", "the an"):
+        assert exact_match(task(gold), said) == f1(task(gold), said, verdicts) == 0.0
+    assert exact_match(task(gold), f" {gold.upper()} ") == f1(task(gold), gold.lower(), verdicts) == 1.0
+
+
 @given(st.text(), st.text())
 def test_scores_are_symmetric_bounded_and_agree(a, b):
     score = token_f1(a, b, verdicts=False)

@@ -117,7 +117,7 @@ def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] |
     if said and name is None and len(values) == 2 and not symbols_of(values[1]) and not _numbers(values[0]):
         return values[0], values[1]  # `a + b = 5`
     if len(values) == 1:
-        return name, values[0]
+        return None if isinstance(name, Sym) and name.name in symbols_of(values[0]) else (name, values[0])
     if any(isinstance(_amount(v)[0], (Group, Relation, Text)) or symbols_of(v) for v in values):
         return None
     pairs = zip(relation.operators[-len(values) + 1 :], values, values[1:], strict=False)
@@ -192,12 +192,15 @@ def _numbers(node: Node) -> bool:
 
 def _same_groups(gold: Node, said: Node) -> bool:
     gold, said = _as_union(gold), _as_union(said)
+    if isinstance(gold, Group) and isinstance(said, Group) and {gold.kind, said.kind} == {"()", "list"}:
+        gold, said = _as_point(gold), _as_point(said)
     if not isinstance(gold, Group) or not isinstance(said, Group):
         group, other = (gold, said) if isinstance(gold, Group) else (said, gold)
         assert isinstance(group, Group)
         if group.kind == "ratio" and len(group.items) == 2:
             quotient = Op("div", group.items)
-            return literal(other) and equal_values(quotient, other)
+            number = number_of(other)
+            return number is not None and number.value.denominator > 1 and equal_values(quotient, other)
         return {written(group), written(other)} == {written(_ALL), written(_REALS)}
     times = _hours(gold), _hours(said)
     if all(t and t[1] > 9 for t in times):
@@ -224,6 +227,15 @@ def _as_union(node: Node) -> Node:
         if all(i is not None for i in intervals):
             return Group("union", tuple(i for i in intervals if i is not None))
     return node
+
+
+def _as_point(node: Group) -> Group:
+    """Of `y = 2, x = 1` the point (1, 2)."""
+    found = [_stated(item) if isinstance(item, Relation) else None for item in node.items]
+    named = {f[0].name: f[1] for f in found if f is not None and isinstance(f[0], Sym)}
+    if node.kind != "list" or len(named) != len(node.items):
+        return node
+    return Group("()", tuple(named[name] for name in sorted(named)))
 
 
 def _same_sets(gold: Sequence[Node], said: Sequence[Node]) -> bool:

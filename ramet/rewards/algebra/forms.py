@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
+from math import gcd, prod
 
 from ramet.rewards.algebra.trees import (
     CONSTANTS,
@@ -84,6 +85,8 @@ def _count(node: Node, found: Counter[str], below: bool, times: int = 1) -> None
             (isinstance(a, Op) and a.name == "div") or (isinstance(a, Num) and a.kind == "fraction") for a in node.args
         )
         found["quotient"] += times * bool(symbols_of(denominator))
+        if symbols_of(node) and gcd(_content(above), _content(denominator)) > 1:
+            found["div"] += times
         _count(above, found, below, times)
         _count(denominator, found, not below, times)
         return
@@ -93,6 +96,17 @@ def _count(node: Node, found: Counter[str], below: bool, times: int = 1) -> None
         found[f"call {node.name}"] += times
     for argument in node.args:
         _count(argument, found, below, times)
+
+
+def _content(node: Node) -> int:
+    """The whole number that divides all terms, as far as it is written."""
+    value = integer_of(node)
+    if value is not None:
+        return abs(int(value))
+    if not isinstance(node, Op) or node.name not in ("neg", "mul", "add"):
+        return 1
+    contents = [_content(argument) for argument in node.args]
+    return gcd(*contents) if node.name == "add" else prod(contents)
 
 
 def _count_root(node: Op, found: Counter[str], below: bool, times: int) -> None:
@@ -168,7 +182,7 @@ def _count_factors(node: Op, found: Counter[str], times: int) -> None:
     factors = list(_flat(node))
     numbers = [n for n in map(number_of, factors) if n is not None]
     powers = [f for f in factors if isinstance(f, Op) and f.name == "pow" and all(map(literal, f.args)) and number_of(f) is None]
-    found["mul"] += times * max(len(numbers) + len(powers) - 1, 0)
+    found["mul"] += times * (max(len(numbers) + len(powers) - 1, 0) + any(n.value == 1 for n in numbers))
     surds = [f for f in factors if isinstance(f, Op) and f.name == "root" and literal(f.args[0])]
     found["mul"] += times * max(len(surds) - 1, 0)
     sums = [f for f in factors if isinstance(f, Op) and f.name == "add" and symbols_of(f)]

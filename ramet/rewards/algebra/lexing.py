@@ -20,9 +20,10 @@ _LITTLE = frozenset(("a", "an", "per", "of", "the", "in", "each", "for", "on", "
 _SIGNS = {
     "\u2212": "-", "\u2013": "-", "\u00d7": "*", "·": "*", "⋅": "*", "\u2217": "*", "÷": "/", "\u2044": "/", "≤": "\\le ", "≥": "\\ge ",
     "≠": "\\ne ", "≈": "\\approx ", "∈": "\\in ", "\u222a": "\\cup ", "∩": "\\cap ", "±": "\\pm ", "∓": "\\mp ", "π": "\\pi ",
-    "∞": "\\infty ", "√": "\\sqrt ", "°": "^\\circ ", "∅": "\\emptyset ", "²": "^2 ", "³": "^3 ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
-    "⅓": " 1/3", "⅔": " 2/3", "θ": "\\theta ", "\u03b1": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ", "\u211d": "\\mathbb{R}",
-    "\u2019": "'", "\u2018": "'", "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\uff0c": ", ", "。": ".",
+    "∞": "\\infty ", "√": "\\sqrt ", "°": "^\\circ ", "∅": "\\emptyset ", "¢": " cents", "²": "^2 ", "³": "^3 ", "½": " 1/2", "¼": " 1/4",
+    "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "θ": "\\theta ", "\u03b1": "\\alpha ", "β": "\\beta ", "λ": "\\lambda ",
+    "\u211d": "\\mathbb{R}", "\u2019": "'", "\u2018": "'", "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ", "\uff0c": ", ",
+    "。": ".",
 }  # fmt: skip
 _SAME = {
     "\\cdot": "*", "\\times": "*", "\\ast": "*", "\\div": "/", "\\leq": "\\le", "\\leqslant": "\\le", "\\geq": "\\ge",
@@ -49,7 +50,7 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _DROPPED = re.compile(
-    r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr|displaystyle|textstyle|limits|hspace\{[^{}]*\}|phantom\{[^{}]*\}|middle)(?![a-zA-Z])\.?"
+    r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr|displaystyle|textstyle|tiny|small|large|Large|LARGE|huge|Huge|bf|limits|hspace\{[^{}]*\}|phantom\{[^{}]*\}|middle)(?![a-zA-Z])\.?"
 )
 _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{\s*,\s*\}|,\s*\\!\s*|\\,|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 
@@ -63,14 +64,16 @@ def cleaned(text: str) -> str:
     if "\\begin" not in text:
         text = re.sub(r"\\{2,}(?=[a-zA-Z])", r"\\", text)  # as in a string of JSON
     text = _GROUPED.sub(lambda match: re.sub(r"\D", "", match.group()), text)
-    text = re.sub(r"\\!|\\[()\[\]]", "", text)
-    text = re.sub(r"\\[,;: >]|\\q?quad(?![a-zA-Z])|~", " ", text)
+    text = re.sub(r"(?<!\\)(?:\\!|\\[()\[\]])", "", text)
+    text = re.sub(r"(?<!\\)\\[,;: >]|\\q?quad(?![a-zA-Z])|~", " ", text)
     text = _DROPPED.sub("", text)
-    text = re.sub(r"\\(?:text|mbox|textrm)\{(?=[^{}]*\d)([^{}]*)\}", r"\1", text)
+    text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{(?=[^{{}}]*\d)([^{{}}]*)\}}", r" \1 ", text)
+    text = re.sub(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*(?:\\[a-z]+\{)?\s*([CF])\}?(?![a-zA-Z])", r" \\text{degrees \1}", text)
+    text = re.sub(r"(?<![^\W_])(?:(US)D?|(EUR)|(GBP))\s*\\?\$?(?=\s*\d)", lambda m: "\\$" if m[1] else "€" if m[2] else "£", text)
     text = re.sub(r"(?<![^\W_])(?:[a-zA-Z]\.){2,}", lambda match: match.group().replace(".", ""), text)  # U.S., p.m.
     text = _dollars(text)
     for _ in range(3):
-        text = text.strip().strip("`").rstrip(".,;:").strip()
+        text = re.sub(r"^=(?!=)", "", text.strip().strip("`").rstrip(".,;:")).strip()
         if len(text) > 4 and text.startswith("**") and text.endswith("**"):
             text = text[2:-2]
         elif len(text) > 2 and text[0] == text[-1] == '"':
@@ -138,10 +141,10 @@ def _lettered(said: str, spaced: bool, before: list[Token], text: str, position:
         return [Token("command", "\\pi" if word == "pi" else "\\infty", spaced)]
     if word in ("i", "e", "π"):
         return [Token("symbol", word, spaced)]
-    if not word:
+    if not word or (word in ("st", "nd", "rd", "th") and before and before[-1].kind == "number" and not spaced):
         return []
     after_number = bool(before) and (before[-1].kind in ("number", "thousands", "text", "repeating") or before[-1].text in ("}", ")", "%"))
-    last = not re.search(r"\w", text[position:])
+    last = not re.search(r"\w", re.sub(r"^\s*\^\{?[23]\}?", "", text[position:]))
     marked = position and text[position - 1] == "}"
     if marked and not re.fullmatch(r"[A-Z]?", word):
         return [Token("text", word, spaced)]

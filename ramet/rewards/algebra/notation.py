@@ -20,7 +20,7 @@ from fractions import Fraction
 
 from ramet.rewards.algebra.lexing import FUNCTIONS, WORD_COMMANDS, Token, cleaned, plain_words, tokens_of
 from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, Unreadable
-from ramet.rewards.algebra.units import CURRENCIES, MULTIPLES, NUMBER_WORDS, unit_name
+from ramet.rewards.algebra.units import CURRENCIES, MULTIPLES, NUMBER_WORDS, NUMBERS, unit_name
 
 DEEPEST = 60
 AS_WRITTEN = "as written "
@@ -30,6 +30,7 @@ _STYLES = frozenset((
     "\\mathbf", "\\mathit", "\\mathcal", "\\mathbb", "\\vec", "\\hat", "\\bar", "\\overline", "\\underline", "\\widehat",
     "\\overrightarrow", "\\boldsymbol", "\\bm", "\\mathsf", "\\mathfrak", "\\tilde", "\\overset", "\\stackrel",
 ))  # fmt: skip
+_FACES = frozenset(("\\mathbf", "\\mathit", "\\boldsymbol", "\\bm", "\\mathsf", "\\underline"))
 _SHORT_WORDS = frozenset((
     "no", "yes", "odd", "all", "any", "none", "one", "two", "six", "ten", "sun", "mon", "tue", "wed", "thu", "fri", "sat", "red", "may",
 ))  # fmt: skip
@@ -52,9 +53,12 @@ def read(text: str) -> Node:
 def _words(text: str) -> Node | None:
     """Of a text of words only; letters that name choices are symbols."""
     bare = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", text).strip()
-    choice = re.fullmatch(r"\(?([A-Z])[).]?", bare)
+    choice = re.fullmatch(r"(?:(?:option|choice)\s+)?\(?([A-Z])[).]?", bare, re.IGNORECASE)
+    choice = choice if choice and choice[1].isupper() else None
     if choice:
         return Sym(choice[1])
+    if bare.casefold() in NUMBERS:
+        return Num(Fraction(NUMBERS.index(bare.casefold())))
     marked = bare != text
     if not re.fullmatch(r"[^\W\d_]+(?:[\s,.'&-]+[^\W\d_]+)*[\s.!?]*", bare):
         return None
@@ -83,6 +87,7 @@ def _parsed(text: str) -> Node:
     aside = _ASIDE.search(text)
     if aside and re.search(r"\d", text[: aside.start()]):
         text = text[: aside.start()]
+    text = re.sub(r"^\(([0-9A-F]+)\)(?=_)", r"\1", text)
     based = re.fullmatch(r"([0-9][0-9A-F]*)\s*,?\s*\(?(?:in\s+)?base[\s-]*(\d+)\)?", text)
     if based:
         return Text(f"base {int(based[2])}: {based[1]}")
@@ -291,6 +296,8 @@ class _Parser:
             elif self.next == "°":
                 self.take()
                 base = Quantity(base, "°")
+            elif self.next in CURRENCIES and (self.at + 1 == len(self.tokens) or self.tokens[self.at + 1].kind != "number"):
+                base = Quantity(base, CURRENCIES[self.take()])
             elif self.next == "'" and isinstance(base, Sym):
                 self.take()
                 base = Sym(base.name + "'")
@@ -470,7 +477,9 @@ class _Parser:
             return self.function(token[1:])
         if token in _STYLES:
             start = self.at
-            self.argument(whole=True)
+            inner = self.argument(whole=True)
+            if token in _FACES and not isinstance(inner, Sym):
+                return inner
             return self.subscripted(token + "".join(t.text for t in self.tokens[start : self.at] if t.text not in "{}"))
         if token in ("\\angle", "\\triangle", "\\mathrm"):
             return self.argument(whole=True)
@@ -570,28 +579,9 @@ def _scientific(token: str) -> Fraction:
 
 
 def _base(said: str) -> int:
-    names = [
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-        "fourteen",
-        "fifteen",
-        "sixteen",
-    ]
     word = re.sub(r"\\text|[{}]", "", said)
-    if word in names:
-        return names.index(word)
+    if word in NUMBERS:
+        return NUMBERS.index(word)
     if not word.isdigit():
         raise _Unknown
     return int(word)
