@@ -57,14 +57,22 @@ class RefusedRequest(PolicyError):
 
 
 class TransientPolicyError(PolicyError):
-    """A backend failure that may pass (connection reset, 429, 5xx). The runtime retries these only."""
+    """A backend failure that may pass (connection reset, 429, 5xx). The runtime retries these only.
 
-    def __init__(self, message: str, retry_after: float | None = None):
+    retry_after  seconds that the server asks to wait, if it does
+    past         it happened in an earlier run and was waited for there
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None, past: bool = False):
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.past = retry_after, past
 
-    def __reduce__(self) -> tuple[type[TransientPolicyError], tuple[str, float | None]]:
-        return type(self), (str(self), self.retry_after)
+    def __reduce__(self) -> tuple[type[TransientPolicyError], tuple[str, float | None, bool]]:
+        return type(self), (str(self), self.retry_after, self.past)
+
+
+class Interrupted(TransientPolicyError):
+    """An earlier run was stopped while it sampled this. What had come is charged, and no limit is the tighter for it."""
 
 
 class RewardError(RametError):

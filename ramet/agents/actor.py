@@ -5,18 +5,20 @@
 A branch ends with a status and never with an exception that belongs to it: what its policy could not
 do becomes a typed result for the parent. Cancellation passes through, after what the cancelled sample
 had generated is recorded and charged. When the budget is used up, the branch is told so once and
-may state an answer from its reserve.
+may state an answer from its reserve. A branch that ends without an answer because failed attempts have used up its
+budget has failed: it ends with the last of their errors.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import anyio
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt
 
+from ramet.agents import drain
 from ramet.agents.budget import Budget, Grant, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore, clone_prompt
@@ -32,7 +34,7 @@ from ramet.agents.protocol import (
 from ramet.agents.sampling import Partial, Policy, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import Slots, task_group
 from ramet.agents.tree import Branch, Message, Segment, Status, StopReason, Turn
-from ramet.errors import BudgetExhausted, CallError, PolicyError, TransientPolicyError
+from ramet.errors import BudgetExhausted, CallError, Interrupted, PolicyError, RefusedRequest, TransientPolicyError
 
 
 @dataclass(slots=True)
@@ -50,6 +52,10 @@ class Growth:
     discarded: int = 0
     discarded_prefilled: int = 0
     """What failed attempts at the next turn have cost so far."""
+    lost: int = 0
+    """Tokens that failed attempts have cost this branch and its clones, over all turns."""
+    fault: str = ""
+    """What the last of them failed with."""
     status: Status | None = None
     answer: str | None = None
     reason: str = ""
@@ -147,12 +153,16 @@ async def run_branch(setting: Setting, growth: Growth) -> None:
                 await _grow(setting, growth)
             if scope.cancelled_caught:
                 _end(growth, Status.CANCELLED)
+    except RefusedRequest as error:
+        _end(growth, Status.REFUSED, reason=str(error))
     except PolicyError as error:
         _end(growth, Status.FAILED, reason=str(error))
     except BudgetExhausted as error:
         _end(growth, Status.OUT_OF_BUDGET, reason=error.currency)
     finally:
         growth.ended = anyio.current_time()
+    if growth.status is Status.OUT_OF_BUDGET and growth.answer is None and growth.fault:
+        _end(growth, Status.FAILED, reason=f"{growth.fault} (failed attempts used up the budget: {growth.lost} tokens)")
 
 
 def _end(growth: Growth, status: Status, answer: str | None = None, reason: str = "") -> None:
@@ -164,19 +174,19 @@ async def _grow(setting: Setting, growth: Growth) -> None:
     tools = setting.may_spawn(growth.id.count("."))
     length = len(growth.prompt)
     final = False
+    why = ""
     while True:
-        room = _room(setting, ledger, length, final)
+        room, limit = _room(setting, ledger, length, final)
+        why = why if final else limit
         if room <= 0:
             appended = _notice(setting, ledger, length, closed=False)
             if final or appended is None:
-                _end(growth, Status.OUT_OF_BUDGET, reason=_full(setting, ledger, length, final))
+                _end(growth, Status.OUT_OF_BUDGET, reason=why)
                 return
             length += _append(growth, appended)
             final = True
             continue
         sample = await _sample(setting, growth, room, final)
-        if sample is None:
-            continue
         length += len(sample.ids)
         if sample.stop is StopReason.LENGTH and not final:
             appended = _notice(setting, ledger, length, closed=False)
@@ -186,7 +196,7 @@ async def _grow(setting: Setting, growth: Growth) -> None:
                 continue
         parsed = chat.parse(sample.ids)
         if final or sample.stop is StopReason.LENGTH:
-            _end(growth, Status.OUT_OF_BUDGET, extract_answer(parsed.text, finished=sample.stop is StopReason.END))
+            _end(growth, Status.OUT_OF_BUDGET, extract_answer(parsed.text, finished=sample.stop is StopReason.END), why)
             return
         if not parsed.calls and not parsed.error:
             answer = extract_answer(parsed.text)
@@ -219,22 +229,18 @@ async def _grow(setting: Setting, growth: Growth) -> None:
         length += _append(growth, appended)
 
 
-def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> int:
-    """How many tokens the next sample may have."""
-    limits = [setting.max_turn_tokens]
+def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> tuple[int, str]:
+    """How many tokens the next sample may have, and which limit says so."""
+    room, limit = setting.max_turn_tokens, "max_turn_tokens"
     budget = ledger.sampleable(final)
-    if budget is not None:
-        limits.append(budget)
+    if budget is not None and budget <= room:
+        room, limit = budget, ledger.tightest()
     if setting.context is not None:
-        limits.append(setting.context - length - (0 if final else _ending(setting, ledger)))
-    return min(limits)
-
-
-def _full(setting: Setting, ledger: Ledger, length: int, final: bool) -> str:
-    """The context that has no room for the next sample; "" if it is not the context that lacks."""
-    if setting.context is None or length + (0 if final else _ending(setting, ledger)) < setting.context:
-        return ""
-    return f"the {'budget' if setting.context == setting.budget.context else 'model'}'s context of {setting.context} tokens"
+        context = setting.context - length - (0 if final else _ending(setting, ledger))
+        if context <= room:
+            whose = "budget" if setting.context == setting.budget.context else "model"
+            room, limit = context, f"the {whose}'s context of {setting.context} tokens"
+    return room, limit
 
 
 def _ending(setting: Setting, ledger: Ledger) -> int:
@@ -275,41 +281,30 @@ def _tool_message(setting: Setting, ledger: Ledger, results: list[CloneResult], 
         limit = max(limit // 2, len(results))
 
 
-async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> Sample | None:
+async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> Sample:
     """Sample one turn, retrying transient failures. Whatever was generated is charged, kept or not.
 
-    None if failed attempts have used up what this turn could have had.
+    Raises the last error when the attempts, or what they may spend, are used up.
     """
     seed = seed_of(setting.seed, growth.id, len(growth.turns))
     request = SampleRequest(_ids(growth), room, setting.chat.stop_ids, seed, setting.sampling, setting.group, growth.media)
-    sample: Sample | None
-    try:
-        sample = await _attempt(setting, growth, request)
-    except TransientPolicyError as error:
-        sample = await _retry(setting, growth, request, final, error)
-    if sample is not None:
-        _record(growth, sample)
+    failures = 0
+    while True:
+        try:
+            sample = await _attempt(setting, growth, request)
+            break
+        except Interrupted:
+            continue
+        except TransientPolicyError as error:
+            failures += 1
+            left = growth.ledger.sampleable(final)
+            most = room if left is None else min(room, left)
+            if failures >= setting.attempts or most <= 0:
+                raise
+            await drain.pause(_pause(error, failures, seed))
+            request = replace(request, max_tokens=most)
+    _record(growth, sample)
     return sample
-
-
-async def _retry(setting: Setting, growth: Growth, request: SampleRequest, final: bool, failed: TransientPolicyError) -> Sample | None:
-    """Further attempts at `request`, within what the failed ones have left."""
-    if setting.attempts <= 1:
-        raise failed
-
-    async def again() -> Sample | None:
-        left = growth.ledger.sampleable(final)
-        most = request.max_tokens if left is None else min(request.max_tokens, left)
-        return await _attempt(setting, growth, replace(request, max_tokens=most)) if most > 0 else None
-
-    await anyio.sleep(_pause(failed, 1))
-    return await AsyncRetrying(
-        retry=retry_if_exception_type(TransientPolicyError),
-        stop=stop_after_attempt(setting.attempts - 1),
-        wait=lambda state: _pause(state.outcome.exception() if state.outcome else None, state.attempt_number + 1),
-        sleep=anyio.sleep,
-        reraise=True,
-    )(again)
 
 
 async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> Sample:
@@ -321,34 +316,59 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
             try:
                 sample = await policy.sample(request, partial)
             except anyio.get_cancelled_exc_class():
-                grant.settle(len(partial.ids), partial.prefilled)
+                read = _settle(growth, grant, request, len(partial.ids), partial.prefilled)
                 ids, logprobs, updates = tuple(partial.ids), tuple(partial.logprobs), tuple(partial.updates)
                 version = policy.version if partial.version is None else partial.version
-                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, partial.prefilled, partial.cached, version, updates))
+                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, read, partial.cached, version, updates))
                 raise
-            except PolicyError:
-                _discard(growth, grant, len(partial.ids), partial.prefilled)
+            except PolicyError as error:
+                _discard(growth, grant, request, len(partial.ids), partial.prefilled, error)
+                if len(partial.ids) > request.max_tokens and isinstance(error, TransientPolicyError):
+                    raise PolicyError(f"{_overrun(len(partial.ids), request)}, then failed: {error}") from error
                 raise
             if len(sample.ids) > request.max_tokens:
-                _discard(growth, grant, request.max_tokens, min(sample.prefilled, len(request.prompt)))
-                raise PolicyError(f"the backend returned {len(sample.ids)} tokens for a grant of {request.max_tokens}")
-            grant.settle(len(sample.ids), sample.prefilled)
-            return sample
+                broken = PolicyError(_overrun(len(sample.ids), request))
+                _discard(growth, grant, request, len(sample.ids), sample.prefilled, broken)
+                raise broken
+            return replace(sample, prefilled=_settle(growth, grant, request, len(sample.ids), sample.prefilled))
     finally:
         setting.slots.release()
 
 
-def _discard(growth: Growth, grant: Grant, generated: int, prefilled: int) -> None:
+def _overrun(generated: int, request: SampleRequest) -> str:
+    return f"the backend generated {generated} tokens for a grant of {request.max_tokens}: it does not keep to max_tokens"
+
+
+def _settle(growth: Growth, grant: Grant, request: SampleRequest, generated: int, prefilled: int, turns: int = 1) -> int:
+    """Charge what an attempt has used, what it generated past its grant included. The prompt tokens that it computed, of those it had."""
+    granted, read = min(generated, request.max_tokens), min(prefilled, len(request.prompt))
+    grant.settle(granted, read, turns)
+    growth.ledger.charge(generated - granted, 0)
+    return read
+
+
+def _discard(growth: Growth, grant: Grant, request: SampleRequest, generated: int, prefilled: int, error: PolicyError) -> None:
     """Charge an attempt that gave no turn."""
-    grant.settle(generated, prefilled, turns=0)
+    if isinstance(error, Interrupted):
+        grant.settle(0, 0, turns=0)
+        growth.ledger.charge(generated, prefilled, past=True)
+    else:
+        prefilled = _settle(growth, grant, request, generated, prefilled, turns=0)
+        growth.lost += generated
+        growth.fault = str(error)
     growth.discarded += generated
     growth.discarded_prefilled += prefilled
 
 
-def _pause(error: BaseException | None, attempt: int) -> float:
-    """Seconds before the next attempt: what the server asked for, else 0.1, 0.2, 0.4, ... up to 10."""
-    asked = error.retry_after if isinstance(error, TransientPolicyError) else None
-    return asked if asked is not None else min(0.1 * 2.0 ** (attempt - 1), 10.0)
+def _pause(error: TransientPolicyError, failures: int, seed: int) -> float:
+    """Seconds before the next attempt: 0.1, 0.2, 0.4, ... up to 10, or longer if the server asks for it, and up to twice the former on top.
+
+    What is added is drawn from the request's seed, so that requests that failed together do not come back together.
+    """
+    if error.past:
+        return 0.0
+    least = min(0.1 * 2.0 ** (failures - 1), 10.0)
+    return max(least, error.retry_after or 0.0) + random.Random(f"{seed}/{failures}").uniform(0.0, 2 * least)
 
 
 def _record(growth: Growth, sample: Sample) -> None:
@@ -415,6 +435,8 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
         finally:
             now = anyio.current_time()
             frozen = tuple(clone.freeze(Status.CANCELLED, now) for clone in growth.clones)
+            growth.lost += sum(clone.lost for clone in growth.clones)
+            growth.fault = next((clone.fault for clone in reversed(growth.clones) if clone.fault), growth.fault)
             growth.clones.clear()
             growth.turns[-1] = replace(growth.turns[-1], clones=frozen)
     for i, branch in enumerate(frozen):

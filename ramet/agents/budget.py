@@ -7,6 +7,9 @@ currency and at every moment
 
     spent + reserved <= limit
 
+What was spent without a grant is charged all the same (`Ledger.charge`), and the limits give way to it: what a backend
+generated past its grant, against the contract, and what an earlier run had spent on a sample when it was stopped.
+
 Opening clones (`fork`) reserves their shares in the parent's ledger; each clone's own ledger has its
 share as its limit. What it did not use returns when it closes, on every way out. No method awaits, so
 each is atomic under anyio.
@@ -80,14 +83,16 @@ _NOTHING = dict.fromkeys(CURRENCIES, 0)
 class Ledger:
     """The account of one branch. Make the root's with `Ledger.of`, a clone's with `fork`."""
 
-    __slots__ = ("_children", "_held", "_limit", "_open", "_spent", "budget")
+    __slots__ = ("_children", "_held", "_limit", "_open", "_past", "_share", "_spent", "budget")
 
     def __init__(self, budget: Budget, limit: dict[str, int | None]):
         self.budget = budget
-        self._limit = limit
+        self._share = limit
+        self._limit = limit.copy()
         self._spent = _NOTHING.copy()
         self._held = _NOTHING.copy()
-        self._children: list[Ledger] = []
+        self._past = _NOTHING.copy()
+        self._children: dict[Ledger, None] = {}
         self._open = True
 
     @classmethod
@@ -96,7 +101,12 @@ class Ledger:
         return cls(budget, {currency: getattr(budget, currency) for currency in CURRENCIES})
 
     def limit(self, currency: str) -> int | None:
+        """What may be spent: the share, and what was charged beyond it."""
         return self._limit[currency]
+
+    def share(self, currency: str) -> int | None:
+        """What the ledger was opened with."""
+        return self._share[currency]
 
     def spent(self, currency: str) -> int:
         """Spent by this branch and by its closed clones."""
@@ -137,6 +147,33 @@ class Ledger:
         wanted = _sample(generated, prefilled, 1)
         self._hold(wanted)
         return Grant(self, wanted)
+
+    def tightest(self) -> str:
+        """The currency of which the fewest tokens can still be sampled."""
+        left = {currency: amount for currency in SAMPLED if (amount := self.left(currency)) is not None}
+        return min(left, key=left.__getitem__, default=SAMPLED[0])
+
+    def charge(self, generated: int, prefilled: int, past: bool = False) -> None:
+        """Charge what no grant covers. It comes out of what is left, and what is not left raises the limits.
+
+        What an earlier run spent (`past`) raises them by all of it: a tree is not the shorter for having been interrupted.
+        """
+        for currency, amount in _sample(generated, prefilled, 0).items():
+            self._spent[currency] += amount
+            if past:
+                self._past[currency] += amount
+                self._raise(currency, amount)
+            self._give_way(currency)
+
+    def _raise(self, currency: str, amount: int) -> None:
+        limit = self._limit[currency]
+        if limit is not None:
+            self._limit[currency] = limit + amount
+
+    def _give_way(self, currency: str) -> None:
+        limit = self._limit[currency]
+        if limit is not None:
+            self._limit[currency] = max(limit, self._spent[currency] + self._held[currency])
 
     def can_fork(self) -> bool:
         """Is there a generated token that a clone could have?"""
@@ -217,7 +254,7 @@ class Grant:
     def settle(self, generated: int, prefilled: int, turns: int = 1) -> None:
         """Spend what was used, refund the rest. Once. Using more than was granted is a `LedgerError`.
 
-        `turns` is 0 for an attempt that failed and gave no turn.
+        `turns` is 0 for an attempt that failed and gave no turn. What was used past the grant is for `Ledger.charge`.
         """
         if not self._open:
             raise LedgerError("the grant is settled already")
@@ -243,7 +280,7 @@ class Grant:
 class Fork:
     """The escrow of one spawn call: `ledgers` has one ledger per clone. Leaving the `with` block closes all."""
 
-    __slots__ = ("_limits", "_parent", "_path", "ledgers")
+    __slots__ = ("_limits", "_parent", "_path", "_without_past", "ledgers")
 
     def __init__(self, parent: Ledger, limits: list[dict[str, int | None]]):
         held = {c: sum(limit[c] or 0 for limit in limits) for c in POOLED}
@@ -252,9 +289,9 @@ class Fork:
         parent._hold(held)
         self._parent = parent
         self._limits = limits
-        self._path = 0
+        self._path = self._without_past = 0
         self.ledgers = [Ledger(parent.budget, limit) for limit in limits]
-        parent._children.extend(self.ledgers)
+        parent._children.update(dict.fromkeys(self.ledgers))
 
     def close(self, ledger: Ledger) -> None:
         """Close one clone's ledger: what it spent becomes its parent's spending, the rest returns."""
@@ -264,13 +301,20 @@ class Fork:
             raise LedgerError("a clone's ledger closes with reservations open")
         ledger._open = False
         parent = self._parent
-        parent._children.remove(ledger)
-        held = {currency: ledger._limit[currency] or 0 for currency in POOLED}
+        del parent._children[ledger]
+        held = {currency: ledger._share[currency] or 0 for currency in POOLED}
         used = {currency: ledger._spent[currency] for currency in POOLED}
         held["clones"] += 1
         used["clones"] += 1
         parent._settle(held, used)
-        self._path = max(self._path, ledger._spent["critical_path"])
+        for currency in POOLED:
+            parent._past[currency] += ledger._past[currency]
+            parent._raise(currency, ledger._past[currency])
+            if ledger._limit[currency] != ledger._share[currency]:
+                parent._give_way(currency)
+        path = ledger._spent["critical_path"]
+        self._path = max(self._path, path)
+        self._without_past = max(self._without_past, path - ledger._past["critical_path"])
 
     def __enter__(self) -> Self:
         return self
@@ -279,7 +323,12 @@ class Fork:
         for ledger in self.ledgers:
             self.close(ledger)
         longest = max(limit["critical_path"] or 0 for limit in self._limits)
-        self._parent._settle({"critical_path": longest}, {"critical_path": self._path})
+        parent, past = self._parent, self._path - self._without_past
+        parent._settle({"critical_path": longest}, {"critical_path": self._path})
+        parent._past["critical_path"] += past
+        parent._raise("critical_path", past)
+        if self._path > longest:
+            parent._give_way("critical_path")
 
 
 def _sample(generated: int, prefilled: int, turns: int) -> dict[str, int]:

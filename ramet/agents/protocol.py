@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from ramet.agents.answers import extract_answer as extract_answer
 from ramet.agents.answers import last_boxed as last_boxed
+from ramet.agents.budget import SAMPLED
 from ramet.agents.tree import Status
 from ramet.errors import CallError
 
@@ -167,7 +168,9 @@ class CloneResult:
     def line(self) -> str:
         if self.status is Status.ANSWERED and self.answer is not None:
             return self.answer
-        note = f"({self.status.value}{': ' + self.reason if self.reason else ''})"
+        # That tokens ran out is what the status says.
+        reason = "" if self.status is Status.OUT_OF_BUDGET and self.reason in SAMPLED else self.reason
+        note = f"({self.status.value}{': ' + reason if reason else ''})"
         return note if self.answer is None else f"{self.answer} {note}"
 
 

@@ -4,13 +4,13 @@ A tree is a function of its task, its budget, its seed and what its samples retu
 interrupted is grown again from its beginning, and every sample that had finished is taken from the journal
 instead of the engine: finished clones, finished turns of unfinished branches, and failed attempts with
 what they cost. Only what is missing reaches the engine, under the same seeds. What a tree has done is
-kept sample by sample, so a long tree is no likelier to be lost than a short one.
+kept sample by sample, so a long tree is no likelier to be lost than a short one. What a sample had generated
+when the run was stopped is charged to the tree that asks for it again.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import deque
 from typing import Any
 
 import anyio
@@ -18,27 +18,32 @@ import anyio
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tree import StopReason
-from ramet.errors import PolicyError, TransientPolicyError
+from ramet.errors import Interrupted, PolicyError, RefusedRequest, TransientPolicyError
 
 GAVE_UP = "gave_up"
+KINDS: dict[str, type[PolicyError]] = {
+    "interrupted": Interrupted, "transient": TransientPolicyError, "refused": RefusedRequest, "lasting": PolicyError,
+}  # fmt: skip
+"""What ended an attempt that gave no sample, the narrowest first."""
 
 
 class JournaledPolicy(PolicyWrapper):
     """`policy`, with every attempt that ended written to `journal` and those in it given back.
 
     Requests are told apart by (group, seed), which must be unique in the job, and compared by what they
-    ask for: a record of another prompt or grant is not used. Cancelled samples are not recorded.
+    ask for: a record of another prompt or grant is not used, and hides none that is. A sample that is cancelled
+    is recorded if it has cost anything, and is sampled again.
     """
 
     def __init__(self, policy: Policy, journal: Journal):
         super().__init__(policy)
         self._journal = journal
-        self._known: dict[tuple[str, int], deque[dict[str, Any]]] = {}
+        self._known: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for record in journal:
             if GAVE_UP in record:
                 self._forget_errors()
             else:
-                self._known.setdefault((record["group"], record["seed"]), deque()).append(record)
+                self._known.setdefault((record["group"], record["seed"]), []).append(record)
         self.replayed = self.sampled = 0
         """Attempts taken from the journal, and attempts made."""
 
@@ -47,31 +52,34 @@ class JournaledPolicy(PolicyWrapper):
         self._journal.append({GAVE_UP: True}, keep=False)
 
     def _forget_errors(self) -> None:
-        """Drop the attempts that no sample came after."""
-        for key, records in list(self._known.items()):
-            while records and "error" in records[-1]:
-                records.pop()
-            if not records:
-                del self._known[key]
+        """Drop the failed attempts that no sample came after."""
+        for key, records in self._known.items():
+            sampled = max((i for i, record in enumerate(records) if "error" not in record), default=-1)
+            self._known[key] = [r for i, r in enumerate(records) if i < sampled or r.get("kind") in (None, "interrupted")]
+
+    def _recorded(self, request: SampleRequest, asked: int) -> dict[str, Any] | None:
+        """The first record of this request that has not been given back; of its interruptions, whatever was asked then."""
+        known = self._known.get((request.group, request.seed), [])
+        at = next((i for i, r in enumerate(known) if r["asked"] == asked or r.get("kind") == "interrupted"), None)
+        return None if at is None else known.pop(at)
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         media = (request.media,) if request.media else ()
         asked = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling, *media)).encode())
-        key = (request.group, request.seed)
-        if known := self._known.get(key):
-            record = known.popleft()
-            if not known or record["asked"] != asked:
-                del self._known[key]
-            if record["asked"] == asked:
-                await anyio.lowlevel.checkpoint()
-                self.replayed += 1
-                return _replay(record, partial)
+        if (found := self._recorded(request, asked)) is not None:
+            await anyio.lowlevel.checkpoint()
+            self.replayed += 1
+            return _replay(found, partial)
         self.sampled += 1
         record = {"group": request.group, "seed": request.seed, "asked": asked}
         try:
             sample = await self._policy.sample(request, partial)
+        except anyio.get_cancelled_exc_class():
+            if partial.ids or partial.prefilled:
+                self._journal.append({**record, "error": "interrupted", "kind": "interrupted", **_spent(partial)}, keep=False)
+            raise
         except PolicyError as error:
-            kind = "transient" if isinstance(error, TransientPolicyError) else "lasting"
+            kind = next(name for name, of in KINDS.items() if isinstance(error, of))
             self._journal.append({**record, "error": str(error), "kind": kind, **_spent(partial)}, keep=False)
             raise
         self._journal.append(
@@ -100,8 +108,8 @@ def _replay(record: dict[str, Any], partial: Partial) -> Sample:
     partial.logprobs += record["logprobs"]
     partial.prefilled, partial.cached = record["prefilled"], record["cached"]
     if "error" in record:
-        # It has been waited for once already.
-        raise TransientPolicyError(record["error"], 0.0) if record["kind"] == "transient" else PolicyError(record["error"])
+        kind = KINDS[record["kind"]]
+        raise kind(record["error"], past=True) if issubclass(kind, TransientPolicyError) else kind(record["error"])
     return Sample(
         tuple(partial.ids), tuple(partial.logprobs), StopReason(record["stop"]), partial.prefilled, partial.cached, record["version"],
         tuple(record.get("updates", ())),

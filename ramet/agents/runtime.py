@@ -100,7 +100,7 @@ class Runtime:
         now = anyio.current_time()
         ledger.check()
         branch = root.freeze(Status.TIMED_OUT, now)
-        error = branch.reason if branch.status is Status.FAILED else ""
+        error = branch.reason if branch.status in (Status.FAILED, Status.REFUSED) else ""
         return Tree(task.id, branch, price(branch, now - started), seed, error)
 
     @asynccontextmanager

@@ -25,7 +25,7 @@ from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, Sample
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
 from ramet.env.arithmetic import OBJECTIVE
-from ramet.errors import ConfigError, PolicyError
+from ramet.errors import ConfigError, PolicyError, RefusedRequest
 from ramet.nano.demonstrations import statement
 
 
@@ -74,7 +74,12 @@ Method = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
 
 
 def checked(tree: Tree) -> Tree:
-    """The tree, unless the backend failed one of its branches: that says nothing about the method. Raises `PolicyError`."""
+    """The tree, unless the backend failed one of its branches: that says nothing about the method.
+
+    Raises `PolicyError`; `RefusedRequest` where the backend does not take what the root asks for.
+    """
+    if tree.root.status is Status.REFUSED:
+        raise RefusedRequest(f"task {tree.task_id}: {tree.root.reason}")
     failed = next((branch for branch in tree.branches if branch.status is Status.FAILED), None)
     if failed is not None:
         raise PolicyError(f"task {tree.task_id} failed: {tree.error or failed.reason}")

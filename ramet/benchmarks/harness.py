@@ -23,9 +23,10 @@ from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, Sample
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
 from ramet.benchmarks.baselines import Method, Outcome
+from ramet.benchmarks.prefixes import Prefixes
 from ramet.benchmarks.statistics import accuracy_interval
 from ramet.env.environment import Environment
-from ramet.policy.kv import common_prefix
+from ramet.errors import RefusedRequest, TaskError
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One graded outcome."""
+    """One graded outcome; or, with a reason in `failed`, one that there could not be, which counts in no mean."""
 
     policy: str
     split: str
@@ -52,9 +53,10 @@ class Measured:
     score: float
     outcome: Outcome
     repeat: int = 0
+    failed: str = ""
 
     def record(self) -> dict[str, object]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "failed" or value}
 
     @classmethod
     def of(cls, record: dict[str, object]) -> Measured:
@@ -63,7 +65,8 @@ class Measured:
         return cls(**values)  # type: ignore[arg-type]
 
 
-_READ: ContextVar[list[tuple[int, ...]]] = ContextVar("contexts_read")
+FAILED = Outcome(None, 0, 0, 0, False, 0, "failed")
+_READ: ContextVar[Prefixes] = ContextVar("contexts_read")
 
 
 class FreshCache(PolicyWrapper):
@@ -75,8 +78,7 @@ class FreshCache(PolicyWrapper):
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         read = _READ.get()
-        cached = min(max((common_prefix(request.prompt, context) for context in read), default=0), len(request.prompt) - 1)
-        read.append(request.prompt)
+        cached = min(read.add(request.prompt), len(request.prompt) - 1)
         inner = Partial(partial.ids, partial.logprobs)
         try:
             sample = await self._policy.sample(request, inner)
@@ -85,7 +87,7 @@ class FreshCache(PolicyWrapper):
                 partial.prefilled, partial.cached = len(request.prompt) - cached, cached
             else:
                 read.remove(request.prompt)  # an attempt that was refused has read nothing
-        read.append(request.prompt + sample.ids)
+        read.add(request.prompt + sample.ids)
         return replace(sample, prefilled=len(request.prompt) - cached, cached=cached)
 
 
@@ -108,6 +110,8 @@ async def measure(
 ) -> list[Measured]:
     """Every task at every budget by one method, `repeats` times. Outcomes already in the journal are not computed again.
 
+    A task that the backend refuses (`RefusedRequest`: a prompt that is too long) is recorded as failed, with the reason, and the
+    others are measured; if it refuses all of them, that is raised and nothing recorded.
     `report` is told of outcomes as they come to be known, first of those in the journal. Raises `Drained`, when
     what is running is done, if the process is asked to stop.
     """
@@ -128,9 +132,15 @@ async def measure(
             width = {} if entry.width is None else {"width": entry.width}
             limits = template.model_copy(update={"generated": budget, "depth": entry.depth, **width})
             place = f"{entry.policy}/{task.id}" if repeat == 0 else f"{entry.policy}/{task.id}/{repeat}"
-            _READ.set([])
+            _READ.set(Prefixes())
             started = anyio.current_time()
-            outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
+            try:
+                outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
+            except RefusedRequest as error:
+                refused[budget, task.id, repeat] = error
+                continue
+            except drain.Drained:
+                return  # what it waits for may take long; it is grown again
             outcome = replace(outcome, seconds=anyio.current_time() - started)
             with anyio.CancelScope(shield=True):  # what was paid for is kept
                 score = await anyio.to_thread.run_sync(env.grade, task, outcome.answer, limiter=grading)
@@ -140,9 +150,19 @@ async def measure(
             if report is not None:
                 report(1)
 
+    refused: dict[tuple[int, str, int], RefusedRequest] = {}
     async with task_group() as group:
         for _ in range(in_flight):
             group.start_soon(worker)
+    if refused and not any(not m.failed for m in done.values()):
+        raise next(iter(refused.values()))
+    sizes = {task.id: env.size(task) for task in tasks}
+    for (budget, name, repeat), error in refused.items():
+        failed = Measured(entry.policy, split, budget, name, sizes[name], 0.0, FAILED, repeat, str(error))
+        journal.append(failed.record())
+        done[budget, name, repeat] = failed
+        if report is not None:
+            report(1)
     if any((b, t.id, r) not in done for b, t, r in todo):
         raise drain.Drained
     return [done[budget, task.id, repeat] for budget, task, repeat in wanted]
@@ -207,8 +227,24 @@ def spawn_rates(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict
 
 
 def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Measured]]:
-    """By (policy, split, budget), in the order in which these first appear."""
+    """By (policy, split, budget), in the order in which these first appear.
+
+    A task that failed for one policy, at one budget, is left out for all on its split: what is compared is measured on the same tasks.
+    Raises `TaskError` where that leaves none.
+    """
+    measured = list(measured)
+    without = {(m.split, m.task): m.failed for m in measured if m.failed}
     groups: dict[tuple[str, str, int], list[Measured]] = {}
     for m in measured:
-        groups.setdefault((m.policy, m.split, m.budget), []).append(m)
+        if (m.split, m.task) not in without:
+            groups.setdefault((m.policy, m.split, m.budget), []).append(m)
+    for split in dict.fromkeys(m.split for m in measured):
+        if all(key[1] != split for key in groups):
+            raise TaskError(f"every task of {split} failed: {next(f for (s, _), f in without.items() if s == split)}")
     return groups
+
+
+def failures(measured: Iterable[Measured]) -> list[dict[str, object]]:
+    """A record of each task that could not be measured, with the reason."""
+    names = ("policy", "split", "budget", "task", "repeat")
+    return [{"record": "failed", **{name: getattr(m, name) for name in names}, "reason": m.failed} for m in measured if m.failed]

@@ -63,7 +63,7 @@ def check_growth(growth: Growth, seen: dict[str, tuple[object, ...]]) -> None:
         require(limit is None or has + held <= limit, f"{growth.id}: {has} spent and {held} reserved of {limit} {currency}")
     if growth.ended is not None:
         require(not growth.clones, f"{growth.id} ended before its clones")
-    held = {name: sum(clone.ledger.limit(name) or 0 for clone in growth.clones) for name in ("generated", "prefilled", "clones")}
+    held = {name: sum(clone.ledger.share(name) or 0 for clone in growth.clones) for name in ("generated", "prefilled", "clones")}
     for name, amount in held.items():
         if ledger.limit(name) is not None:
             require(ledger.reserved(name) >= amount, f"{growth.id}: {ledger.reserved(name)} {name} reserved for shares of {amount}")
@@ -72,13 +72,16 @@ def check_growth(growth: Growth, seen: dict[str, tuple[object, ...]]) -> None:
 def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: bool = True, resumed: bool = False) -> None:
     """A finished tree: its budget, its tokens beside the engine's, and one result a clone.
 
-    A `resumed` tree may hold tokens that an earlier engine emitted; one that is not `punctual` shared its
-    thread with something slow, and may pass its deadline.
+    A `resumed` tree may hold tokens that an earlier engine emitted, and pass its limits by what was cut then; one that is
+    not `punctual` shared its thread with something slow, and may pass its deadline.
     """
     usage = tree.usage
+    turns = [turn for branch in tree.branches for turn in branch.turns] if resumed else []
+    cut = {"prefilled": sum(turn.discarded_prefilled for turn in turns), "clones": 0}
+    lost = sum(turn.discarded for turn in turns)
     for name in ("generated", "prefilled", "critical_path", "clones"):
         limit = getattr(budget, name)
-        require(limit is None or getattr(usage, name) <= limit, f"{getattr(usage, name)} {name} of {limit}")
+        require(limit is None or getattr(usage, name) <= limit + cut.get(name, lost), f"{getattr(usage, name)} {name} of {limit}")
     if budget.seconds is not None and punctual:
         require(usage.seconds <= budget.seconds + 1e-6, f"{usage.seconds} seconds of {budget.seconds}")
     context = min(filter(None, (budget.context, policy.context)), default=None)
@@ -86,7 +89,8 @@ def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: boo
         own = [turn for turn in branch.turns if turn.stop is not StopReason.FAILED]
         require(budget.depth is None or branch.depth <= budget.depth, f"{branch.id} is too deep")
         require(budget.turns is None or len(own) <= budget.turns, f"{branch.id} has {len(own)} turns")
-        require(budget.branch_generated is None or branch.generated <= budget.branch_generated, f"{branch.id}: {branch.generated} tokens")
+        most = budget.branch_generated
+        require(most is None or branch.generated <= most + lost, f"{branch.id}: {branch.generated} tokens")
         require(context is None or not own or len(branch.ids) <= context, f"{branch.id}: a context of {len(branch.ids)}")
         require(
             branch.answer is None or branch.status in (Status.ANSWERED, Status.OUT_OF_BUDGET),

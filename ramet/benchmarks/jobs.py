@@ -15,7 +15,7 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import baselines, methods, progress
-from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
+from ramet.benchmarks.harness import Entry, Measured, by_size, failures, grouped, measure, point
 from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine, weights_id
 from ramet.benchmarks.show import resolve
@@ -112,6 +112,8 @@ def run_measuring(
         return found
 
     found = anyio.run(main)
+    if lost := list(dict.fromkeys((m.split, m.task, m.failed) for m in found if m.failed)):
+        console.print(f"warning: {label}: {len(lost)} tasks could not be measured and count in no result; the first: {lost[0][2]}")
     _warn_of_starved(found)
     return found
 
@@ -135,9 +137,9 @@ def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
 
 
 def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """A `point` record per policy, split and budget, and `size` records of the same by task size."""
+    """A `point` record per policy, split and budget, `size` records of the same by task size, and one of each task that failed."""
     groups = grouped(measured).values()
-    return [point(ms) for ms in groups] + [record for ms in groups for record in by_size(ms)]
+    return [point(ms) for ms in groups] + [record for ms in groups for record in by_size(ms)] + failures(measured)
 
 
 def print_points(records: Sequence[dict[str, Any]]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import frontier, methods, plots
-from ramet.benchmarks.harness import Entry, Measured, grouped, point
+from ramet.benchmarks.harness import Entry, Measured, failures, grouped, point
 from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, tree_entry
 from ramet.benchmarks.page import write_page
 from ramet.benchmarks.session import engine_id, meta, weights_id
@@ -116,7 +116,7 @@ def frontier_job(
     delegates = next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
     winner = "trained" if trained else "solo" if solo else delegates
     models = {"trained": trained or policy, "solo": solo or policy}
-    records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, models, policy)]
+    records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, models, policy), *failures(measured)]
     write_json(directory / "results.json", records)
     if out is not None:
         write_json(out, records)

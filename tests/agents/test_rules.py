@@ -18,7 +18,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, StopReason, Tree
-from ramet.errors import BudgetExhausted, LedgerError, PolicyError, RametError, TransientPolicyError
+from ramet.errors import BudgetExhausted, LedgerError, PolicyError, RametError, RefusedRequest, TransientPolicyError
 from tests.agents.test_runtime import failing, grow, spawn, task
 
 pytestmark = pytest.mark.anyio
@@ -69,15 +69,17 @@ def test_seeds_are_a_function_of_the_place():
 
 
 def test_pauses_double_up_to_ten_seconds():
-    error = TransientPolicyError("busy")
-    assert [_pause(error, n) for n in (1, 2, 3, 4)] == pytest.approx([0.1, 0.2, 0.4, 0.8])
-    assert _pause(error, 8) == 10.0
-    assert _pause(None, 1) == _pause(ValueError("x"), 1) == 0.1
-    assert _pause(TransientPolicyError("busy", retry_after=0.0), 5) == 0.0
+    """No shorter than 0.1, 0.2, 0.4, ... seconds and than the server asks for, and at most twice the former on top."""
+    for n, least in ((1, 0.1), (2, 0.2), (3, 0.4), (4, 0.8), (8, 10.0), (80, 10.0)):
+        for asked in (None, 0.0, 3.0, 60.0):
+            drawn = [_pause(TransientPolicyError("busy", asked), n, seed) - max(least, asked or 0.0) for seed in range(200)]
+            assert -1e-9 <= min(drawn) < 0.2 * least and 1.8 * least < max(drawn) <= 2 * least + 1e-9
+    assert _pause(TransientPolicyError("busy"), 3, 7) == _pause(TransientPolicyError("busy"), 3, 7), "a function of the request"
+    assert _pause(TransientPolicyError("busy", 60.0, past=True), 5, 0) == 0.0, "an earlier run has waited"
 
 
 def test_the_runtime_waits_as_long_as_it_should_and_counts_the_time():
-    """On a virtual clock: two failures at 0.1 and 0.2 seconds of pause, one whose server asks for 3."""
+    """On a virtual clock: two failures, and two whose server asks for 3 and 5 seconds."""
 
     async def main() -> list[Tree]:
         trees = []
@@ -89,10 +91,10 @@ def test_the_runtime_waits_as_long_as_it_should_and_counts_the_time():
             trees.append(await Runtime(policy, PlainFormat()).run(task(), Budget()))
         return trees
 
-    doubled, asked = simulate(main, 0)
-    assert doubled.root.seconds == pytest.approx(0.3)
-    assert asked.root.seconds == pytest.approx(8.0)
-    assert doubled.answer == asked.answer == "1"
+    seed = seed_of(0, "0", 0)
+    for tree, asked in zip(simulate(main, 0), ((None, None), (3.0, 5.0)), strict=True):
+        assert tree.root.seconds == pytest.approx(sum(_pause(TransientPolicyError("", a), n, seed) for n, a in enumerate(asked, 1)))
+        assert tree.answer == "1"
 
 
 def test_seconds_of_a_branch_are_its_own():
@@ -195,8 +197,62 @@ async def test_attempts_end_with_the_tokens(spare: int, asked: list[int]):
     policy.spare = spare
     tree = await Runtime(policy, PlainFormat(), attempts=9).run(task(), Budget(generated=12))
     assert [request.max_tokens for request in policy.asked] == asked
-    assert tree.root.status is Status.OUT_OF_BUDGET
+    assert (tree.root.status, tree.error) == (Status.FAILED, "gone"), "it was not the answer that used up the budget"
     assert tree.usage.generated == sum(turn.discarded for turn in tree.root.turns) == 12
+
+
+async def test_an_answer_for_which_failed_attempts_left_no_room_has_failed():
+    """Forty tokens an answer, a hundred to spend: the third attempt is cut, and not because of what the model said."""
+    reset = TransientPolicyError("connection reset", 0.0)
+    policy = Recording(lambda _: "y" * 39 + "\0", faults=failing({0: reset, 1: reset}, after=40))
+    tree = await Runtime(policy, PlainFormat()).run(task(), Budget(generated=100))
+    assert tree.root.status is Status.FAILED and tree.answer is None
+    assert tree.error == "connection reset (failed attempts used up the budget: 78 tokens)"
+    # What clones lose is lost to their parent too.
+    program = lambda c: "y" * 39 + "\0" if not c.startswith("T") or "1: " in c else spawn("a")  # noqa: E731
+    policy = Recording(program, faults=failing({1: reset}, after=30))
+    tree = await Runtime(policy, PlainFormat()).run(task(), Budget(generated=len(spawn("a")) + 100))
+    assert [clone.status for clone in tree.root.clones] == [Status.ANSWERED]
+    assert tree.root.status is Status.FAILED and "connection reset (failed attempts used up the budget: 30 tokens)" in tree.error
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        (Budget(generated=5), "generated"),
+        (Budget(critical_path=5), "critical_path"),
+        (Budget(branch_generated=5, generated=9), "branch_generated"),
+        (Budget(generated=9, answer_reserve=4), "generated"),
+        (Budget(context=20), "the budget's context of 20 tokens"),
+        (Budget(prefilled=3), "prefilled"),
+        (Budget(generated=0), "generated"),
+    ],
+)
+async def test_what_runs_out_is_named(budget: Budget, reason: str):
+    tree = await grow(lambda _: "y" * 50, budget)
+    assert (tree.root.status, tree.root.reason) == (Status.OUT_OF_BUDGET, reason)
+
+
+async def test_a_prompt_that_does_not_fit_says_so_to_whoever_asked():
+    tree = await grow(lambda _: "Answer: 1\0", Budget(context=4, answer_reserve=2))
+    assert tree.root.reason == "the budget's context of 4 tokens"
+    call, told = spawn({"objective": "x", "context_keys": ["d"]}), "1: (out of budget: the budget's context of 400 tokens"
+    program = lambda c: "Answer: ok\0" if told in c else call  # noqa: E731
+    assert (await grow(program, Budget(context=400), {"d": "w" * 500})).answer == "ok"
+
+
+async def test_what_the_backend_refuses_is_a_refusal():
+    """Of a clone, it is a result for its parent; of the root, what became of the tree."""
+
+    def program(context: str) -> str:
+        if "long" in context and not context.startswith("T"):
+            raise RefusedRequest("the prompt is too long")
+        return "Answer: ok\0" if "1: (refused: the prompt is too long)" in context else spawn("long")
+
+    tree = await grow(program)
+    assert (tree.answer, tree.root.status, tree.error) == ("ok", Status.ANSWERED, "")
+    tree = await Runtime(ScriptedPolicy(program), PlainFormat()).run(task("long"), Budget(depth=0))
+    assert (tree.answer, tree.root.status, tree.error) == (None, Status.REFUSED, "the prompt is too long")
 
 
 class Greedy(ScriptedPolicy):
@@ -207,12 +263,62 @@ class Greedy(ScriptedPolicy):
         return Sample(ids, (0.0,) * len(ids), StopReason.LENGTH, len(request.prompt) + 100, 0, 0)
 
 
-async def test_a_backend_that_returns_too_much_is_charged_its_grant_and_refused():
+async def test_a_backend_that_returns_too_much_is_charged_it_and_refused():
     tree = await Runtime(Greedy(lambda _: ""), PlainFormat()).run(task(), Budget(generated=12, prefilled=500))
     assert tree.root.status is Status.FAILED
-    assert tree.error == "the backend returned 15 tokens for a grant of 12"
-    assert tree.usage.generated == 12
+    assert tree.error == "the backend generated 15 tokens for a grant of 12: it does not keep to max_tokens"
+    assert tree.usage.generated == 15
     assert tree.usage.prefilled == len(tree.root.prompt)
+
+
+class Overrunning(ScriptedPolicy):
+    """Clones generate ten tokens more than they were granted, and then end as `ending` says."""
+
+    ending = "returns"
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        if request.prompt[0] == ord("T"):
+            return await ScriptedPolicy.sample(self, request, partial)
+        partial.prefilled = len(request.prompt)
+        for _ in range(request.max_tokens + 10):
+            await anyio.sleep(1)
+            partial.ids.append(1)
+            partial.logprobs.append(0.0)
+        if self.ending == "is reset":
+            raise TransientPolicyError("connection reset")
+        if self.ending == "fails":
+            raise PolicyError("no such model")
+        if self.ending == "hangs":
+            await anyio.sleep_forever()
+        return Sample(tuple(partial.ids), tuple(partial.logprobs), StopReason.LENGTH, partial.prefilled)
+
+
+@pytest.mark.parametrize("ending", ["returns", "is reset", "fails", "hangs"])
+@pytest.mark.parametrize("budget", [Budget(generated=600), Budget(critical_path=600, generated=5000), Budget(branch_generated=300)])
+def test_a_backend_that_does_not_keep_to_max_tokens_fails_a_branch_and_not_the_run(ending: str, budget: Budget):
+    """Whether the sample ends by returning, by an error, by a reset, by the deadline or because somebody cancels it."""
+    roots: list[Growth] = []
+    policy = Overrunning(lambda c: "Answer: ok\0" if "1: " in c else spawn({"objective": "a", "max_tokens": 50}, "b"))
+    policy.ending = ending
+
+    async def main() -> Tree:
+        limited = budget.model_copy(update={"seconds": 5000.0})
+        return await Runtime(policy, PlainFormat(), max_turn_tokens=400, watch=roots.append).run(task(), limited)
+
+    tree = simulate(main, 0)
+    ledger = roots[0].ledger
+    ledger.check()
+    clones = tree.root.clones
+    granted = [50, clones[1].generated - 10]
+    assert [clone.generated for clone in clones] == [60, granted[1] + 10] and granted[1] > 50
+    assert tree.usage.generated == sum(branch.generated for branch in tree.branches) == ledger.spent("generated")
+    assert tree.usage.critical_path == ledger.spent("critical_path")
+    if ending == "hangs":
+        assert tree.root.status is Status.TIMED_OUT
+    else:
+        assert {clone.status for clone in clones} == {Status.FAILED}
+        assert "max_tokens" in clones[0].reason or ending == "fails"
+        assert tree.answer == "ok" or tree.root.status is Status.FAILED
 
 
 async def test_width_and_clones_may_be_used_up():

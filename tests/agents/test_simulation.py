@@ -275,6 +275,66 @@ async def test_a_lasting_failure_is_replayed_with_its_cost(tmp_path):
     assert policy.replayed == 1
 
 
+@pytest.mark.anyio
+async def test_a_record_that_does_not_match_hides_none_that_does(tmp_path):
+    """Four runs; in the second another prompt is asked for, as after a clone that had failed."""
+    made = []
+    for prompt in ((1, 2), (1, 3), (1, 3), (1, 2)):
+        with Journal(tmp_path / "j", "job") as journal:
+            policy = JournaledPolicy(ScriptedPolicy(lambda _: "ok\0"), journal)
+            await policy.sample(SampleRequest(prompt, 8, frozenset({0}), 5, group="g"), Partial())
+            made.append(policy.sampled)
+    assert made == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_what_was_cut_is_charged_when_the_run_goes_on(seed, tmp_path):
+    """Stopped at random moments and gone on with: every token that any run generated is charged, once."""
+    rng = random.Random(seed)
+    budget = Budget(generated=rng.choice((None, 900)), critical_path=rng.choice((None, 700)))
+    emitted = 0
+
+    def run(patience: float) -> Any:
+        nonlocal emitted
+        policy = ScriptedPolicy(spawning, delay=0.01, faults=Faults(seed, 4, lasting=False))
+
+        async def main() -> Any:
+            with Journal(tmp_path / "j", "job") as journal, anyio.move_on_after(patience):
+                runtime = Runtime(JournaledPolicy(policy, journal), PlainFormat(), attempts=9, max_turn_tokens=450)
+                return await runtime.run(Task("t", (Message("user", "go"),)), budget, seed)
+
+        tree = simulate(main, seed)
+        emitted += sum(map(sum, policy.emitted.values()))
+        return tree
+
+    for _ in range(rng.randint(1, 6)):
+        if (tree := run(rng.uniform(0, 12))) is not None:
+            break
+    else:
+        tree = run(1e9)
+    assert tree.usage.generated == emitted
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_tree_is_not_the_shorter_for_having_been_interrupted(seed, tmp_path):
+    """The budget is used up to the last token: what was cut is charged beside it."""
+    budget, task = Budget(generated=600), Task("t", (Message("user", "go"),))
+
+    def run(patience: float, path: str) -> Any:
+        async def main() -> Any:
+            with Journal(tmp_path / path, "job") as journal, anyio.move_on_after(patience):
+                return await Runtime(JournaledPolicy(ScriptedPolicy(spawning, delay=0.01), journal), PlainFormat()).run(task, budget, seed)
+
+        return simulate(main, seed)
+
+    whole = run(1e9, "whole")
+    rng, tree = random.Random(seed), None
+    while tree is None:
+        tree = run(rng.uniform(0, 6), "cut")
+    assert [(b.ids, b.status, b.answer) for b in tree.branches] == [(b.ids, b.status, b.answer) for b in whole.branches]
+    assert tree.usage.generated >= whole.usage.generated
+
+
 def test_faults_are_functions_of_the_request_and_the_attempt():
     faults = Faults(3, 2.0)
     requests = [SampleRequest((1,), 9, frozenset(), seed) for seed in range(200)]

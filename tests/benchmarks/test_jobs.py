@@ -44,7 +44,10 @@ def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeyp
         with Journal(tmp_path / folder / "journal.jsonl", "job") as journal:
             measured = run_measuring(config, BASE, [tree_entry("base", config, True)], ("iid", "ood"), journal, "measuring")
             measured += run_measuring(config, other, [tree_entry("trained", config, True)], ("iid", "ood"), journal, "measuring")
-        return [replace(m, outcome=replace(m.outcome, prefilled=0)) for m in measured]
+        # What was cut is charged beside what the outcomes would have cost without.
+        spent = [(m.outcome.generated, m.outcome.critical_path) for m in measured]
+        costs = dict.fromkeys(("prefilled", "cached", "attention", "generated", "critical_path"), 0)
+        return spent, [replace(m, outcome=replace(m.outcome, **costs)) for m in measured]
 
     whole = run("whole")
 
@@ -66,7 +69,8 @@ def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeyp
         with monkeypatch.context() as patched, pytest.raises(Killed):
             patched.setattr(JournaledPolicy, "sample", dying)
             run_measuring(config, other, [tree_entry("trained", config, True)], ("iid", "ood"), journal, "measuring")
-    assert run("cut") == whole
+    (spent, cut), (calm, uncut) = run("cut"), whole
+    assert cut == uncut and all(more >= less for ms in zip(spent, calm, strict=True) for more, less in zip(*ms, strict=True))
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["journal.jsonl"]
 
 
