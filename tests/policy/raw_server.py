@@ -25,9 +25,9 @@ def serve(
     port = listener.getsockname()[1]
 
     def converse(connection: socket.socket) -> None:
-        with contextlib.suppress(OSError), connection, connection.makefile("rb") as lines:
+        with contextlib.suppress(OSError, ValueError), connection, connection.makefile("rb") as lines:
             while first := lines.readline():
-                method, path, _ = first.decode().split()
+                method, path, _ = first.decode("latin1").split()
                 headers = {}
                 while line := lines.readline().strip():
                     name, _, value = line.decode("latin1").partition(":")

@@ -139,6 +139,18 @@ async def test_native_tool_calls_are_calls(calls):
     assert WIRE.parse(sample.ids).text.strip() == "I ask." and len(sample.ids) == 9
 
 
+async def test_two_native_calls_are_two_wherever_the_server_places_them():
+    one, two = ({"id": i, "function": {"name": "spawn_clone", "arguments": '{"objectives": ["' + i + '"]}'}} for i in "ab")
+    for events in ([event(delta={"tool_calls": [one]}), event(delta={"tool_calls": [two]})], [event(delta={"tool_calls": [one, two]})]):
+        sample = await chat(stream(*events, says(None, "tool_calls")))
+        assert [json.loads(call)["arguments"]["objectives"] for call in WIRE.parse(sample.ids).calls] == [["a"], ["b"]]
+
+
+async def test_a_sample_as_long_as_it_may_be_without_a_reason_was_cut():
+    assert (await chat(stream(says("a b c"), usage(3)), most=3)).stop is StopReason.LENGTH
+    assert (await chat(stream(says("a b c"), usage(3)), most=4)).stop is StopReason.END
+
+
 async def test_a_call_in_a_turn_that_ends_otherwise_is_no_empty_answer():
     call = event(delta={"tool_calls": [{"index": 0, "function": {"name": "spawn_clone", "arguments": "{}"}}]}, finish_reason="stop")
     with pytest.raises(PolicyError, match="calls a tool natively"):

@@ -88,7 +88,8 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title>\n<style>a {}</style
         (stream(done=False), TransientPolicyError, "no finish reason"),
         (HEAD + b"Content-Encoding: gzip\r\nConnection: close\r\n\r\nnot gzip", TransientPolicyError, "DecodingError"),
         (HEAD.replace(b"200 OK", b"999 Odd") + b"\r\n", PolicyError, ""),
-        (b"nothing that is HTTP\r\n\r\n", TransientPolicyError, "RemoteProtocolError"),
+        (b"nothing that is HTTP\r\n\r\n", PolicyError, "illegal status line"),
+        (b"", TransientPolicyError, "Server disconnected"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", TransientPolicyError, "RemoteProtocolError"),
     ],
 )  # fmt: skip
@@ -201,6 +202,23 @@ async def test_fields_can_be_named_left_out_and_added():
         ChatPolicy("http://h/v1", WIRE, names={"max_tokens": ""})
 
 
+async def test_a_server_that_does_not_stream_is_asked_not_to():
+    def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
+        whole = json.dumps({"choices": [{"message": {"content": "Answer: 42"}, "finish_reason": "stop"}]}, indent=1).encode()
+        refused = "stream" in body or "stream_options" in body
+        connection.sendall(failed("400 Bad Request", "stream is not supported") if refused else reply(whole))
+
+    with serve(answer) as (url, asked):
+        assert await ask(url) == "Answer: 42"
+    assert len(asked) == 2
+
+
+async def test_an_address_may_name_the_endpoint():
+    with serve(GOOD) as (url, asked):
+        assert await ask(f"{url}/chat/completions/") == await ask(f"{url}/") == "Answer: 42"
+    assert {body["path"] for body in asked} == {"/v1/chat/completions"}
+
+
 async def test_a_value_that_is_refused_is_no_reason_to_leave_a_field_out():
     def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
         connection.sendall(failed("400 Bad Request", "max_tokens is too large: 100; temperature is fine"))
@@ -252,6 +270,21 @@ async def test_a_model_that_is_served_need_not_be_listed(listed):
     with serve(GOOD, {"data": [{"id": name} for name in listed]}) as (url, asked):
         assert await ask(url, model="llama3.2") == "Answer: 42"
     assert asked[0]["model"] == "llama3.2"
+
+
+@pytest.mark.parametrize("models", [HEAD + b"Content-Encoding: gzip\r\nConnection: close\r\n\r\nno", reply(b"[1, {}]"), reply(b"{" * 10**5),
+                                    reply(b"{}", "403 Forbidden"), reply(b"\xff\xfe", kind="text/plain; charset=odd")])  # fmt: skip
+async def test_a_list_of_models_that_cannot_be_read_is_none(models):
+    with serve(GOOD, models) as (url, _):
+        assert await ask(url, model="m") == "Answer: 42"
+    assert "does not list a model" in str(await error_of(GOOD, models))
+
+
+async def test_a_port_that_speaks_otherwise_is_no_server_that_is_not_up_yet():
+    assert "no OpenAI" not in str(await error_of(GOOD, b"SSH-2.0-OpenSSH\r\n\r\n", wait=0))
+    with serve(GOOD) as (url, _), pytest.raises(PolicyError, match="SSL") as caught:
+        await ask(url.replace("http:", "https:"), wait=0)
+    assert "no OpenAI" not in str(caught.value)
 
 
 async def test_a_long_list_of_models_is_cut():

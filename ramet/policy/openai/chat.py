@@ -17,7 +17,7 @@ class ChatPolicy(Server):
     """
 
     path = "chat/completions"
-    optional = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options")
+    optional = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options", "stream")
 
     def __init__(self, url: str, chat: WireFormat, model: str | None = None, **options: Any) -> None:
         super().__init__(url, model, **options)

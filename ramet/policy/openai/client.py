@@ -30,15 +30,17 @@ class Address:
         except (httpx.InvalidURL, ValueError, TypeError):
             valid = False
         if not valid or "%" in self._url.host or any(not 0 < len(part) < 64 for part in self._url.host.rstrip(".").split(".")):
-            shown = url if urlsplit_safe(url) else "what is given"
+            shown = url if "@" not in url and "?" not in url else "what is given"
             raise PolicyError(f"{shown!r} is not the address of a server, such as http://127.0.0.1:8000/v1")
         if self._url.userinfo:
             raise PolicyError(f"the address of the server names a user; put the key into the environment variable {key} instead")
-        self.shown = str(self._url.copy_with(query=None, fragment=None)).rstrip("/")
+        path = re.sub(r"(/chat)?/completions$", "", self._url.path.rstrip("/"))
+        self._url = self._url.copy_with(path=path or "/", fragment=None)
+        self.shown = str(self._url.copy_with(query=None)).rstrip("/")
 
     def at(self, path: str) -> httpx.URL:
         """The address of a path below; the query stays."""
-        return self._url.copy_with(path=f"{self._url.path.rstrip('/')}/{path}", fragment=None)
+        return self._url.copy_with(path=f"{self._url.path.rstrip('/')}/{path}")
 
     @property
     def versioned(self) -> bool:
@@ -63,11 +65,6 @@ class Address:
             except ValueError:
                 continue
         return [form for secret in found for form in {secret, quote(secret, safe="")}]
-
-
-def urlsplit_safe(url: str) -> bool:
-    """Can the address be shown: has it neither a user nor a query?"""
-    return "@" not in url and "?" not in url
 
 
 def connected(headers: dict[str, str], concurrency: int) -> httpx.AsyncClient:

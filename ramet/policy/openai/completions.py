@@ -21,7 +21,7 @@ class CompletionsPolicy(Server):
 
     trainable = True
     path = "completions"
-    optional = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stream_options")
+    optional = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stream_options", "stream")
 
     def _chosen(self) -> str:
         if len(self._listed) > 1:

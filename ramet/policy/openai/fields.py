@@ -49,6 +49,8 @@ class Fields:
             field = min(found, key=lambda name: found[name])
             if field != LIMIT:
                 self.names[field] = ""
+                if field == "stream":
+                    self.names["stream_options"] = ""
                 return f"does not take {field}: it is left out, and the server's own default holds"
             if self.names.get(LIMIT, LIMIT) == LIMIT:
                 self.names[LIMIT] = NEW_LIMIT

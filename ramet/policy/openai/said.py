@@ -33,7 +33,7 @@ class Said:
     whole    the text is the whole answer, not its next part
     tokens   (text, log-probability as it stands) of each token, if the server tells
     ids      token ids, if the server tells
-    calls    (place, name, arguments) of parts of native tool calls
+    calls    (place, its own name, function, arguments) of parts of native tool calls
     finish   why the sample has ended, once it has
     """
 
@@ -42,7 +42,7 @@ class Said:
     whole: bool = False
     tokens: list[tuple[str, Any]] = field(default_factory=list)
     ids: list[int] | None = None
-    calls: list[tuple[int, str, str]] = field(default_factory=list)
+    calls: list[tuple[int, str, str, str]] = field(default_factory=list)
     usage: Usage | None = None
     finish: str | None = None
 
@@ -123,13 +123,13 @@ def _text(value: Any) -> str:
     return value
 
 
-def _call(call: Mapping[str, Any], place: int) -> tuple[int, str, str]:
+def _call(call: Mapping[str, Any], place: int) -> tuple[int, str, str, str]:
     function = call.get("function") or call
     arguments = function.get("arguments")
     if arguments is not None and not isinstance(arguments, str):
         arguments = json.dumps(arguments)
     index = call.get("index")
-    return index if isinstance(index, int) else place, str(function.get("name") or ""), arguments or ""
+    return index if isinstance(index, int) else place, str(call.get("id") or ""), str(function.get("name") or ""), arguments or ""
 
 
 def _id(value: Any) -> int:

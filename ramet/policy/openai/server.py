@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import re
+import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -82,6 +83,10 @@ class Server(ABC):
         key: str = "OPENAI_API_KEY", wait: float = 180.0, names: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None,
         fold_system: bool = False,
     ) -> None:  # fmt: skip
+        if concurrency < 1 or not seconds > 0 or not wait >= 0:
+            raise PolicyError(
+                f"{concurrency} requests at a time, {seconds:g} seconds of silence and {wait:g} of waiting: all but the last above 0"
+            )
         self._address = Address(url, key)
         self._url = self._address.shown
         self.version = 0
@@ -107,6 +112,7 @@ class Server(ABC):
         if not (secret.isascii() and secret.isprintable()):
             raise PolicyError(f"the environment variable {self._key} holds what cannot be a key")
         self._mask = Masker(self._address.secrets(secret))
+        self._url = self._mask(self._address.shown)
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {secret}"} if secret else {})}
         self._client = connected(headers, self._concurrency)
         try:
@@ -142,14 +148,17 @@ class Server(ABC):
     async def _discover(self) -> None:
         """The model's name and context, from the server's list. A server without one has to be told about."""
         assert self._client is not None
+        patience = min(self._seconds, 30.0)
         reply = None
-        with anyio.move_on_after(min(self._seconds, 30.0)):
+        with anyio.move_on_after(patience):
             try:
                 reply = await self._client.get(self._address.at("models"))
+            except httpx.DecodingError:
+                reply = httpx.Response(200)  # a list that cannot be read
             except WIRE as error:
                 raise self._broken(error) from error
         if reply is None:
-            raise TransientPolicyError(f"{self._url}: no list of models within {min(self._seconds, 30.0):g} seconds")
+            raise TransientPolicyError(f"{self._url}: no list of models within {patience:g} seconds")
         text = reply.text if reply.status_code == 200 else ""
         if reply.status_code in (502, 503, 504, 429) or (reply.status_code == 500 and not self.model):
             raise failure(self._url, reply.text, None, reply.status_code, None, self._mask, self._note(reply.status_code, reply.text))
@@ -234,16 +243,15 @@ class Server(ABC):
 
     def _broken(self, error: Exception) -> PolicyError:
         """What the connection failed with."""
-        said = one_line(self._mask(first_line(error)))
-        kind = type(error).__name__
-        line = f"{self._url}: {kind}{f' {said}' if said != kind else ''}{self._through()}"
+        kind, causes = type(error).__name__, [error, *_causes(error)]
+        said = next((line for cause in causes if (line := one_line(self._mask(str(cause))))), "")
+        line = f"{self._url}: {kind}{f' {said}' if said else ''}{self._through()}"
         passing = isinstance(error, (httpx.HTTPError, httpx.StreamError)) and not isinstance(
             error, (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
         )
-        lasting = ("CERTIFICATE_VERIFY_FAILED", "Name or service not known", "nodename nor servname", "No address associated", "407 Proxy")
-        if not passing or (not self._served and any(words in said for words in lasting)):
-            return PolicyError(line)
-        return TransientPolicyError(line)
+        words = ("illegal status line", "Name or service not known", "nodename nor servname", "No address associated", "407 Proxy")
+        lasting = any(isinstance(cause, ssl.SSLError) for cause in causes) or any(word in said for word in words)
+        return TransientPolicyError(line) if passing and (self._served or not lasting) else PolicyError(line)
 
     def _through(self) -> str:
         return f" (through the proxy in {proxy})" if (proxy := self._address.proxy) else ""
@@ -301,7 +309,7 @@ class Exchange:
     """
 
     def __init__(self, server: Server, request: SampleRequest, partial: Partial):
-        self._server, self._partial = server, partial
+        self._server, self._partial, self._most = server, partial, request.max_tokens
         self._hearing = server.hear(request, partial)
         self._scope = anyio.CancelScope()
         self._finish: str | None = None
@@ -354,7 +362,7 @@ class Exchange:
         assert client is not None
         async with client.stream("POST", self._server._address.at(self._server.path), json=body) as reply:
             self.status = reply.status_code
-            if reply.status_code != 200:
+            if not reply.is_success:
                 await self._read_refusal(reply)
                 return
             reader = EventReader()
@@ -403,7 +411,8 @@ class Exchange:
     def _take(self, event: Event) -> None:
         server = self._server
         if event.done:
-            self._finish = self._finish or "stop"
+            # Without a reason: a sample as long as it may be was cut.
+            self._finish = self._finish or ("length" if len(self._partial.ids) >= self._most else "stop")
             self._over = True
             self._expect(AFTER_DONE)
             return
@@ -416,7 +425,7 @@ class Exchange:
         if event.value is None:
             if self._finish is None and event.kind == "body":
                 self._end(server.no_stream(event, self.status or 200))
-            elif self._finish is None and event.kind != "ping":
+            elif self._finish is None and event.kind != "ping" and event.text.strip() not in ("null", "[]"):
                 line = one_line(server._mask(event.text), 200)
                 kind = TransientPolicyError if passes(None, event.text, line) else PolicyError
                 self._end(kind(f"{server._url} sends what is not JSON: {line!r}"))
@@ -439,6 +448,13 @@ class Exchange:
         if said.finish is not None and self._finish is None:
             self._finish = said.finish
             self._expect(AFTER_FINISH)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What an error came of, nearest first: the outer ones of a connection are often without words."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield cause
+        error = cause
 
 
 def _json(text: str) -> Any:

@@ -42,7 +42,7 @@ class Tally:
         """A surrogate whose other half is to come with the next event."""
         self._characters = self._hidden = 0
         self._thought = False
-        self._calls: dict[int, list[str]] = {}
+        self._calls: dict[tuple[int, str], list[str]] = {}
         self._finish = ""
         self._tokens = self._bare = self._bare_characters = self._late = self._guessed = 0
         self._usage: int | None = None
@@ -54,9 +54,10 @@ class Tally:
         note_prompt(said.usage, self._prompt, self._partial)
         self._finish = said.finish or self._finish
         text, thought = self._new(said)
-        arguments = "".join(name + given for _, name, given in said.calls)
-        for place, name, given in said.calls:
-            held = self._calls.setdefault(place, ["", ""])
+        arguments = "".join(name + given for _, _, name, given in said.calls)
+        for place, own, name, given in said.calls:
+            last = next((key for key in reversed(self._calls) if key[0] == place), (place, own))
+            held = self._calls.setdefault((place, own) if own else last, ["", ""])
             held[0], held[1] = held[0] or name, held[1] + given
         self._characters += len(text)
         self._hidden += len(thought) + len(arguments)
