@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -90,6 +91,35 @@ def test_from_videos_to_a_benchmark(folder: Path, capsys: pytest.CaptureFixture[
     curves = {(r["method"], r["n"]): r for r in json.loads((folder / "n.json").read_text()) if r["record"] == "best_of_n"}
     assert curves["VideoDRM", 4]["accuracy"] <= curves["pass", 4]["accuracy"]
     assert (folder / "best" / "best-of-n.png").exists()
+
+
+def test_what_cannot_be_read_or_prefers_nothing_ends_no_job(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Broken videos among those that are trained on, held out or asked about, and a tie: left out, counted, and said."""
+    questions = [json.loads(line) for line in (folder / "clips" / "questions.jsonl").read_text().splitlines()[:24]]
+    for name in ("questions", "pairs"):
+        rows = []
+        for n, row in enumerate(questions):
+            (worse, *_) = (c for c in row["choices"] if c != row["answer"])
+            rows.append(row | {"chosen": f"Answer: {row['answer']}", "rejected": f"Answer: {worse}"})
+            if n % 2:
+                shutil.copy(folder / "clips" / row["video"], tmp_path)
+            else:
+                (tmp_path / row["video"]).write_bytes(b"no video")
+        rows.append(rows[1] | {"id": "tie", "rejected": rows[1]["chosen"]} if name == "pairs" else rows[1] | {"id": "other"})
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = ("reward", "train-drm", "--model", folder / "base", "--pairs", tmp_path / "pairs.jsonl", "--out", tmp_path / "drm", *SMALL)
+    run(*train, "--steps", 2, "--batch", 4, "--lora-rank", 0, "--held-out", 0.4, "--json", tmp_path / "t.json")
+    (record,) = (r for r in json.loads((tmp_path / "t.json").read_text()) if r["record"] == "training")
+    assert record["pairs"] + record["held_out"] == 12
+    assert 0 < record["unreadable"] < 12
+    assert record["ties"] == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 rows prefer no answer and are left out" in said
+    assert f"{record['unreadable']} of videos that cannot be read" in said
+    best = ("reward", "best-of-n", "--questions", tmp_path / "questions.jsonl", "--answers", "guesser", "-n", "1,2")
+    run(*best, "--out", tmp_path / "best", "--model", tmp_path / "drm" / "drm", "--json", tmp_path / "n.json")
+    curves = [r for r in json.loads((tmp_path / "n.json").read_text()) if r["record"] == "best_of_n"]
+    assert {(r["questions"], r["unreadable"]) for r in curves} == {(13, 12)}
 
 
 def test_a_generative_model_is_trained_twice_and_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

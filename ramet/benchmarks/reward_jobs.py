@@ -23,7 +23,7 @@ from ramet.benchmarks.session import meta, weights_id
 from ramet.benchmarks.video_report import accuracy_bars, best_of_n_curves, training_curve, write_page, wrong_pairs
 from ramet.benchmarks.video_reward import Protocol, against, protocol_record, results, run_bench, warnings
 from ramet.data import load_rows
-from ramet.errors import CheckpointError, ConfigError
+from ramet.errors import CheckpointError, ConfigError, TaskError
 from ramet.policy.catalogue import find
 from ramet.policy.models import auto_device
 from ramet.policy.sft import SFTTraining
@@ -178,11 +178,14 @@ def train_drm_job(
     drm = VideoDRM.from_base(base, settings, config.seed, torch.bfloat16 if config.bf16 else torch.float32)
     drm.scorer.to(auto_device())
     drm.scorer.score.float()
+    known = len(held)
+    held = [p for p in held if fits(drm, p, config.max_tokens)]
+    if len(held) < 2:
+        raise ConfigError(f"{len(held)} of {known} held-out pairs can be used: the others are too long, or their videos cannot be read")
     steps = config.steps or max(round(len(train) * config.epochs / config.batch), 1)
     with progress.stepping("training", steps) as tell:
         trained = train_drm(drm, train, config, folder, tell)
     drm.save(folder / "drm")
-    held = [p for p in held if fits(drm, p, config.max_tokens)]
     scores = drm.score([Item(p.video, p.question, a) for p in held for a in (p.chosen, p.rejected[0])])
     found = calibrate(scores[::2], scores[1::2], [(len(p.chosen), len(p.rejected[0])) for p in held])
     drm.settings = replace(drm.settings, temperature=found.temperature, centre=found.centre)
@@ -191,8 +194,8 @@ def train_drm_job(
     training_curve(trained["log"], folder / "training.png")
     records = [
         meta("reward train-drm", config.seed),
-        {"record": "training", "pairs": trained["pairs"], "too_long": trained["too_long"], "steps": trained["steps"], "held_out": len(held),
-         "held_out_accuracy": right},
+        {"record": "training", "pairs": trained["pairs"], "too_long": trained["too_long"], "unreadable": trained["unreadable"],
+         "ties": pairs.ties, "steps": trained["steps"], "held_out": len(held), "held_out_accuracy": right},
         {"record": "calibration", **asdict(found)},
         *({"record": "step", **entry} for entry in trained["log"]),
     ]  # fmt: skip
@@ -200,9 +203,10 @@ def train_drm_job(
     if out is not None:
         write_json(out, records)
     console.print(
-        f"{trained['steps']} steps on {trained['pairs']} pairs ({trained['too_long']} were too long and left out). Held out: {right:.3f} "
-        f"of {len(held)} pairs; temperature {found.temperature:.2f}, calibration error {found.ece_before:.3f} before and {found.ece:.3f} "
-        f"after, correlation of length and score {found.length_correlation:.2f}"
+        f"{trained['steps']} steps on {trained['pairs']} pairs (left out: {trained['too_long']} too long, "
+        f"{trained['unreadable']} of videos that cannot be read). Held out: {right:.3f} of {len(held)} pairs of {known}; "
+        f"temperature {found.temperature:.2f}, calibration error {found.ece_before:.3f} before and {found.ece:.3f} after, correlation of "
+        f"length and score {found.length_correlation:.2f}"
     )
     console.print(f"the VideoDRM is in {folder / 'drm'}; training.json and training.png beside it")
 
@@ -437,8 +441,13 @@ def best_of_n_job(
         known = {r["id"]: r["answers"] for r in journal}
         for question in questions:
             if question.id not in known:
-                known[question.id] = answerer.answer([question], max(ns), seed)[0]
+                try:
+                    known[question.id] = answerer.answer([question], max(ns), seed)[0]
+                except TaskError as error:  # a video that cannot be read now; asked again by the next run
+                    console.print(tagged("note:", "yellow", f"question {question.id} is left out: {error}"))
+                    continue
                 journal.append({"id": question.id, "answers": known[question.id]}, keep=False)
+    questions = [question for question in questions if question.id in known]
     candidates = []
     for question in questions:
         answers = tuple(known[question.id])

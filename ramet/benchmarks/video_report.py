@@ -9,12 +9,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ramet.agents.tree import Segment
 from ramet.benchmarks.plots import save, subplots
 from ramet.benchmarks.report import STYLE, table
 from ramet.benchmarks.video_reward import CONDITIONS, measures
 from ramet.errors import TaskError
 from ramet.rewards.video.frames import read_frames
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.pairs import Pair, watched
 from ramet.storage import write_text
 
 TITLES = {
@@ -128,12 +129,14 @@ def _said(record: Record) -> str:
 
 
 def _frames(pair: Pair, count: int = 4) -> str:
-    if pair.video is None:
-        return ""
+    return "".join(_frames_of(segment, count) for segment in watched(pair.video))
+
+
+def _frames_of(segment: Segment, count: int) -> str:
     from PIL import Image
 
     try:
-        found = read_frames(Path(pair.video.file), count, pair.video.start, pair.video.end)
+        found = read_frames(Path(segment.file), count, segment.start, segment.end)
     except TaskError as error:
         return f"<p>{escape(str(error))}</p>"
     made = []

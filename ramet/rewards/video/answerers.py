@@ -65,7 +65,7 @@ class Recorded:
         self._answers: dict[tuple[str, bool], list[str]] = {}
         for number, row in enumerate(load_rows(source), 1):
             where = f"{source}, row {number}"
-            key = (str(field(row, "id", names, where)), bool(field(row, "blind", names, where, False)))
+            key = (str(field(row, "id", names, where)), bool(field(row, "blind", names, where, ... if "blind" in names else False)))
             self._answers.setdefault(key, []).append(text(field(row, "response", names, where), "response", where))
 
     def answer(self, questions: Sequence[VideoQuestion], n: int, seed: int, blind: bool = False) -> list[list[str]]:

@@ -26,11 +26,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from ramet.agents.journal import Journal
+from ramet.agents.tree import Segment
 from ramet.errors import TaskError
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.frames import content_id, read_frames
 from ramet.rewards.video.judge import Duel, Judge, Scores, compare
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.pairs import Pair, readable
 from ramet.rewards.video.questions import VideoQuestion
 
 LONGEST = 600.0
@@ -97,6 +98,8 @@ class Build:
             raise TaskError("pairs need answers: name an answerer")
         self.questions, self.answerers, self.config, self.journal = questions, answerers, config, journal
         self.judge, self.scores, self.weak, self.benchmarks = judge, scores, weak, benchmarks
+        self.unseen = 0
+        """Benchmark pairs whose video cannot be read: only copies of their questions are found."""
         self.counts = Counts()
         self._report = report or (lambda stage, done, total: None)
         self._known = {(r["stage"], r["key"]): r["value"] for r in journal}
@@ -289,13 +292,19 @@ class Build:
 
     def _clean(self, pairs: list[Pair]) -> list[Pair]:
         dropped: Counter[str] = Counter()
-        taken = {content_id(Path(b.video.file)) for b in self.benchmarks if b.video is not None}
-        looks = _thumbnails([b for b in self.benchmarks if b.video is not None])
+        shown: dict[Segment, np.ndarray] = {}
+
+        def look(segment: Segment) -> None:
+            shown[segment] = _thumbnail(segment)
+
+        self.unseen = len(readable(self.benchmarks, look)[1])
+        taken = {content_id(Path(segment.file)) for segment in shown}
+        looks = np.stack(list(shown.values())) if shown else np.empty((0, 768), dtype=np.float32)
         spans = {span for b in self.benchmarks for span in _spans(b.question)}
         seen: set[tuple[Any, ...]] = set()
         left = []
         for pair in pairs:
-            assert pair.video is not None
+            assert isinstance(pair.video, Segment)
             content = content_id(Path(pair.video.file))
             same = (
                 content,
@@ -307,7 +316,7 @@ class Build:
                 dropped["duplicates"] += 1
             elif content in taken:
                 dropped["video of a benchmark"] += 1
-            elif len(looks) and float(np.abs(looks - _thumbnails([pair])[0]).mean(axis=1).min()) < 1.5:
+            elif len(looks) and float(np.abs(looks - _thumbnail(pair.video)).mean(axis=1).min()) < 1.5:
                 dropped["video like one of a benchmark"] += 1
             elif spans & set(_spans(pair.question)):
                 dropped["question of a benchmark"] += 1
@@ -334,6 +343,7 @@ class Build:
             "score_model": None if self.scores is None else self.scores.name,
             "weak_model": None if self.weak is None else self.weak.name,
             "benchmarks": len(self.benchmarks),
+            "benchmarks_unseen": self.unseen,
             "stages": self.counts.stages,
         }
 
@@ -356,6 +366,8 @@ def datasheet(sheet: dict[str, Any]) -> str:
     lines += [
         f"Cleaned of {sheet['benchmarks']} benchmark pairs." if sheet["benchmarks"] else "Not cleaned of any benchmark: none was named."
     ]
+    if sheet["benchmarks_unseen"]:
+        lines += [f"The videos of {sheet['benchmarks_unseen']} of them cannot be read: copies of those videos are not found."]
     return "\n".join(lines) + "\n"
 
 
@@ -384,16 +396,10 @@ def _spans(question: str, words: int = 13) -> list[tuple[str, ...]]:
     return [tuple(said[i : i + words]) for i in range(len(said) - words + 1)]
 
 
-def _thumbnails(pairs: Sequence[Pair]) -> np.ndarray:
-    """(n, 768) grey levels of three frames, shrunk: close for copies that were encoded anew."""
+def _thumbnail(segment: Segment) -> np.ndarray:
+    """(768,) grey levels of three frames, shrunk: close for copies that were encoded anew."""
     from PIL import Image
 
-    made = []
-    for pair in pairs:
-        assert pair.video is not None
-        frames = read_frames(Path(pair.video.file), 3, pair.video.start, pair.video.end).pixels
-        small = [
-            np.asarray(Image.fromarray(frame).convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32) for frame in frames
-        ]
-        made.append(np.stack(small).reshape(-1))
-    return np.stack(made) if made else np.empty((0, 768), dtype=np.float32)
+    frames = read_frames(Path(segment.file), 3, segment.start, segment.end).pixels
+    small = [np.asarray(Image.fromarray(frame).convert("L").resize((16, 16), Image.Resampling.BOX), dtype=np.float32) for frame in frames]
+    return np.stack(small).reshape(-1)

@@ -27,12 +27,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ramet import __version__
 from ramet.agents.chat import ChatFormat, TextEncoder, chat_format, turn_end
-from ramet.agents.tree import Message, Segment
+from ramet.agents.tree import Message
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.lora import merged
 from ramet.policy.models import quiet
 from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs, shown_id
+from ramet.rewards.video.pairs import Watched, watched
 
 SETTINGS = "video_drm.json"
 TOGETHER = 4096
@@ -45,9 +46,9 @@ SCORES = 2**16
 
 @dataclass(frozen=True)
 class Item:
-    """An answer to a question about a video. No video: the question is asked blind."""
+    """An answer to a question about a video, or several. No video: the question is asked blind."""
 
-    video: Segment | None
+    video: Watched
     question: str
     answer: str
 
@@ -211,9 +212,9 @@ class VideoDRM:
         settings = replace(self.settings, look=replace(self.settings.look, **changes))
         return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
 
-    def prompt(self, video: Segment | None, question: str) -> Prompted:
+    def prompt(self, video: Watched, question: str) -> Prompted:
         """What stands before an answer."""
-        media = () if video is None else (video,)
+        media = watched(video)
         ids = self.chat.render([Message("user", question, media)], tools=False)
         return Prompted(ids, tuple(self.reader(segment).video for segment in media))
 
@@ -269,7 +270,7 @@ class VideoDRM:
         self._known.clear()
 
     def _key(self, item: Item) -> tuple[Any, ...]:
-        return (None if item.video is None else shown_id(item.video), item.question, item.answer)
+        return (tuple(map(shown_id, watched(item.video))), item.question, item.answer)
 
     @torch.inference_mode()
     def _singly(self, items: Sequence[Item]) -> list[float]:
@@ -277,7 +278,7 @@ class VideoDRM:
         return self._numbers(self.scorer(**self._placed(inputs)).logits)
 
     @torch.inference_mode()
-    def score_together(self, video: Segment | None, question: str, answers: Sequence[str]) -> list[float]:
+    def score_together(self, video: Watched, question: str, answers: Sequence[str]) -> list[float]:
         """Scores of several answers to one question, which is read once: each answer sees it and itself, and no other answer."""
         prompt, spans = self.prompt(video, question), [self.answer_ids(answer) for answer in answers]
         for span in spans:

@@ -29,6 +29,7 @@ from ramet.policy.rows import token_logprobs
 from ramet.policy.vision import Look, VideoReader, VisionPolicy, shown_id
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.judge import Shown, parse_rating
+from ramet.rewards.video.pairs import watched
 
 PAIRWISE = (
     "A video, a question about it, and two answers. Which answer is right about the video?\nQuestion: {question}\nAnswer 1: {first}\n"
@@ -57,7 +58,7 @@ class GRMSettings:
 def pairwise(shown: Shown) -> Message:
     """What a judge reads. Answers are untrusted: they stand in it as text, and no part of them is a control token."""
     text = PAIRWISE.format(question=shown.question, first=shown.first, second=shown.second)
-    return Message("user", text, () if shown.video is None else (shown.video,))
+    return Message("user", text, watched(shown.video))
 
 
 class VideoGRM:
@@ -121,7 +122,7 @@ class VideoGRM:
     def rate(self, items: Sequence[Item], seed: int = 0) -> list[tuple[float | None, list[str]]]:
         """(mean rating from 1 to 10, None if none can be read; the outputs) of each item."""
         messages = [
-            Message("user", POINTWISE.format(question=i.question, answer=i.answer), () if i.video is None else (i.video,)) for i in items
+            Message("user", POINTWISE.format(question=i.question, answer=i.answer), watched(i.video)) for i in items
         ]
         groups = self.sample(messages, [f"{i.question}/{i.answer}" for i in items], self.settings.votes, seed)
         rated = []
@@ -138,7 +139,7 @@ class VideoGRM:
 
         An answer of which no rating can be read has none: `RewardError`, never a number of ours.
         """
-        keys = [(None if i.video is None else shown_id(i.video), i.question, i.answer) for i in items]
+        keys = [(tuple(map(shown_id, watched(i.video))), i.question, i.answer) for i in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         for (key, item), (rating, said) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
             if rating is None:

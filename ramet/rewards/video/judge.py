@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RametError, first_line
 from ramet.rewards.video.discriminative import Item, sigmoid
+from ramet.rewards.video.pairs import Watched
 
 Order = Literal["both", "random"]
 _CRITIQUE = r"\s*<think>(?P<critique>(?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>\s*(?P<said>%s)\s*</answer>\s*"
@@ -27,7 +27,7 @@ class Duel:
     """Two answers to one question about a video."""
 
     id: str
-    video: Segment | None
+    video: Watched
     question: str
     a: str
     b: str
@@ -38,7 +38,7 @@ class Shown:
     """A duel as a judge sees it."""
 
     id: str
-    video: Segment | None
+    video: Watched
     question: str
     first: str
     second: str

@@ -1,7 +1,7 @@
 """Preference pairs: rows of a file, through a field map, checked.
 
 A row has `id, video, question, chosen, rejected, category` and may have `source, start, end, margin, meta`; `rejected` may be a
-list, for choosing among several. What other collections call these is said by a field map, as for data sets of questions.
+list, for choosing among several. Other collections' forms and names of columns are in `formats`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,23 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from ramet.agents.tree import Segment
-from ramet.data import Row, load_rows, text, texts
-from ramet.data import field as field_of
+from ramet.data import Row, load_rows
 from ramet.errors import TaskError
+from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, frames_of, media, preference, question
+
+Watched = Segment | tuple[Segment, ...] | None
+"""What a question is about: a video, several, or none, where it is asked blind."""
+
+
+def watched(video: Watched) -> tuple[Segment, ...]:
+    """The videos of a question, in order."""
+    return video if isinstance(video, tuple) else () if video is None else (video,)
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Pair:
     """A question about a video, the better answer, and one or more that are worse."""
 
     id: str
-    video: Segment | None
+    video: Watched
     question: str
     chosen: str
     rejected: tuple[str, ...]
@@ -37,63 +45,88 @@ class Pair:
     @property
     def cluster(self) -> str:
         """What pairs that are not independent have in common: their video."""
-        return self.id if self.video is None else self.video.file
+        return "+".join(os.path.realpath(segment.file) for segment in watched(self.video)) or self.id
 
 
-def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> list[Pair]:
-    """The pairs of a file. Videos are relative to `videos`, by default to the file's folder. Raises `TaskError`, naming the row."""
+class Pairs(list[Pair]):
+    """The pairs of a file; `ties` counts its rows that prefer no answer, which are left out."""
+
+    def __init__(self, pairs: Sequence[Pair], ties: int):
+        super().__init__(pairs)
+        self.ties = ties
+
+
+def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> Pairs:
+    """The pairs of a file. Videos are relative to `videos`, by default to the file's folder. Raises `TaskError`, naming the row.
+
+    A row that names no video is an error, unless the field map says that `video` may be `none`. Different rows of one id are numbered.
+    """
     names = dict(fields or {})
+    if unknown := sorted(set(names) - KNOWN):
+        raise TaskError(f"pairs have no field {unknown[0]!r}; their fields are {', '.join(sorted(KNOWN))}")
     root = videos or Path(source).parent
-    pairs = [_pair(row, names, root, f"{source}, row {n}") for n, row in enumerate(load_rows(source), 1)]
-    counts = Counter(pair.id for pair in pairs)
-    if counts and counts.most_common(1)[0][1] > 1:
-        raise TaskError(f"{source} has the id {counts.most_common(1)[0][0]!r} {counts.most_common(1)[0][1]} times; ids must differ")
-    return pairs
+    rows = load_rows(source)
+    found = [_pair(row, names, root, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
+    pairs = [pair for pair in found if pair is not None]
+    if not pairs:
+        raise TaskError(f"{source} has no pair: all of its {len(rows)} rows are ties")
+    seen: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        others = seen.setdefault(pair.id, [])
+        if pair in others:
+            raise TaskError(f"{source} has the pair {pair.id!r} more than once")
+        others.append(pair)
+    counts: Counter[str] = Counter()
+    numbered = []
+    for pair in pairs:
+        counts[pair.id] += 1
+        numbered.append(pair if counts[pair.id] == 1 else replace(pair, id=f"{pair.id}#{counts[pair.id]}"))
+    return Pairs(numbered, len(rows) - len(pairs))
 
 
-def _pair(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Pair:
-    ranked = field_of(row, "rankings", fields, where, None)
-    if ranked is not None:
-        chosen, rejected = _ranked(field_of(row, "responses", fields, where), ranked, where)
-    else:
-        chosen = text(field_of(row, "chosen", fields, where), "chosen answer", where)
-        given = field_of(row, "rejected", fields, where)
-        rejected = tuple(texts(given if isinstance(given, list) else [given], "rejected answers", where))
-    if not rejected or chosen in rejected:
-        raise TaskError(f"{where}: the chosen answer is not told from the rejected ones")
-    margin = field_of(row, "margin", fields, where, None)
-    meta = field_of(row, "meta", fields, where, {})
-    return Pair(
-        id=str(field_of(row, "id", fields, where, where.rpartition(" ")[2])),
-        video=segment(row, fields, root, where),
-        question=text(field_of(row, "question", fields, where), "question", where),
-        chosen=chosen,
-        rejected=rejected,
-        category=str(field_of(row, "category", fields, where, "")),
-        source=str(field_of(row, "source", fields, where, "")),
+def _pair(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Pair | None:
+    """None for a tie."""
+    columns = Columns(row, fields, where)
+    said = preference(columns)
+    margin, meta = columns.get("margin", None), columns.get("meta", {})
+    pair = Pair(
+        id=str(columns.get("id", where.rpartition(" ")[2])),
+        video=segments(row, fields, root, where),
+        question=question(columns),
+        chosen=said.answers[said.best or 0],
+        rejected=tuple(answer for n, answer in enumerate(said.answers) if n != said.best),
+        category=str(columns.get("category", "")),
+        source=str(columns.get("source", "")),
         margin=None if margin is None else _number(margin, "margin", where),
         meta=meta if isinstance(meta, Mapping) else {"meta": meta},
     )
+    return None if said.best is None else pair
 
 
-def _ranked(responses: Any, rankings: Any, where: str) -> tuple[str, tuple[str, ...]]:
-    """The best of several answers, and the others; ranks count from the best on."""
-    said = texts(responses, "responses", where)
-    ranks = rankings if isinstance(rankings, list) and all(type(r) is int for r in rankings) else []
-    if len(ranks) != len(said) or ranks.count(min(ranks, default=0)) != 1:
-        raise TaskError(f"{where}: its rankings do not name one best answer of {len(said)}")
-    best = ranks.index(min(ranks))
-    return said[best], tuple(s for n, s in enumerate(said) if n != best)
-
-
-def segment(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Segment | None:
-    """The part of a video that a row names. Its path must stay below `root`."""
-    name = field_of(row, "video", fields, where, None)
-    if name is None:
-        return None
-    path = below(root, text(name, "video", where))
-    start, end = field_of(row, "start", fields, where, 0.0), field_of(row, "end", fields, where, None)
-    return Segment(str(path), _number(start or 0.0, "start", where), None if end is None else _number(end, "end", where))
+def segments(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Watched:
+    """The parts of videos that a row names, whose paths must stay below `root`. None only where the field map allows it."""
+    columns = Columns(row, fields, where)
+    try:
+        files = [str(below(root, name)) for name in media(columns)]
+        frames = frames_of(files)
+    except TaskError as error:
+        raise error if str(error).startswith(where) else TaskError(f"{where}: {error}") from error
+    if not files:
+        if fields.get("video") == WITHOUT:
+            return None
+        raise TaskError(
+            f"{where} names no video; it has {', '.join(map(str, row))}. Name its column with --field video=COLUMN, or say that rows may "
+            f"have none with --field video={WITHOUT}"
+        )
+    start, end = columns.get("start", None), columns.get("end", None)
+    span = (_number(start or 0.0, "start", where), None if end is None else _number(end, "end", where))
+    if frames is not None:
+        return Segment(frames[0], float(frames[1]), float(frames[2]))
+    if len(files) == 1:
+        return Segment(files[0], *span)
+    if start is not None or end is not None:
+        raise TaskError(f"{where} has a start or an end, and {len(files)} videos")
+    return tuple(map(Segment, files))
 
 
 def _number(value: Any, what: str, where: str) -> float:
@@ -116,17 +149,50 @@ def row_of(pair: Pair, root: Path) -> dict[str, Any]:
         "id": pair.id, "video": None, "question": pair.question, "chosen": pair.chosen,
         "rejected": pair.rejected[0] if len(pair.rejected) == 1 else list(pair.rejected), "category": pair.category,
     }  # fmt: skip
-    if pair.video is not None:
-        row["video"] = os.path.relpath(Path(pair.video.file).resolve(), root.resolve())
+    files = [os.path.relpath(Path(segment.file).resolve(), root.resolve()) for segment in watched(pair.video)]
+    if isinstance(pair.video, Segment):
+        row["video"] = files[0]
         if pair.video.start or pair.video.end is not None:
             row |= {"start": pair.video.start, "end": pair.video.end}
+    elif files:
+        row["video"] = files
     optional = {"source": pair.source, "margin": pair.margin, "meta": dict(pair.meta)}
     return row | {name: value for name, value in optional.items() if value not in ("", None, {})}
 
 
+class _Shown(Protocol):
+    @property
+    def video(self) -> Watched: ...
+
+
+Asked = TypeVar("Asked", bound=_Shown)
+
+
+def readable(asked: Sequence[Asked], read: Callable[[Segment], Any]) -> tuple[list[Asked], list[str]]:
+    """Those whose videos `read` can read, and why not of each of the others."""
+    why: dict[Segment, str] = {}
+    kept, left_out = [], []
+    for one in asked:
+        for segment in watched(one.video):
+            if segment not in why:
+                try:
+                    read(segment)
+                    why[segment] = ""
+                except TaskError as error:
+                    why[segment] = str(error)
+        fault = next((why[segment] for segment in watched(one.video) if why[segment]), "")
+        if fault:
+            left_out.append(fault)
+        else:
+            kept.append(one)
+    return kept, left_out
+
+
 def faults(pairs: Sequence[Pair]) -> list[str]:
     """What is wrong with pairs as data, a line each: videos that are not there, and a length that gives the better answer away."""
-    found = [f"pair {p.id}: there is no video {p.video.file}" for p in pairs if p.video and not Path(p.video.file).exists()]
+    found = [f"pair {p.id}: there is no video {s.file}" for p in pairs for s in watched(p.video) if not Path(s.file).exists()]
+    if isinstance(pairs, Pairs) and pairs.ties:
+        found.insert(0, f"{pairs.ties} rows prefer no answer and are left out")
     longer = [
         sum(len(p.chosen) > len(r) for r in p.rejected) / len(p.rejected) for p in pairs if any(len(p.chosen) != len(r) for r in p.rejected)
     ]

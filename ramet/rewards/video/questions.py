@@ -16,7 +16,7 @@ from ramet.data import field as field_of
 from ramet.errors import TaskError
 from ramet.rewards.f1 import normalise
 from ramet.rewards.maths import number
-from ramet.rewards.video.pairs import segment
+from ramet.rewards.video.pairs import segments
 
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:)]?(?:\s+(.*))?", re.DOTALL)
 
@@ -87,18 +87,21 @@ def load_questions(source: str, fields: Mapping[str, str] | None = None, videos:
 
 def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoQuestion:
     """One row's. Raises `TaskError`."""
-    video = segment(row, fields, root, where)
-    if video is None:
-        raise TaskError(f"{where} names no video")
-    choices = tuple(texts(field_of(row, "choices", fields, where, []) or [], "choices", where))
+    def optional(name: str, default: Any) -> Any:
+        return field_of(row, name, fields, where, ... if name in fields else default)
+
+    video = segments(row, fields, root, where)
+    if not isinstance(video, Segment):
+        raise TaskError(f"{where} names no video, or several; a question is about one")
+    choices = tuple(texts(optional("choices", []) or [], "choices", where))
     question = VideoQuestion(
-        str(field_of(row, "id", fields, where, where.rpartition(" ")[2])),
+        str(optional("id", where.rpartition(" ")[2])),
         video,
         text(field_of(row, "question", fields, where), "question", where),
         text(field_of(row, "answer", fields, where), "answer", where),
         choices,
-        str(field_of(row, "category", fields, where, "")),
-        _evidence(video, field_of(row, "evidence", fields, where, None), where),
+        str(optional("category", "")),
+        _evidence(video, optional("evidence", None), where),
     )
     if choices and question.stated(f"Answer: {question.answer}") not in choices:
         raise TaskError(f"{where}: its answer {question.answer!r} is none of its choices")

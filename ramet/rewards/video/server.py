@@ -290,6 +290,8 @@ class RemoteReward:
         asked: dict[str, Any] = {"question": item.question, "answer": item.answer}
         if item.video is None:
             return asked
+        if isinstance(item.video, tuple):
+            raise RewardError("a reward server is asked about one video at a time")
         path = Path(item.video.file).resolve()
         if not path.is_relative_to(self.videos.resolve()):
             raise RewardError(f"{item.video.file} is not below {self.videos}, the folder that the server's videos are said to be")

@@ -1,6 +1,7 @@
 """Training a VideoDRM by TRL's `RewardTrainer`: pre-tokenised rows, a collator of ours, nothing of the trainer replaced.
 
-The vision tower is frozen. An answer is never cut: a pair that is longer than `max_tokens` is left out and counted.
+The vision tower is frozen. An answer is never cut: a pair that is longer than `max_tokens` is left out and counted, and so is one
+whose video cannot be read.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ramet.policy.lora import adapt
 from ramet.policy.models import quiet
 from ramet.policy.sft import Report, SFTTraining, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.pairs import Pair, readable
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
     except ImportError:
         raise ConfigError("training a VideoDRM needs TRL: pip install 'ramet[reward]'") from None
 
-    rows, long = _rows(drm, pairs, config.max_tokens)
+    seen, faults = readable(pairs, drm.reader)
+    rows, long = _rows(drm, seen, config.max_tokens)
     if not rows:
-        raise RewardError(f"no pair is left to train on: {long} of {len(pairs)} are longer than {config.max_tokens} tokens")
+        unread = f", and the videos of {len(faults)} cannot be read, such as: {faults[0]}" if faults else ""
+        raise RewardError(f"no pair is left to train on: {long} of {len(pairs)} are longer than {config.max_tokens} tokens{unread}")
     scorer = drm.scorer
     scorer.requires_grad_(True)
     if config.lora_rank:
@@ -65,18 +68,18 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
     )  # fmt: skip
     with quiet():
         trainer = RewardTrainer(
-            model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, pairs),
+            model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, seen),
             processing_class=drm.tokenizer,
         )  # fmt: skip
         log = run_to_the_end(trainer, checkpoints, report)
     scorer.eval().requires_grad_(False)
     drm.forget()
-    return {"pairs": len(rows), "too_long": long, "steps": trainer.state.global_step, "log": log}
+    return {"pairs": len(rows), "too_long": long, "unreadable": len(faults), "steps": trainer.state.global_step, "log": log}
 
 
 def fits(drm: VideoDRM, pair: Pair, most: int) -> bool:
-    """Is no answer of the pair too long?"""
-    return not _rows(drm, [pair], most)[1]
+    """Can the pair's video be read, and is no answer of it too long?"""
+    return bool(readable([pair], drm.reader)[0]) and not _rows(drm, [pair], most)[1]
 
 
 def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[str, Any]], int]:

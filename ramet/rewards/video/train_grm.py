@@ -2,12 +2,13 @@
 
 The second stage is the trainer of the delegation policy, with the same rows and the same loss: a task is a duel in one order, a
 group its samples. A right verdict earns 1, and a readable one 0.5 more; what cannot be read earns nothing, and an error of ours stops the
-run. Groups whose samples all earn the same teach nothing.
+run. Groups whose samples all earn the same teach nothing. Pairs whose video cannot be read are left out, with a warning that counts them.
 """
 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ramet.policy.update import TrainConfig, Verdict
 from ramet.policy.vision import VisionPolicy
 from ramet.rewards.video.generative import VideoGRM, pairwise
 from ramet.rewards.video.judge import Duel, Judge, Shown, compare, parse_choice
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.pairs import Pair, readable
 
 CORRECT, VALID = 1.0, 0.5
 
@@ -36,6 +37,16 @@ def shown(pair: Pair, forward: bool) -> Shown:
 
 def sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tuple[Pair, bool, str]]:
     """Verdicts to learn from: of pairs that the votes of each order get right, one output of each order that does."""
+    try:
+        return _sifted(judge, pairs, k, seed)
+    except TaskError as error:  # a video
+        if len(pairs) > 1:
+            return [trace for pair in pairs for trace in sifted(judge, [pair], k, seed)]
+        warnings.warn(f"the pair {pairs[0].id} is left out: {error}", stacklevel=2)
+        return []
+
+
+def _sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tuple[Pair, bool, str]]:
     duels = [Duel(p.id, p.video, p.question, p.chosen, p.rejected[0]) for p in pairs]
     traces = []
     for pair, verdict in zip(pairs, compare(judge, duels, k, "both", seed), strict=True):
@@ -65,6 +76,8 @@ def sft_grm(
     """Train in place on verdicts. Raises `RewardError` where there is none."""
     if not traces:
         raise RewardError("no verdict is right in both orders: there is nothing to learn from. Give traces of a better judge")
+    seen = {id(pair) for pair in _seen(grm, [pair for pair, _, _ in traces])}
+    traces = [trace for trace in traces if id(trace[0]) in seen]
     encode, end = TextEncoder(grm.tokenizer), turn_end(grm.chat)
     examples = []
     for pair, forward, said in traces:
@@ -72,6 +85,16 @@ def sft_grm(
         prompt, answer = grm.chat.render([message], tools=False), [*encode(said), end]
         examples.append(Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), message.media))
     return fine_tune(grm.model, examples, grm.tokenizer.pad_token_id or 0, config, folder / "checkpoints", grm.reader, report)
+
+
+def _seen(grm: VideoGRM, pairs: Sequence[Pair]) -> list[Pair]:
+    """Those whose videos can be read; warns of the others. Raises `RewardError` where none can."""
+    kept, faults = readable(pairs, grm.reader)
+    if faults and not kept:
+        raise RewardError(f"no pair is left to train on: the videos of all {len(pairs)} cannot be read, such as: {faults[0]}")
+    if faults:
+        warnings.warn(f"{len(faults)} of {len(pairs)} are left out, as their videos cannot be read, such as: {faults[0]}", stacklevel=3)
+    return kept
 
 
 def verdict_reward(said: str, better: int) -> float:
@@ -84,6 +107,7 @@ def grm_trainer(grm: VideoGRM, pairs: Sequence[Pair], config: TrainConfig, folde
     """The trainer of the delegation policy on duels. Each update draws pairs, and shows each in both orders."""
     if config.tasks % 2:
         raise RewardError("tasks must be even: each pair is judged in both orders")
+    pairs = _seen(grm, pairs)
     grm.chat.see = grm.reader.ids
     limit = grm.model.config.get_text_config().max_position_embeddings
     budget = Budget(generated=grm.settings.max_tokens, depth=0, turns=1, context=limit)

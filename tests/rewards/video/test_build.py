@@ -177,6 +177,11 @@ def test_nothing_of_a_benchmark_gets_through(questions: list, tmp_path: Path) ->
     made, clean = build(questions, tmp_path / "l.jsonl", config=config, benchmarks=[replace(pairs[1], video=Segment(str(again)))])
     assert made.counts.stages["7 clean"]["video like one of a benchmark"] >= 1
     assert pairs[1].video not in [p.video for p in clean]
+    gone = replace(pairs[2], video=Segment(str(tmp_path / "gone.mp4")))
+    both = replace(pairs[0], video=(gone.video, pairs[0].video))
+    made, clean = build(questions, tmp_path / "o.jsonl", config=config, benchmarks=[gone, both])
+    assert made.counts.stages["7 clean"]["video of a benchmark"] == len(same)
+    assert "The videos of 2 of them cannot be read" in datasheet(made.sheet(clean))
     long = "Which of the people who walk by the shop window in the morning carries an umbrella of two colours today?"
     asked = [replace(questions[0], question=long), *questions[1:]]
     without = build(asked, tmp_path / "n.jsonl", config=config)[1]
@@ -239,7 +244,7 @@ def test_what_an_answer_states(said: str, stated: str | None) -> None:
 
 def test_numbers_and_words() -> None:
     question = VideoQuestion("q", Segment("v.mp4"), "How many?", "3")
-    assert [question.right(f"Answer: {a}") for a in ("3", "3.0", "6/2", "three", "4")] == [True, True, True, False, False]
+    assert [question.right(f"Answer: {a}") for a in ("3", "3.0", "6/2", "three", "4")] == [True, True, False, False, False]
     question = VideoQuestion("q", Segment("v.mp4"), "Who?", "The cat")
     assert [question.right(f"Answer: {a}") for a in ("cat", "a cat!", "the dog", "")] == [True, True, False, False]
 
@@ -262,19 +267,21 @@ def test_rows_that_are_broken_are_named(clips: Path, tmp_path: Path) -> None:
         load_questions(str(path), videos=clips)
     pair = {"id": "1", "video": "v.mp4", "question": "q", "chosen": "a", "rejected": "b"}
     for change, said in (
-        ({"rejected": "a"}, "not told from"),
-        ({"rejected": []}, "not told from"),
+        ({"rejected": "a"}, "has no pair: all of its 1 rows are ties"),
+        ({"rejected": []}, "one answer; a preference takes two"),
         ({"chosen": ""}, "not text"),
         ({"video": "/etc/passwd"}, "outside"),
-        ({"responses": ["a", "b"], "rankings": [1, 1]}, "do not name one best"),
+        ({"responses": ["a", "b"], "rankings": [1, 1]}, "all of its 1 rows are ties"),
+        ({"responses": ["a", "b"], "rankings": [1, 2, 3]}, "2 responses and 3 ratings or ranks"),
     ):
         path.write_text(json.dumps(pair | change) + "\n")
         with pytest.raises(TaskError, match=said):
             load_pairs(str(path))
     path.write_text(json.dumps({"id": "1", "question": "q", "responses": ["x", "y", "z"], "rankings": [3, 1, 2]}) + "\n")
-    assert (load_pairs(str(path))[0].chosen, load_pairs(str(path))[0].rejected) == ("y", ("x", "z"))
+    blind = load_pairs(str(path), {"video": "none"})
+    assert (blind[0].chosen, blind[0].rejected) == ("y", ("x", "z"))
     path.write_text(json.dumps({"prompt": "q", "good": {"text": "x"}, "bad": "y"}) + "\n")
-    assert load_pairs(str(path), {"question": "prompt", "chosen": "good.text", "rejected": "bad"})[0].chosen == "x"
+    assert load_pairs(str(path), {"question": "prompt", "chosen": "good.text", "rejected": "bad", "video": "none"})[0].chosen == "x"
     with pytest.raises(TaskError, match="outside"):
         below(tmp_path, "a\0b")
 

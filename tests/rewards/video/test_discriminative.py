@@ -23,7 +23,7 @@ from ramet.rewards.video.clips import write_clip
 from ramet.rewards.video.discriminative import Item, VideoDRM
 from ramet.rewards.video.judge import Duel, by_scores
 from ramet.rewards.video.pairs import Pair
-from ramet.rewards.video.train_drm import Collator, DRMTraining, train_drm
+from ramet.rewards.video.train_drm import Collator, DRMTraining, fits, train_drm
 from tests.attention.test_positions import slow_positions
 from tests.rewards.video.conftest import SETTINGS
 
@@ -230,6 +230,27 @@ def test_no_difference_costs_ln_2_and_answers_are_never_cut(base: Path, question
         train_drm(drm, [long], DRMTraining(max_tokens=300), tmp_path / "none")
     with pytest.raises(RewardError, match="more than the reward model's 2048; nothing is scored in part"):
         drm.score([Item(None, "q", "word " * 3000)])
+
+
+def test_a_video_that_cannot_be_read_is_left_out_and_counted(base: Path, questions: list, tmp_path: Path) -> None:
+    drm = VideoDRM.from_base(base, SETTINGS)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken = [replace(_pairs(questions)[0], id=str(n), video=Segment(str(tmp_path / f"{n}.mp4"))) for n in ("broken", "missing")]
+    found = train_drm(drm, [broken[0], *_pairs(questions)[:6], broken[1]], DRMTraining(steps=2, batch=4, lora_rank=0), tmp_path)
+    assert (found["pairs"], found["unreadable"], found["too_long"]) == (6, 2, 0)
+    assert [fits(drm, pair, 300) for pair in (*broken, _pairs(questions)[0])] == [False, False, True]
+    with pytest.raises(RewardError, match=r"no pair is left to train on: 0 of 2 .*, and the videos of 2 cannot be read, such as: "):
+        train_drm(drm, broken, DRMTraining(), tmp_path / "none")
+
+
+def test_several_videos_are_asked_about_together(drm: VideoDRM, questions: list) -> None:
+    """In their order, alone as beside others."""
+    sharpened(drm)
+    both = (questions[0].video, questions[1].video)
+    asked = [Item(video, "Which is better?", a) for video in (both, both[::-1]) for a in ("The first one.", "The second one.")]
+    scores = drm.score(asked)
+    assert len(set(scores)) == 4
+    assert scores == pytest.approx([drm._singly([item])[0] for item in asked], abs=2e-5)
 
 
 def test_what_is_broken_is_named(base: Path, drm: VideoDRM, tmp_path: Path) -> None:

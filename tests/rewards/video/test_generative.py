@@ -57,6 +57,31 @@ def test_verdicts_to_learn_from_are_right_in_both_orders(questions: list) -> Non
         traces_of([{"id": "none", "forward": True, "said": says(1)}], pairs)
 
 
+def test_pairs_whose_videos_cannot_be_read_are_left_out_with_a_count(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
+    """Where verdicts are gathered, where they are learned, and where they are reinforced."""
+    pairs = pairs_of(questions)[:3]
+    pairs.insert(1, replace(pairs[0], id="broken", video=replace(pairs[0].video, file=str(tmp_path / "none.mp4"))))
+
+    class Watches:
+        name = "watches"
+
+        def say(self, shown: Any, k: int, seed: int) -> list[list[str]]:
+            for one in shown:
+                grm.reader(one.video)
+            return [[says(1 if one.first in {p.chosen for p in pairs if p.id == one.id} else 2)] * k for one in shown]
+
+    with pytest.warns(UserWarning, match="the pair broken is left out: "):
+        assert [p.id for p, forward, _ in sifted(Watches(), pairs, 1, 0) if forward] == [pairs[0].id, pairs[2].id, pairs[3].id]
+    traces = [(p, f, says(1 if f else 2)) for p in pairs for f in (True, False)]
+    with pytest.warns(UserWarning, match=r"2 of 8 are left out, as their videos cannot be read, such as: .*none.mp4"):
+        sft_grm(grm, traces, SFTTraining(steps=1, batch=2, at_once=2, lora_rank=0), tmp_path / "sft")
+    with pytest.warns(UserWarning, match="1 of 4 are left out"):
+        trainer = grm_trainer(grm, pairs, TrainConfig(tasks=8), tmp_path / "rl")
+    assert all("broken" not in task.id for update in range(8) for task, _ in trainer.draw(update))
+    with pytest.raises(RewardError, match=r"the videos of all 1 cannot be read, such as: .*none.mp4"):
+        grm_trainer(grm, pairs[1:2], TrainConfig(tasks=2), tmp_path)
+
+
 def test_a_model_that_learned_one_place_is_seen_as_one(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
     """Format and slot by heart: no output is unreadable, and position-consistent accuracy is 0, not one half."""
     pairs = pairs_of(questions)[:24]

@@ -13,7 +13,7 @@ import pytest
 from ramet.agents.tree import Segment
 from ramet.benchmarks.best_of_n import best_of_n
 from ramet.benchmarks.statistics import clustered_mean
-from ramet.errors import ConfigError, RewardError
+from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
 from ramet.rewards.video.calibration import calibrate, expected_error, fitted_temperature, rank_correlation
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
@@ -85,6 +85,24 @@ def test_calls_are_counted_and_nothing_is_asked_twice() -> None:
     assert picker.calls == 0
     with pytest.raises(ConfigError, match="a question has 2"):
         best_of_n([alike], {}, (4,))
+
+
+def test_a_question_whose_video_cannot_be_read_is_left_out_for_every_method() -> None:
+    """And the others count as they do without it."""
+    asked = candidates(12)
+
+    class Blinking(Truth):
+        def score(self, items: Any) -> list[float]:
+            if items[0].video == asked[4].video:
+                raise TaskError("v2 cannot be read")
+            return super().score(items)
+
+    found = best_of_n(asked, {"truth": ByScore(Blinking())}, (1, 4))
+    rest = best_of_n([q for q in asked if q.video != asked[4].video], {"truth": ByScore(Truth())}, (1, 4))
+    assert {(r["questions"], r["unreadable"]) for r in found} == {(10, 2)}
+    assert [r | {"unreadable": 0} for r in found] == rest
+    with pytest.raises(TaskError, match="v2 cannot be read"):
+        best_of_n(asked[4:6], {"truth": ByScore(Blinking())}, (1, 4))
 
 
 def test_round_robin_counts_wins() -> None:

@@ -1,0 +1,286 @@
+"""Preference rows of other collections as ours: which columns mean what, and who of several answers is preferred.
+
+A row says what is asked, about which video, and which answer is better, in one of the forms of `FORMATS`; a column is found under
+any of its names in `NAMES`, or where a field map says. Answers and questions are text, messages (`role` and `content`, or `from` and
+`value`) or lists of them, whose last answer counts; contents may be lists of parts. What fits no form is refused with the columns that
+it has.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ramet.data import Row, text
+from ramet.data import field as field_of
+from ramet.errors import TaskError
+from ramet.rewards.video.pictures import SUFFIXES, in_folder
+
+WITHOUT = "none"
+"""What a field map calls `video` where rows may come without one."""
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "id": ("id", "qid", "question_id", "sample_id", "pair_id", "uid", "idx"),
+    "video": ("video", "videos", "video_path", "video_paths", "video_file", "frames", "image", "images", "image_path"),
+    "question": ("question", "prompt", "query", "instruction", "conversations", "messages"),
+    "chosen": ("chosen", "chosen_response", "chosen_answer", "chosen_conversations"),
+    "rejected": ("rejected", "rejected_response", "rejected_responses", "rejected_answer", "rejected_conversations"),
+    "responses": ("responses", "response", "answers", "candidates", "completions"),
+    "rankings": ("rankings", "ranking", "human_ranking", "ranks"),
+    "ratings": ("ratings", "scores", "human_ratings", "human_scores"),
+    "a": ("a", "answer_a", "response_a", "output_a", "answer1", "answer_1", "response1", "response_1", "output_1"),
+    "b": ("b", "answer_b", "response_b", "output_b", "answer2", "answer_2", "response2", "response_2", "output_2"),
+    "rating_a": ("rating_a", "score_a", "rating1", "rating_1", "score1", "score_1"),
+    "rating_b": ("rating_b", "score_b", "rating2", "rating_2", "score2", "score_2"),
+    "winner": ("winner", "preference", "preferred", "better", "label", "choice", "vote", "vote_type"),
+    "left": ("left_video", "left_image", "video_a", "video_1"),
+    "right": ("right_video", "right_image", "video_b", "video_2"),
+    "category": ("category", "task", "dimension", "subset", "query_source"),
+    "source": ("source", "dataset"),
+}
+KNOWN = {*NAMES, "start", "end", "margin", "meta"}
+_FIRST = {"a", "1", "first", "left", "leftvote", "a>b", "a>>b"}
+_SECOND = {"b", "2", "second", "right", "rightvote", "b>a", "b>>a"}
+_TIE = {"tie", "tievote", "bothbad", "bothbad_vote", "tie (bothbad)", "both", "neither", "equal", "same", "draw", "a=b"}
+_SPEAKERS = {"human": "user", "gpt": "assistant", "model": "assistant"}
+
+
+class Columns:
+    """A row's values by our names: where the field map says, else under the first of its known names that holds something."""
+
+    def __init__(self, row: Row, fields: Mapping[str, str], where: str):
+        self.row, self.where = row, where
+        self._fields = {name: column for name, column in fields.items() if (name, column) != ("video", WITHOUT)}
+
+    def get(self, name: str, default: Any = ...) -> Any:
+        """Raises `TaskError` for what the field map names and the row has not; for what it has under no name, unless there is a default."""
+        if name in self._fields:
+            return field_of(self.row, name, self._fields, self.where)
+        column = self.column(name)
+        return field_of(self.row, name, {}, self.where, default) if column is None else self.row[column]
+
+    def column(self, name: str) -> str | None:
+        """Where a value is, if it is anywhere."""
+        named = (self._fields[name],) if name in self._fields else NAMES.get(name, (name,))
+        return next((c for c in named if name in self._fields or self.row.get(c) is not None), None)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Several answers, and the place of the best; None: a tie."""
+
+    answers: tuple[str, ...]
+    best: int | None
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form of preferences: the columns that make it out, by our names."""
+
+    name: str
+    needs: tuple[str, ...]
+    read: Callable[[Columns], Preference]
+
+
+def preference(columns: Columns) -> Preference:
+    """By the first form whose columns a row has. Raises `TaskError` that lists what it has and what would do."""
+    for form in FORMATS:
+        if all(columns.column(name) is not None for name in form.needs):
+            found = form.read(columns)
+            if len(found.answers) < 2:
+                raise TaskError(f"{columns.where} has one answer; a preference takes two")
+            twice = found.best is not None and found.answers.count(found.answers[found.best]) > 1
+            return Preference(found.answers, None if twice else found.best)
+    accepted = "; ".join(f"{form.name} ({', '.join(NAMES[name][0] for name in form.needs)})" for form in FORMATS)
+    raise TaskError(
+        f"{columns.where} is in no form that is known: it has {', '.join(map(str, columns.row))}. Accepted are {accepted}, also under "
+        "other usual names; name a column of yours with --field, such as --field chosen=COLUMN"
+    )
+
+
+def _chosen(columns: Columns) -> Preference:
+    rejected = answers(columns.get("rejected"), "rejected answer", columns.where)
+    if columns.column("chosen") is None:  # it ends the conversation
+        turns = _turns(columns.get("question"))
+        if not turns or turns[-1][0] != "assistant":
+            had = ", ".join(map(str, columns.row))
+            raise TaskError(f"{columns.where} has no chosen answer, by itself or at the end of a conversation; it has {had}")
+        return Preference((text(turns[-1][1], "chosen answer", columns.where), *rejected), 0)
+    chosen = answers(columns.get("chosen"), "chosen answer", columns.where)
+    if len(chosen) != 1:
+        raise TaskError(f"{columns.where} has {len(chosen)} chosen answers, not one")
+    return Preference((*chosen, *rejected), 0)
+
+
+def _ranked(columns: Columns) -> Preference:
+    return _best(columns, [-rank for rank in _numbers(columns.get("rankings"), "rankings", columns.where)])
+
+
+def _rated(columns: Columns) -> Preference:
+    return _best(columns, _numbers(columns.get("ratings"), "ratings", columns.where))
+
+
+def _best(columns: Columns, ratings: Sequence[float]) -> Preference:
+    said = answers(columns.get("responses"), "responses", columns.where)
+    if len(said) != len(ratings):
+        raise TaskError(f"{columns.where} has {len(said)} responses and {len(ratings)} ratings or ranks")
+    return Preference(said, _highest(ratings))
+
+
+def _voted(columns: Columns) -> Preference:
+    return Preference(_both(columns), _winner(columns))
+
+
+def _both_rated(columns: Columns) -> Preference:
+    given = _numbers([columns.get("rating_a"), columns.get("rating_b")], "ratings", columns.where)
+    return Preference(_both(columns), _highest(given))
+
+
+def _videos(columns: Columns) -> Preference:
+    return Preference(("The first one.", "The second one."), _winner(columns))
+
+
+def _both(columns: Columns) -> tuple[str, ...]:
+    both = [answers(columns.get(name), f"answer {name}", columns.where) for name in ("a", "b")]
+    return tuple(last[-1] for last in both if last)
+
+
+def _highest(ratings: Sequence[float]) -> int | None:
+    top = max(ratings, default=0.0)
+    return ratings.index(top) if ratings.count(top) == 1 else None
+
+
+def _winner(columns: Columns) -> int | None:
+    """0, 1, or None for a tie: by a letter, a number from 1 on, a side, or the name of the answer's own column."""
+    value = columns.get("winner")
+    said = str(value).strip().strip("[]").casefold() if isinstance(value, str) or type(value) is int else ""
+    if said in _TIE:
+        return None
+    for place, (words, sides) in enumerate(((_FIRST, ("a", "left")), (_SECOND, ("b", "right")))):
+        if said.removeprefix("model_") in words or said in [str(columns.column(s)).casefold() for s in sides if columns.column(s)]:
+            return place
+    raise TaskError(f"{columns.where}: its winner is {str(value)[:40]!r}, which is neither A, B, 1, 2, left, right nor a tie")
+
+
+FORMATS = (
+    Format("ranked answers", ("responses", "rankings"), _ranked),
+    Format("rated answers", ("responses", "ratings"), _rated),
+    Format("two answers and a winner", ("a", "b", "winner"), _voted),
+    Format("two answers with a rating each", ("a", "b", "rating_a", "rating_b"), _both_rated),
+    Format("two videos and a winner", ("left", "right", "winner"), _videos),
+    Format("chosen and rejected", ("chosen", "rejected"), _chosen),
+    Format("a conversation that ends with the chosen answer", ("question", "rejected"), _chosen),
+)
+
+
+def question(columns: Columns) -> str:
+    """What is asked: text, or the turns of a conversation before its last answer. Marks for videos and pictures are taken out."""
+    if columns.column("question") is None and columns.column("chosen") is not None:
+        turns = _turns(columns.get("chosen"))  # with the answer, in one conversation
+        if not [turn for turn in turns if turn[0] == "user"]:
+            columns.get("question")
+    else:
+        turns = _turns(columns.get("question"))
+    if turns and turns[-1][0] == "assistant":
+        turns = turns[:-1]
+    said = [(who, re.sub(r"<(?:video|image)>\s*", "", what).strip()) for who, what in turns]
+    said = [(who, what) for who, what in said if what]
+    asked = said[0][1] if len(said) == 1 else "\n".join(f"{who.capitalize()}: {what}" for who, what in said)
+    asked = text(asked, "question", columns.where)
+    if columns.column("left") is not None:
+        return f"Two videos were made for this: {asked}\nWhich one is better?"
+    return asked
+
+
+def media(columns: Columns) -> list[str]:
+    """The names of a row's videos, or frames of one, in order: of its column, or of the parts of its messages; perhaps none."""
+    if columns.column("left") is not None:
+        return [_name(columns.get(side), columns.where) for side in ("left", "right")]
+    value = columns.get("video", None)
+    if value is None:
+        value = _parts(columns.get("question" if columns.column("question") else "chosen", None))
+    given = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    return [_name(one, columns.where) for one in given]
+
+
+def frames_of(names: Sequence[str]) -> tuple[str, int, int] | None:
+    """Of several pictures that are frames: their folder, and numbers of the first and after the last in it. None: they are no frames.
+
+    Pictures of a folder stand in the order of the numbers in their names, a second each. Raises `TaskError` for pictures that are no run.
+    """
+    if len(names) < 2 or any(Path(name).suffix.lower() not in SUFFIXES for name in names):
+        return None
+    folder = Path(names[0]).parent
+    there = in_folder(folder) if folder.is_dir() else []
+    places = {str(file): n for n, file in enumerate(there)}
+    found = [places.get(str(Path(name)), -1) for name in names]
+    if found != list(range(found[0], found[0] + len(found))) or found[0] < 0:
+        raise TaskError(f"its {len(names)} frames from {Path(names[0]).name} on are no run of the pictures of one folder; make one of them")
+    return str(folder), found[0], found[-1] + 1
+
+
+def _name(value: Any, where: str) -> str:
+    """A path: a string, or what holds one."""
+    while isinstance(value, Mapping):
+        value = next((value[key] for key in ("path", "video", "image", "url", "file") if value.get(key) is not None), None)
+        if value is None:
+            raise TaskError(f"{where}: its video has no path; where it is kept in the row itself, write it to a file and name that")
+    name = text(value, "video", where).removeprefix("file://")
+    if "://" in name:
+        raise TaskError(f"{where}: its video is the address {name[:60]!r}; fetch it and name the file")
+    return name
+
+
+def answers(value: Any, what: str, where: str) -> tuple[str, ...]:
+    """The answers that a value holds: one for text, a message or a conversation, else one for each item."""
+    talk = {who for who, _ in _turns(value)} > {"assistant"}  # with a question
+    if isinstance(value, (list, tuple)) and not (talk and all(map(_is_turn, value))):
+        return tuple(text(_said(item), what, where) for item in value)
+    return (text(_said(value), what, where),)
+
+
+def _is_turn(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
+
+
+def _said(value: Any) -> Any:
+    """The last answer of a conversation or message; what is neither stays as it is."""
+    turns = _turns(value)
+    return turns[-1][1] if turns and not isinstance(value, str) else value
+
+
+def _turns(value: Any) -> list[tuple[str, str]]:
+    """(who, what) of a conversation; text is what a user says."""
+    turns = []
+    for item in value if isinstance(value, (list, tuple)) else [value]:
+        if _is_turn(item):
+            who = str(item.get("role", item.get("from"))).casefold()
+            said = item.get("content", item.get("value", item.get("text")))
+            if isinstance(said, (list, tuple)):
+                said = "\n".join(part if isinstance(part, str) else str(part.get("text") or "") for part in said)
+            turns.append((_SPEAKERS.get(who, who), str(said or "")))
+        elif isinstance(item, str):
+            turns.append(("user", item))
+    return turns
+
+
+def _parts(value: Any) -> list[Any] | None:
+    """Videos and pictures among the parts of messages."""
+    found = []
+    for item in value if isinstance(value, (list, tuple)) else []:
+        content = item.get("content") if isinstance(item, Mapping) else None
+        for part in content if isinstance(content, (list, tuple)) else []:
+            kind = str(part.get("type", "")) if isinstance(part, Mapping) else ""
+            if kind.startswith(("video", "image")):
+                found.append(part.get(kind) or part)
+    return found or None
+
+
+def _numbers(value: Any, what: str, where: str) -> list[float]:
+    given = value if isinstance(value, (list, tuple)) else [value]
+    if not given or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in given):
+        raise TaskError(f"{where}: its {what} are {str(value)[:40]}, not numbers")
+    return [float(n) for n in given]
