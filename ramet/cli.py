@@ -8,7 +8,6 @@ stand in the commands that need them, so that `ramet --help` is quick.
 from __future__ import annotations
 
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -384,28 +383,32 @@ def main() -> None:
     console.stderr = False
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
-    signal.signal(signal.SIGTERM, drain.interrupt)
+    drain.handle_signals(_interrupted)
     try:
         status = app(standalone_mode=False)
         sys.exit(status if isinstance(status, int) else 0)
     except BaseException as error:
         cause = first_error(error)
         if isinstance(cause, SystemExit) and cause.code in (0, None):
-            sys.exit(0)
-        # What is said now is the last word: a Ctrl-C that is held down does not cut it off.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise
         storage.give_up()
         if debug and not isinstance(cause, SystemExit):
             raise
         sys.exit(_report(cause))
 
 
+def _interrupted() -> None:
+    console.show_cursor()
+    resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
+    messages.print("interrupted" + ("; what was done is kept: run the same command again to resume" if resumes else ""), style="yellow")
+
+
 def _report(error: BaseException) -> int:
-    # The parser turns an interrupt into an exit with this status.
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130):
-        resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
-        messages.print("interrupted" + ("; what was done is kept: run the same command again to resume" if resumes else ""), style="yellow")
-        return 143 if drain.interrupted() else 130
+    interrupted = isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130)
+    # What else a signal leads to, such as a library's error about its cancellation, is no news.
+    if interrupted or (drain.status() is not None and not isinstance(error, RametError)):
+        _interrupted()
+        return drain.status() or 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, RametError):

@@ -70,7 +70,7 @@ class Table(table.Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = self._widths(console, options.max_width - (self._extra_width + sum(self.padding[1::2]) * len(self.columns)))
         if widths is None:
-            yield from self._blocks()
+            yield from self._blocks(options.max_width)
             return
         for column, width in zip(self.columns, widths, strict=True):
             column.width = width
@@ -97,18 +97,25 @@ class Table(table.Table):
             widths[n] += 1
         return widths
 
-    def _blocks(self) -> RenderResult:
+    def _blocks(self, room: int) -> RenderResult:
         if self.title:
-            yield Text.assemble((str(self.title), "italic"))
+            yield Text(str(self.title), "italic")
         rows = zip(*(column.cells for column in self.columns), strict=True)
-        shown = table.Table(show_header=False, box=self.box or box.HEAVY_HEAD)
-        shown.add_column(overflow="fold")
-        shown.add_column(overflow="fold")
-        for row in rows:
-            filled = [(str(c.header), cell) for c, cell in zip(self.columns, row, strict=True) if str(cell)]
-            for n, (header, cell) in enumerate(filled, 1):
-                shown.add_row(header, cell, end_section=n == len(filled))
-        yield shown
+        filled = [[(str(c.header), cell) for c, cell in zip(self.columns, row, strict=True) if str(cell)] for row in rows]
+        named = max((cell_len(header) for row in filled for header, _ in row), default=0)
+        word = max((cell_len(word) for row in filled for _, cell in row for word in str(cell).split()), default=0)
+        if named + word + len("│  │  │") <= room:
+            shown = table.Table(show_header=False, box=self.box or box.HEAVY_HEAD)
+            shown.add_column(width=named)
+            shown.add_column(overflow="fold")
+            for row in filled:
+                for n, (header, cell) in enumerate(row, 1):
+                    shown.add_row(header, cell, end_section=n == len(row))
+            yield shown
+        else:
+            for row in filled:
+                yield from (Text(f"{header}: {cell}") for header, cell in row)
+                yield Text("")
         if self.caption:
             yield Text(str(self.caption))
 

@@ -1,23 +1,36 @@
-"""Stop after what is running: the first SIGTERM drains, the second stops at once.
+"""How a process is stopped.
 
-A long job asks `requested()` before it starts the next piece of work (a tree to measure, an update) and raises
-`Drained` once nothing is running. What waits for a backend to recover is not waited for (`pause`). Only inside
-`draining()` does SIGTERM mean this; elsewhere it interrupts.
+Drained: the first SIGTERM inside `draining()` asks for it, and a long job, which asks `requested()` before it starts the next
+piece of work (a tree to measure, an update), raises `Drained` once nothing is running. What waits for a backend to recover is
+not waited for (`pause`). The second SIGTERM interrupts.
+
+Interrupted: by Ctrl-C, or by a SIGTERM elsewhere, if `handle_signals()` was called. What runs in `run` is cancelled, once, so that
+its cleaning up is not interrupted in its turn by a Ctrl-C that is held down; other code gets a `KeyboardInterrupt`, once. After
+`PATIENCE` seconds the next signal ends the process where it stands, which loses nothing that was kept before.
 """
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio
 
 from ramet.errors import RametError
 
+PATIENCE = 3.0
+
+_Result = TypeVar("_Result")
 _requested = False
-_interrupted = False
+_signal: int | None = None
+_since = 0.0
+_main: asyncio.Task[Any] | None = None
+_last_words: Callable[[], object] = bool
 
 
 class Drained(RametError):
@@ -37,16 +50,54 @@ def requested() -> bool:
     return _requested
 
 
-def interrupted() -> bool:
-    """Was it a SIGTERM that interrupted this process, and not Ctrl-C?"""
-    return _interrupted
+def status() -> int | None:
+    """The exit status of a process that was interrupted, 128 and the signal's number; None if it was not."""
+    return None if _signal is None else 128 + _signal
+
+
+def handle_signals(last_words: Callable[[], object]) -> None:
+    """Take SIGINT and SIGTERM from now on, as the module says. A SIGINT that is ignored, as in the background of a shell, stays so.
+
+    `last_words` is called before the process ends where it stands.
+    """
+    global _signal, _last_words
+    _signal, _last_words = None, last_words
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def interrupt(number: int, frame: Any) -> None:
-    """The handler of a SIGTERM that stops at once."""
-    global _interrupted
-    _interrupted = True
-    raise KeyboardInterrupt
+    """The handler."""
+    global _signal, _since
+    if _signal is not None:
+        if time.monotonic() - _since > PATIENCE:
+            _last_words()
+            os._exit(128 + _signal)
+        return
+    _signal, _since = number, time.monotonic()
+    if _main is None:
+        raise KeyboardInterrupt
+    _main.get_loop().call_soon_threadsafe(_main.cancel)
+
+
+def run(main: Callable[..., Awaitable[_Result]], *arguments: Any, backend_options: dict[str, Any] | None = None) -> _Result:
+    """`anyio.run` on asyncio, such that a signal cancels `main` and is then raised as `KeyboardInterrupt`. Main thread only."""
+
+    async def watched() -> _Result:
+        global _main
+        _main = asyncio.current_task()
+        try:
+            return await main(*arguments)
+        finally:
+            _main = None
+
+    try:
+        return anyio.run(watched, backend_options=backend_options)
+    except BaseException as error:
+        if _signal is not None and not isinstance(error, RametError):
+            raise KeyboardInterrupt from error
+        raise
 
 
 async def pause(seconds: float) -> None:
@@ -69,8 +120,9 @@ def draining(tell: Callable[[str], None]) -> Iterator[None]:
         global _requested
         if _requested:
             interrupt(number, frame)
-        _requested = True
-        tell("SIGTERM: finishing what is running; once more stops at once")
+        else:
+            _requested = True
+            tell("SIGTERM: finishing what is running; once more stops at once")
 
     signal.signal(signal.SIGTERM, handle)
     try:

@@ -22,8 +22,7 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any, TypeVar
 
-import anyio
-
+from ramet.agents import drain
 from ramet.errors import RametError
 
 T = TypeVar("T")
@@ -153,7 +152,7 @@ def explore(main: Callable[[], Awaitable[object]], observe: Callable[[], None] |
             loops.append(_ExploringLoop(choices, observe, 100_000))
             return loops[0]
 
-        anyio.run(main, backend="asyncio", backend_options={"loop_factory": factory})
+        drain.run(main, backend_options={"loop_factory": factory})
         ready = loops[0].ready
         taken = (choices + [0] * len(ready))[: len(ready)]
         while taken and taken[-1] + 1 >= ready[len(taken) - 1]:
@@ -166,4 +165,4 @@ def explore(main: Callable[[], Awaitable[object]], observe: Callable[[], None] |
 
 def simulate(main: Callable[[], Awaitable[T]], seed: int, observe: Callable[[], None] | None = None, limit: int = 10_000_000) -> T:
     """Run `main` to its end in the interleaving `seed`. Whatever it or `observe` raises is raised."""
-    return anyio.run(main, backend="asyncio", backend_options={"loop_factory": lambda: SimulatedLoop(seed, observe, limit)})
+    return drain.run(main, backend_options={"loop_factory": lambda: SimulatedLoop(seed, observe, limit)})

@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import anyio
-
+from ramet.agents import drain
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
@@ -92,8 +91,8 @@ def show_tree(config: RunConfig, model: Path) -> str:
         async with HFPolicy(weights) as policy:
             return await grow_live(policy, chat, task, budget, config.seed, sampling)
 
-    task = anyio.run(delegated)
-    tree = anyio.run(grow, task)
+    task = drain.run(delegated)
+    tree = drain.run(grow, task)
     recorder = Screen(record=True, width=100, file=io.StringIO())
     for target in (console, recorder):
         target.print(task.messages[-1].content)

@@ -7,9 +7,9 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import anyio
 from rich.text import Text
 
+from ramet.agents import drain
 from ramet.errors import RametError
 from ramet.terminal import Table, console
 
@@ -61,7 +61,7 @@ def _nano_works() -> str:
             tree = await Runtime(policy, chat, Sampling(temperature=0)).run(rows_task([3, 4], "doctor"), Budget(generated=64, depth=0))
         return f"3+4 -> {tree.answer} in {tree.usage.generated} tokens"
 
-    return anyio.run(main)
+    return drain.run(main)
 
 
 def run_doctor(out: Path | None) -> None:
@@ -86,8 +86,8 @@ def run_doctor(out: Path | None) -> None:
     import torch
 
     from ramet.benchmarks.session import meta
-    from ramet.benchmarks.show import write_json
     from ramet.policy.catalogue import CATALOGUE, cache
+    from ramet.storage import write_json
 
     note("CUDA", True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU", "larger models")
     try:

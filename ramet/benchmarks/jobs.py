@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import anyio
 from pydantic import BaseModel
 
+from ramet.agents import drain
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.sampling import Sampling
@@ -61,7 +61,7 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
         console.print(f"{label}: resuming after update {done}")
     if done < config.train.updates:
         with progress.training(label, config.train.updates, done) as report:
-            anyio.run(trainer.train, report)
+            drain.run(trainer.train, report)
     if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
         trees = config.train.tasks * config.train.group_size
         most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
@@ -111,7 +111,7 @@ def run_measuring(
                     beside.unlink()
         return found
 
-    found = anyio.run(main)
+    found = drain.run(main)
     if lost := list(dict.fromkeys((m.split, m.task, m.failed) for m in found if m.failed)):
         console.print(f"warning: {label}: {len(lost)} tasks could not be measured and count in no result; the first: {lost[0][2]}")
     _warn_of_starved(found)
@@ -280,7 +280,7 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
                 records.append(record)
         return records
 
-    records = anyio.run(main)
+    records = drain.run(main)
     shown = Table(
         "operands",
         "alone, greedy",

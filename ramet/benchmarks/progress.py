@@ -16,7 +16,6 @@ from rich.text import Text
 from ramet.terminal import console
 
 _Item = TypeVar("_Item")
-_BAR = 24
 _SECONDS = 30
 _BESIDE = 60
 """Columns of a terminal below which there is no room for a bar."""
@@ -47,8 +46,9 @@ class _Facts(ProgressColumn):
 def _progress(label: str, total: int, done: int, unit: str, clock: type[ProgressColumn]) -> Iterator[Callable[[int, Sequence[str]], None]]:
     """Reports what is done now, and facts about it."""
     whole = Column(no_wrap=True)
-    bars = [BarColumn(bar_width=_BAR)] if console.width >= _BESIDE else []
-    taken = len(bars) * (_BAR + 1) + len(f" {total}/{total} ") + len("-:--:-- ")
+    wide = min(console.width // 8, 24)
+    bars = [BarColumn(bar_width=wide)] if console.width >= _BESIDE else []
+    taken = len(bars) * (wide + 1) + len(f" {total}/{total} ") + len("-:--:-- ")
     columns = [
         TextColumn(
             "{task.description}",

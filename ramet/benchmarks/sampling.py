@@ -20,6 +20,7 @@ from typing import Any
 import anyio
 import torch
 
+from ramet.agents import drain
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
@@ -72,7 +73,7 @@ def _ours(model: Any, requests: list[SampleRequest]) -> tuple[float, float]:
             seconds = time.perf_counter() - started
             return seconds, policy.stats.forward_seconds / seconds
 
-    return anyio.run(run)
+    return drain.run(run)
 
 
 def _generate(model: Any, requests: list[SampleRequest], pad: int) -> tuple[float, float]:
@@ -120,7 +121,7 @@ def _continuous(model: Any, requests: list[SampleRequest], pad: int) -> float:
 def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | None) -> None:
     """Print and write one record per backend, and the ratio."""
     model, tokenizer, chat = load_model(resolve(name))
-    requests = anyio.run(_record, model, chat, count, seed)
+    requests = drain.run(_record, model, chat, count, seed)
     tokens = sum(request.max_tokens for request in requests)
     full = [replace(r, max_tokens=64, prompt=r.prompt[:64]) for r in requests[:BATCH]]
     backends: dict[str, Callable[[], tuple[float, float]]] = {

@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.text import Text
 from rich.tree import Tree as View
 
+from ramet.agents import drain
 from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
@@ -163,7 +164,7 @@ def run_one(
             async with engine:
                 return await grow_live(source, chat, task, budget, seed, Sampling(temperature=temperature))
 
-        tree = anyio.run(main)
+        tree = drain.run(main)
         if tree.root.status is Status.FAILED and isinstance(source, JournaledPolicy):
             source.give_up()
     if isinstance(source, JournaledPolicy) and source.replayed:

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import anyio
-
+from ramet.agents import drain
 from ramet.agents.actor import seed_of
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
@@ -85,7 +84,7 @@ def tune(
         async with HFPolicy(model, max_batch=config.train.max_batch) as policy:
             return Choices(await cuts(policy) if cut else {}, await temperature(policy))
 
-    return anyio.run(main)
+    return drain.run(main)
 
 
 def budgets_of(config: RunConfig, split: str) -> tuple[int, ...]:

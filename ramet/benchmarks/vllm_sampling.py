@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import anyio
-
+from ramet.agents import drain
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import SampleRequest
@@ -61,7 +60,7 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
                 await policy.forget()
         return rates[1:], requests, trees
 
-    ours, requests, trees = anyio.run(grow)
+    ours, requests, trees = drain.run(grow)
     raw = _raw(path, requests, repeats)
     tokens, prefilled, cached = (sum(getattr(t.usage, n) for t in trees) for n in ("generated", "prefilled", "cached"))
     share = statistics.median(ours) / statistics.median(raw)

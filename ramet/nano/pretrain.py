@@ -116,4 +116,4 @@ def save(tokenizer: Any, model: Any, config: PretrainConfig, path: Path) -> None
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    (path / "pretrain.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    (path / "pretrain.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")

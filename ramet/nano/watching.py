@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 
+from ramet.agents import drain
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.protocol import render_call
@@ -79,7 +80,7 @@ def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float]
                 found[job.key] = tree
         return [found[n,] for n in range(len(tasks))]
 
-    return anyio.run(main)
+    return drain.run(main)
 
 
 def examples(trees: Sequence[Tree]) -> list[Example]:

@@ -44,7 +44,7 @@ def save_checkpoint(
             save_file({name: weight.detach().contiguous() for name, weight in trainable(model).items()}, draft / ADAPTERS)
         tokenizer.save_pretrained(draft)
         save_file(_flatten(model, optimizer), draft / OPTIMIZER)
-        (draft / TRAINER).write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        (draft / TRAINER).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
     except OSError as error:
@@ -73,7 +73,7 @@ def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) ->
     """Load weights, optimiser and RNG in place; returns the saved state. Raises `CheckpointError`."""
     named = trainable(model)
     try:
-        state: dict[str, Any] = json.loads((path / TRAINER).read_text())
+        state: dict[str, Any] = json.loads((path / TRAINER).read_text(encoding="utf-8"))
         weights = load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else "model.safetensors"))
         if not (path / ADAPTERS).exists() and not named.keys() <= weights.keys():
             # Models that see store their weights under other names than they have.

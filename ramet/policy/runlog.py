@@ -41,7 +41,7 @@ class RunLog:
         """The metrics that are there. A line that a crash has cut, or that is being written, is left out."""
         entries: list[Metrics] = []
         if self._metrics.exists():
-            for line in self._metrics.read_text().splitlines():
+            for line in self._metrics.read_text(encoding="utf-8").splitlines():
                 try:
                     entries.append(json.loads(line))
                 except ValueError:
@@ -74,7 +74,7 @@ class RunLog:
 def _write(path: Path, text: str, mode: Literal["a", "w"]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open(mode) as file:
+        with path.open(mode, encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; free space and run again to resume") from error

@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import anyio
 import torch
 
 from ramet.agents import drain
@@ -232,4 +231,4 @@ def _frozen_copy(model: Any) -> Any:
 def run_trainer(trainer: Trainer, report: Callable[[Metrics], None] | None = None) -> None:
     """Resume and train to the end, from synchronous code."""
     trainer.resume()
-    anyio.run(trainer.train, report)
+    drain.run(trainer.train, report)

@@ -167,7 +167,7 @@ class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
         states = Path(strategy.args.ckpt.path)
         committed, own = states / "_actor" / "latest", states / "_critic" / "latest"
         if committed.exists() and own.exists():
-            own.write_text(committed.read_text())
+            own.write_text(committed.read_text(encoding="utf-8"), encoding="utf-8")
         super().init_model_from_pretrained(strategy, pretrain, max_steps)
 
     def fit(self, *, steps: list[int], tokens: list[int]) -> dict[str, float]:

@@ -152,7 +152,7 @@ class TreeTrainer(BasePPOTrainer):
         tag = f"global_step{step}"
         for states in (self.setup.directory / "openrlhf").glob("_*"):
             # OpenRLHF makes room before it writes: leave it nothing but the last whole state, which it keeps.
-            last = (states / "latest").read_text() if (states / "latest").exists() else ""
+            last = (states / "latest").read_text(encoding="utf-8") if (states / "latest").exists() else ""
             for other in states.iterdir():
                 if other.is_dir() and other.name != last:
                     shutil.rmtree(other)
@@ -170,7 +170,7 @@ class TreeTrainer(BasePPOTrainer):
         self._all(self.actor_model_group.async_run_method("export", str(exported)))
         try:
             state = {"step": step, "seed": self.setup.seed, "job": self.setup.job, "engine": "openrlhf"}
-            (exported / TRAINER).write_text(json.dumps(state, indent=2) + "\n")
+            (exported / TRAINER).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             exported.rename(target)

@@ -124,5 +124,5 @@ def _made(
             "choices": list(drawn.choices), "category": drawn.category,
         }  # fmt: skip
         rows.append(row | more)
-    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows

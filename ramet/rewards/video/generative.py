@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import anyio
 import torch
 
+from ramet.agents import drain
 from ramet.agents.actor import seed_of
 from ramet.agents.chat import ChatFormat, TextEncoder
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
@@ -116,7 +116,7 @@ class VideoGRM:
                 for n in range(len(asked)):
                     group.start_soon(one, policy, n)
 
-        anyio.run(main)
+        drain.run(main)
         return [found[start : start + k] for start in range(0, len(found), k)]
 
     def rate(self, items: Sequence[Item], seed: int = 0) -> list[tuple[float | None, list[str]]]:
