@@ -42,7 +42,7 @@ TOKEN = "RAMET_REWARD_TOKEN"
 """The environment variable that holds the bearer token of a reward server."""
 _MATHS = ("gsm8k", "math", "aime", "amc")
 _MULTIHOP = ("hotpotqa", "2wikimultihopqa", "musique")
-_FILES = ("data", "train", "ood", "fields")
+_FILES = ("data", "train", "ood", "fields", "allow_overlap")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "longvideo": (*_FILES, "metric", "videos", "seconds", "root_sees", "frames", "pixels", "reward_model"),
     "rows": ("operands", "ood_operands", "row", "largest"),
@@ -60,7 +60,8 @@ class EnvConfig(BaseModel):
     rows        operands, ood_operands, row, largest: see `ramet.env.arithmetic`
     reference   graded
     gym         task: a name of reasoning-gym; options: of its generator
-    data sets   data, train, ood: a file or hub id for what is measured, trained on, and out of distribution; fields: the field map
+    data sets   data, train, ood: a file or hub id for what is measured, trained on, and out of distribution; fields: the field map;
+                allow_overlap: questions may be both trained on and measured
       gsm8k, math, aime, amc               levels, last_year: see `ramet.env.maths`
       hotpotqa, 2wikimultihopqa, musique   metric, show, only_gold, tokens, ood_tokens, gold: see `ramet.env.multihop`
       longvideo   metric, videos, seconds, root_sees: see `ramet.env.longvideo`; frames, pixels: what a model sees of a segment, at most;
@@ -83,6 +84,7 @@ class EnvConfig(BaseModel):
     train: str = ""
     ood: str = ""
     fields: dict[str, str] = {}
+    allow_overlap: bool = False
     levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = ()
     last_year: int | None = None
     metric: Literal["em", "f1", "reward"] = "em"
@@ -155,20 +157,19 @@ class EnvConfig(BaseModel):
     def build(self, count: Callable[[str], int] = words) -> Environment:
         """The environment; `count` gives the tokens of a text."""
         sources = {"iid": self.data, "train": self.train, "ood": self.ood or (self.data if self.ood_tokens else "")}
+        common = (sources, self.fields, self.kind, self.allow_overlap)
         if self.kind in _MULTIHOP:
             scored: Any = self.metric
-            return MultihopEnvironment(
-                sources, self.fields, self.kind, scored, self.show, self.only_gold, self.tokens, self.ood_tokens, self.gold, count
-            )
+            return MultihopEnvironment(*common, scored, self.show, self.only_gold, self.tokens, self.ood_tokens, self.gold, count)
         if self.kind == "longvideo":
             from ramet.env.longvideo import LongVideoEnvironment, reward_of
 
             videos = Path(self.videos) if self.videos else None
             reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, ""), self.look()) if self.reward_model else None
             metric: Any = self.metric
-            return LongVideoEnvironment(sources, self.fields, self.kind, self.seconds, self.root_sees, metric, reward, videos)
+            return LongVideoEnvironment(*common, self.seconds, self.root_sees, metric, reward, videos)
         if self.kind in _MATHS:
-            return MathsEnvironment(sources, self.fields, self.kind, self.levels, self.last_year)
+            return MathsEnvironment(*common, self.levels, self.last_year)
         if self.kind == "gym":
             return GymEnvironment(self.task, self.options)
         if self.kind == "reference":

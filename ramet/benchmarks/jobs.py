@@ -20,6 +20,7 @@ from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine, weights_id
 from ramet.benchmarks.show import resolve
 from ramet.config import RunConfig, dumps, load, write
+from ramet.env.questions import Questions
 from ramet.errors import ConfigError, PolicyError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.checkpoint import TRAINER, checkpoint_path
@@ -142,6 +143,20 @@ def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return [point(ms) for ms in groups] + [record for ms in groups for record in by_size(ms)] + failures(measured)
 
 
+def data_records(config: RunConfig) -> list[dict[str, Any]]:
+    """A `data` record per measured split of a data set; rows that count once or are trained on are told. Raises what is wrong with it."""
+    env = config.env.model_copy(update={"metric": "em", "reward_model": ""}).build()
+    records: list[dict[str, Any]] = []
+    for split in env.splits if isinstance(env, Questions) else ():
+        found = env.found(split)
+        records.append({"record": "data", "split": split, **found})
+        if found["duplicates"]:
+            console.print(f"{split}: {found['duplicates']} of {found['rows']} rows say what another says, and are not measured again")
+        if found["trained_on"]:
+            console.print(f"warning: {split}: {found['trained_on']} of {found['rows']} questions are trained on too (env.allow_overlap)")
+    return records
+
+
 def print_points(records: Sequence[dict[str, Any]]) -> None:
     """Accuracy with its interval, tokens, critical path and spawn rate, a table a split."""
     points = [r for r in records if r["record"] == "point"]
@@ -169,13 +184,14 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     """`ramet train`: train, then measure the final weights; everything resumes."""
     if not config.env.measurable:
         console.print("env.data names no file or data set: the final weights will not be measured")
+    data = data_records(config)
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
     with Journal(directory / "evaluation.jsonl", fingerprint(config.identity(), spawn, weights_id(final))) as journal:
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
-    records = [meta("train", config.seed), *result_records(measured)]
+    records = [meta("train", config.seed), *data, *result_records(measured)]
     write_json(directory / "evaluation.json", records)
     if out is not None:
         write_json(out, records)
@@ -186,6 +202,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
 def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet eval`: one policy over the sweep of budgets."""
     config.env.check_measurable()
+    data = data_records(config)
     claim_folder(directory, config)
     path: str | Path = policy if config.backend == "chat" else resolve(policy)
     base = isinstance(path, str) or not (path / TRAINER).exists()
@@ -195,7 +212,7 @@ def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: 
     ) as journal:
         entry = tree_entry(name, config, spawn)
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
-    records = [meta("eval", config.seed), *result_records(measured)]
+    records = [meta("eval", config.seed), *data, *result_records(measured)]
     write_json(directory / "results.json", records)
     if out is not None:
         write_json(out, records)

@@ -22,6 +22,7 @@ from ramet.benchmarks.reward_demo import built_pairs, trained_drm
 from ramet.benchmarks.session import engine_of, meta, open_model, read_metrics, weights_id
 from ramet.benchmarks.sweep import results
 from ramet.config import RunConfig, load
+from ramet.env.questions import TUNING
 from ramet.nano.vision import VisionSize, write_vision_model
 from ramet.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
 from ramet.policy.checkpoint import checkpoint_path
@@ -87,7 +88,7 @@ def _base(folder: Path, config: RunConfig) -> None:
     if (path / "config.json").exists():
         return
     blind = config.env.model_copy(update={"metric": "em", "reward_model": ""})
-    tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN, config.seed)]
+    tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN - TRAIN // TUNING, config.seed)]
     if not (draft / "config.json").exists():
         texts = [task.messages[0].content for task in tasks[:400]]
         texts += 100 * [f"Answer: {word}" for word in COLOURS]
@@ -97,7 +98,8 @@ def _base(folder: Path, config: RunConfig) -> None:
     reader = engine_of(config, model, tokenizer, chat).sight.reader
     rows = [json.loads(line) for line in read_text(folder / "train" / "questions.jsonl").splitlines()]
     by_id = {task.reference.id: task.reference for task in tasks}
-    truth = {key: colour for row in rows for key, colour in scenes_of(by_id[row["id"]], row["scenes"], config.env.seconds).items()}
+    seen = [(by_id[row["id"]], row["scenes"]) for row in rows if row["id"] in by_id]
+    truth = {key: colour for asked, scenes in seen for key, colour in scenes_of(asked, scenes, config.env.seconds).items()}
     shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))
     with progress.stepping("demonstrations", SFT_STEPS) as tell:
         settings = SFTTraining(steps=SFT_STEPS, batch=32, at_once=32, learning_rate=1e-3, lora_rank=0, seed=config.seed)

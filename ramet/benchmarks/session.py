@@ -21,6 +21,7 @@ from ramet.agents.tree import Task, Tree
 from ramet.benchmarks.methods import instructed, instruction
 from ramet.config import RunConfig, ServerConfig
 from ramet.env.multihop import words
+from ramet.env.questions import Questions
 from ramet.errors import ConfigError
 from ramet.policy.catalogue import find
 from ramet.policy.hf import HFPolicy
@@ -134,7 +135,10 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
 
     def draw(update: int) -> list[tuple[Task, Budget]]:
         rng = random.Random(f"budgets/{config.seed}/{update}")
-        tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
+        if isinstance(env, Questions):
+            tasks = env.training(update * config.train.tasks, config.train.tasks, config.seed)
+        else:
+            tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
         if config.env.language:
             tasks = [instructed(task, instruction(config.env, spawn)) for task in tasks]
         return [

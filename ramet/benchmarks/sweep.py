@@ -19,7 +19,7 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import frontier, methods, plots
 from ramet.benchmarks.harness import Entry, Measured, failures, grouped, point
-from ramet.benchmarks.jobs import claim_folder, print_points, run_measuring, tree_entry
+from ramet.benchmarks.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry
 from ramet.benchmarks.page import write_page
 from ramet.benchmarks.session import engine_id, meta, weights_id
 from ramet.benchmarks.show import resolve
@@ -102,6 +102,7 @@ def frontier_job(
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
     chosen = entries(names, config, env, depths, widths, methods.likelihood if reward_model is None else preference(reward_model))
+    data = data_records(config)
     measured: list[Measured] = []
     job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL]
     job += [None if reward_model is None else weights_id(reward_model)]
@@ -116,7 +117,8 @@ def frontier_job(
     delegates = next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
     winner = "trained" if trained else "solo" if solo else delegates
     models = {"trained": trained or policy, "solo": solo or policy}
-    records = [meta("frontier", config.seed), *results(measured, config, env, winner, prices, models, policy), *failures(measured)]
+    records = [meta("frontier", config.seed), *data, *results(measured, config, env, winner, prices, models, policy)]
+    records += failures(measured)
     write_json(directory / "results.json", records)
     if out is not None:
         write_json(out, records)

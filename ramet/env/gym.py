@@ -1,18 +1,31 @@
 """The procedural tasks of reasoning-gym, by name, that have one right answer.
 
 Some of its tasks bring a verifier of their own, and several of those evaluate the answer as code. An answer is text that a model
-wrote, so these tasks are refused; the others are graded by comparison.
+wrote, so these tasks are refused; the others are graded by comparison. Refused as well are tasks whose reference, stated as a model states
+its answer, would not be graded right, such as grids of several lines; an entry by which that is so now and then is left out.
+
+A prompt says by its content alone whether it is for training, for tuning or to be measured (`ramet.env.splits`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count as numbers
+from itertools import islice
 from typing import Any
 
 from ramet.agents.actor import seed_of
+from ramet.agents.protocol import extract_answer
 from ramet.agents.tree import Message, Task
+from ramet.env.splits import drawn, part
 from ramet.errors import ConfigError, first_line
+
+PATIENCE = 2_000
+"""Prompts in a row that give none for a split, after which there are no more. Some generators take a twentieth of a second for one."""
+UNEARNED = 20
+"""Entries in a row whose own reference is not graded right, after which the task is refused."""
+_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -26,25 +39,45 @@ class GymEnvironment:
     metrics = ("accuracy",)
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
+        part(split, ("train", "tune", "iid"))
+        entries = drawn(split, self._entries(seed_of(seed, f"gym/{self.task}/{split}", 0) % 2**31), PATIENCE)
+        return [
+            Task(f"{self.task}-{split}-{seed}-{n}", (Message("user", question),), {}, answer)
+            for n, (question, answer) in enumerate(islice(entries, count))
+        ]
+
+    def _entries(self, seed: int) -> Iterator[tuple[str, tuple[str, str]]]:
+        """Endlessly: content, question and answer."""
         try:
             import reasoning_gym
         except ImportError:
             raise ConfigError("these tasks need reasoning-gym: pip install 'ramet[data]'") from None
-        own = seed_of(seed, f"gym/{self.task}/{split}", 0) % 2**31
         try:
-            made = reasoning_gym.create_dataset(self.task, size=count, seed=own, **self.options)
+            made = reasoning_gym.create_dataset(self.task, size=_SIZE, seed=seed, **self.options)
             by_itself = type(made).score_answer is not reasoning_gym.dataset.ProceduralDataset.score_answer
+            made[0]
         except Exception as error:  # an unknown name, an option that its generator does not take
             raise ConfigError(f"reasoning-gym does not make {self.task!r}: {first_line(error)}") from error
         if by_itself:
             raise ConfigError(f"{self.task} is graded by a verifier of its own, which may run answers as code; choose another task")
-        return [
-            Task(f"{self.task}-{split}-{seed}-{n}", (Message("user", entry["question"]),), {}, str(entry["answer"]))
-            for n, entry in enumerate(made)
-        ]
+        unearned = 0
+        for number in numbers():
+            entry = made[number]
+            question, answer = entry["question"], str(entry["answer"])
+            if self._same(extract_answer(f"Answer: {answer}"), answer) and made.score_answer(answer, entry) == 1:
+                unearned = 0
+                yield " ".join(question.split()), (question, answer)
+            elif (unearned := unearned + 1) == UNEARNED:
+                raise ConfigError(
+                    f"the references of {self.task}, such as {answer[:60]!r}, would not be graded right after `Answer:`, on one line; "
+                    "choose another task or other env.options"
+                )
+
+    def _same(self, answer: str | None, reference: str) -> bool:
+        return answer is not None and self.canonical(answer) == self.canonical(reference)
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
-        return float(answer is not None and self.canonical(answer) == self.canonical(str(task.reference)))
+        return float(self._same(answer, str(task.reference)))
 
     def canonical(self, answer: str) -> str:
         return " ".join(answer.split()).casefold()

@@ -7,14 +7,15 @@ well, which is what a method without clones needs. The reward is exact match, or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ramet.agents.tree import Message, Segment, Task
 from ramet.data import Row
-from ramet.env.questions import Questions
+from ramet.env.questions import Questions, normalised
 from ramet.errors import ConfigError, TaskError
 from ramet.policy.vision import Look
 from ramet.rewards.video.discriminative import SETTINGS, Item, VideoDRM
@@ -44,11 +45,23 @@ class LongVideoEnvironment(Questions):
     videos: Path | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.metric == "reward" and self.reward is None:
             raise ConfigError("env.metric is reward, and env.reward_model names none")
 
+    def question(self, row: Row, split: str, where: str) -> str:
+        """The question and its part of which video: the same question about another one is another."""
+        asked = self._asked(row, split, where)
+        return f"{_looks(asked.video.file)} {asked.video.start:g} {asked.video.end} {normalised(asked.question)}"
+
+    def content(self, row: Row, split: str, where: str) -> Hashable:
+        return self.question(row, split, where), normalised(self._asked(row, split, where).answer)
+
+    def _asked(self, row: Row, split: str, where: str) -> VideoQuestion:
+        return question_of(row, self.fields, self.videos or Path(self.source(split)).parent, where)
+
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
-        question = question_of(row, self.fields, self.videos or Path(self.sources[split]).parent, where)
+        question = self._asked(row, split, where)
         segments = self.segments(question.video)
         index = "\n".join(f"{key}: {s.start - question.video.start:g}-{_end(s) - question.video.start:g} s" for key, s in segments.items())
         choices = f"\nChoices: {', '.join(question.choices)}" if question.choices else ""
@@ -87,6 +100,18 @@ class LongVideoEnvironment(Questions):
     def size(self, task: Task) -> int:
         """Segments."""
         return int(task.meta["size"])
+
+
+def _looks(file: str) -> str:
+    """The same for copies of a video, in all likelihood: whole collections are not read for it."""
+    path = Path(file)
+    try:
+        if path.is_dir():
+            return " ".join(f"{frame.name} {frame.stat().st_size}" for frame in sorted(path.iterdir()))
+        with path.open("rb") as opened:
+            return f"{path.stat().st_size} {zlib.crc32(opened.read(2**16)):08x}"
+    except OSError:
+        return file  # whoever watches it will say so
 
 
 def _end(segment: Segment) -> float:

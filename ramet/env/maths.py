@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, BeforeValidator
 
 from ramet.agents.protocol import last_boxed
 from ramet.agents.tree import Message, Task
-from ramet.data import Row, field, text
-from ramet.env.questions import Questions
+from ramet.data import Model, Row, Said, parsed
+from ramet.env.questions import Questions, normalised
 from ramet.errors import TaskError
 from ramet.rewards.maths import canonical, math_match, parse_reference
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "gsm8k": {},
     "math": {"question": "problem", "answer": "solution"},
-    "aime": {"question": "problem", "year": "year"},
+    "aime": {"question": "problem"},
     "amc": {"question": "problem"},
 }
 """Where each set keeps question and answer."""
+_THOUSANDS = re.compile(r"[-+]?\$?\d{1,3}(,\d{3})+(\.\d+)?%?")
+
+
+def _level(value: object) -> int:
+    match = re.fullmatch(r"(?:level\s*)?(\d+|\?)(?:\.0)?", str(value).strip(), re.IGNORECASE)
+    if match is None or isinstance(value, bool):
+        raise ValueError("should be a level, such as 5 or Level 5")
+    return 0 if match[1] == "?" else int(match[1])
+
+
+def _year(value: object) -> int:
+    found = set(re.findall(r"(?<!\d)(?:19|20)\d\d(?!\d)", str(value)))
+    if len(found) != 1 or not isinstance(value, (int, float, str)):
+        raise ValueError("should be a year, or text with one in it")
+    return int(found.pop())
+
+
+class _Question(BaseModel):
+    question: Said
+
+
+class _Level(BaseModel):
+    level: Annotated[int, BeforeValidator(_level)]
+    """0 where the set itself does not know."""
+
+
+class _Year(BaseModel):
+    year: Annotated[int, BeforeValidator(_year)]
+
+
+class _Solved(_Question):
+    answer: Said
 
 
 @dataclass(frozen=True)
@@ -34,24 +68,35 @@ class MathsEnvironment(Questions):
     levels: tuple[int, ...] = ()
     last_year: int | None = None
     metrics = ("accuracy",)
+    columns: ClassVar[tuple[str, ...]] = ("question", "answer", "level", "year")
 
-    def wanted(self, row: Row, split: str) -> bool:
-        if self.levels and _digits(row.get("level")) not in self.levels:
+    def wanted(self, row: Row, split: str, where: str) -> bool:
+        if self.levels and self._read(_Level, row, where).level not in self.levels:
             return False
-        if self.last_year is None:
-            return True
-        year = _digits(field(row, "year", self._fields, f"a row of {self.name}"))
-        return year is not None and (year <= self.last_year) == (split == "train")
+        return self.last_year is None or (self._read(_Year, row, where).year <= self.last_year) == (split == "train")
 
-    @property
-    def _fields(self) -> Mapping[str, str]:
-        return {**FIELDS.get(self.name, {}), **self.fields}
+    def question(self, row: Row, split: str, where: str) -> str:
+        return normalised(self._read(_Question, row, where).question)
+
+    def content(self, row: Row, split: str, where: str) -> Hashable:
+        solved = self._read(_Solved, row, where)
+        return normalised(solved.question), normalised(final_answer(solved.answer, where))
 
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
-        question = text(_either(row, "question", self._fields, where), "question", where)
-        answer = final_answer(text(_either(row, "answer", self._fields, where), "answer", where), where)
+        solved = self._read(_Solved, row, where)
+        answer = final_answer(solved.answer, where)
         parse_reference(answer, where)
-        return Task(task_id, (Message("user", question),), {}, answer, {"size": _digits(row.get("level")) or 0})
+        levelled = (self.name == "math" and self._column("level", row) in row) or "level" in self.fields or self.levels
+        size = self._read(_Level, row, where).level if levelled else 0
+        return Task(task_id, (Message("user", solved.question),), {}, answer, {"size": size})
+
+    def _read(self, model: type[Model], row: Row, where: str) -> Model:
+        return parsed(model, row, {name: self._column(name, row) for name in model.model_fields}, where)
+
+    def _column(self, name: str, row: Row) -> str:
+        """As the field map says; else the set's own, or that with a capital, as some copies have it."""
+        own = FIELDS.get(self.name, {}).get(name, name)
+        return self.fields.get(name) or (own.capitalize() if own not in row and own.capitalize() in row else own)
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
         return math_match(task, answer)
@@ -63,25 +108,16 @@ class MathsEnvironment(Questions):
         return int(task.meta["size"])
 
 
-def _either(row: Row, name: str, fields: Mapping[str, str], where: str) -> Any:
-    """By the field map, or with a capital as some copies of AIME have it."""
-    other = {name: fields.get(name, name).capitalize()}
-    return field(row, name, fields, where) if field(row, name, fields, where, None) is not None else field(row, name, other, where)
-
-
-def _digits(value: object) -> int | None:
-    found = re.search(r"\d+", str(value))
-    return int(found.group()) if found else None
-
-
 def final_answer(solution: str, where: str = "the row") -> str:
-    """The answer in a reference solution: after `####`, in the last box, or all of a text of one line."""
+    """The answer in a reference solution: after `####`, in the last box, or all of a text of one line. Commas between thousands go.
+
+    Raises `TaskError` if there is none, or if it says nothing.
+    """
     _, marker, after = solution.rpartition("####")
     boxed = last_boxed(solution)
-    if marker:
-        return after.strip().replace(",", "")
-    if boxed is not None:
-        return boxed.strip()
-    if "\n" in solution:
-        raise TaskError(f"{where}: its solution has neither `####` nor a box")
-    return solution
+    if not marker and boxed is None and "\n" in solution:
+        raise TaskError(f"{where}: its solution has neither `####` nor a box; name the column of the answer in env.fields")
+    answer = (after if marker else solution if boxed is None else boxed).strip()
+    if not answer.strip("$\\{}()[]., "):
+        raise TaskError(f"{where}: its solution ends in an empty answer ({answer!r}); mend the row or leave it out")
+    return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer

@@ -7,21 +7,61 @@ tokens, and the supporting ones put at the beginning, in the middle, at the end,
 
 from __future__ import annotations
 
-import json
+import html
 import random
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator
 
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
-from ramet.data import Row, field, load_rows, text, texts
-from ramet.env.questions import Questions
-from ramet.errors import TaskError, first_line
-from ramet.rewards.f1 import exact_match, f1, normalise
+from ramet.data import Flag, Row, Said, listed, load_rows, parsed
+from ramet.env.questions import Questions, normalised
+from ramet.errors import TaskError
+from ramet.rewards.f1 import exact_match, f1, normalise, references
 
 Metric = Literal["em", "f1"]
 Gold = Literal["as is", "start", "middle", "end", "random"]
+
+
+class _Question(BaseModel):
+    question: Said
+
+
+class _Answerable(BaseModel):
+    answerable: Flag = True
+
+
+class _Passage(BaseModel):
+    title: Said
+    sentences: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class _Fact(BaseModel):
+    title: Said
+
+
+class _Paragraph(BaseModel):
+    title: Said
+    paragraph_text: str
+    is_supporting: Flag = False
+
+
+class _Documents(BaseModel):
+    """Of HotpotQA and 2WikiMultihopQA `context` and `supporting_facts`; of MuSiQue `paragraphs`."""
+
+    context: Annotated[list[_Passage] | None, BeforeValidator(listed("title", "sentences"))] = None
+    supporting_facts: Annotated[list[_Fact] | None, BeforeValidator(listed("title", "sent_id"))] = None
+    paragraphs: Annotated[list[_Paragraph] | None, BeforeValidator(listed("title", "paragraph_text", "is_supporting"))] = None
+
+
+class _Asked(_Question):
+    answer: Said
+    answer_aliases: list[Said] | None = None
+    question_decomposition: Annotated[list[Any] | None, BeforeValidator(listed("question", "answer"))] = None
 
 
 def words(text: str) -> int:
@@ -49,21 +89,33 @@ class MultihopEnvironment(Questions):
     ood_tokens: int | None = None
     gold: Gold = "as is"
     count: Callable[[str], int] = words
+    columns: ClassVar[tuple[str, ...]] = tuple(name for model in (_Asked, _Answerable, _Documents) for name in model.model_fields)
 
-    def wanted(self, row: Row, split: str) -> bool:
-        return bool(row.get("answerable", True))
+    def wanted(self, row: Row, split: str, where: str) -> bool:
+        return parsed(_Answerable, row, self.fields, where).answerable
+
+    def question(self, row: Row, split: str, where: str) -> str:
+        return normalised(parsed(_Question, row, self.fields, where).question)
+
+    def content(self, row: Row, split: str, where: str) -> Hashable:
+        asked = parsed(_Asked, row, self.fields, where)
+        found, supporting = documents(row, self.fields, where)
+        read = frozenset((folded(key), normalised(value)) for key, value in found.items() if key in supporting or not supporting)
+        return normalised(asked.question), normalised(asked.answer), read
 
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
-        question = text(field(row, "question", self.fields, where), "question", where)
-        answers = [text(field(row, "answer", self.fields, where), "answer", where)]
-        answers += texts(field(row, "answer_aliases", self.fields, where, []) or [], "aliases", where)
+        asked = parsed(_Asked, row, self.fields, where)
         found, supporting = documents(row, self.fields, where)
-        tokens = self.ood_tokens if split == "ood" else self.tokens
+        if not supporting and (self.only_gold or self.gold in ("start", "middle", "end")):
+            raise TaskError(
+                f"{where} names no supporting documents, which env.only_gold and env.gold need; name their column in env.fields"
+            )
+        tokens = self.ood_tokens if split in ("ood", "tune_ood") else self.tokens
         chosen = self._arranged(found, supporting, split, tokens, random.Random(f"{task_id}/{tokens}/{self.gold}"))
         gold = tuple(key for key in chosen if key in supporting)
-        hops = len(field(row, "question_decomposition", self.fields, where, None) or gold)
-        meta = {"size": hops, "supporting": gold}
-        return Task(task_id, (Message("user", self._prompt(question, chosen)),), chosen, tuple(answers), meta | {"question": question})
+        meta = {"size": len(asked.question_decomposition or gold), "supporting": gold, "question": asked.question}
+        answers = (asked.answer, *(asked.answer_aliases or ()))
+        return Task(task_id, (Message("user", self._prompt(asked.question, chosen)),), chosen, answers, meta)
 
     def _arranged(
         self, found: Mapping[str, str], supporting: set[str], split: str, tokens: int | None, rng: random.Random
@@ -73,13 +125,13 @@ class MultihopEnvironment(Questions):
         chosen = {key: found[key] for key in found if key in gold or key in others}
         if tokens is not None:
             length = sum(self.count(f"{key}: {value}\n") for key, value in chosen.items())
-            folded = {key.strip().casefold() for key in found}
+            taken = {folded(key) for key in found}
             for key, value in self._strangers(split, rng):
                 size = self.count(f"{key}: {value}\n")
                 if length + size > tokens:
                     break
-                if key.strip().casefold() not in folded:
-                    folded.add(key.strip().casefold())
+                if folded(key) not in taken:
+                    taken.add(folded(key))
                     chosen[key], length = value, length + size
                     others.append(key)
             rng.shuffle(others)
@@ -90,11 +142,11 @@ class MultihopEnvironment(Questions):
         order = [*others[:at], *gold, *others[at:]] if at is not None else rng.sample([*others, *gold], len(others) + len(gold))
         return {key: chosen[key] for key in order}
 
-    def _strangers(self, split: str, rng: random.Random) -> Any:
+    def _strangers(self, split: str, rng: random.Random) -> Iterator[tuple[str, str]]:
         """Documents of other rows, row after row in a seeded order."""
-        rows = load_rows(self.sources[split])
+        rows = load_rows(self.source(split))
         for index in rng.sample(range(len(rows)), len(rows)):
-            yield from documents(rows[index], self.fields, f"row {index + 1}")[0].items()
+            yield from documents(rows[index], self.fields, f"{self.source(split)}, row {index + 1}")[0].items()
 
     def _prompt(self, question: str, chosen: Mapping[str, str]) -> str:
         if self.show == "titles":
@@ -106,10 +158,14 @@ class MultihopEnvironment(Questions):
         return ("em", "f1") if self.metric == "em" else ("f1", "em")
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
+        if not normalise(answer or ""):
+            # Nothing is left of it by the sets' rules, nor of a reference such as "The": silence would be right.
+            said = _plain(answer or "")
+            return float(said != "" and said in map(_plain, references(task)))
         return exact_match(task, answer) if (metric or self.metric) == "em" else f1(task, answer, verdicts=self.name != "musique")
 
     def canonical(self, answer: str) -> str:
-        return normalise(answer)
+        return normalise(answer) or _plain(answer)
 
     def size(self, task: Task) -> int:
         return int(task.meta["size"])
@@ -120,41 +176,35 @@ class MultihopEnvironment(Questions):
         return replace(task, messages=(Message("user", replace(self, show="documents")._prompt(task.meta["question"], chosen)),))
 
 
+def _plain(answer: str) -> str:
+    return " ".join(answer.casefold().split())
+
+
+def folded(title: str) -> str:
+    """The same for titles that differ in nothing but Unicode form, HTML entities, case and spaces."""
+    return " ".join(unicodedata.normalize("NFC", html.unescape(title)).casefold().split())
+
+
 def documents(row: Row, fields: Mapping[str, str], where: str) -> tuple[dict[str, str], set[str]]:
-    """(text by title, titles that support the answer) of a row in any of the three sets' formats. Texts of one title are joined."""
-    try:
-        return _documents(row, fields, where)
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
-        raise TaskError(f"{where}: its documents are not as any of the sets has them ({first_line(error)})") from None
+    """(text by title, titles that support the answer) of a row in any of the three sets' formats. Texts of one title are joined.
 
-
-def _documents(row: Row, fields: Mapping[str, str], where: str) -> tuple[dict[str, str], set[str]]:
-    paragraphs = field(row, "paragraphs", fields, where, None)
-    if paragraphs is not None:
-        pairs = [(p.get("title"), p.get("paragraph_text"), bool(p.get("is_supporting"))) for p in paragraphs]
-        supporting = {str(title) for title, _, needed in pairs if needed}
+    Raises `TaskError` where a row has no documents, or where what supports its answer is none of them.
+    """
+    read = parsed(_Documents, row, fields, where)
+    if read.paragraphs is not None:
+        pairs = [(p.title, p.paragraph_text) for p in read.paragraphs]
+        needed = [p.title for p in read.paragraphs if p.is_supporting]
     else:
-        context = _decoded(field(row, "context", fields, where))
-        facts = _decoded(field(row, "supporting_facts", fields, where, []))
-        listed = list(zip(context["title"], context["sentences"], strict=True)) if isinstance(context, Mapping) else context
-        supporting = {str(t) for t in (facts["title"] if isinstance(facts, Mapping) else [fact[0] for fact in facts])}
-        pairs = [(title, " ".join(s.strip() for s in sentences), False) for title, sentences in listed]
+        pairs = [(passage.title, " ".join(s.strip() for s in passage.sentences)) for passage in read.context or ()]
+        needed = [fact.title for fact in read.supporting_facts or ()]
+    if not pairs:
+        raise TaskError(f"{where} has no documents: neither `context` nor `paragraphs`; it has {', '.join(map(str, row))}")
     joined: dict[str, str] = {}
     spelled: dict[str, str] = {}
-    for title, body, _ in pairs:
-        name = text(title, "title", where)
-        key = spelled.setdefault(name.casefold(), name)
-        joined[key] = f"{joined[key]} {body}" if key in joined else str(body)
-    if not joined:
-        raise TaskError(f"{where} has no documents")
-    return joined, {spelled[t.strip().casefold()] for t in supporting if t.strip().casefold() in spelled}
-
-
-def _decoded(value: Any) -> Any:
-    """Some copies keep lists as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise TaskError(f"{value[:40]!r} is not a list of documents") from None
+    for title, body in pairs:
+        key = spelled.setdefault(folded(title), title)
+        joined[key] = f"{joined[key]} {body}" if key in joined else body
+    lost = next((title for title in needed if folded(title) not in spelled), None)
+    if lost is not None:
+        raise TaskError(f"{where}: {lost!r}, which supports its answer, is none of its documents; mend the row or leave it out")
+    return joined, {spelled[folded(title)] for title in needed}

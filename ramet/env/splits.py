@@ -38,10 +38,10 @@ def part(split: str, offered: Iterable[str] = tuple(PARTS)) -> str:
     return PARTS[split]
 
 
-def drawn(split: str, candidates: Iterable[tuple[str, T]]) -> Iterator[T]:
+def drawn(split: str, candidates: Iterable[tuple[str, T]], patience: int = PATIENCE) -> Iterator[T]:
     """Of an endless stream of (content, candidate), those of the split's part; each content once, unless it is trained on.
 
-    Raises `ConfigError` once nothing new comes any more.
+    Raises `ConfigError` once nothing new came among `patience` of them.
     """
     wanted, seen, idle = part(split), set[str](), 0
     for content, candidate in candidates:
@@ -51,5 +51,7 @@ def drawn(split: str, candidates: Iterable[tuple[str, T]]) -> Iterator[T]:
             if wanted != "train":
                 seen.add(content)
             yield candidate
-        elif idle > PATIENCE:
-            raise ConfigError(f"there are only {len(seen)} different tasks for the split {split}; ask for fewer, or for longer ones")
+        elif idle > patience:
+            raise ConfigError(
+                f"there are only {len(seen)} different tasks for the split {split}; ask for fewer, or for longer or more varied ones"
+            )
