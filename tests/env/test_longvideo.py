@@ -93,7 +93,7 @@ def test_rewards(folder: Path) -> None:
         ({"env": {"kind": "longvideo", "metric": "f1"}}, "metric f1 does not belong"),
         ({"env": {"kind": "hotpotqa", "metric": "reward"}}, "metric reward does not belong"),
         ({"env": {"kind": "gsm8k", "seconds": 2.0}}, "seconds does not belong to the environment gsm8k"),
-        ({"env": {"kind": "longvideo", "seconds": 0}}, "greater than 0"),
+        ({"env": {"kind": "longvideo", "seconds": 0}}, "takes a number above 0"),
         ({"attention": {"method": "spava"}, "backend": "vllm"}, "goes with the backend transformers"),
         ({"attention": {"method": "ring"}}, "attention.method"),
     ],
