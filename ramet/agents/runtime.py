@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from ramet.agents.actor import Growth, Setting, run_branch
+from ramet.agents.actor import Growth, Setting, run_branch, seed_of
 from ramet.agents.budget import Budget, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
@@ -103,9 +103,20 @@ class Runtime:
         error = branch.reason if branch.status in (Status.FAILED, Status.REFUSED) else ""
         return Tree(task.id, branch, price(branch, now - started), seed, error)
 
+    async def grow(self, job: Job, again: int = 0) -> Tree:
+        """Grow the tree of a job; up to `again` times anew, under other seeds, while the backend fails a branch of it (`Tree.failed`)."""
+        tree = await self.run(job.task, job.budget, job.seed)
+        for attempt in range(1, again + 1):
+            if not tree.failed:
+                break
+            tree = replace(await self.run(job.task, job.budget, seed_of(job.seed, "again", attempt)), regrown=attempt)
+        return tree
+
     @asynccontextmanager
-    async def run_many(self, jobs: Iterable[Job], in_flight: int = 64) -> AsyncIterator[MemoryObjectReceiveStream[tuple[Job, Tree]]]:
-        """Stream `(job, tree)` in order of finishing, at most `in_flight` trees growing or waiting to be taken.
+    async def run_many(
+        self, jobs: Iterable[Job], in_flight: int = 64, again: int = 0
+    ) -> AsyncIterator[MemoryObjectReceiveStream[tuple[Job, Tree]]]:
+        """Stream `(job, tree)` in order of finishing, at most `in_flight` trees growing or waiting to be taken. `again`: see `grow`.
 
         Leaving the block cancels what still grows.
         """
@@ -115,7 +126,7 @@ class Runtime:
         async def worker(results: MemoryObjectSendStream[tuple[Job, Tree]]) -> None:
             async with results:
                 for job in waiting:
-                    tree = await self.run(job.task, job.budget, job.seed)
+                    tree = await self.grow(job, again)
                     try:
                         await results.send((job, tree))
                     except anyio.BrokenResourceError:

@@ -217,13 +217,17 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """One finished rollout of a task."""
+    """One finished rollout of a task.
+
+    regrown  trees that were grown in its place before, and given up because the backend failed a branch of them
+    """
 
     task_id: str
     root: Branch
     usage: Usage
     seed: int = 0
     error: str = ""
+    regrown: int = 0
 
     @property
     def answer(self) -> str | None:
@@ -236,6 +240,11 @@ class Tree:
     @property
     def spawned(self) -> bool:
         return any(branch.clones for branch in self.branches)
+
+    @property
+    def failed(self) -> str:
+        """What the backend failed with, in whichever branch: such a tree says nothing about the policy. "" if it did not."""
+        return self.error or next((branch.reason for branch in self.branches if branch.status is Status.FAILED), "")
 
     @property
     def starved(self) -> str:

@@ -80,9 +80,8 @@ def checked(tree: Tree) -> Tree:
     """
     if tree.root.status is Status.REFUSED:
         raise RefusedRequest(f"task {tree.task_id}: {tree.root.reason}")
-    failed = next((branch for branch in tree.branches if branch.status is Status.FAILED), None)
-    if failed is not None:
-        raise PolicyError(f"task {tree.task_id} failed: {tree.error or failed.reason}")
+    if tree.failed:
+        raise PolicyError(f"task {tree.task_id} failed: {tree.failed}")
     return tree
 
 

@@ -165,11 +165,11 @@ def run_one(
                 return await grow_live(source, chat, task, budget, seed, Sampling(temperature=temperature))
 
         tree = drain.run(main)
-        if tree.root.status is Status.FAILED and isinstance(source, JournaledPolicy):
+        if tree.error and isinstance(source, JournaledPolicy):
             source.give_up()
     if isinstance(source, JournaledPolicy) and source.replayed:
         console.print(f"{source.replayed} samples taken from {kept}, {source.sampled} made")
-    if tree.root.status is Status.FAILED:
+    if tree.error:
         raise PolicyError(tree.error)
     right = integer_match(task, tree.answer) == 1.0
     if out is not None:

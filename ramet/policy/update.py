@@ -84,6 +84,8 @@ class Verdict:
     reward: float
 
 
+AGAIN = 3
+"""How often a tree that the backend failed is grown anew."""
 Draw = Callable[[int], Sequence[tuple[Task, Budget]]]
 """The tasks of an update and the budget of each."""
 Judge = Callable[[Task, Tree], Verdict]
@@ -106,14 +108,17 @@ def grouped(drawn: Sequence[tuple[Task, Budget]], trees: Mapping[tuple[object, .
 
 
 async def grow(runtime: Runtime, jobs: Sequence[Job], in_flight: int) -> dict[tuple[object, ...], Tree]:
-    """The trees of the jobs by their keys. Raises `PolicyError` if one fails."""
-    trees = {}
-    async with runtime.run_many(jobs, in_flight) as finished:
-        async for job, tree in finished:
-            if tree.root.status is Status.FAILED:
-                raise PolicyError(f"task {job.task.id} failed: {tree.error}")
-            trees[job.key] = tree
-    return trees
+    """The trees of the jobs by their keys, none of which the backend has failed (`whole`)."""
+    async with runtime.run_many(jobs, in_flight, AGAIN) as finished:
+        return {job.key: whole(tree) async for job, tree in finished}
+
+
+def whole(tree: Tree) -> Tree:
+    """The tree, unless the backend failed a branch of it: what such a tree earns says nothing about the policy. Raises `PolicyError`."""
+    if tree.failed:
+        times = f"{tree.regrown + 1} times, the last with"
+        raise PolicyError(f"task {tree.task_id} failed {times}: {tree.failed}; see to the backend, and run again to resume")
+    return tree
 
 
 def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
@@ -225,7 +230,7 @@ def starved(groups: Sequence[Group]) -> list[str]:
 def summary(
     update: int, groups: Sequence[Group], judged_: Sequence[Sequence[Verdict]], advantages: Sequence[Sequence[Sequence[float]]]
 ) -> Metrics:
-    """What was sampled for an update: means over trees, and the groups that nothing is learned from."""
+    """What was sampled for an update: means over trees, how many were given up and grown anew, and the groups that teach nothing."""
     trees, verdicts = [tree for _, of in groups for tree in of], [v for of in judged_ for v in of]
     count = len(trees)
     found: Metrics = {
@@ -243,6 +248,7 @@ def summary(
         found[f"penalty_{name}"] = sum(v.penalties.get(name, 0.0) for v in verdicts) / count
     for status in Status:
         found[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
+    found["regrown"] = sum(tree.regrown for tree in trees)
     found["starved"] = len(starved(groups)) / count
     found["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
     return found

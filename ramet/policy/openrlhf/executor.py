@@ -10,9 +10,9 @@ from openrlhf.utils.agent import AgentExecutorBase
 
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
-from ramet.agents.tree import Status, Tree
-from ramet.errors import PolicyError
+from ramet.agents.tree import Tree
 from ramet.policy.models import load_tokenizer
+from ramet.policy.update import AGAIN, whole
 from ramet.policy.vllm import EnginePolicy
 
 
@@ -47,14 +47,12 @@ class TreeExecutor(AgentExecutorBase):
     async def execute(
         self, prompt: Rollout, label: Any, sampling_params: Any, max_length: int, hf_tokenizer: Any, llm_engine: Any, images: Any = None
     ) -> Tree:
-        """The finished tree. Raises `EngineLost`, or `PolicyError` for a tree that failed."""
+        """The finished tree. Raises `EngineLost`, or `PolicyError` for a tree that the backend fails again and again."""
         runtime = self._runtime(prompt, self.policy(llm_engine))
-        tree = await runtime.run(prompt.job.task, prompt.job.budget, prompt.job.seed)
-        if tree.root.status is Status.FAILED:
-            if llm_engine.llm.errored:
-                raise EngineLost(tree.error)
-            raise PolicyError(f"task {prompt.job.task.id} failed: {tree.error}")
-        return tree
+        tree = await runtime.grow(prompt.job, AGAIN)
+        if tree.failed and llm_engine.llm.errored:
+            raise EngineLost(tree.failed)
+        return whole(tree)
 
     def _runtime(self, asked: Rollout, policy: EnginePolicy) -> Runtime:
         key = (asked.model, asked.chat, asked.temperature, asked.tell_all)

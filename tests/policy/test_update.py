@@ -1,0 +1,76 @@
+"""The trees of an update: none that the backend has failed is learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anyio
+import pytest
+
+from ramet.agents.budget import Budget
+from ramet.agents.journal import Journal
+from ramet.agents.protocol import render_call
+from ramet.agents.resume import JournaledPolicy
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.scripted import PlainFormat, ScriptedPolicy
+from ramet.agents.tree import Message, Status, Task
+from ramet.errors import PolicyError
+from ramet.policy.runlog import STORED
+from ramet.policy.update import AGAIN, Group, Verdict, grouped, grow, jobs_of, summary
+
+DRAWN = [(Task(f"t{i}", (Message("user", f"go {i}"),)), Budget()) for i in range(2)]
+
+
+def program(context: str) -> str:
+    if context.startswith("T") and "1: " not in context:
+        return f"<tool_call>{render_call(['a', 'b'])}</tool_call>\0"
+    return "Answer: 1\0"
+
+
+class Failing(ScriptedPolicy):
+    """The first `broken` clones that are asked for fail, as behind a server that is down."""
+
+    broken = 0
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        if request.prompt[0] != ord("T") and self.broken:
+            self.broken -= 1
+            raise PolicyError("503 service unavailable")
+        return await ScriptedPolicy.sample(self, request, partial)
+
+
+def trees(broken: int, path: Path) -> tuple[list[Group], Failing]:
+    policy = Failing(program)
+    policy.broken = broken
+
+    async def main() -> list[Group]:
+        with Journal(path, "job") as journal:
+            runtime = Runtime(JournaledPolicy(policy, journal), PlainFormat())
+            return grouped(DRAWN, await grow(runtime, jobs_of(DRAWN, 0, 4, 0), 2), 4)
+
+    return anyio.run(main), policy
+
+
+def test_a_tree_whose_clone_the_backend_failed_is_grown_anew_and_counted(tmp_path):
+    calm, _ = trees(0, tmp_path / "calm")
+    groups, _ = trees(3, tmp_path / "broken")
+    grown = [tree for _, of in groups for tree in of]
+    assert all(branch.status is Status.ANSWERED for tree in grown for branch in tree.branches)
+    verdicts = [[Verdict(1.0, {}, 1.0)] * 4] * 2
+    none = [[[0.0] * 3] * 4] * 2
+    assert 2 <= summary(0, groups, verdicts, none)["regrown"] <= 3
+    assert summary(0, calm, verdicts, none)["regrown"] == 0
+    ids = [[[branch.ids for branch in tree.branches] for tree in of] for _, of in calm]
+    assert all([b.ids for b in t.branches] == ids[g][n] for g, (_, of) in enumerate(groups) for n, t in enumerate(of) if not t.regrown)
+    # Read again, stored or from the samples, they are the same.
+    assert [STORED.validate_json(STORED.dump_json(tree)) for tree in grown] == grown
+    again, policy = trees(0, tmp_path / "broken")
+    assert not policy.requests and [[(t.seed, t.regrown, t.root.ids) for t in of] for _, of in again] == [
+        [(t.seed, t.regrown, t.root.ids) for t in of] for _, of in groups
+    ]
+
+
+def test_a_backend_that_stays_away_ends_the_update_with_what_it_said(tmp_path):
+    with pytest.raises(PolicyError, match=rf"task t\d failed {AGAIN + 1} times, the last with: 503 service unavailable; .* resume"):
+        trees(1000, tmp_path / "j")
