@@ -22,6 +22,7 @@ from ramet.rewards.algebra.trees import (
     Relation,
     Sym,
     Text,
+    inside,
     integer_of,
     literal,
     number_of,
@@ -38,8 +39,10 @@ _FLOAT_ERROR = Fraction(1, 10**14)
 def same(gold: Node, said: Node) -> bool:
     """Does `said` state the answer `gold`? Raises `Unreadable` for values beyond all bounds."""
     gold, said = _single(gold), _single(said)
+    if gold == said:
+        return True
     if isinstance(gold, Text) or isinstance(said, Text):
-        return gold == said or _same_times(gold, said)
+        return _same_times(gold, said)
     if isinstance(gold, Relation) or isinstance(said, Relation):
         return _same_relations(gold, said)
     amount, said_amount = _amount(gold)[0], _amount(said)[0]
@@ -121,7 +124,7 @@ def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] |
     if any(isinstance(_amount(v)[0], (Group, Relation, Text)) or symbols_of(v) for v in values):
         return None
     pairs = zip(relation.operators[-len(values) + 1 :], values, values[1:], strict=False)
-    if not all(equal_values(_amount(a)[0], _amount(b)[0], error=None if operator == "=" else 0.01) for operator, a, b in pairs):
+    if not all(equal_values(a, b, error=None if operator == "=" else 0.01) for operator, a, b in pairs):
         return None
     exact = [v for v, operator in zip(values, relation.operators[-len(values) + 1 :], strict=False) if operator == "~"]
     return name, exact[0] if exact and not literal(_amount(exact[0])[0]) else values[-1]
@@ -183,8 +186,7 @@ def _interval(relation: Relation) -> Node | None:
 
 
 def _numbers(node: Node) -> bool:
-    inside = node.args if isinstance(node, Op) else node.items if isinstance(node, Group) else ()
-    return isinstance(node, Num) or any(map(_numbers, inside))
+    return isinstance(node, Num) or any(map(_numbers, inside(node)))
 
 
 # Groups

@@ -19,7 +19,7 @@ import re
 from fractions import Fraction
 
 from ramet.rewards.algebra.lexing import FUNCTIONS, WORD_COMMANDS, Token, cleaned, plain_words, tokens_of
-from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, Unreadable
+from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, Unreadable, depth_of
 from ramet.rewards.algebra.units import CURRENCIES, MULTIPLES, NUMBER_WORDS, NUMBERS, unit_name
 
 DEEPEST = 60
@@ -47,7 +47,10 @@ def read(text: str) -> Node:
     text = cleaned(text)
     if not text:
         raise Unreadable("nothing is said")
-    return _words(text) or _clock(text) or _parsed(text)
+    found = _words(text) or _clock(text) or _parsed(text)
+    if depth_of(found) > 2 * DEEPEST:
+        raise Unreadable("nested too deep")
+    return found
 
 
 def _words(text: str) -> Node | None:
@@ -202,13 +205,17 @@ class _Parser:
     def sum(self) -> Node:
         terms: list[Node] = []
         while True:
-            sign = ""
-            while self.next in ("+", "-"):
-                sign = "-" if (self.take() == "-") != (sign == "-") else "+"
+            sign = self.sign()
             term = self.term()
             terms.append(_negative(term) if sign == "-" else term)
             if self.next not in ("+", "-"):
                 return terms[0] if len(terms) == 1 else Op("add", tuple(terms))
+
+    def sign(self) -> str:
+        sign = ""
+        while self.next in ("+", "-"):
+            sign = "-" if (self.take() == "-") != (sign == "-") else "+"
+        return sign
 
     def term(self) -> Node:
         """Products and quotients, left to right; then the unit."""
@@ -284,7 +291,7 @@ class _Parser:
 
     def factor(self, signed: bool = False) -> Node:
         if signed and self.next in ("-", "+"):
-            return _negative(self.factor(True)) if self.take() == "-" else self.factor(True)
+            return _negative(self.factor()) if self.sign() == "-" else self.factor()
         base = self.primary()
         while True:
             if self.next == "!":
@@ -310,9 +317,20 @@ class _Parser:
                     self.at += 3 if self.next == "{" else 1
                     base = Quantity(base, "°")
                 else:
-                    base = Op("pow", (base, self.argument(whole=True)))
+                    base = Op("pow", (base, self.exponent()))
             else:
                 return base
+
+    def exponent(self) -> Node:
+        """Powers of powers are read from the right."""
+        parts = [self.argument(whole=True)]
+        while self.next == "^":
+            self.take()
+            parts.append(self.argument(whole=True))
+        found = parts.pop()
+        while parts:
+            found = Op("pow", (parts.pop(), found))
+        return found
 
     def argument(self, whole: bool = False) -> Node:
         """A brace group or one token: one digit of a number, all of it if `whole`."""
@@ -321,15 +339,13 @@ class _Parser:
             found = self.relation()
             self.take("}")
             return found
-        if self.kind in ("number", "thousands") and not whole:
+        if self.kind == "number" and not whole:
             token = self.tokens[self.at]
-            if len(token.text) > 1:
+            if len(token.text) > 1 and token.text[0] != ".":
                 self.tokens[self.at] = Token("number", token.text[1:], False)
                 return Num(Fraction(token.text[0]))
         if self.next in ("-", "+"):
-            return (
-                self.factor(signed=True) if not whole else (_negative(self.argument(True)) if self.take() == "-" else self.argument(True))
-            )
+            return _negative(self.primary()) if self.sign() == "-" else self.primary()
         return self.primary()
 
     def primary(self) -> Node:

@@ -114,15 +114,29 @@ def literal(node: Node) -> bool:
     return number_of(node) is not None
 
 
+def inside(node: Node) -> tuple[Node, ...]:
+    """What a node is made of."""
+    if isinstance(node, Op):
+        return node.args
+    if isinstance(node, Group):
+        return node.items
+    if isinstance(node, Relation):
+        return node.parts
+    return (node.amount,) if isinstance(node, Quantity) else ()
+
+
+def depth_of(node: Node) -> int:
+    depth, level = 0, [node]
+    while level:
+        depth, level = depth + 1, [child for parent in level for child in inside(parent)]
+    return depth
+
+
 def symbols_of(node: Node) -> set[str]:
+    """The variables in it."""
     if isinstance(node, Sym):
         return set() if node.name in CONSTANTS else {node.name}
-    if isinstance(node, Quantity):
-        return symbols_of(node.amount)
-    inside = (
-        node.args if isinstance(node, Op) else node.items if isinstance(node, Group) else node.parts if isinstance(node, Relation) else ()
-    )
-    return {name for child in inside for name in symbols_of(child)}
+    return {name for child in inside(node) for name in symbols_of(child)}
 
 
 def written(node: Node) -> str:
@@ -135,11 +149,11 @@ def written(node: Node) -> str:
         return written(node.amount)
     if isinstance(node, Relation):
         return " ".join((written(node.parts[0]), *(f"{o} {written(p)}" for o, p in zip(node.operators, node.parts[1:], strict=True))))
-    inside = node.args if isinstance(node, Op) else node.items
     name = node.name if isinstance(node, Op) else node.kind
-    if name == "neg" and isinstance(inside[0], Num):
-        return str(-inside[0].value)
-    texts = [written(child) for child in inside]
+    parts = inside(node)
+    if name == "neg" and isinstance(parts[0], Num):
+        return str(-parts[0].value)
+    texts = [written(child) for child in parts]
     if name in ("add", "mul", "list", "{}", "union"):
         texts.sort()
     return f"{name}({', '.join(texts)})"

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpmath import MPContext
 
-from ramet.rewards.algebra.trees import Node, Num, Op, Quantity, Sym, Unreadable, number_of, symbols_of, written
+from ramet.rewards.algebra.trees import Node, Num, Op, Quantity, Sym, Unreadable, inside, number_of, symbols_of, written
 
 _POINTS = 4
 _DIGITS = 60
@@ -30,10 +30,10 @@ def equal_values(a: Node, b: Node, error: float | None = None) -> bool:
 
 
 def _longest(node: Node) -> int:
+    """Digits of the longest literal."""
     if isinstance(node, Num):
         return max(node.value.numerator.bit_length(), node.value.denominator.bit_length()) // 3
-    inside = node.args if isinstance(node, Op) else (node.amount,) if isinstance(node, Quantity) else ()
-    return max((_longest(child) for child in inside), default=0)
+    return max(map(_longest, inside(node)), default=0)
 
 
 def _close(a: Any, b: Any, allowed: Any) -> bool:
