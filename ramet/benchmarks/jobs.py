@@ -143,10 +143,15 @@ def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return [point(ms) for ms in groups] + [record for ms in groups for record in by_size(ms)] + failures(measured)
 
 
-def data_records(config: RunConfig) -> list[dict[str, Any]]:
-    """A `data` record per measured split of a data set; rows that count once or are trained on are told. Raises what is wrong with it."""
+def data_records(config: RunConfig, training: bool = False) -> list[dict[str, Any]]:
+    """A `data` record per measured split of a data set; rows that count once or are trained on are told.
+
+    Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
+    """
     env = config.env.model_copy(update={"metric": "em", "reward_model": ""}).build()
     records: list[dict[str, Any]] = []
+    if training and isinstance(env, Questions):
+        env.tasks("train", 1, config.seed)
     for split in env.splits if isinstance(env, Questions) else ():
         found = env.found(split)
         records.append({"record": "data", "split": split, **found})
@@ -184,7 +189,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     """`ramet train`: train, then measure the final weights; everything resumes."""
     if not config.env.measurable:
         console.print("env.data names no file or data set: the final weights will not be measured")
-    data = data_records(config)
+    data = data_records(config, training=True)
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)

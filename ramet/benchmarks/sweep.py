@@ -98,11 +98,11 @@ def frontier_job(
     if (trained or solo) and config.url:
         raise ConfigError("a server samples with the weights that it has loaded; measure trained ones with another --set backend")
     config.env.check_measurable()
-    claim_folder(directory, config)
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
     chosen = entries(names, config, env, depths, widths, methods.likelihood if reward_model is None else preference(reward_model))
     data = data_records(config)
+    claim_folder(directory, config)
     measured: list[Measured] = []
     job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL]
     job += [None if reward_model is None else weights_id(reward_model)]

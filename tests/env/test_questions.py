@@ -272,23 +272,15 @@ def test_a_row_that_is_there_twice_is_measured_once(tmp_path):
 
 def test_eval_says_what_is_in_the_file_and_refuses_before_it_begins(tmp_path):
     train, data = write(tmp_path / "t.jsonl", *sums(1, 2)), write(tmp_path / "d.jsonl", *sums(2, 3, 3))
-    command = [
-        "eval",
-        "--runs",
-        str(tmp_path),
-        "--env",
-        "gsm8k",
-        "--data",
-        data,
-        "--set",
-        f"env.train={train}",
-        "--limit",
-        "5",
-        "--budgets",
-        "24",
-    ]
-    refused = CliRunner().invoke(app, command)
-    assert isinstance(refused.exception, ConfigError) and not (tmp_path / "eval-nano").exists()
+    common = ["--runs", str(tmp_path), "--set", f"env.train={train}"]
+    command = ["eval", "--env", "gsm8k", "--data", data, "--limit", "5", "--budgets", "24", *common]
+    bare = ["train", "--set", "env.kind=gsm8k", "--set", f"env.data={data}"]
+    for given in (command, ["frontier", "--policy", "nano", *command[1:]], [*bare, *common]):
+        refused = CliRunner().invoke(app, given)
+        assert "they would be trained on and measured" in str(refused.exception), refused.output
+    nothing = CliRunner().invoke(app, [*bare, *common[:2]])
+    assert "env.train names no file" in str(nothing.exception)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing was begun"
     more = ["--set", "env.allow_overlap=true", "--set", "threads=1", "--json", str(tmp_path / "out.json")]
     done = CliRunner().invoke(app, command + more)
     assert done.exit_code == 0, done.output + repr(done.exception)
