@@ -131,13 +131,15 @@ def parsed(model: type[Model], row: Row, fields: Mapping[str, str], where: str) 
     name, below = str(said["loc"][0]), said["loc"][1:]
     column = fields.get(name, name)
     place = "".join(f", item {key + 1}" if isinstance(key, int) else f", {key}" for key in below)
+    wrong = _WRONG.get(said["type"]) or said["msg"].removeprefix("Value error, ")
     raise TaskError(
-        f"{where}, column {column!r}{place}: {said['msg'].removeprefix('Value error, ')} (it is {_shown(said['input'])}); "
+        f"{where}, column {column!r}{place}: {wrong} (got {_shown(said['input'])}); "
         "mend the row or leave it out, or name the right column in env.fields"
     )
 
 
 _ABSENT: Any = object()
+_WRONG = {"list_type": "should be a list", "string_type": "should be text", "missing": "is missing", "model_type": "should be an object"}
 
 
 def _shown(value: object) -> str:

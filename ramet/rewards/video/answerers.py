@@ -6,8 +6,10 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+
 from ramet.agents.tree import Message
-from ramet.data import field, load_rows, text
+from ramet.data import Flag, Said, load_rows, parsed
 from ramet.errors import TaskError
 from ramet.rewards.video.generative import VideoGRM
 from ramet.rewards.video.questions import VideoQuestion
@@ -56,6 +58,12 @@ class ModelAnswerer:
         return self.model.write(messages, [f"{self.name}/{q.id}/{blind}" for q in questions], n, seed)
 
 
+class _Recorded(BaseModel):
+    id: Said
+    response: Said
+    blind: Flag = False
+
+
 class Recorded:
     """Answers that somebody sampled already: rows with `id` (of the question) and `response`, and perhaps `source`, `blind`."""
 
@@ -64,9 +72,8 @@ class Recorded:
         self.name = source.rpartition("/")[2]
         self._answers: dict[tuple[str, bool], list[str]] = {}
         for number, row in enumerate(load_rows(source), 1):
-            where = f"{source}, row {number}"
-            key = (str(field(row, "id", names, where)), bool(field(row, "blind", names, where, ... if "blind" in names else False)))
-            self._answers.setdefault(key, []).append(text(field(row, "response", names, where), "response", where))
+            said = parsed(_Recorded, row, names, f"{source}, row {number}")
+            self._answers.setdefault((said.id, said.blind), []).append(said.response)
 
     def answer(self, questions: Sequence[VideoQuestion], n: int, seed: int, blind: bool = False) -> list[list[str]]:
         """The first `n` of each question, or as many as there are; a question without any is an error."""

@@ -90,17 +90,21 @@ def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> 
     def optional(name: str, default: Any) -> Any:
         return field_of(row, name, fields, where, ... if name in fields else default)
 
+    def label(name: str) -> str:
+        value = optional(name, None)
+        return "" if value in (None, "") else text(value, name, where)
+
     video = segments(row, fields, root, where)
     if not isinstance(video, Segment):
         raise TaskError(f"{where} names no video, or several; a question is about one")
     choices = tuple(texts(optional("choices", []) or [], "choices", where))
     question = VideoQuestion(
-        str(optional("id", where.rpartition(" ")[2])),
+        label("id") or where.rpartition(" ")[2],
         video,
         text(field_of(row, "question", fields, where), "question", where),
         text(field_of(row, "answer", fields, where), "answer", where),
         choices,
-        str(optional("category", "")),
+        label("category"),
         _evidence(video, optional("evidence", None), where),
     )
     if choices and question.stated(f"Answer: {question.answer}") not in choices:

@@ -219,6 +219,12 @@ def test_recorded_answers(questions: list, tmp_path: Path) -> None:
     assert len(pairs) == 6
     with pytest.raises(TaskError, match="has no answers to 1 questions"):
         Recorded(str(path)).answer(questions[6:7], 1, 0)
+    path.write_text(json.dumps({"id": questions[0].id, "response": "x", "blind": "False"}) + "\n")
+    assert Recorded(str(path)).answer(questions[:1], 1, 0) == [["x"]], "what says that it is not blind is not"
+    for broken in ({"id": None}, {"response": None}, {"blind": "perhaps"}):
+        path.write_text(json.dumps({"id": "q", "response": "x", **broken}) + "\n")
+        with pytest.raises(TaskError, match=f"row 1, column '{next(iter(broken))}': should be"):
+            Recorded(str(path))
 
 
 @pytest.mark.parametrize(
