@@ -57,13 +57,14 @@ class Sequence:
     """One rank's share of one sequence.
 
     `length` counts the rows of the whole sequence, `next_position` numbers the next. The context's rows lie on all ranks
-    and do not change; later rows are the tail.
+    and do not change; later rows are the tail. `after` says of rows whose positions are not their places what the next one's would be.
     """
 
     plan: Plan | Sharded
     length: int
     next_position: int
     layers: list[Kept] = field(default_factory=list)
+    after: Tensor | None = None
 
     def fork(self, length: int | None = None) -> Sequence:
         """A sequence that shares the context, cut to its first `length` rows, which must hold the whole context."""
@@ -71,7 +72,10 @@ class Sequence:
         if not self.plan.context <= length <= self.length:
             raise ConfigError(f"a sequence of {self.length} rows with {self.plan.context} of context cannot be cut to {length}")
         layers = [layer.fork(length - self.plan.context) for layer in self.layers]
-        return Sequence(self.plan, length, self.next_position - (self.length - length), layers)
+        if self.after is None or length > len(self.after):
+            return Sequence(self.plan, length, self.next_position - (self.length - length), layers, self.after)
+        after = self.after[:length]  # what is cut may hold a video, whose positions are no matter of counting
+        return Sequence(self.plan, length, int(after[-1]) if length else 0, layers, after)
 
 
 class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]

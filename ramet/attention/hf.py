@@ -156,8 +156,11 @@ def prefill(
     plans = [method.plan(len(i) - q, q, group.size) for i, q in zip(ids, query, strict=True)]
     rows = [torch.tensor(plan.rows(group.rank), dtype=torch.long) for plan in plans]
     slices = _slices([len(r) for r in rows])
-    next_positions = [len(i) for i in ids] if positions is None else [int(p.max()) + 1 for p in positions]
-    sequences = [Sequence(plan, len(i), start) for plan, i, start in zip(plans, ids, next_positions, strict=True)]
+    if positions is None:
+        sequences = [Sequence(plan, len(i), len(i)) for plan, i in zip(plans, ids, strict=True)]
+    else:
+        after = [p.reshape(-1, p.shape[-1]).amax(0).cummax(0).values + 1 for p in positions]
+        sequences = [Sequence(plan, len(a), int(a[-1]), after=a) for plan, a in zip(plans, after, strict=True)]
     cache = ShardedCache(sequences, slices, group.rank, model.config.get_text_config().num_hidden_layers, filling=True)
     inputs: dict[str, Tensor] = {"position_ids": _positions(plans, group.rank, rows, positions).to(model.device)}
     if embeds is None:

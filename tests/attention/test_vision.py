@@ -100,6 +100,28 @@ def test_prefill_and_decoding_equal_the_model_itself(model: Any, hosts: int, sec
             assert (ours[0] - expected[len(ids) - 1 + step]).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("cut", [0, 3])
+def test_a_sequence_that_is_cut_before_a_video_goes_on_where_the_video_began(model: Any, cut: int) -> None:
+    """A sibling whose prompt begins alike and has another end, or a later turn of it: positions are those of what is kept."""
+    clips = [video(4, 8, 4, 3, 5.0), video(3, 4, 4, 4, 9.0)]
+    shared = [*prompt(32), *range(10, 10 + cut)]
+    whole, other = [*shared, START, *[VIDEO] * 12, END, 20, 21], [*shared, 30, 31]
+    expected = own(model, [*other, 32, 33], clips[0])
+
+    def rank(group: Group) -> list[Tensor]:
+        method = Method("spava", anchor=4, passing=1000)
+        sequence, _ = prefill_video(model, group, method, whole, len(whole) - len(shared), clips)
+        extend(model, group, [sequence], [[22, 23]], method)
+        fork = sequence.fork(len(shared))
+        first = extend(model, group, [fork], [[30, 31]], method)
+        extend(model, group, [fork], [[40]], method)
+        return [first, extend(model, group, [fork.fork(len(other))], [[32, 33]], method)]
+
+    for first, then in simulated(2, rank):
+        assert (first - expected[len(other) - 1]).abs().max() < 1e-5
+        assert (then - expected[-1]).abs().max() < 1e-5
+
+
 def test_from_a_file_to_an_answer(model: Any, tmp_path: Path) -> None:
     """Decoding, patches, shared vision tower, Spava, sharded greedy decoding: three hosts say what one says."""
     attach(model)
