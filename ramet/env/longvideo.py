@@ -18,7 +18,7 @@ from ramet.data import Row
 from ramet.env.questions import Questions, normalised
 from ramet.errors import ConfigError, TaskError
 from ramet.policy.vision import Look
-from ramet.rewards.video.discriminative import SETTINGS, Item, VideoDRM
+from ramet.rewards.video.discriminative import SCORES, SETTINGS, Item, VideoDRM
 from ramet.rewards.video.frames import content_id, video_seconds
 from ramet.rewards.video.judge import Rewards
 from ramet.rewards.video.questions import VideoQuestion, question_of
@@ -145,6 +145,8 @@ def reward_of(model: str, videos: Path | None, token: str, look: Look) -> Callab
     def probability(item: Item) -> float:
         key = (item, "" if item.video is None else content_id(Path(item.video.file)))
         if key not in known:
+            while len(known) >= SCORES:
+                del known[next(iter(known))]
             known[key] = reward.probabilities([item])[0]
         return known[key]
 

@@ -10,6 +10,7 @@ delegation policy: k votes read the video once.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from ramet.errors import RewardError
 from ramet.policy.models import load_model
 from ramet.policy.rows import token_logprobs
 from ramet.policy.vision import Look, VideoReader, VisionPolicy, shown_id
-from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.discriminative import SCORES, Item
 from ramet.rewards.video.judge import Shown, parse_rating
 from ramet.rewards.video.pairs import watched
 
@@ -70,7 +71,7 @@ class VideoGRM:
         self.reader = VideoReader(model.config, tokenizer, settings.look)
         self.chat.see = self.reader.ids
         self._encode = TextEncoder(tokenizer)
-        self._known: dict[Any, float] = {}
+        self._known: OrderedDict[Any, float] = OrderedDict()
 
     @classmethod
     def load(cls, path: Path, settings: GRMSettings | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoGRM:
@@ -141,11 +142,14 @@ class VideoGRM:
         """
         keys = [(tuple(map(shown_id, watched(i.video))), i.question, i.answer) for i in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        found = {key: self._known[key] for key in keys if key in self._known}
         for (key, item), (rating, said) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
             if rating is None:
                 raise RewardError(f"the VideoGRM's {len(said)} ratings of {item.answer[:40]!r} cannot be read, such as {said[0][:80]!r}")
-            self._known[key] = rating
-        return [self._known[key] for key in keys]
+            found[key] = self._known[key] = rating
+        while len(self._known) > SCORES:
+            self._known.popitem(last=False)
+        return [found[key] for key in keys]
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
         """Ratings as rewards between 0 and 1."""

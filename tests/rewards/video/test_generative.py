@@ -17,6 +17,7 @@ from ramet.policy.sft import SFTTraining
 from ramet.policy.trainer import run_trainer
 from ramet.policy.update import TrainConfig, Verdict
 from ramet.policy.vision import Look
+from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.fakes import fake_judge, says
@@ -150,6 +151,10 @@ def test_ratings_are_read_or_refused(grm: VideoGRM, questions: list, tmp_path: P
     assert fixed.score(items) == [7.0] * 3
     expected = Fixed(grm.model, grm.tokenizer, grm.chat, replace(SETTINGS, expected=True)).score(items)
     assert all(1 < rating < 10 for rating in expected)
+    with pytest.MonkeyPatch.context() as patch:  # more than are remembered
+        patch.setattr(generative, "SCORES", 2)
+        assert fixed.score([*items, Item(None, "q", "a")]) == [7.0] * 4
+    assert len(fixed._known) == 2
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(grm: VideoGRM) -> None:
