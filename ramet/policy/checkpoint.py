@@ -1,8 +1,8 @@
 """Checkpoints: weights and optimiser state as safetensors, position and RNG beside them.
 
 A checkpoint is a directory `step-000040` that is also a Hugging Face model directory, adapters merged into it; adapters
-that are trained are kept beside it as they are. It is written under another name and renamed when complete, so that whatever
-bears the name is whole.
+that are trained are kept beside it as they are. Weights are float32, whatever the model samples in. It is written under
+another name and renamed when complete, so that whatever bears the name is whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ramet.errors import CheckpointError, StorageError
-from ramet.policy.lora import merged, trainable
+from ramet.policy.lora import adapted
+from ramet.policy.masters import Masters
 from ramet.policy.models import quiet
 
 ADAPTERS = "adapters.safetensors"
@@ -30,7 +31,7 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    directory: Path, step: int, model: Any, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    directory: Path, step: int, masters: Masters, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
     """Write `directory/step-NNNNNN`. Raises `StorageError` if the disk refuses; older checkpoints stay."""
     target = checkpoint_path(directory, step)
@@ -38,12 +39,12 @@ def save_checkpoint(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        whole = merged(model)
-        model.save_pretrained(draft, **({} if whole is None else {"state_dict": whole}))
-        if whole is not None:
-            save_file({name: weight.detach().contiguous() for name, weight in trainable(model).items()}, draft / ADAPTERS)
+        whole = masters.state()
+        masters.model.save_pretrained(draft, **({} if whole is None else {"state_dict": whole}))
+        if adapted(masters.model):
+            save_file({name: weight.detach().contiguous() for name, weight in masters.weights.items()}, draft / ADAPTERS)
         tokenizer.save_pretrained(draft)
-        save_file(_flatten(model, optimizer), draft / OPTIMIZER)
+        save_file(_flatten(masters, optimizer), draft / OPTIMIZER)
         (draft / TRAINER).write_text(json.dumps({"step": step, **state}, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
@@ -69,16 +70,17 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(path: Path, masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load weights, optimiser and RNG in place; returns the saved state. Raises `CheckpointError`."""
-    named = trainable(model)
+    named = masters.weights
     try:
         state: dict[str, Any] = json.loads((path / TRAINER).read_text(encoding="utf-8"))
         weights = load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else "model.safetensors"))
         if not (path / ADAPTERS).exists() and not named.keys() <= weights.keys():
             # Models that see store their weights under other names than they have.
             with quiet():
-                again, found = type(model).from_pretrained(path, dtype=model.dtype, local_files_only=True, output_loading_info=True)
+                kind = type(masters.model)
+                again, found = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
             weights = weights if found["missing_keys"] else again.state_dict()
         slots = load_file(path / OPTIMIZER)
     except (OSError, ValueError, KeyError) as error:
@@ -91,19 +93,18 @@ def load_checkpoint(path: Path, model: Any, optimizer: torch.optim.Optimizer) ->
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(weights[name])
+    masters.publish()
     torch.set_rng_state(slots.pop("rng_state"))
     for name, parameter in named.items():
         found = {slot: slots[f"{name}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{slot}" in slots}
         if found:
-            optimizer.state[parameter] = {
-                slot: value.clone() if slot == "step" else value.to(parameter.device) for slot, value in found.items()
-            }
+            optimizer.state[parameter] = {slot: value.clone() if slot == "step" else value.to(parameter) for slot, value in found.items()}
     return state
 
 
-def _flatten(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _flatten(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     flat = {"rng_state": torch.get_rng_state()}
-    for name, parameter in model.named_parameters():
+    for name, parameter in masters.weights.items():
         for slot, value in optimizer.state.get(parameter, {}).items():
             flat[f"{name}.{slot}"] = value.detach().contiguous()
     return flat

@@ -49,8 +49,13 @@ def team(group: Sequence[ScoredTree]) -> list[list[float]]:
     rewards = np.array([item.reward for item in group], dtype=np.float64)
     if len(rewards) < 2:
         raise ConfigError("a group needs at least two trees for a baseline; raise group_size")
-    advantages = (rewards - rewards.mean()) * len(rewards) / (len(rewards) - 1)
+    advantages = _centred(rewards) * len(rewards) / (len(rewards) - 1)
     return [[float(a)] * len(item.tree.branches) for a, item in zip(advantages, group, strict=True)]
+
+
+def _centred(rewards: np.ndarray) -> np.ndarray:
+    """Rewards less their mean; exactly 0 where they are equal, though the mean of equal numbers may be rounded."""
+    return np.zeros_like(rewards) if np.ptp(rewards) == 0 else rewards - rewards.mean()
 
 
 SPREAD_FLOOR = 0.02
@@ -104,7 +109,7 @@ def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[lis
     rewards = np.array([item.reward for item in group], dtype=np.float64)
     if len(rewards) < 2:
         raise ConfigError("a group needs at least two trees for a standard deviation; raise group_size")
-    root_advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+    root_advantages = _centred(rewards) / (rewards.std(ddof=1) + 1e-6)
     result = []
     for advantage, item in zip(root_advantages.tolist(), group, strict=True):
         branches = item.tree.branches

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
+from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
 from ramet.errors import PolicyError, first_line
 from ramet.policy.drawing import Row, draw
-from ramet.policy.kv import PrefixStore, SlotCache, common_prefix
+from ramet.policy.kv import Memory, PrefixStore, SlotCache, common_prefix
+from ramet.policy.models import steady_context
 from ramet.policy.rows import Inputs
 from ramet.policy.serving import Serving
 
@@ -36,6 +38,7 @@ SHARE = 32
 """A request waits one step for a batch mate with which it shares this many prompt tokens more than are stored."""
 PATIENCE = 6
 """Decode steps that new requests wait, at most, to be computed together."""
+OTHER = "choose another backend"
 
 
 @dataclass(slots=True)
@@ -53,10 +56,12 @@ class Stats:
 class HFPolicy(Serving):
     """Samples from one causal language model. Enter it to serve.
 
-    model           any transformers causal LM with full attention (`attn_implementation="sdpa"`)
+    model           any transformers causal LM with full attention (`attn_implementation="sdpa"`), latent attention too
     max_batch       rows that decode together
-    context         longest context; the model's own limit by default
+    context         longest context; by default, and at most, the longest in which a row does not depend on others (`steady_context`)
     prefix_bytes    memory for contexts kept for reuse by later turns and siblings
+
+    Raises `PolicyError` for a model that it cannot serve exactly: a few tokens are computed in slots and by the model itself.
     """
 
     def __init__(self, model: Any, *, max_batch: int = 64, context: int | None = None, prefix_bytes: int = 2**28):
@@ -68,9 +73,15 @@ class HFPolicy(Serving):
             raise PolicyError(
                 f"{type(model).__name__} has {', '.join(sorted(kinds))} layers; the transformers backend serves full attention only"
             )
+        if _has_alibi(config):
+            raise PolicyError(f"{type(model).__name__} attends by distance (ALiBi), which the transformers backend does not serve; {OTHER}")
         if model.config._attn_implementation not in ("sdpa", "eager"):
             raise PolicyError(f"attention {model.config._attn_implementation!r} cannot take the batch mask; load the model with sdpa")
-        super().__init__(context or config.max_position_embeddings)
+        longest = steady_context(model.config)
+        if max_batch < 1 or prefix_bytes < 0 or not 2 <= (context or longest) <= longest:
+            given = f"max_batch {max_batch}, context {context}, prefix_bytes {prefix_bytes}"
+            raise PolicyError(f"{given}: there must be a row, and a context of 2 to {longest}")
+        super().__init__(context or longest)
         self.model = model
         self.max_batch = max_batch
         self.stats = Stats()
@@ -79,6 +90,31 @@ class HFPolicy(Serving):
         self._cache = SlotCache(self._layers)
         self._active: list[Row] = []
         self._patience = 0
+        if not self.vision:
+            self._check()
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Two rows of unlike length, read and decoded in slots, against the model's own pass over each. Raises `PolicyError`."""
+        training, name = self.model.training, type(self.model).__name__
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        rows = [Row(SampleRequest(tuple((7 * i + n) % vocabulary for i in range(3 + 2 * n)), 1, frozenset()), Partial()) for n in (0, 1)]
+        texts = [torch.tensor(row.request.prompt) for row in rows]
+        read = [len(text) - 1 for text in texts]
+        self.model.eval()
+        try:
+            padded = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts], batch_first=True)
+            self._forward(rows, 0, padded, torch.arange(max(read)).expand(2, -1))
+            served = self._forward(rows, 0, torch.stack([text[-1:] for text in texts]), torch.tensor(read)[:, None])[:, -1].float()
+            alone = torch.stack([self.model(input_ids=text[None].to(self.device), use_cache=False).logits[0, -1] for text in texts]).float()
+        except Exception as error:  # whatever a model that takes other arguments raises
+            raise PolicyError(f"the transformers backend cannot serve {name}: {first_line(error)}; {OTHER}") from error
+        finally:
+            self.model.train(training)
+            self._cache, self.stats = SlotCache(self._layers), Stats()
+        close = 1e-2 if self.model.dtype == torch.float32 else 0.2
+        if not torch.allclose(served, alone, rtol=0, atol=close * float(alone.nan_to_num().std() + 1e-6), equal_nan=True):
+            raise PolicyError(f"the transformers backend cannot serve {name}: it does not take positions and masks as given; {OTHER}")
 
     @property
     def device(self) -> torch.device:
@@ -140,7 +176,7 @@ class HFPolicy(Serving):
 
     def _admit(self, free: int) -> None:
         """Compute the prompts of up to `free` waiting requests and sample their first tokens."""
-        chosen: list[tuple[Row, int, list[torch.Tensor]]] = []
+        chosen: list[tuple[Row, int, Memory]] = []
         later: list[Row] = []
         shared: set[int] = set()
         while self._waiting and len(chosen) < free:
@@ -165,7 +201,7 @@ class HFPolicy(Serving):
             self._waiting.extendleft(row for row, _, _ in reversed(chosen) if id(row) not in held and row.stop is None)
             raise
 
-    def _prefill_all(self, chosen: list[tuple[Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
+    def _prefill_all(self, chosen: list[tuple[Row, int, Memory]], promised: set[int]) -> None:
         """Prefill in passes of at most `PREFILL_TOKENS` padded tokens."""
         while chosen:
             size = 1
@@ -174,7 +210,7 @@ class HFPolicy(Serving):
             self._prefill(chosen[:size], promised)
             chosen = chosen[size:]
 
-    def _prefill(self, batch: list[tuple[Row, int, list[torch.Tensor]]], promised: set[int]) -> None:
+    def _prefill(self, batch: list[tuple[Row, int, Memory]], promised: set[int]) -> None:
         first = len(self._active)
         new = max(len(row.request.prompt) - found for row, found, _ in batch)
         # Right-padded: what a padding token writes lies past the row's end and is overwritten later.
@@ -195,7 +231,11 @@ class HFPolicy(Serving):
             self.stats.cached += found
         keep = sorted(set(ends))
         rows = [row for row, _, _ in batch]
-        logits = self._forward(rows, first, ids, positions, torch.tensor(keep))
+        # A long prompt by itself goes in pieces: the mask of a whole one would grow with the square of its length.
+        step = max(PREFILL_TOKENS // len(batch), 1)
+        for at in range(0, new, step):
+            inside = [end - at for end in keep if at <= end < at + step]
+            logits = self._forward(rows, first, ids[:, at : at + step], positions[:, at : at + step], torch.tensor(inside or [0]))
         self._active += rows
         self._emit(rows, logits[torch.arange(len(rows)), torch.tensor([keep.index(end) for end in ends])])
         for i, row in enumerate(rows):
@@ -261,3 +301,8 @@ class HFPolicy(Serving):
             self._cache.move(end, slot, self._active[end].length)
             self._active[slot] = self._active[end]
         self._active.pop()
+
+
+def _has_alibi(config: Any) -> bool:
+    """Bloom has it always, Falcon and MPT where their configuration says so."""
+    return config.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (config, getattr(config, "attn_config", None)))

@@ -18,6 +18,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BLOCK = 8
+Memory = list[torch.Tensor]
+"""Of one context: keys, then values, of each layer, (heads, tokens, size); latent attention has values of another size than keys."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -91,14 +93,13 @@ class SlotCache(Cache):  # type: ignore[misc]
             layer.keys[target, :, :tokens] = layer.keys[source, :, :tokens]
             layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
 
-    def take(self, slot: int, tokens: int) -> list[torch.Tensor]:
-        """A copy of a slot's first `tokens`: one (2, heads, tokens, size) tensor a layer."""
-        return [torch.stack([layer.keys[slot, :, :tokens], layer.values[slot, :, :tokens]]) for layer in self.layers]
+    def take(self, slot: int, tokens: int) -> Memory:
+        """A copy of a slot's first `tokens`."""
+        return [part[slot, :, :tokens].clone() for layer in self.layers for part in (layer.keys, layer.values)]
 
-    def put(self, slot: int, stored: list[torch.Tensor], tokens: int) -> None:
-        for layer, pair in zip(self.layers, stored, strict=True):
-            layer.keys[slot, :, :tokens] = pair[0, :, :tokens]
-            layer.values[slot, :, :tokens] = pair[1, :, :tokens]
+    def put(self, slot: int, stored: Memory, tokens: int) -> None:
+        for part, kept in zip((part for layer in self.layers for part in (layer.keys, layer.values)), stored, strict=True):
+            part[slot, :, :tokens] = kept[:, :tokens]
 
 
 class PrefixStore:
@@ -110,13 +111,13 @@ class PrefixStore:
 
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._entries: OrderedDict[int, tuple[tuple[int, ...], list[torch.Tensor], list[int], int]] = OrderedDict()
+        self._entries: OrderedDict[int, tuple[tuple[int, ...], Memory, list[int], int]] = OrderedDict()
         self._holders: dict[int, dict[int, None]] = {}
         """Per chain, the entries that begin so, oldest first."""
         self._bytes = 0
         self._next = 0
 
-    def find(self, ids: Sequence[int]) -> tuple[int, list[torch.Tensor]]:
+    def find(self, ids: Sequence[int]) -> tuple[int, Memory]:
         """The longest stored prefix of `ids` (at least one block): its length and its memory."""
         found = None
         for chain in _chains(ids):
@@ -129,7 +130,7 @@ class PrefixStore:
         self._entries.move_to_end(found)
         return common_prefix(known, ids), memory
 
-    def add(self, ids: tuple[int, ...], memory: list[torch.Tensor]) -> None:
+    def add(self, ids: tuple[int, ...], memory: Memory) -> None:
         size = sum(part.nbytes for part in memory)
         if len(ids) < BLOCK or size > self.capacity:
             return

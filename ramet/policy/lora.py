@@ -16,7 +16,10 @@ ADAPTER = "default"
 
 
 def adapt(model: Any, rank: int, seed: int) -> None:
-    """Add adapters of `rank` to every linear map of the decoder's layers; nothing else is trained. They begin as nothing."""
+    """Add adapters of `rank` to every linear map of the decoder's layers; nothing else is trained. They begin as nothing.
+
+    They are float32, whatever the model is in. Raises `ConfigError` where some of the layers' maps cannot be reached.
+    """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -24,11 +27,20 @@ def adapt(model: Any, rank: int, seed: int) -> None:
     inside = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and ".layers." in name}
     if not inside:
         raise ConfigError("adapters need a decoder whose linear maps stand in .layers.; train all weights (train.lora_rank=0)")
+    fused = [name for name, weight in model.named_parameters() if ".layers." in name and weight.ndim > 2 and not _convolves(model, name)]
+    if fused:
+        raise ConfigError(f"adapters do not reach fused experts such as {fused[0]}; train all weights (train.lora_rank=0)")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(inside)), model)
     for name, weight in model.named_parameters():
         weight.requires_grad_("lora_" in name)
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def _convolves(model: Any, weight: str) -> bool:
+    return type(model.get_submodule(weight.rpartition(".")[0])).__name__.startswith("Conv")
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -36,14 +48,26 @@ def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
+def adapted(model: Any) -> dict[str, Any]:
+    """The maps that have adapters, by name."""
+    return {name: part for name, part in model.named_modules() if hasattr(part, "get_delta_weight")}
+
+
 @torch.no_grad()
-def merged(model: Any) -> dict[str, torch.Tensor] | None:
-    """The state of a plain model that computes what the adapted one does; None for a model without adapters."""
-    adapted = {name: part for name, part in model.named_modules() if hasattr(part, "get_delta_weight")}
-    if not adapted:
+def merged(model: Any, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor] | None:
+    """The state of a plain model that computes what the adapted one does; None for a model without adapters.
+
+    In `dtype`; by default each weight in its own.
+    """
+    parts = adapted(model)
+    if not parts:
         return None
-    state = {name.replace(".base_layer.", "."): value for name, value in model.state_dict().items() if "lora_" not in name}
-    for name, part in adapted.items():
+    state = {
+        name.replace(".base_layer.", "."): value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for name, value in model.state_dict().items()
+        if "lora_" not in name
+    }
+    for name, part in parts.items():
         weight = f"{name}.weight"
         state[weight] = state[weight] + part.get_delta_weight(ADAPTER).to(state[weight].dtype)
     return state

@@ -33,6 +33,29 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def steady_context(config: Any) -> int:
+    """The longest context in which a token is turned by its position alone, and not by how long the longest row of its batch is.
+
+    Rotary embeddings of the kinds longrope and dynamic change all angles of a batch once one of its rows is longer than what
+    the model was first trained on.
+    """
+    text = config.get_text_config()
+    longest: int = text.max_position_embeddings
+    said = getattr(text, "rope_parameters", None) or {}
+    for rope in [said, *(each for each in said.values() if isinstance(each, dict))]:
+        if rope.get("rope_type") == "longrope":
+            longest = min(longest, rope.get("original_max_position_embeddings") or longest)
+    return longest
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Turn off everything that is dropped at random in training, for good: what was sampled was computed without it."""
+    for part in model.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or (name == "p" and isinstance(part, torch.nn.modules.dropout._DropoutNd))):
+                setattr(part, name, 0.0)
+
+
 def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Any, Any, ChatFormat]:
     """(model, tokenizer, chat format) of a local directory. Raises `CheckpointError` for what is missing."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

@@ -5,7 +5,8 @@ By transformers' own `Trainer`, on rows of ids whose trained tokens are marked; 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from ramet.agents.tree import Segment
 from ramet.errors import CheckpointError
 from ramet.policy.lora import adapt, trainable
-from ramet.policy.models import quiet
+from ramet.policy.models import quiet, steady_context
 from ramet.policy.vision import Prompted, VideoReader, model_inputs
 
 IGNORED = -100
@@ -71,23 +72,42 @@ def fine_tune(
     model: Any, examples: Sequence[Example], pad: int, config: SFTTraining, folder: Path, reader: VideoReader | None = None,
     report: Report | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Train in place, from the last checkpoint in `folder` on. Returns the log. Raises `CheckpointError` if nothing is to be learned."""
+    """Train in place, from the last checkpoint in `folder` on. Returns the log.
+
+    Raises `CheckpointError` if nothing is to be learned, or an example is longer than the context in which rows do not depend on others.
+    """
     from transformers import Trainer, TrainingArguments
 
     if not any(any(example.mask) for example in examples):
         raise CheckpointError("no example has a token to learn")
+    longest, limit = max(len(example.ids) for example in examples), steady_context(model.config)
+    if longest > limit:
+        raise CheckpointError(f"an example of {longest} tokens is longer than the {limit} that the model can be trained on")
     model.requires_grad_(True)
     if config.lora_rank:
         adapt(model, config.lora_rank, config.seed)
     if reader is not None:
         model.model.visual.requires_grad_(False)
     arguments = TrainingArguments(**config.arguments(folder, model.device))
-    with quiet():
+    with quiet(), in_float32(model):
         collator = _Collator(model.config, pad, reader)
         trainer = Trainer(model=model, args=arguments, train_dataset=list(examples), data_collator=collator)
         log = run_to_the_end(trainer, folder, report)
     model.eval()
     return log
+
+
+@contextmanager
+def in_float32(model: Any) -> Iterator[None]:
+    """What is trained is float32 for as long: in bfloat16 most steps would round to nothing (see `masters`)."""
+    before = {name: weight.dtype for name, weight in trainable(model).items()}
+    for weight in trainable(model).values():
+        weight.data = weight.data.float()
+    try:
+        yield
+    finally:
+        for name, weight in trainable(model).items():
+            weight.data = weight.data.to(before[name])
 
 
 WEIGHTS = "trained.safetensors"
@@ -134,10 +154,20 @@ class _Collator:
     reader: VideoReader | None
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        shown = [tuple(self.reader(s).video for s in e.media) if self.reader is not None else () for e in examples]
-        inputs = model_inputs(self.config, [Prompted(e.ids, videos) for e, videos in zip(examples, shown, strict=True)], self.pad)
+        inputs = self._inputs(examples)
         labels = torch.full_like(inputs["input_ids"], IGNORED)
         for place, example in enumerate(examples):
             learned = torch.tensor(example.mask)
             labels[place, : len(example.ids)] = torch.where(learned, torch.tensor(example.ids), IGNORED)
         return inputs | {"labels": labels}
+
+    def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        if self.reader is not None:
+            shown = [Prompted(e.ids, tuple(self.reader(s).video for s in e.media)) for e in examples]
+            return model_inputs(self.config, shown, self.pad)
+        ids = [torch.tensor(e.ids) for e in examples]
+        padded = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": padded(ids, batch_first=True, padding_value=self.pad),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], batch_first=True),
+        }

@@ -5,7 +5,8 @@ One iteration:
 1. `draw` gives the update's tasks with their budgets; each is rolled out `group_size` times.
 2. `judge` scores each tree; `credit` turns a group's rewards into one advantage per branch.
 3. Rows of whole groups are dealt into `minibatches`; each gets one AdamW step per epoch. The number of
-   optimiser steps is fixed, whatever the fan-out. A tree's weight is 1/trees, whatever its fan-out.
+   optimiser steps is fixed, whatever the fan-out. A tree's weight is 1/trees, whatever its fan-out. The model computes
+   as it does when it samples: nothing is dropped out.
 4. The sampling engine is told the new weight version.
 
 Every random choice is a function of the configured seed and the update's number, and an update starts
@@ -32,8 +33,10 @@ from ramet.agents.sampling import Sampling
 from ramet.errors import ConfigError, PolicyError
 from ramet.policy.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.hf import HFPolicy
-from ramet.policy.lora import adapt, trainable
+from ramet.policy.identity import identity
+from ramet.policy.lora import adapt
 from ramet.policy.loss import SUMS
+from ramet.policy.masters import Masters
 from ramet.policy.rows import Row, batches, token_logprobs
 from ramet.policy.runlog import RunLog
 from ramet.policy.update import (
@@ -61,7 +64,9 @@ from ramet.policy.update import (
 class Trainer:
     """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
 
-    `job` names what `draw` and `judge` do; a checkpoint of another job is not resumed. `tell_all`: see `Runtime`. `policy` samples, by
+    A model in bfloat16 samples and computes gradients in it; what is stepped, stored and left in its place at the end is float32.
+    `job` names what `draw` and `judge` depend on besides their code; a checkpoint of another job, or of another draw or judge
+    (`identity`), is not resumed. `tell_all`: see `Runtime`. `policy` samples, by
     default an `HFPolicy` of the model.
     """
 
@@ -79,8 +84,10 @@ class Trainer:
         tell_all: bool = True,
         policy: HFPolicy | None = None,
     ):
-        self._identity = {"seed": seed, "config": config.model_dump(), "job": job}
-        self.model, self.tokenizer, self.chat = model, tokenizer, chat
+        self._identity = {
+            "seed": seed, "config": config.model_dump(), "job": job, "tasks": identity(draw), "reward function": identity(judge)
+        }  # fmt: skip
+        self.model, self.tokenizer, self.chat = model.eval(), tokenizer, chat
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
         self._tell_all = tell_all
@@ -88,7 +95,8 @@ class Trainer:
         self._reference = _frozen_copy(model) if config.kl else None
         if config.lora_rank:
             adapt(model, config.lora_rank, seed)
-        self._weights = list(trainable(model).values())
+        self._masters = Masters(model)
+        self._weights = list(self._masters.weights.values())
         # Biases and the scales of norms do not decay.
         decays: list[dict[str, Any]] = [{"params": [w for w in self._weights if w.ndim > 1]}]
         decays.append({"params": [w for w in self._weights if w.ndim <= 1], "weight_decay": 0.0})
@@ -105,9 +113,10 @@ class Trainer:
         """Load the last checkpoint, if there is one; metrics past it are dropped. Returns the next update."""
         path = latest_checkpoint(self.checkpoints)
         if path is not None:
-            state = load_checkpoint(path, self.model, self.optimizer)
-            if any(state.get(name) != value for name, value in self._identity.items()):
-                raise ConfigError(f"{self.directory} holds a run with another seed or configuration; choose another --name or remove it")
+            state = load_checkpoint(path, self._masters, self.optimizer)
+            others = [name for name, value in self._identity.items() if state.get(name) != value]
+            if others:
+                raise ConfigError(f"{self.directory} holds a run with another {' and '.join(others)}; choose another --name or remove it")
             self.start = state["step"]
         self.log.resume(self.start)
         return self.start
@@ -132,6 +141,8 @@ class Trainer:
                         report(metrics)
                     if stopping:
                         raise drain.Drained
+                self._masters.hand_over()
+                self.policy.refresh(self.config.updates)
 
     async def update_in_service(self, update: int) -> Metrics:
         """One iteration by itself, serving the policy for as long as it takes."""
@@ -139,7 +150,7 @@ class Trainer:
             return await self.update(update)
 
     def save(self, step: int) -> Path:
-        path = save_checkpoint(self.checkpoints, step, self.model, self.tokenizer, self.optimizer, self._identity)
+        path = save_checkpoint(self.checkpoints, step, self._masters, self.tokenizer, self.optimizer, self._identity)
         prune_checkpoints(self.checkpoints, keep=2)
         self.log.forget_rollouts(step)
         return path
@@ -183,7 +194,6 @@ class Trainer:
             setting["lr"] = rate
         sums = dict.fromkeys(SUMS, 0.0)
         norms, fed, padded = [], 0, 0
-        self.model.train()
         for _ in range(config.epochs):
             for rows in parts:
                 for batch_sums, real, all_ in self._backward(rows):
@@ -197,8 +207,8 @@ class Trainer:
                     )
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
+                self._masters.publish()
                 norms.append(float(norm))
-        self.model.eval()
         return {
             **loss_metrics(sums, config),
             "gradient_norm": sum(norms) / len(norms),
@@ -218,6 +228,7 @@ class Trainer:
             logprobs, entropy, kl = token_logprobs(self.model, ids, self.config.temperature, self._reference, inputs)
             sums = update_loss(logprobs, entropy, kl, Targets.of(batch, rows), self.config)
             sums.loss.backward()
+            self._masters.collect()
             results.append((sums.values(), sum(len(row.ids) for row in chosen), ids.numel()))
         return results
 

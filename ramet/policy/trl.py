@@ -10,6 +10,7 @@ GRPOTrainer has a fixed number of rows a prompt. So a tree of at most `clones` c
 rows without a sampled token for clones that it did not start. All of them get the tree's reward, so that the group's mean is the mean
 over trees; with `loss_type="dr_grpo"` a tree's weight does not depend on its fan-out, and with `scale_rewards="none"` the gradient is
 that of `ramet.policy.credit.team` but for a constant. Trees are sampled by the transformers backend with the trainer's own weights.
+Dropout is turned off in the model, since trees are sampled without it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Branch, Task, Tree
 from ramet.errors import ConfigError
 from ramet.policy.hf import HFPolicy
+from ramet.policy.models import without_dropout
 from ramet.policy.update import Judge, grow, judged
 
 REWARD = "tree_reward"
@@ -62,7 +64,7 @@ class TreeRollouts:
         self._tell_all, self._max_batch = tell_all, max_batch
         self.rows = clones + 1
         self.grown: list[Tree] = []
-        self._calls = 0
+        self._call = (-1, -1)
 
     def dataset(self) -> Any:
         """The tasks as a data set of prompts."""
@@ -83,12 +85,12 @@ class TreeRollouts:
         slots = [prompts[i : i + self.rows] for i in range(0, len(prompts), self.rows)]
         if any(len(slot) < self.rows or len(set(slot)) > 1 for slot in slots):
             raise ConfigError(f"a tree takes {self.rows} rows: make num_generations and the batch of each process multiples of it")
-        jobs = [
-            Job(*self._tasks[slot[0]], seed_of(self._seed, f"trl/{self._calls}/{trainer.accelerator.process_index}", n), (n,))
-            for n, slot in enumerate(slots)
-        ]
-        self._calls += 1
+        step, (last, count) = trainer.state.global_step, self._call
+        self._call = (step, count + 1 if step == last else 0)  # of the trainer's own count, which goes on when a run is resumed
+        place = "/".join(map(str, ("trl", *self._call, trainer.accelerator.process_index)))
+        jobs = [Job(*self._tasks[slot[0]], seed_of(self._seed, place, n), (n,)) for n, slot in enumerate(slots)]
         model = trainer.accelerator.unwrap_model(trainer.model)
+        without_dropout(model)
         training = model.training
         model.eval()
         try:

@@ -6,8 +6,10 @@ here, once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Annotated, Literal
 
 import torch
@@ -38,7 +40,7 @@ class TrainConfig(BaseModel):
                     gradient before clipping and nothing else
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     updates: _Count = 100
     tasks: Annotated[int, Field(ge=1)] = 32
@@ -122,14 +124,20 @@ def whole(tree: Tree) -> Tree:
 
 
 def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
-    """What `judge` says. Raises `RewardError` for whatever it raises that is not ours."""
+    """What `judge` says. Raises `RewardError` for whatever it raises that is not ours, and for what is no number."""
     try:
-        return judge(task, tree)
+        verdict = judge(task, tree)
     except RametError:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {first_line(error)}"
         raise RewardError(f"the reward of task {task.id} raised {said}; fix the reward function") from error
+    if not isinstance(verdict, Verdict):
+        raise RewardError(f"the reward of task {task.id} is a {type(verdict).__name__}, not a Verdict; fix the reward function")
+    for name, value in {"reward": verdict.reward, "score": verdict.score, **verdict.penalties}.items():
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise RewardError(f"the {name} of task {task.id} is {value!r}, which is no finite number; fix the reward function")
+    return verdict
 
 
 def advantages_of(

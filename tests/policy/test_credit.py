@@ -187,6 +187,18 @@ def test_gate_needs_both_length_and_a_missing_mark():
     assert gated(long, "no mark") and not gated(long, "ANSWER: 3") and not gated(short, "no mark")
 
 
+@pytest.mark.parametrize("size", range(2, 12))
+@pytest.mark.parametrize("estimator", [team, standardised, branch_mean, reference])
+def test_equal_rewards_teach_exactly_nothing(estimator, size):
+    """Their mean may be rounded (three times 0.1); what is left of that is no signal, and no clone's ratio scales it."""
+    trees = [leaf.tree for leaf in leaves(np.random.default_rng(0))]
+    for reward in (0.1, 0.7, 1 / 3, -0.88, 1e-9, 1.0):
+        group = [ScoredTree(tree, reward, texts=("",) * len(tree.branches)) for tree in itertools.islice(itertools.cycle(trees), size)]
+        assert all(a == 0 for advantages in estimator(group) for a in advantages)
+    group = [ScoredTree(tree, 0.1 + 1e-9 * (n == 0), texts=("",) * len(tree.branches)) for n, tree in enumerate(trees[:size])]
+    assert all(a != 0 for advantages in estimator(group) for a in advantages)
+
+
 def test_a_group_of_one_has_no_baseline():
     tree = leaves(np.random.default_rng(0))[0].tree
     for estimator in (team, standardised, branch_mean, reference):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import anyio
 import pytest
 import torch
+import transformers
 
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
@@ -234,14 +236,126 @@ async def test_padding_of_batch_mates_does_not_leave_the_context(random_model):
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig"])
 def test_models_without_full_attention_are_refused_by_name(kind):
-    import transformers
-
     config = getattr(transformers, kind)(
         hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32
     )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with pytest.raises(PolicyError, match="sliding_attention layers; the transformers backend serves full attention only"):
         HFPolicy(model)
+
+
+def tiny(kind: str, **given: object) -> torch.nn.Module:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, kind)(**shape | {"max_position_embeddings": 128} | given)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=given.get("attention", "sdpa")).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4.0 if weight.ndim > 1 else 1.0)
+    return model
+
+
+def small(lengths: Sequence[int]) -> list[SampleRequest]:
+    rng = random.Random(0)
+    return [SampleRequest(tuple(rng.randrange(2, 64) for _ in range(n)), 8, frozenset(), i, Sampling(1.0)) for i, n in enumerate(lengths)]
+
+
+def assert_exact(model: torch.nn.Module, wanted: Sequence[SampleRequest], got: Sequence[Sample]) -> None:
+    """The log-probabilities are those of the model's own pass over each row alone."""
+    for request, sample in zip(wanted, got, strict=True):
+        with torch.no_grad():
+            logprobs, _, _ = token_logprobs(model, torch.tensor([[*request.prompt, *sample.ids]]))
+        assert sample.logprobs == pytest.approx(logprobs[0, len(request.prompt) :].tolist(), abs=1e-4)
+
+
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2,
+          "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "given"), [("DeepseekV2Config", {"q_lora_rank": None, "qk_rope_head_dim": 4}),
+                                             ("DeepseekV3Config", {"q_lora_rank": 16, "qk_rope_head_dim": 8})])  # fmt: skip
+async def test_latent_attention_is_served(kind, given):
+    """Its values are of another size than its keys; stored prefixes too."""
+    model = tiny(kind, **LATENT | given)
+    wanted = small([3, 9, 40, 41])
+    async with HFPolicy(model) as policy:
+        got = await sample_all(policy, wanted)
+        later = SampleRequest((*wanted[2].prompt, *got[2].ids, 5, 6), 8, frozenset(), 9, Sampling(1.0))
+        (again,) = await sample_all(policy, [later])
+    assert again.cached >= 40
+    assert_exact(model, [*wanted, later], [*got, again])
+
+
+async def test_rows_do_not_depend_on_longer_ones_where_angles_change_with_the_length():
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 48}
+    model = tiny("Phi3Config", pad_token_id=0, rope_parameters={"rope_theta": 10000.0, **rope}, original_max_position_embeddings=48)
+    wanted = small([3, 9, 40])
+    async with HFPolicy(model) as policy:
+        assert policy.context == 48
+        assert_exact(model, wanted, await sample_all(policy, wanted))
+        with pytest.raises(PolicyError, match="exceed the context of 48"):
+            await policy.sample(small([45])[0], Partial())
+    with pytest.raises(PolicyError, match="a context of 2 to 48"):
+        HFPolicy(model, context=100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("BloomConfig", {"n_layer": 1, "n_head": 4, "attention": "eager"}),
+        ("MptConfig", {"d_model": 32, "n_layers": 1, "n_heads": 4, "attention": "eager"}),
+        ("FalconConfig", {"alibi": True}),
+    ],
+)
+def test_attention_by_distance_is_refused_by_name_before_anything_is_sampled(kind, given):
+    with pytest.raises(PolicyError, match=rf"{kind.removesuffix('Config')}ForCausalLM attends by distance \(ALiBi\)"):
+        HFPolicy(tiny(kind, **given))
+
+
+@pytest.mark.parametrize("deaf", ["positions", "mask", "cache"])
+def test_a_model_that_goes_its_own_way_is_refused_before_anything_is_sampled(random_model, monkeypatch, deaf):
+    real = random_model.forward
+
+    def forward(**inputs):
+        if deaf == "cache" and "past_key_values" in inputs:
+            raise TypeError("forward() got an unexpected keyword argument 'past_key_values'")
+        if deaf == "positions" and "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"] * 2
+        if deaf == "mask" and inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
+        return real(**inputs)
+
+    monkeypatch.setattr(random_model, "forward", forward)
+    with pytest.raises(PolicyError, match=r"cannot serve LlamaForCausalLM: (it does not take|forward\(\) got).*choose another backend"):
+        HFPolicy(random_model)
+
+
+@pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"prefix_bytes": -1}, {"context": 1}, {"context": 513}])
+def test_settings_under_which_nothing_could_be_sampled_are_refused(random_model, wrong):
+    with pytest.raises(PolicyError, match="there must be a row, and a context of 2 to 512"):
+        HFPolicy(random_model, **wrong)
+
+
+async def test_a_long_prompt_is_read_in_pieces(random_model, monkeypatch):
+    """So the mask grows with its length, not with the square of it."""
+    monkeypatch.setattr("ramet.policy.hf.PREFILL_TOKENS", 64)
+    rng = random.Random(0)
+    wanted = [
+        SampleRequest(tuple(rng.randrange(9, 200) for _ in range(n)), 4, frozenset(), i, Sampling(1.0)) for i, n in enumerate((450, 64, 5))
+    ]
+    masks = []
+    with monkeypatch.context() as patched:
+        real = random_model.forward
+
+        def forward(**inputs):
+            masks.append(inputs["attention_mask"].numel() if inputs.get("attention_mask") is not None else 0)
+            return real(**inputs)
+
+        patched.setattr(random_model, "forward", forward)
+        async with HFPolicy(random_model) as policy:
+            got = await sample_all(policy, wanted)
+    assert max(masks) <= 64 * 450 and [sample.prefilled for sample in got] == [450, 64, 5]
+    assert_exact(random_model, wanted, got)
 
 
 def test_evicting_a_prefix_leaves_the_others_reachable():

@@ -12,6 +12,8 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, Qwen3MoeConfig
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
@@ -19,9 +21,11 @@ from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usag
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
 from ramet.policy.checkpoint import latest_checkpoint
-from ramet.policy.models import load_model
+from ramet.policy.identity import identity
+from ramet.policy.lora import adapt, adapted
+from ramet.policy.models import load_model, without_dropout
 from ramet.policy.trainer import Trainer, run_trainer
-from ramet.policy.update import TrainConfig, Verdict, learning_rate
+from ramet.policy.update import Judge, TrainConfig, Verdict, learning_rate
 from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
@@ -71,17 +75,21 @@ class Killed(BaseException):
     pass
 
 
+def killing(at: int):
+    def kill(metrics) -> None:
+        if metrics["update"] == at:
+            raise Killed
+
+    return kill
+
+
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_killed_run_continues_the_same_curve(random_model, nano_tokenizer, tmp_path, at):
     whole = trainer(random_model, nano_tokenizer, tmp_path / "whole")
     run_trainer(whole)
 
-    def kill(metrics) -> None:
-        if metrics["update"] == at:
-            raise Killed
-
     with pytest.raises((Killed, BaseExceptionGroup)):
-        run_trainer(trainer(random_model, nano_tokenizer, tmp_path / "cut"), kill)
+        run_trainer(trainer(random_model, nano_tokenizer, tmp_path / "cut"), killing(at))
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
         file.write('{"update": 3, "rew')  # what a crash in the middle of a write leaves
     resumed = trainer(random_model, nano_tokenizer, tmp_path / "cut")
@@ -113,12 +121,8 @@ def test_adapters_are_trained_alone_resume_and_merge_into_a_plain_model(random_m
         assert torch.equal(weight, plain) if plain is not None else "lora_" in name
     assert any(weight.abs().max() > 0 for name, weight in whole.model.named_parameters() if "lora_B" in name)
 
-    def kill(metrics) -> None:
-        if metrics["update"] == 2:
-            raise Killed
-
     with pytest.raises((Killed, BaseExceptionGroup)):
-        run_trainer(trainer(random_model, nano_tokenizer, tmp_path / "cut", config), kill)
+        run_trainer(trainer(random_model, nano_tokenizer, tmp_path / "cut", config), killing(2))
     resumed = trainer(random_model, nano_tokenizer, tmp_path / "cut", config)
     run_trainer(resumed)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
@@ -136,6 +140,117 @@ def test_training_moves_the_policy_towards_reward(random_model, nano_tokenizer, 
     run_trainer(trainer(random_model, nano_tokenizer, tmp_path, config))
     rewards = [m["reward"] for m in curve(tmp_path)]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        (Verdict(1.0, {}, math.nan), "the reward of task .* is nan, which is no finite number"),
+        (Verdict(math.inf, {}, 1.0), "the score of task .* is inf"),
+        (Verdict(1.0, {"words": -math.inf}, 1.0), "the words of task .* is -inf"),
+        (Verdict(1.0, {}, "0.5"), "the reward of task .* is '0.5'"),
+        (Verdict(1.0, {}, None), "the reward of task .* is None"),
+        (0.5, "the reward of task .* is a float, not a Verdict"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_not_blamed_on_the_learning_rate(random_model, nano_tokenizer, tmp_path, verdict, said):
+    made = trainer(random_model, nano_tokenizer, tmp_path, judge_=lambda task, tree: verdict)
+    with pytest.raises(RewardError, match=f"{said}.*fix the reward function"):
+        anyio.run(made.update_in_service, 0)
+
+
+def coarse(model) -> torch.nn.Module:
+    return copy.deepcopy(model).bfloat16()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_small_steps_move_a_model_in_bfloat16(random_model, nano_tokenizer, tmp_path, rank):
+    """A step of 1e-6 rounds to nothing there: float32 copies, or adapters, take it."""
+    config = CONFIG.model_copy(update={"learning_rate": 1e-6, "warmup": 0, "lora_rank": rank})
+    whole = trainer(coarse(random_model), nano_tokenizer, tmp_path / "whole", config)
+    before = {name: weight.detach().clone() for name, weight in whole._masters.weights.items()}
+    run_trainer(whole)
+    after = whole._masters.weights
+    moved = sum(int((weight != before[name]).sum()) for name, weight in after.items())
+    assert moved > 0.6 * sum(weight.numel() for weight in after.values())
+    if rank:
+        assert any((after[name] != before[name]).any() for name in after if "lora_A" in name)
+    # What is left, and stored, is what was stepped.
+    stored = load_file(tmp_path / "whole" / "checkpoints" / "step-000004" / ("adapters.safetensors" if rank else "model.safetensors"))
+    left = dict(whole.model.named_parameters())
+    for name, weight in after.items():
+        assert torch.equal(weight, stored[name]) and torch.equal(weight, left[name]) and weight.dtype is torch.float32
+    # A run that was cut goes on.
+    with pytest.raises((Killed, BaseExceptionGroup)):
+        run_trainer(trainer(coarse(random_model), nano_tokenizer, tmp_path / "cut", config), killing(2))
+    resumed = trainer(coarse(random_model), nano_tokenizer, tmp_path / "cut", config)
+    run_trainer(resumed)
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    assert all(torch.equal(weight, resumed._masters.weights[name]) for name, weight in after.items())
+
+
+def test_a_merged_checkpoint_keeps_what_adapters_add_to_a_coarse_model(random_model, nano_tokenizer, tmp_path):
+    config = CONFIG.model_copy(update={"learning_rate": 1e-5, "warmup": 0, "lora_rank": 4})
+    made = trainer(coarse(random_model), nano_tokenizer, tmp_path, config)
+    run_trainer(made)
+    plain, _, _ = load_model(tmp_path / "checkpoints" / "step-000004")
+    base = dict(coarse(random_model).named_parameters())
+    added = {name: weight - base[name].float() for name, weight in plain.named_parameters() if name.endswith("q_proj.weight")}
+    for name, part in adapted(made.model).items():
+        if name.endswith("q_proj"):
+            assert torch.allclose(added[f"{name}.weight"], part.get_delta_weight("default"), rtol=0, atol=1e-7)
+    assert all((value != 0).float().mean() > 0.9 for value in added.values())
+    # bfloat16 would have lost most of it.
+    assert all(((base[name] + value.bfloat16()) == base[name]).float().mean() > 0.5 for name, value in added.items())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_nothing_is_dropped_out_in_an_update(nano_tokenizer, tmp_path, kind):
+    """The first step of the first update has the weights that sampled: every ratio is 1, and the base is not left."""
+    ids = {"vocab_size": len(nano_tokenizer), "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 512}
+    config = {
+        "gpt2": lambda: GPT2Config(**ids, n_embd=32, n_layer=2, n_head=4, n_positions=512),
+        "opt": lambda: OPTConfig(**ids, **shape, ffn_dim=32, word_embed_proj_dim=32, layerdrop=0.5),
+        "llama": lambda: LlamaConfig(**ids, **shape, intermediate_size=32, attention_dropout=0.3),
+    }[kind]()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0 if weight.ndim > 1 else 1.0)
+    run = CONFIG.model_copy(update={"updates": 1, "minibatches": 1, "kl": 0.1})
+    run_trainer(Trainer(model, nano_tokenizer, ControlTokenFormat(nano_tokenizer), draw, judge, run, tmp_path))
+    (metrics,) = curve(tmp_path)
+    assert abs(metrics["behaviour_log_ratio"]) < 1e-5 and metrics["clip_fraction"] == 0 and abs(metrics["kl_to_reference"]) < 1e-6
+
+
+def test_dropout_can_be_turned_off_in_a_model_that_others_train():
+    model = AutoModelForCausalLM.from_config(
+        GPT2Config(vocab_size=32, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=0, eos_token_id=0)
+    ).train()
+    ids = torch.arange(20)[None]
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    without_dropout(model)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_adapters_that_would_miss_experts_are_refused_by_name(nano_tokenizer):
+    config = Qwen3MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8,
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"do not reach fused experts such as model\.layers\.0\.mlp\.experts\.gate_up_proj; train all weights"
+    ):
+        adapt(AutoModelForCausalLM.from_config(config), 4, 0)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "temperature", "kl", "gradient_clip"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_settings_are_finite(name, value):
+    with pytest.raises(ValueError, match="finite"):
+        TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -172,8 +287,73 @@ def test_a_reward_that_raises_stops_the_run(random_model, nano_tokenizer, tmp_pa
 
 def test_another_runs_folder_is_refused(random_model, nano_tokenizer, tmp_path):
     run_trainer(trainer(random_model, nano_tokenizer, tmp_path, CONFIG.model_copy(update={"updates": 2})))
-    with pytest.raises(ConfigError, match="another seed or configuration"):
+    with pytest.raises(ConfigError, match="a run with another seed and config; choose another --name"):
         trainer(random_model, nano_tokenizer, tmp_path, seed=5).resume()
+
+
+def scaled(factor: float) -> Judge:
+    def judge_(task: Task, tree: Tree) -> Verdict:
+        return Verdict(1.0, {}, factor * tree.usage.generated)
+
+    return judge_
+
+
+def test_a_run_whose_reward_has_changed_is_not_resumed(random_model, nano_tokenizer, tmp_path):
+    config = CONFIG.model_copy(update={"updates": 2})
+    run_trainer(trainer(random_model, nano_tokenizer, tmp_path, config, judge_=scaled(0.5)))
+    assert trainer(random_model, nano_tokenizer, tmp_path, config, judge_=scaled(0.5)).resume() == 2
+    for other in (scaled(0.25), judge):
+        with pytest.raises(ConfigError, match="a run with another reward function"):
+            trainer(random_model, nano_tokenizer, tmp_path, config, judge_=other).resume()
+
+
+BONUS = 1.0
+
+
+def helped(task: Task, tree: Tree) -> float:
+    return scaled(BONUS)(task, tree).reward
+
+
+class Table:
+    def __init__(self, price: float):
+        self.price, self.seen = price, []
+
+    def __call__(self, task: Task, tree: Tree) -> float:
+        return self.price
+
+    def method(self, task: Task, tree: Tree) -> float:
+        return self.price
+
+
+def test_what_a_function_depends_on_is_part_of_its_identity(monkeypatch):
+    def counting() -> Judge:
+        calls, count = [], 0
+
+        def judge_(task: Task, tree: Tree) -> Verdict:
+            nonlocal count
+            count += 1
+            calls.append(task)
+            return Verdict(0.0, {}, 0.0)
+
+        return judge_
+
+    same = [scaled(1.0), helped, Table(1.0), partial(helped, tree=1), Prices(generated=0.1).penalties]
+    before = [identity(each) for each in same]
+    assert len(set(before)) == len(same) and before == [identity(each) for each in same]
+    assert identity(Prices(generated=0.1).penalties) != identity(Prices(generated=0.2).penalties)
+    assert identity(Table(1.0)) != identity(Table(2.0)) and identity(partial(helped, tree=1)) != identity(partial(helped, tree=2))
+    lines = {}
+    for body in ("return 1", "return 2"):
+        exec(f"def typed(task, tree):\n    {body}", lines)
+        lines[body] = identity(lines["typed"])
+    assert lines["return 1"] != lines["return 2"]
+    # What it changes as it goes is not.
+    made = counting()
+    first = identity(made)
+    made(Task("t", ()), None)
+    assert identity(made) == first
+    monkeypatch.setitem(globals(), "BONUS", 2.0)
+    assert identity(helped) != before[1]
 
 
 def test_checkpoints_that_do_not_fit_or_are_damaged_are_refused(random_model, nano_tokenizer, tmp_path):

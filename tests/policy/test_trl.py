@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from ramet.agents.budget import Budget
 from ramet.agents.tree import Task, Tree
@@ -37,11 +38,15 @@ def parts(monkeypatch: Any) -> tuple[Any, Any, Any, TreeRollouts]:
     tokenizer.padding_side = "left"
     budget = Budget(generated=192, depth=1, answer_reserve=8, context=768, width=8)
     tasks = [(task, budget) for task in RowsEnvironment((12, 18)).tasks("train", TASKS, 3)]
+    return model, tokenizer, chat, told(tasks, chat)
+
+
+def told(tasks: Any, chat: Any) -> TreeRollouts:
     trees = TreeRollouts(tasks, judge, chat, CLONES, temperature=0.7)
     assert all(limited.clones == CLONES for _, limited in trees._tasks.values())
     # The shipped model has never been told how many clones are left, and spawns no more than it has rows of digits.
     trees._tasks = {task.id: (task, budget) for task, budget in tasks}
-    return model, tokenizer, chat, trees
+    return trees
 
 
 def grpo(model: Any, tokenizer: Any, trees: TreeRollouts, tmp_path: Path, **changed: Any) -> Any:
@@ -79,6 +84,31 @@ def test_a_step_of_grpo_is_the_gradient_of_team(parts, tmp_path):
     scale = max(float(p.grad.abs().max()) for p in model.parameters()) * constant
     for name, p in model.named_parameters():
         assert float((found[name] - p.grad * constant).abs().max()) < 1e-3 * scale, name
+
+
+def test_a_resumed_run_grows_the_trees_that_it_would_have_grown(parts, tmp_path):
+    """Not the first ones again; and with dropout turned off, as they were sampled."""
+    model, tokenizer, chat, trees = parts
+    budget = next(iter(trees._tasks.values()))[1]
+    tasks = [(task, budget) for task in RowsEnvironment((12, 18)).tasks("train", 2 * TASKS, 3)]
+    sampled: list[list[Any]] = []
+
+    def grown(tree_model: Any, of: TreeRollouts, **options: Any) -> None:
+        class Seen(transformers.TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+                sampled.append([branch.ids for tree in of.grown for branch in tree.branches])
+
+        made = grpo(tree_model, tokenizer, of, tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+        made.add_callback(Seen())
+        made.train(**options)
+
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    grown(model, told(tasks, chat))
+    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.0}
+    grown(load_model(BASE)[0], told(tasks, chat), resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    first, second, resumed = sampled
+    assert first != second and resumed == second
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 
 from ramet.errors import PolicyError
 from ramet.policy.loss import SUMS, LossSums
+from ramet.policy.models import without_dropout
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import targets_of
 from ramet.policy.openrlhf.settings import Setup
@@ -106,6 +107,7 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int | None = None, vllm_engines: Any = None) -> None:
         _adapt(strategy, self.setup)
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
+        without_dropout(self.actor)
         self._reference = None
         if self.setup.train.kl:
             reference = Actor(
@@ -169,6 +171,7 @@ class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
         if committed.exists() and own.exists():
             own.write_text(committed.read_text(encoding="utf-8"), encoding="utf-8")
         super().init_model_from_pretrained(strategy, pretrain, max_steps)
+        without_dropout(self.critic)
 
     def fit(self, *, steps: list[int], tokens: list[int]) -> dict[str, float]:
         """Train on what was appended, towards its returns. Returns the loss summed over this trainer's batches."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ramet.errors import ConfigError, RewardError
 from ramet.policy.lora import adapt
 from ramet.policy.models import quiet
-from ramet.policy.sft import Report, SFTTraining, run_to_the_end
+from ramet.policy.sft import Report, SFTTraining, in_float32, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
 from ramet.rewards.video.pairs import Pair, readable
 
@@ -66,7 +66,7 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
         **config.arguments(checkpoints, scorer.device), max_length=None, center_rewards_coefficient=config.centring or None,
         **{recomputing: False},
     )  # fmt: skip
-    with quiet():
+    with quiet(), in_float32(scorer):
         trainer = RewardTrainer(
             model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, seen),
             processing_class=drm.tokenizer,
