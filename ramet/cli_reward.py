@@ -390,6 +390,7 @@ def serve(
     videos: Annotated[Path, typer.Option(help="The only folder that videos are read from.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
+    linked: Annotated[list[Path] | None, typer.Option(help="A folder outside of it that links in it may lead to; repeatable.")] = None,
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
@@ -406,4 +407,4 @@ def serve(
     served = open_reward(model, _seen(frames, fps, pixels), {}, "score")
     said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
     messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
-    run(served, videos, token, host, port)
+    run(served, videos, token, host, port, linked or [])

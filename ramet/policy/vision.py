@@ -9,6 +9,7 @@ Qwen2-VL, Qwen2.5-VL and Qwen3-VL lay videos out differently; what follows their
 from __future__ import annotations
 
 import random
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def shown_id(segment: Segment) -> Shown:
 
 
 class VideoReader:
-    """Reads segments for one model, each once: the last ones are kept, up to `memory` bytes."""
+    """Reads segments for one model, each once, also for several threads: the last ones are kept, up to `memory` bytes."""
 
     def __init__(self, config: Any, tokenizer: Any, look: Look, memory: int = 2**28):
         if getattr(config, "model_type", "") not in FAMILIES:
@@ -86,6 +87,8 @@ class VideoReader:
         self._encode = TextEncoder(tokenizer)
         self._memory, self._held = memory, 0
         self._cache: OrderedDict[Shown, Seen] = OrderedDict()
+        self._lock = threading.Lock()
+        self._turns: dict[Shown, threading.Lock] = {}
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
         """The placeholder ids of a segment in a prompt."""
@@ -93,15 +96,27 @@ class VideoReader:
 
     def __call__(self, segment: Segment) -> Seen:
         key = shown_id(segment)
-        seen = self._cache.get(key)
-        if seen is None:
-            seen = self._read(segment)
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:  # who comes second finds what the first has read
+            with self._lock:
+                seen = self._cache.get(key)
+            try:
+                seen = seen or self._read(segment)
+            finally:
+                with self._lock:
+                    self._turns.pop(key, None)
+                    if seen is not None:
+                        self._keep(key, seen)
+        return seen
+
+    def _keep(self, key: Shown, seen: Seen) -> None:
+        if key not in self._cache:
             self._cache[key] = seen
             self._held += seen.video.rows.nbytes
-            while self._held > self._memory and len(self._cache) > 1:
-                self._held -= self._cache.popitem(last=False)[1].video.rows.nbytes
         self._cache.move_to_end(key)
-        return seen
+        while self._held > self._memory and len(self._cache) > 1:
+            self._held -= self._cache.popitem(last=False)[1].video.rows.nbytes
 
     def _read(self, segment: Segment) -> Seen:
         vision, config, look = self._vision, self._config, self.look

@@ -6,6 +6,7 @@ By score the highest; with a judge by a knockout (N - 1 duels) or a round robin 
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Candidates:
 
     @property
     def cluster(self) -> str:
-        return self.id if self.video is None else self.video.file
+        return self.id if self.video is None else os.path.realpath(self.video.file)
 
 
 class ByScore:

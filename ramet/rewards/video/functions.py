@@ -3,47 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ramet.agents.tree import Segment
-from ramet.errors import RewardError
+from ramet.errors import RewardError, TaskError
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.judge import Scores
-from ramet.rewards.video.pairs import below
+from ramet.rewards.video.pairs import segments
+
+COLUMNS = ("question", "video", "start", "end")
+ANSWERS = ("text", "output_text")
+"""Types of the parts of a message that are its answer; thoughts, calls and pictures are none."""
 
 
 def as_reward_fn(model: Scores, videos: Path, default: float | None = None) -> Callable[..., list[float]]:
     """TRL's `(completions, **columns) -> list[float]`, over the columns `question` and `video` (a path below `videos`, or None).
 
-    A completion is text, or a list of messages of which the last is the answer. What has no score, such as an answer that is too long or a
-    rating that cannot be read, raises `RewardError`, or is `default` where one is given.
+    The columns `start` and `end`, where there are any, are the seconds of the video that are shown.
+
+    A completion is text, or a list of messages of which the last of the assistant is the answer: its text, or its parts that are text;
+    nothing is an empty answer. What has no score, such as an answer that is too long, a video or a rating that cannot be read, or a
+    completion without an answer, raises `RewardError` (`TaskError` for a video), or is `default` where one is given.
     """
 
     def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
         for name in ("question", "video"):
             if name not in columns:
                 raise RewardError(f"the reward needs the column {name!r}; the data set has {', '.join(sorted(columns))}")
-        items = [
-            Item(None if video is None else Segment(str(below(videos, video))), question, _text(completion))
-            for completion, question, video in zip(completions, columns["question"], columns["video"], strict=True)
-        ]
+        rows = _rows(completions, columns)
         try:
-            return _finite(model, items)
-        except RewardError:
+            return _finite(model, [_item(row, videos) for row in rows])
+        except (RewardError, TaskError):
             if default is None:
                 raise
         scores = []
-        for item in items:
+        for row in rows:
             try:
-                scores += _finite(model, [item])
-            except RewardError:
+                scores += _finite(model, [_item(row, videos)])
+            except (RewardError, TaskError):
                 scores.append(default)
         return scores
 
     reward.__name__ = model.name.lower().replace(" ", "_")
     return reward
+
+
+def _rows(completions: Sequence[Any], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    used = {"completion": completions} | {name: columns[name] for name in COLUMNS if columns.get(name) is not None}
+    for name, values in used.items():
+        if len(values) != len(completions):
+            raise RewardError(f"the column {name!r} has {len(values)} rows, there are {len(completions)} completions")
+    return [
+        dict(zip(used, values, strict=True)) | {"where": f"completion {n}"} for n, values in enumerate(zip(*used.values(), strict=True), 1)
+    ]
+
+
+def _item(row: dict[str, Any], videos: Path) -> Item:
+    question, where = row["question"], row["where"]
+    if not isinstance(question, str):
+        raise RewardError(f"{where}: its question is {str(question)[:40]!r}, no text")
+    shown = {name: row[name] for name in ("video", "start", "end") if name in row}
+    video = None if row["video"] is None else segments(shown, {}, videos, where)
+    return Item(video, question, _answer(row["completion"], where))
 
 
 def _finite(model: Scores, items: Sequence[Item]) -> list[float]:
@@ -53,5 +75,27 @@ def _finite(model: Scores, items: Sequence[Item]) -> list[float]:
     return scores
 
 
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+def _answer(completion: Any, where: str) -> str:
+    """Text, or that of the assistant's last message."""
+    if isinstance(completion, str):
+        return completion
+    messages = completion if isinstance(completion, list) else [completion]
+    if not all(isinstance(message, dict) for message in messages):
+        raise RewardError(f"{where} is neither text nor a list of messages")
+    said = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
+    if not said:
+        raise RewardError(f"{where} has no message of the assistant")
+    content = "" if said[-1] is None else said[-1]
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise RewardError(f"{where}: the content of its answer is neither text nor a list of parts")
+    texts = [part if isinstance(part, str) else part.get("text") for part in parts if isinstance(part, str) or _is_answer(part, where)]
+    if not all(isinstance(text, str) for text in texts):
+        raise RewardError(f"{where} has a part of text without text")
+    return "".join(texts)
+
+
+def _is_answer(part: Any, where: str) -> bool:
+    if not isinstance(part, dict):
+        raise RewardError(f"{where} has a part that is neither text nor an object with a type")
+    return part.get("type", "text") in ANSWERS

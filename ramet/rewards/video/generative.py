@@ -122,9 +122,7 @@ class VideoGRM:
 
     def rate(self, items: Sequence[Item], seed: int = 0) -> list[tuple[float | None, list[str]]]:
         """(mean rating from 1 to 10, None if none can be read; the outputs) of each item."""
-        messages = [
-            Message("user", POINTWISE.format(question=i.question, answer=i.answer), watched(i.video)) for i in items
-        ]
+        messages = [Message("user", POINTWISE.format(question=i.question, answer=i.answer), watched(i.video)) for i in items]
         groups = self.sample(messages, [f"{i.question}/{i.answer}" for i in items], self.settings.votes, seed)
         rated = []
         for message, group in zip(messages, groups, strict=True):

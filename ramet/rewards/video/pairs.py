@@ -18,6 +18,7 @@ from ramet.agents.tree import Segment
 from ramet.data import Row, load_rows
 from ramet.errors import TaskError
 from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, frames_of, media, preference, question
+from ramet.rewards.video.pictures import in_folder
 
 Watched = Segment | tuple[Segment, ...] | None
 """What a question is about: a video, several, or none, where it is asked blind."""
@@ -135,12 +136,35 @@ def _number(value: Any, what: str, where: str) -> float:
     return float(value)
 
 
-def below(root: Path, name: str) -> Path:
-    """A path that a row or a request names, below `root`. Raises `TaskError` for one that leads out of it."""
-    path = root if "\0" in name else (root / name).resolve()
-    if not path.is_relative_to(root.resolve()) or "\0" in name:
+def below(root: Path, name: str, linked: Sequence[Path] | None = None) -> Path:
+    """A path that a row or a request names, below `root`. Raises `TaskError` for one that leads out of it.
+
+    Links below `root` are followed wherever they lead, as caches of data sets need it; with `linked`, only to below `root` and these
+    folders, also those in a folder of pictures.
+    """
+    base = Path(os.path.abspath(root))
+    path = base if "\0" in name else Path(os.path.abspath(base / name))
+    if not path.is_relative_to(base) or "\0" in name:
         raise TaskError(f"the video {name[:80]!r} lies outside of the folder of videos")
+    if linked is not None:
+        allowed = [folder.resolve() for folder in (root, *linked)]
+        for file in (path, *(in_folder(path) if path.is_dir() else ())):
+            if not any(file.resolve().is_relative_to(folder) for folder in allowed):
+                raise TaskError(f"the video {name[:80]!r} is a link that leads outside of the folder of videos")
     return path
+
+
+def name_of(root: Path, file: str) -> str | None:
+    """What `below` makes the path of a file of, as it is named, not as links resolve; None for one that is not below `root`."""
+    named, parent = Path(os.path.abspath(file)), Path(file).parent.resolve()
+    for path, base in ((named, Path(os.path.abspath(root))), (parent / named.name, root.resolve()), (named.resolve(), root.resolve())):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return None
+
+
+def _relative(file: str, root: Path) -> str:
+    return name_of(root, file) or os.path.relpath(Path(file).resolve(), root.resolve())
 
 
 def row_of(pair: Pair, root: Path) -> dict[str, Any]:
@@ -149,7 +173,7 @@ def row_of(pair: Pair, root: Path) -> dict[str, Any]:
         "id": pair.id, "video": None, "question": pair.question, "chosen": pair.chosen,
         "rejected": pair.rejected[0] if len(pair.rejected) == 1 else list(pair.rejected), "category": pair.category,
     }  # fmt: skip
-    files = [os.path.relpath(Path(segment.file).resolve(), root.resolve()) for segment in watched(pair.video)]
+    files = [_relative(segment.file, root) for segment in watched(pair.video)]
     if isinstance(pair.video, Segment):
         row["video"] = files[0]
         if pair.video.start or pair.video.end is not None:

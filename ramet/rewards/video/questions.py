@@ -87,6 +87,7 @@ def load_questions(source: str, fields: Mapping[str, str] | None = None, videos:
 
 def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoQuestion:
     """One row's. Raises `TaskError`."""
+
     def optional(name: str, default: Any) -> Any:
         return field_of(row, name, fields, where, ... if name in fields else default)
 

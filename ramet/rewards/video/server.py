@@ -2,20 +2,25 @@
 
     POST /score       {"items": [{"video", "question", "answer", "start"?, "end"?}]}  ->  {"scores": [...], "probabilities": [...]}
     POST /get_reward  OpenRLHF's protocol: {"query", "prompts", "labels"}  ->  {"rewards", "scores", "extra_logs"}; a label is the JSON text
-                      of an item without its answer, which is what a query has after its prompt. OpenRLHF sends no headers: give it the
-                      token in the address, /get_reward?token=...
+                      of an item without its answer, which is what a query has after its prompt (see `queries`). OpenRLHF sends no
+                      headers: give it the token in the address, /get_reward?token=...
     GET  /health      {"model": ...}
 
-Requests that wait while the model is busy are scored together. Everything that arrives is untrusted: a bearer token is asked for, bodies
-and numbers of items are limited, compressed bodies are refused, and videos are read from one folder only.
+Videos are found, hashed and decoded by threads of their own before their request waits for the model, so that neither a long one nor a
+broken one holds up others. Requests that wait while the model is busy are scored together. Everything that arrives is untrusted: a
+bearer token is asked for, bodies and numbers of items are limited, compressed bodies are refused, and videos are read from one folder
+only, and from those that links in it may lead to.
 """
 
 from __future__ import annotations
 
 import hmac
 import json
+import logging
 import math
-from collections.abc import AsyncIterator, Sequence
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,14 +38,22 @@ from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RewardError, TaskError, first_line
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.judge import Served
-from ramet.rewards.video.pairs import below
+from ramet.rewards.video.pairs import below, name_of, watched
+from ramet.rewards.video.queries import answer_of
 
+logger = logging.getLogger(__name__)
 BODY = 2**20
 """Bytes of a request."""
 ITEMS = 256
 """Of a request."""
 TOGETHER = 512
 """Items that are scored in one call of the model."""
+PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
+"""Status codes of a server that is busy, away or restarting, or of a proxy before it."""
+FAILURES = 6
+"""Of the model itself (status 500), before it is given up."""
+READERS = 4
+"""Requests whose videos are read at the same time."""
 
 
 class _Asked(BaseModel):
@@ -48,11 +61,11 @@ class _Asked(BaseModel):
 
     video: str | None = None
     question: str = Field(min_length=1)
-    start: float = Field(0.0, ge=0, allow_inf_nan=False)
+    start: float | None = Field(None, ge=0, allow_inf_nan=False)
     end: float | None = Field(None, gt=0, allow_inf_nan=False)
 
-    def item(self, answer: str, root: Path) -> Item:
-        video = None if self.video is None else Segment(str(below(root, self.video)), self.start, self.end)
+    def item(self, answer: str, root: Path, linked: Sequence[Path]) -> Item:
+        video = None if self.video is None else Segment(str(below(root, self.video, linked)), self.start or 0.0, self.end)
         return Item(video, self.question, answer)
 
 
@@ -89,14 +102,22 @@ class _Waiting:
 
 
 class RewardService:
-    """One model, one thread that runs it, and those who wait for it."""
+    """One model, one thread that runs it, and those who wait for it.
 
-    def __init__(self, model: Served, videos: Path, token: str, stops: Sequence[str] = ()):
+    stops   special tokens as text, which may end an answer or stand before a prompt
+    linked  folders outside of `videos` to which links in it may lead
+    """
+
+    def __init__(self, model: Served, videos: Path, token: str, stops: Sequence[str] = (), linked: Sequence[Path] = ()):
         if len(token) < 16:
             raise ConfigError("the bearer token needs 16 characters at least")
-        if not videos.is_dir():
-            raise ConfigError(f"there is no folder of videos {videos}")
-        self.model, self.videos, self.token, self.stops = model, videos, token, stops
+        for folder in (videos, *linked):
+            if not folder.is_dir():
+                raise ConfigError(f"there is no folder of videos {folder}")
+        self.model, self.videos, self.token, self.stops, self.linked = model, videos, token, stops, linked
+        self._reader: Callable[[Segment], object] | None = getattr(model, "reader", None)
+        """Keeps what it reads, for a model that sees."""
+        self._readers = anyio.CapacityLimiter(READERS)
         self._waiting: list[_Waiting] = []
         self._wake = anyio.Event()
         self.calls = 0
@@ -148,7 +169,7 @@ class RewardService:
 
     async def _score(self, body: Any) -> dict[str, Any]:
         asked = _Score.model_validate(body)
-        items = [item.item(item.answer, self.videos) for item in asked.items]
+        items = await self._off(self._read, [(item, item.answer) for item in asked.items])
         scores = await self.score(items)
         return {"scores": scores, "probabilities": self.model.rewards(scores)}
 
@@ -156,17 +177,34 @@ class RewardService:
         asked = _OpenRLHF.model_validate(body)
         if not len(asked.query) == len(asked.prompts) == len(asked.labels):
             raise Refused(422, "query, prompts and labels differ in number")
-        items = []
-        for query, prompt, label in zip(asked.query, asked.prompts, asked.labels, strict=True):
-            if not query.startswith(prompt):
-                raise Refused(422, "a query does not begin with its prompt")
-            answer = query[len(prompt) :].strip()
-            for stop in self.stops:  # queries come with the special tokens that ended them
-                answer = answer.removesuffix(stop).strip()
-            items.append(_Asked.model_validate(_json(label.encode(), "a label")).item(answer, self.videos))
-        scores = await self.score(items)
+        scores = await self.score(await self._off(self._answers, asked))
         mean = sum(scores) / len(scores)
         return {"rewards": scores, "scores": self.model.rewards(scores), "extra_logs": {"reward_model_score": mean}}
+
+    async def _off(self, work: Callable[[Any], list[Item]], asked: Any) -> list[Item]:
+        """Work on files and long texts, off the loop and off the model's thread; as many at a time as there are readers."""
+        return await anyio.to_thread.run_sync(work, asked, limiter=self._readers)
+
+    def _answers(self, asked: _OpenRLHF) -> list[Item]:
+        found = []
+        for n, (query, prompt, label) in enumerate(zip(asked.query, asked.prompts, asked.labels, strict=True), 1):
+            answer = answer_of(query, prompt, self.stops)
+            if answer is None:
+                raise Refused(
+                    422,
+                    f"query {n} ({query[:40]!r}) begins neither with its prompt ({prompt[:40]!r}) nor with the end of one cut at the left: "
+                    "`prompts` must hold the texts that were encoded, after the chat template",
+                )
+            found.append((_Asked.model_validate(_json(label.encode(), f"label {n}")), answer))
+        return self._read(found)
+
+    def _read(self, asked: Sequence[tuple[_Asked, str]]) -> list[Item]:
+        """Items, with their videos read."""
+        items = [one.item(answer, self.videos, self.linked) for one, answer in asked]
+        if self._reader is not None:
+            for segment in dict.fromkeys(segment for item in items for segment in watched(item.video)):
+                self._reader(segment)
+        return items
 
     async def score(self, items: Sequence[Item]) -> list[float]:
         """Scores, computed together with those of others who wait."""
@@ -226,24 +264,29 @@ async def _body(request: Request) -> Any:
 
 def _json(data: bytes, what: str) -> Any:
     try:
-        return json.loads(data)
+        found = json.loads(data)
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refused(422, f"{what} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character") from None
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"{what} is no JSON: {first_line(error)}") from None
+    return found
 
 
 def _without(root: Path, said: str) -> str:
     """A message without the path of the folder, which is nobody's business."""
-    return said.replace(f"{root.resolve()}/", "")
+    return said.replace(f"{os.path.abspath(root)}/", "").replace(f"{root.resolve()}/", "")
 
 
-def serve(model: Served, videos: Path, token: str, host: str, port: int) -> None:
+def serve(model: Served, videos: Path, token: str, host: str, port: int, linked: Sequence[Path] = ()) -> None:
     """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
     import socket
 
     import uvicorn
 
     tokenizer = getattr(model, "tokenizer", None)
-    service = RewardService(model, videos, token, () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens)))
+    stops = () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens))
+    service = RewardService(model, videos, token, stops, linked)
     try:
         bound = socket.create_server((host, port))
     except OSError as error:
@@ -252,21 +295,34 @@ def serve(model: Served, videos: Path, token: str, host: str, port: int) -> None
     server.run([bound])
 
 
+class Passing(Exception):
+    """A failure that may pass. `after`: seconds that the server asks to wait; `tries`: after how many it is taken to stay."""
+
+    def __init__(self, said: str, after: float = 0.0, tries: float = math.inf):
+        super().__init__(said)
+        self.after, self.tries = after, tries
+
+
 class RemoteReward:
     """The client: scores of a server, with retries of what may pass. `videos` is this side's folder of the same videos.
 
-    token  what the server asks for; "" for one that asks for none
+    token     what the server asks for; "" for one that asks for none
+    patience  seconds of waiting, in all, for a server that is away or busy; a restart that loads a model takes minutes
+    sleep     how it waits
     """
 
-    def __init__(self, url: str, token: str, videos: Path, attempts: int = 6):
+    def __init__(self, url: str, token: str, videos: Path, patience: float = 300.0, sleep: Callable[[float], None] = time.sleep):
         import httpx
 
-        self.name, self.attempts, self.videos = f"reward model at {url}", attempts, videos
+        self.name, self.patience, self.videos, self._sleep = f"reward model at {url}", patience, videos, sleep
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.Client(base_url=url.removesuffix("/").removesuffix("/score"), headers=headers, timeout=600)
+        try:
+            self._client = httpx.Client(base_url=url.removesuffix("/").removesuffix("/score"), headers=headers, timeout=600)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ConfigError(f"{url!r} is no address of a reward server, or the token no header: {first_line(error)}") from None
 
     def score(self, items: Sequence[Item]) -> list[float]:
-        """Raises `RewardError` with what the server says, and after `attempts` failures to reach it."""
+        """Raises `RewardError` with what the server says, and where it cannot be reached for longer than `patience`."""
         return self._all(items, "scores")
 
     def probabilities(self, items: Sequence[Item]) -> list[float]:
@@ -284,7 +340,7 @@ class RemoteReward:
                 size = 0
             parts[-1].append(one)
             size += length
-        return [value for part in parts if part for value in self._some(part)[name]]
+        return [value for part in parts if part for value in self._some(part, name)]
 
     def _asked(self, item: Item) -> dict[str, Any]:
         asked: dict[str, Any] = {"question": item.question, "answer": item.answer}
@@ -292,34 +348,69 @@ class RemoteReward:
             return asked
         if isinstance(item.video, tuple):
             raise RewardError("a reward server is asked about one video at a time")
-        path = Path(item.video.file).resolve()
-        if not path.is_relative_to(self.videos.resolve()):
+        name = name_of(self.videos, item.video.file)
+        if name is None:
             raise RewardError(f"{item.video.file} is not below {self.videos}, the folder that the server's videos are said to be")
-        return asked | {"video": str(path.relative_to(self.videos.resolve())), "start": item.video.start, "end": item.video.end}
+        return asked | {"video": name, "start": item.video.start, "end": item.video.end}
 
-    def _some(self, asked: list[dict[str, Any]]) -> dict[str, list[float]]:
-        import httpx
-        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
-
-        def post() -> Any:
-            response = self._client.post("/score", json={"items": asked})
-            if response.status_code >= 500:
-                raise httpx.TransportError(response.text[:200])
-            return response
-
-        retrying = Retrying(
-            retry=retry_if_exception_type(httpx.TransportError), stop=stop_after_attempt(self.attempts), wait=wait_exponential(0.2, max=20),
-            reraise=True,
-        )  # fmt: skip
-        try:
-            response = retrying(post)
-        except httpx.TransportError as error:
-            raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
+    def _some(self, asked: list[dict[str, Any]], name: str) -> list[float]:
+        """Raises `RewardError` for an answer that is not one number for each item."""
+        response = self._posted(asked)
         try:
             said = response.json()
         except ValueError:
+            said = None
+        if not isinstance(said, dict) or (response.status_code == 200 and name not in said):
             said = {"error": f"status {response.status_code}; is this the address of a reward server?"}
-        if response.status_code != 200:
+        if response.status_code != 200 or "error" in said:
             raise RewardError(f"{self.name} refuses: {said.get('error', response.status_code)}")
-        found: dict[str, list[float]] = said
-        return found
+        found = said[name]
+        numbers = isinstance(found, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in found)
+        if not numbers or len(found) != len(asked):
+            raise RewardError(f"{self.name} gives no number for each of {len(asked)} items: {str(found)[:80]}")
+        return [float(value) for value in found]
+
+    def _posted(self, asked: list[dict[str, Any]]) -> Any:
+        """The response, once it is not one that may pass."""
+        from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
+
+        backoff = wait_random_exponential(0.5, max=20, min=0.2)
+
+        def failure(state: RetryCallState) -> Passing:
+            error = state.outcome.exception() if state.outcome else None
+            return error if isinstance(error, Passing) else Passing("")
+
+        def wait(state: RetryCallState) -> float:
+            return min(max(backoff(state), failure(state).after), max(self.patience - state.idle_for, 0.0))
+
+        def stop(state: RetryCallState) -> bool:
+            return max(state.idle_for, state.seconds_since_start or 0.0) >= self.patience or state.attempt_number >= failure(state).tries
+
+        def told(state: RetryCallState) -> None:
+            logger.warning("%s: %s; trying again in %.1f s", self.name, failure(state), state.upcoming_sleep)
+
+        retrying = Retrying(
+            retry=retry_if_exception_type(Passing), wait=wait, stop=stop, sleep=self._sleep, before_sleep=told, reraise=True
+        )
+        try:
+            return retrying(self._post, asked)
+        except Passing as error:
+            raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
+
+    def _post(self, asked: list[dict[str, Any]]) -> Any:
+        import httpx
+
+        try:
+            response = self._client.post("/score", json={"items": asked})
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+            raise RewardError(f"{self.name} cannot be asked: {first_line(error)}") from error
+        except httpx.TransportError as error:
+            raise Passing(first_line(error)) from error
+        if response.status_code in PASSING:
+            said, after = " ".join(response.text.split())[:200], response.headers.get("retry-after", "")
+            raise Passing(
+                f"status {response.status_code}: {said}",
+                after=float(after) if after.isdecimal() else 0.0,
+                tries=FAILURES if response.status_code == 500 else math.inf,
+            )
+        return response
