@@ -63,7 +63,7 @@ def _item(row: dict[str, Any], videos: Path) -> Item:
     question, where = row["question"], row["where"]
     if not isinstance(question, str):
         raise RewardError(f"{where}: its question is {str(question)[:40]!r}, no text")
-    shown = {name: row[name] for name in ("video", "start", "end") if name in row}
+    shown: dict[str, Any] = {name: row[name] for name in ("video", "start", "end") if name in row}
     video = None if row["video"] is None else segments(shown, {}, videos, where)
     return Item(video, question, _answer(row["completion"], where))
 
