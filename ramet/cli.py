@@ -142,14 +142,14 @@ def train(
     name: Annotated[str | None, _named("the config's name")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
-    engine: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs; see docs/cluster.md.")] = "local",
+    engine: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of openrlhf: print its command and start nothing.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Of openrlhf: print what stands where and whether it fits; start nothing.")] = False,
     json: Json = None,
 ) -> None:
     """Train a policy by reinforcement learning. Run again to resume.
 
-    Example: ramet train --config examples/nano.toml --seed 1
+    Example: ramet train --set train.updates=50 --seed 1
     """
     given, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
     if engine not in ("local", "openrlhf"):

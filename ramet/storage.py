@@ -156,7 +156,8 @@ def give_up() -> None:
 
 
 def _says_nothing(path: Path) -> bool:
-    if path.name in (LOCK, CONFIG, CONFIG + ".draft"):
+    # What TensorBoard is told stands in the metrics too.
+    if path.name in (LOCK, CONFIG, CONFIG + ".draft") or path.parent.name == "tensorboard" or path.stat().st_size == 0:
         return True
     if path.suffix != ".jsonl":
         return False

@@ -234,7 +234,9 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
         client = JobSubmissionClient(config.openrlhf.address)
         job = client.submit_job(entrypoint=shlex.join(["python", *command[1:]]))
     except (ConnectionError, RuntimeError) as error:
-        raise ConfigError(f"no Ray job server answers at {config.openrlhf.address} ({error}); see docs/cluster.md") from error
+        raise ConfigError(
+            f"no Ray job server answers at {config.openrlhf.address} ({error}): start Ray there, or leave openrlhf.address out"
+        ) from error
     console.print(f"submitted as {job} to {config.openrlhf.address}")
     ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 

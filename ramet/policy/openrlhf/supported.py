@@ -14,7 +14,7 @@ def check() -> None:
     try:
         found = version("openrlhf")
     except PackageNotFoundError:
-        raise ConfigError(f"OpenRLHF is not installed; docs/cluster.md says how to install openrlhf=={OPENRLHF}") from None
+        raise ConfigError(f"OpenRLHF is not installed: pip install 'ramet[openrlhf]', which takes openrlhf=={OPENRLHF}") from None
     if found != OPENRLHF:
         raise ConfigError(
             f"openrlhf {found} is not supported: ramet stands in for classes of openrlhf {OPENRLHF}; "
