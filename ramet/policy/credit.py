@@ -83,6 +83,8 @@ def branch_mean(group: Sequence[ScoredTree]) -> list[list[float]]:
     return [[a / len(advantages) for a in advantages] for advantages in team(group)]
 
 
+REPAIRS = "repairs"
+"""The name of the penalty that a root pays alone, for calls that were repaired. Nothing is repaired here: a reward may charge it."""
 GATE_TOKENS = 192
 _ANSWER = re.compile(r"answer:", re.IGNORECASE)
 
@@ -99,7 +101,7 @@ def ratio(root_reward: float, clone_reward: float) -> float:
 
 
 def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list[float]]:
-    """The SELFCEST release's estimator (specification, section 3.3), defects included, for comparison.
+    """An estimator after the SELFCEST release's, defects included, for comparison: its advantages to the bit, given its rewards.
 
     Root: (r - mean) / (std + 1e-6), std unbiased. Clone: the root's advantage times the clipped
     ratio of its clone reward to r; the clone reward is r before repairs times `clone_scale`

@@ -4,9 +4,10 @@ For a sampled token with ratio rho = pi(a|h) / pi_behaviour(a|h), advantage A an
 
     -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coefficient * KL
 
-with KL the divergence from the reference at that token's place, over the whole vocabulary: estimates of it from
-the sampled token alone are rarely but arbitrarily large. Terms are summed, not averaged: the weights carry
-the normalisation, so that how rows are batched changes nothing.
+and of an action with A < 0, with a bound `dual_clip` c (Ye et al. 2020), max(the minimum, c * A) stands for the minimum: a token that
+has become much more likely since it was sampled then pushes no harder than that. KL is the divergence from the reference at
+that token's place, over the whole vocabulary: estimates of it from the sampled token alone are rarely but arbitrarily large. Terms
+are summed, not averaged: the weights carry the normalisation, so that how rows are batched changes nothing.
 """
 
 from __future__ import annotations
@@ -43,12 +44,16 @@ def policy_loss(
     kl: torch.Tensor,
     clip: tuple[float, float] = (0.2, 0.2),
     kl_coefficient: float = 0.0,
+    dual_clip: float | None = None,
 ) -> LossSums:
     """All arguments (B, T); `mask` is bool, True where a token was sampled."""
     log_ratio = torch.where(mask, logprobs - behaviour, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
-    terms = -weights * torch.minimum(ratio * advantages, clipped * advantages)
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
+    terms = -weights * surrogate
     if kl_coefficient:
         terms = terms + weights * kl_coefficient * kl
     zero = torch.zeros_like(terms)

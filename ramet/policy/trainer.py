@@ -162,7 +162,7 @@ class Trainer:
         self._starved = next(iter(starved(groups)), "")
         sampled = time.perf_counter()
         verdicts = [[judged(self.judge, task, tree) for tree in trees] for task, trees in groups]
-        advantages = advantages_of(groups, verdicts, self.config.estimator, self.chat)
+        advantages = advantages_of(groups, verdicts, self.config.estimator, self.chat, self.config.clone_scale)
         metrics = summary(update, groups, verdicts, advantages)
         metrics |= self._optimise(update, minibatches(groups, advantages, self.config))
         self.policy.refresh(update + 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Annotated, Literal
 
@@ -21,7 +22,7 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
 from ramet.errors import ConfigError, PolicyError, RametError, RewardError, first_line
-from ramet.policy.credit import ESTIMATORS, ScoredTree
+from ramet.policy.credit import ESTIMATORS, REPAIRS, ScoredTree, reference
 from ramet.policy.loss import LossSums, policy_loss
 from ramet.policy.rows import Batch, Row, rows_of
 
@@ -36,6 +37,8 @@ class TrainConfig(BaseModel):
     minibatches     optimiser steps per epoch of an update
     decay           share of the learning rate that is lost, linearly, between the warm-up and the last update
     lora_rank       0: all weights are trained; else adapters of this rank
+    dual_clip       bound on the ratio where the advantage is negative (see `loss`); None: none
+    clone_scale     of the estimator "reference": a clone's reward in units of its root's
     length_scale    tokens; divides the summed loss of a tree. A constant, so it sets the size of the
                     gradient before clipping and nothing else
     """
@@ -54,9 +57,11 @@ class TrainConfig(BaseModel):
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     clip_high: Annotated[float, Field(gt=0)] = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     kl: Annotated[float, Field(ge=0)] = 0.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
+    clone_scale: Annotated[float, Field(gt=0)] = 1.0
     lora_rank: Annotated[int, Field(ge=0)] = 0
     length_scale: _Count = 64
     batch_tokens: _Count = 1024
@@ -67,6 +72,12 @@ class TrainConfig(BaseModel):
     def _steps_have_groups(self) -> TrainConfig:
         if self.minibatches > self.tasks:
             raise ValueError(f"minibatches are made of whole groups: {self.minibatches} of {self.tasks} tasks would leave some empty")
+        return self
+
+    @model_validator(mode="after")
+    def _scale_has_clones_with_rewards(self) -> TrainConfig:
+        if self.clone_scale != 1.0 and self.estimator != "reference":
+            raise ValueError(f"clone_scale belongs to the estimator reference; {self.estimator} gives clones no reward of their own")
         return self
 
 
@@ -141,10 +152,10 @@ def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
 
 
 def advantages_of(
-    groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], estimator: str, chat: ChatFormat
+    groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], estimator: str, chat: ChatFormat, clone_scale: float = 1.0
 ) -> list[list[list[float]]]:
-    """Per group, tree and branch: the advantage."""
-    estimate = ESTIMATORS[estimator]
+    """Per group, tree and branch: the advantage. The penalty named `REPAIRS` is the root's alone, for the estimator "reference"."""
+    estimate = partial(reference, clone_scale=clone_scale) if estimator == "reference" else ESTIMATORS[estimator]
 
     def texts(tree: Tree) -> tuple[str, ...]:
         if estimator != "reference":
@@ -152,7 +163,7 @@ def advantages_of(
         return tuple(chat.text([i for turn in branch.turns for i in turn.sampled]) for branch in tree.branches)
 
     return [
-        estimate([ScoredTree(tree, v.reward, texts=texts(tree)) for tree, v in zip(trees, judged_, strict=True)])
+        estimate([ScoredTree(tree, v.reward, v.penalties.get(REPAIRS, 0.0), texts(tree)) for tree, v in zip(trees, judged_, strict=True)])
         for (_, trees), judged_ in zip(groups, verdicts, strict=True)
     ]
 
@@ -198,7 +209,7 @@ def update_loss(logprobs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor,
     """The loss of a batch; the model's side (B, T) as `rows.token_logprobs` gives it."""
     t = targets
     clip = (config.clip_low, config.clip_high)
-    return policy_loss(logprobs, t.behaviour, t.advantages, t.weights, t.mask, entropy, kl, clip, config.kl)
+    return policy_loss(logprobs, t.behaviour, t.advantages, t.weights, t.mask, entropy, kl, clip, config.kl, config.dual_clip)
 
 
 def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:

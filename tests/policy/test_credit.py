@@ -10,13 +10,15 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
+from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, price
 from ramet.errors import ConfigError
-from ramet.policy.credit import SPREAD_FLOOR, ScoredTree, branch_mean, gated, ratio, reference, standardised, team
+from ramet.policy.credit import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, ratio, reference, standardised, team
+from ramet.policy.update import TrainConfig, Verdict, advantages_of
 
 STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
 
@@ -179,6 +181,20 @@ def test_reference_advantages_by_hand():
     assert got[0] == pytest.approx([0.5 / std] * 3)
     assert got[1] == pytest.approx([-0.5 / std, 0.0, 0.0])  # r = 0 silences the clones of a wrong tree
     assert got[2] == [0.0, 0.0, 0.0]
+
+
+def test_what_scales_and_repairs_reaches_the_reference_estimator():
+    """By hand: mathematics (a clone's reward is r / 2.5), one root with a repaired call, which its clones do not pay for."""
+    tree = leaves(np.random.default_rng(0))[2].tree
+    task, chat = Task("game", ()), SimpleNamespace(text=lambda ids: "Answer: 1")
+    verdicts = [Verdict(1.0, {REPAIRS: 0.05}, 0.95), Verdict(1.0, {}, 1.0), Verdict(0.0, {}, 0.0), Verdict(0.5, {}, 0.5)]
+    (got,) = advantages_of([(task, [tree] * 4)], [verdicts], "reference", chat, clone_scale=1 / 2.5)
+    rewards = np.array([0.95, 1.0, 0.0, 0.5])
+    roots = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+    clones = roots * np.array([1.0 / 2.5 / 0.95, 0.4, 0.0, 0.4])
+    assert [a[0] for a in got] == pytest.approx(roots.tolist()) and [a[1] for a in got] == pytest.approx(clones.tolist())
+    with pytest.raises(ValueError, match="clone_scale belongs to the estimator reference; team gives"):
+        TrainConfig(clone_scale=0.4)
 
 
 def test_gate_needs_both_length_and_a_missing_mark():

@@ -113,6 +113,17 @@ def test_loss_equals_its_formula(seed):
     assert int(sums.tokens) == int(mask.sum())
 
 
+def test_dual_clipping_bounds_the_push_on_a_token_that_has_become_likely():
+    """Golden values with c = 3: only where the advantage is negative, and only past a ratio of 3. There nothing is pushed any more."""
+    ratio, advantage = torch.tensor([[10.0, 2.0, 0.5, 10.0, 0.5]]).double(), torch.tensor([[-1.0, -1.0, -1.0, 1.0, 1.0]]).double()
+    new = ratio.log().requires_grad_()
+    none, one = torch.zeros(1, 5).double(), torch.ones(1, 5).double()
+    sums = policy_loss(new, none, advantage, one, torch.ones(1, 5, dtype=torch.bool), none, none, dual_clip=3.0)
+    sums.loss.backward()
+    assert float(sums.loss.detach()) == pytest.approx(3.0 + 2.0 + 0.8 - 1.2 - 0.5)
+    assert new.grad.tolist() == [pytest.approx([0.0, 2.0, 0.0, 0.0, -0.5])]
+
+
 def test_on_policy_gradient_is_the_policy_gradient():
     """At ratio 1 the gradient with respect to each log-probability is -weight * advantage, and 0 where masked."""
     new = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)

@@ -106,7 +106,7 @@ class TreeTrainer(BasePPOTrainer):
                 for (_, found), of in zip(groups, verdicts, strict=True)
             ]
         else:
-            advantages = advantages_of(groups, verdicts, train.estimator, self.chat)
+            advantages = advantages_of(groups, verdicts, train.estimator, self.chat, train.clone_scale)
         metrics = summary(update, groups, verdicts, advantages)
         parts = minibatches(groups, advantages, train)
         versions = [v for rows in parts for row in rows for v in row.versions if v >= 0]
