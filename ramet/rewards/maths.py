@@ -88,9 +88,9 @@ def math_match(task: Task, answer: str | None) -> float:
     expected = parse_reference(gold, f"task {task.id}")
     if len(answer) > LONGEST:
         return 0.0
-    if isinstance(expected, Text) and _spelled(gold) == _spelled(answer):
+    if isinstance(expected, Text) and expected.words == plain_words(cleaned(answer)):
         return 1.0
-    said = _understood(answer)
+    said = _understood(answer, prose=not isinstance(expected, Text))
     if said is None:
         return 0.0
     try:
@@ -100,14 +100,10 @@ def math_match(task: Task, answer: str | None) -> float:
     return float(equal and (written(expected) == written(said) or not _copied(answer, task)))
 
 
-def _spelled(text: str) -> str:
-    return plain_words(cleaned(text))
-
-
-def _understood(answer: str) -> Node | None:
-    """The answer as it stands or, of a sentence that affirms one number or formula (`so there are 72 clips`), that; None of others."""
+def _understood(answer: str, prose: bool) -> Node | None:
+    """The answer as it stands or, with `prose`, of a sentence that affirms one number or formula, that; None where neither can be read."""
     whole: Node | None = None
-    for text in (answer, *_in_prose(answer)):
+    for text in (answer, *(_in_prose(answer) if prose else ())):
         try:
             node = read(text)
         except Unreadable:

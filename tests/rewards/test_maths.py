@@ -30,13 +30,13 @@ def test_every_pair_of_the_table_has_its_verdict(pair):
 
 
 def test_every_disagreement_with_other_graders_is_decided_in_writing():
-    """math-verify takes 25 seconds for the table: `python -m tests.rewards.other_rules` fills its column; one row in 12 is checked."""
+    """math-verify takes 25 seconds for the table: `python -m tests.rewards.other_rules` fills its column; one row in 24 is checked."""
     assert len(PAIRS) > 800 and len({(pair["reference"], pair["answer"]) for pair in PAIRS}) == len(PAIRS)
     for pair in PAIRS:
         agreed = pair["equal"] == pair["hendrycks"] == pair["math_verify"]
         assert agreed == (pair["decided"] is None), pair
         assert pair["hendrycks"] == hendrycks(pair["reference"], pair["answer"])
-    for pair in PAIRS[::12]:
+    for pair in PAIRS[::24]:
         assert pair["math_verify"] == math_verify(pair["reference"], pair["answer"]), pair
 
 

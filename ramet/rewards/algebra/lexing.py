@@ -31,7 +31,7 @@ _SAME = {
     "\\dbinom": "\\binom", "\\tbinom": "\\binom", "\\varnothing": "\\emptyset", "\\degree": "°", "\\lbrace": "\\{", "\\rbrace": "\\}",
     "\\lparen": "(", "\\rparen": ")", "\\lbrack": "[", "\\rbrack": "]", "\\lvert": "|", "\\rvert": "|", "\\vert": "|", "\\mid": "|",
     "\\sim": "\\approx", "\\simeq": "\\approx", "\\land": ",", "\\lor": ",", "\\dots": "…", "\\ldots": "…", "\\cdots": "…",
-    "\\colon": ":", "\\to": "\\to", "\\infin": "\\infty", "\\exponentialE": "e", "\\imaginaryI": "i", "\\varphi": "\\phi",
+    "\\colon": ":", "\\infin": "\\infty", "\\exponentialE": "e", "\\imaginaryI": "i", "\\varphi": "\\phi",
     "\\varepsilon": "\\epsilon", "\\backslash": "\\setminus",
 }  # fmt: skip
 _TOKEN = re.compile(
@@ -50,7 +50,8 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _DROPPED = re.compile(
-    r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|biggl?|biggr|Biggl?|Biggr|displaystyle|textstyle|tiny|small|large|Large|LARGE|huge|Huge|bf|limits|hspace\{[^{}]*\}|phantom\{[^{}]*\}|middle)(?![a-zA-Z])\.?"
+    r"\\(?:(?:left|middle|right)(?![a-zA-Z])\.?|(?:[bB]igg?[lr]?|displaystyle|textstyle|tiny|small|large|Large|LARGE|huge|Huge|bf|limits)"
+    r"(?![a-zA-Z])|(?:hspace|phantom)\{[^{}]*\})"
 )
 _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{\s*,\s*\}|,\s*\\!\s*|\\,|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 
@@ -90,13 +91,15 @@ def _dollars(text: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """Words in lower case, without commands, punctuation and final `s` of nothing; for comparison."""
+    """Words in lower case, single spaces between them, without commands and punctuation."""
     text = re.sub(rf"\\(?:{WORD_COMMANDS})(?![a-zA-Z])", " ", text)
     return " ".join(re.sub(r"[^\w+/*^=<>|-]+", " ", text).casefold().split())
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
+    """`kind` is a group of `_TOKEN`, or a symbol; `spaced`: there is a space before it."""
+
     kind: str
     text: str
     spaced: bool
@@ -124,8 +127,7 @@ def tokens_of(text: str) -> list[Token]:
             said = _SAME.get(said, said)
         said = {"**": "^", "<=": "\\le", ">=": "\\ge", "!=": "\\ne", "==": "="}.get(said, said) if kind == "sign" else said
         depth += (said in ("(", "[", "\\{")) - (said in (")", "]", "\\}"))
-        for token in _lettered(said, spaced, found, text, position) if kind in ("letters", "text") else [Token(kind, said, spaced)]:
-            found.append(token)
+        found += _lettered(said, spaced, found, text, position) if kind in ("letters", "text") else [Token(kind, said, spaced)]
         spaced = False
     return found
 
@@ -145,11 +147,8 @@ def _lettered(said: str, spaced: bool, before: list[Token], text: str, position:
         return []
     after_number = bool(before) and (before[-1].kind in ("number", "thousands", "text", "repeating") or before[-1].text in ("}", ")", "%"))
     last = not re.search(r"\w", re.sub(r"^\s*\^\{?[23]\}?", "", text[position:]))
-    marked = position and text[position - 1] == "}"
-    if marked and not re.fullmatch(r"[A-Z]?", word):
-        return [Token("text", word, spaced)]
-    if marked:
-        return [Token("symbol", word, spaced)]
+    if text[position - 1] == "}":  # the end of a `\\text`
+        return [Token("symbol" if re.fullmatch(r"[A-Z]", word) else "text", word, spaced)]
     if re.fullmatch(r"[^\W\d_]", word):
         unit = after_number and spaced and ((word in SMALL_UNITS and last) or (word == "a" and re.match(r"\s+[a-z]{3,}", text[position:])))
         speed = after_number and spaced and re.match(r"/[a-z]+\s*$", text[position:]) and word in SMALL_UNITS

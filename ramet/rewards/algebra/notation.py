@@ -38,6 +38,11 @@ _RELATIONS = {
     "=": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\approx": "~", "\\in": "in", "\\equiv": "==", "\\to": "->",
     "\\cong": "cong",
 }  # fmt: skip
+_DEGREE = (Sym("\\circ"), Sym("°"))
+_AFTER_FACTOR = frozenset((
+    ")", "]", "}", "\\}", ",", ";", "+", "-", "*", "/", ":", "^", "_", "!", "\\cup", "\\cap", "\\setminus", "&", "\\\\", "%", "\\%",
+    "°", "'",
+))  # fmt: skip
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
 _ASIDE = re.compile(r"\s+\((?!base\b)[^\W\d_]{2,}(?:[ ,.'-]+[^\W\d_]+)*[.,]?\)$")
 
@@ -56,8 +61,7 @@ def read(text: str) -> Node:
 def _words(text: str) -> Node | None:
     """Of a text of words only; letters that name choices are symbols."""
     bare = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", text).strip()
-    choice = re.fullmatch(r"(?:(?:option|choice)\s+)?\(?([A-Z])[).]?", bare, re.IGNORECASE)
-    choice = choice if choice and choice[1].isupper() else None
+    choice = re.fullmatch(r"(?:[oO]ption\s+|[cC]hoice\s+)?\(?([A-Z])[).]?", bare)
     if choice:
         return Sym(choice[1])
     if bare.casefold() in NUMBERS:
@@ -262,32 +266,9 @@ class _Parser:
             return False
         if self.next == "|":
             return not self.bars
-        closing = (
-            ")",
-            "]",
-            "}",
-            "\\}",
-            ",",
-            ";",
-            "+",
-            "-",
-            "*",
-            "/",
-            ":",
-            "^",
-            "_",
-            "!",
-            "\\cup",
-            "\\cap",
-            "\\setminus",
-            "&",
-            "\\\\",
-            "%",
-            "\\%",
-            "°",
-            "'",
+        return (
+            self.next not in _AFTER_FACTOR and self.next not in _RELATIONS and not self.next.startswith(("\\rfloor", "\\rceil", "\\rangle"))
         )
-        return self.next not in closing and self.next not in _RELATIONS and not self.next.startswith(("\\rfloor", "\\rceil", "\\rangle"))
 
     def factor(self, signed: bool = False) -> Node:
         if signed and self.next in ("-", "+"):
@@ -301,8 +282,7 @@ class _Parser:
                 self.take()
                 base = Quantity(base, "%")
             elif self.next == "°":
-                self.take()
-                base = Quantity(base, "°")
+                base = Quantity(base, self.take())
             elif self.next in CURRENCIES and (self.at + 1 == len(self.tokens) or self.tokens[self.at + 1].kind != "number"):
                 base = Quantity(base, CURRENCIES[self.take()])
             elif self.next == "'" and isinstance(base, Sym):
@@ -310,14 +290,8 @@ class _Parser:
                 base = Sym(base.name + "'")
             elif self.next == "^":
                 self.take()
-                if self.next in ("\\circ", "°") or [t.text for t in self.tokens[self.at : self.at + 3]] in (
-                    ["{", "\\circ", "}"],
-                    ["{", "°", "}"],
-                ):
-                    self.at += 3 if self.next == "{" else 1
-                    base = Quantity(base, "°")
-                else:
-                    base = Op("pow", (base, self.exponent()))
+                exponent = self.exponent()
+                base = Quantity(base, "°") if exponent in _DEGREE else Op("pow", (base, exponent))
             else:
                 return base
 
@@ -404,7 +378,7 @@ class _Parser:
     def number(self, token: str) -> Node:
         token = token.replace(",", "")
         whole = "." not in token
-        if whole and self.next == "\\frac" and not self.tokens[self.at - 1].spaced | False:
+        if whole and self.next == "\\frac":
             mark = self.at
             self.take()
             try:
@@ -489,7 +463,7 @@ class _Parser:
             return Op(token, (Sym("".join(t.text for t in self.tokens[start : self.at])),))
         if token in ("\\pmod", "\\bmod", "\\mod"):
             return Op("mod", (self.argument(whole=True),))
-        if token[1:] in FUNCTIONS or token in ("\\operatorname",):
+        if token[1:] in FUNCTIONS:
             return self.function(token[1:])
         if token in _STYLES:
             start = self.at
@@ -541,13 +515,13 @@ class _Parser:
                 factors.append(self.factor())
             args = (_product(factors),)
         name = {"lg": "log", "Re": "re", "Im": "im"}.get(name, name)
-        if name in ("log", "lg") and base is None:
+        if name == "log" and base is None:
             base = Num(Fraction(10))
         if name == "exp" and len(args) == 1:
             return Op("pow", (Sym("e"), args[0]))
         if name == "sqrt" and len(args) == 1:
             return Op("root", (args[0], Num(Fraction(2))))
-        if (power is not None and power == Num(Fraction(-1))) or power == Op("neg", (Num(Fraction(1)),)):
+        if power == Num(Fraction(-1)):
             name, power = "arc" + name, None
         called: Node = Op(name, args if base is None else (*args, base))
         return called if power is None else Op("pow", (called, power))

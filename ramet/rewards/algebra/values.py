@@ -1,4 +1,4 @@
-"""Are two expressions equal? Computed to fifty digits and more, at fixed points for the variables; in bounded time, whatever they say."""
+"""Are two expressions equal? Computed to sixty digits and more, at fixed points for the variables; in bounded time, whatever they say."""
 
 from __future__ import annotations
 
@@ -39,12 +39,7 @@ def _longest(node: Node) -> int:
 def _close(a: Any, b: Any, allowed: Any) -> bool:
     if a == b:
         return True
-    size = max(abs(a), abs(b))
-    return bool(
-        _CONTEXT.isfinite(a)
-        and _CONTEXT.isfinite(b)
-        and abs(a - b) <= allowed * max(size, _CONTEXT.mpf(10) ** (-_DIGITS // 2) if size < 1e-30 else size)
-    )
+    return bool(_CONTEXT.isfinite(a) and _CONTEXT.isfinite(b) and abs(a - b) <= allowed * max(abs(a), abs(b)))
 
 
 def _point(name: str, point: int) -> Any:
@@ -72,16 +67,12 @@ def _value(node: Node, point: int) -> Any:
     try:
         if power is not None and 1 < power.value.denominator < 1000 and power.value.denominator % 2:  # as \sqrt[3]{x}^2
             arguments = [_root(arguments[0], _CONTEXT.mpf(power.value.denominator)), _CONTEXT.mpf(power.value.numerator)]
-        result = _EVALUATE[node.name](*arguments) if node.name in _EVALUATE else _opaque(node, point)
+        result = _EVALUATE[node.name](*arguments) if node.name in _EVALUATE else _point(written(node), point)
     except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
         raise Unreadable(str(error)) from None
     if result is None or (c.isfinite(result) and abs(c.mag(result)) > 4 * _LARGEST if result else False):
         raise Unreadable("too large")
     return result
-
-
-def _opaque(node: Op, point: int) -> Any:
-    return _point(written(node), point)
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -90,7 +81,7 @@ def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
-def _bounded(function: Callable[..., Any], largest: float = 1e6) -> Callable[..., Any]:
+def _bounded(function: Callable[..., Any], largest: float) -> Callable[..., Any]:
     def evaluate(*arguments: Any) -> Any:
         return None if any(abs(a) > largest for a in arguments) else function(*arguments)
 
