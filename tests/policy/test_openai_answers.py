@@ -70,6 +70,7 @@ GOOD = [says("Answer: "), says("42"), says("", "stop"), usage(4)]
         stream(event(delta={"content": ANSWER}, finish_reason="stop", usage={"completion_tokens": 4})),
         stream({**says(ANSWER, "stop"), "usage": None, "x_groq": {"usage": {"completion_tokens": 4}}}),
         stream({**says(ANSWER, "stop"), "timings": {"predicted_n": 4}}),
+        stream(event(index="0", delta={"content": ANSWER, "thinking": True, "reasoning": [{"x": 1}]}), says("", "stop"), usage(4)),
         stream(event(index=1, delta={"content": "other"}), *GOOD),
         reply(json.dumps({"object": "chat.completion", **event(message={"content": ANSWER}, finish_reason="stop"), **usage(4), "choices": [
             {"message": {"content": ANSWER}, "finish_reason": "stop"}]}, indent=1).encode()),

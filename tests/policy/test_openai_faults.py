@@ -157,7 +157,7 @@ def test_no_long_part_of_a_secret_passes_the_mask(secret, before, after, data):
     start = data.draw(st.integers(0, len(secret) - 1))
     end = data.draw(st.integers(start + 1, len(secret)))
     said = Masker([secret])(before + secret[start:end] + after)
-    run = min(8, max(len(secret) // 2, 4))
+    run = len(secret) if len(secret) < 8 else min(8, max(len(secret) // 2, 4))
     assert not any(secret[i : i + run] in part for part in said.split("...") for i in range(len(secret) - run + 1))
     assert Masker([secret])(secret) == "..."
 
@@ -200,6 +200,8 @@ async def test_fields_can_be_named_left_out_and_added():
     assert asked[0]["max_new_tokens"] == 100 and asked[0]["reasoning_effort"] == "low"
     with pytest.raises(PolicyError, match="nothing else holds the budget"):
         ChatPolicy("http://h/v1", WIRE, names={"max_tokens": ""})
+    with pytest.raises(PolicyError, match="no field 'maxtokens' is sent"):
+        ChatPolicy("http://h/v1", WIRE, names={"maxtokens": "max_new_tokens"})
 
 
 async def test_a_server_that_does_not_stream_is_asked_not_to():
@@ -292,6 +294,28 @@ async def test_a_long_list_of_models_is_cut():
     error = await error_of(failed("404 Not Found", "no model nope"), many, model="nope")
     assert "model-number-9 and 390 more" in str(error)
     assert "lists 400 models; name the one" in str(await error_of(GOOD, many, kind=CompletionsPolicy))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "response.output_text.delta", "delta": "Answer: 42"},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": "Answer: 42"}},
+        {"candidates": [{"content": {"parts": [{"text": "Answer: 42"}]}}]},
+        {"response": "Answer: 42", "done": True},
+        {"choices": [{"delta": {"role": "assistant", "audio": {"transcript": "Answer: 42"}}, "finish_reason": "stop"}]},
+    ],
+)
+async def test_an_answer_in_an_unknown_form_is_no_empty_answer(event):
+    assert "in a form that is not known here" in str(await error_of(stream(event)))
+
+
+async def test_an_empty_answer_is_one():
+    assert type(await error_of(stream())) is TransientPolicyError
+    with serve(stream(says("", "stop"), usage(1))) as (url, _):
+        assert await ask(url) == ""
+    empty = stream({"choices": [{"text": "", "finish_reason": "stop"}]})
+    assert "without a token id; use the chat backend" in str(await error_of(empty, kind=CompletionsPolicy))
 
 
 async def test_a_server_that_takes_no_token_ids_is_found_out_at_once():

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
+from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError
-from ramet.policy.openai.said import Said, logprob
-from ramet.policy.openai.server import WIRE, Server, note_prompt
+from ramet.policy.openai.said import Said, logprob, stop_of
+from ramet.policy.openai.server import REJECTED, WIRE, Exchange, Server, note_prompt, parsed
 
 ADVICE = "use the chat backend with it"
 
@@ -37,10 +38,11 @@ class CompletionsPolicy(Server):
             "stream_options": {"include_usage": True},
         }  # fmt: skip
 
-    async def _explained(self, error: PolicyError, status: int | None, request: SampleRequest) -> PolicyError:
+    async def _explained(self, error: PolicyError, exchange: Exchange) -> PolicyError:
         """Servers refuse token ids with all sorts of errors, also such as may pass: one request in words tells."""
-        if self._served or status not in (400, 415, 422, 500, 501) or not await self._takes_words():
-            return await super()._explained(error, status, request)
+        refused = exchange.status in REJECTED or bool(exchange.refused)
+        if self._served or not refused or not await self._takes_words():
+            return await super()._explained(error, exchange)
         return PolicyError(f"{error}; it takes text, but not these token ids: {ADVICE}")
 
     async def _takes_words(self) -> bool:
@@ -50,7 +52,8 @@ class CompletionsPolicy(Server):
             reply = await self._client.post(self._address.at(self.path), json=body, timeout=min(self._seconds, 30.0))
         except WIRE:
             return False
-        return reply.status_code == 200
+        said = parsed(reply.text)
+        return reply.is_success and isinstance(said, dict) and bool(said.get("choices"))
 
     def hear(self, request: SampleRequest, partial: Partial) -> Ids:
         return Ids(request, partial)
@@ -60,10 +63,11 @@ class Ids:
     """Takes token ids as they come."""
 
     def __init__(self, request: SampleRequest, partial: Partial):
-        self._request, self._partial = request, partial
+        self._request, self._partial, self._finish = request, partial, ""
 
     def take(self, said: Said) -> None:
         partial, request = self._partial, self._request
+        self._finish = said.finish or self._finish
         ids = said.ids or []
         if said.ids is None and said.text and not partial.ids:
             raise PolicyError(f"does not return the token ids that it sampled; {ADVICE}")
@@ -80,7 +84,8 @@ class Ids:
             raise PolicyError(f"generated {len(partial.ids)} tokens for a grant of {request.max_tokens}: it does not keep to max_tokens")
 
     def settle(self) -> None:
-        pass
+        if self._finish and not self._partial.ids and stop_of(self._finish) is StopReason.END:
+            raise PolicyError(f"ends a sample without a token id; {ADVICE}")
 
 
 def _known(value: Any) -> float:

@@ -36,7 +36,7 @@ _QUOTA = re.compile(r"insufficient_quota|billing", re.IGNORECASE)
 
 
 class Masker:
-    """Takes secrets out of text, also where only a part of one stands."""
+    """Takes secrets out of text; long ones also where only a part of one stands."""
 
     def __init__(self, secrets: Iterable[str]):
         self._secrets = sorted({secret for secret in secrets if len(secret) >= 4}, key=len, reverse=True)
@@ -48,7 +48,7 @@ class Masker:
 
 
 def _masked(text: str, secret: str) -> str:
-    run = min(_RUN, max(len(secret) // 2, 4))
+    run = len(secret) if len(secret) < _RUN else min(_RUN, max(len(secret) // 2, 4))
     runs = {secret[i : i + run] for i in range(len(secret) - run + 1)}
     kept: list[str] = []
     at = start = 0

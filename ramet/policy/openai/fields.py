@@ -20,12 +20,15 @@ _SYSTEM = re.compile(r"system['\"`]? (role|message|prompt|instruction)|role['\"`
 class Fields:
     """names  the server's name of a field; an empty one leaves it out
     extra   what is sent besides
+    known   the fields that can be called otherwise
 
     A field that the server refuses by name is left out from then on, but for the limit on tokens, which is renamed: without it
     no budget would hold.
     """
 
-    def __init__(self, names: Mapping[str, str], extra: Mapping[str, Any]):
+    def __init__(self, names: Mapping[str, str], extra: Mapping[str, Any], known: Collection[str]):
+        if unknown := sorted(set(names) - set(known)):
+            raise PolicyError(f"no field {unknown[0]!r} is sent that could be called otherwise; there are {', '.join(known)}")
         if not names.get(LIMIT, LIMIT):
             raise PolicyError(f"{LIMIT} can be renamed, to {NEW_LIMIT} for example, but not left out: nothing else holds the budget")
         self.names, self.extra = dict(names), dict(extra)

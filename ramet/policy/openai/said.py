@@ -17,6 +17,7 @@ from ramet.agents.tree import StopReason
 _LENGTH = ("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "token_limit")
 _BROKEN = ("error", "abort", "aborted", "cancelled", "canceled", "insufficient_system_resource", "engine_overloaded")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_KNOWN = ("role", "content", "refusal", "function_call", "tool_calls", "reasoning_details", *_THOUGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Said:
     ids      token ids, if the server tells
     calls    (place, its own name, function, arguments) of parts of native tool calls
     finish   why the sample has ended, once it has
+    unread   names of what the event has besides, and nobody knows
     """
 
     text: str = ""
@@ -45,11 +47,17 @@ class Said:
     calls: list[tuple[int, str, str, str]] = field(default_factory=list)
     usage: Usage | None = None
     finish: str | None = None
+    unread: list[str] = field(default_factory=list)
 
     @property
     def something(self) -> bool:
         """Does the event bring the sample forward?"""
-        return bool(self.text or self.thought or self.tokens or self.ids or self.calls or self.usage or self.finish)
+        return bool(self.sampled or self.usage or self.finish)
+
+    @property
+    def sampled(self) -> bool:
+        """Does it have something that was sampled?"""
+        return bool(self.text or self.thought or self.tokens or self.ids or self.calls)
 
 
 def stop_of(finish: str) -> StopReason | None:
@@ -65,10 +73,12 @@ def read(event: Mapping[str, Any]) -> Said:
     """What the event says of the first choice."""
     said = Said()
     for choice in event.get("choices") or ():
-        if not choice.get("index"):
+        if str(choice.get("index") or 0) == "0":
             _choice(choice, said)
     if said.usage is None:
         said.usage = _usage(event)
+    if "choices" not in event and said.usage is None:
+        said.unread = [name for name, value in event.items() if value]
     return said
 
 
@@ -80,9 +90,9 @@ def _choice(choice: Mapping[str, Any], said: Said) -> None:
     if not holder and choice.get("text"):
         said.text = _text(choice["text"])
     if not said.text and holder.get("refusal"):
-        said.text = _text(holder["refusal"])
+        said.text = _within(holder["refusal"])
     if not said.thought:
-        said.thought = next((_text(holder[name]) for name in _THOUGHTS if holder.get(name)), "")
+        said.thought = next((thought for name in _THOUGHTS if (thought := _aside(holder.get(name)))), "")
     called = holder.get("function_call")
     calls = [*(holder.get("tool_calls") or ()), *([{"function": called}] if called else [])]
     said.calls = [_call(call, place) for place, call in enumerate(calls)]
@@ -92,6 +102,7 @@ def _choice(choice: Mapping[str, Any], said: Said) -> None:
     said.usage = _usage(choice)
     finish = choice.get("finish_reason")
     said.finish = None if finish in (None, False, "", "null", "None") else str(finish)
+    said.unread = [name for name, value in holder.items() if value and name not in _KNOWN]
 
 
 def _parts(content: Any) -> tuple[str, str]:
@@ -115,6 +126,11 @@ def _within(part: Any) -> str:
         inner = next((part[name] for name in ("text", "content", *_THOUGHTS, "refusal") if part.get(name)), "")
         return inner if isinstance(inner, str) else _within(inner)
     return _text(part)
+
+
+def _aside(value: Any) -> str:
+    """Reasoning in whatever form: what is none is left alone, since nothing depends on it."""
+    return value if isinstance(value, str) else _within([v for v in value if v]) if isinstance(value, list) else ""
 
 
 def _text(value: Any) -> str:

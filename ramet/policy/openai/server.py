@@ -38,7 +38,7 @@ _PAGE = 2**16
 """Bytes of an error that are read; it may come with a page of any length."""
 _SHAPE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 WIRE = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError, OverflowError)
-_REJECTED = (400, 404, 415, 422, 500, 501)
+REJECTED = (400, 404, 415, 422, 500, 501)
 """Statuses with which servers refuse a field that they do not know."""
 NEUTRAL = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
@@ -93,7 +93,7 @@ class Server(ABC):
         self.model = model or ""
         self._seconds, self._context, self._wait = seconds, context, wait
         self._key = key
-        self._fields = Fields(names or {}, extra or {})
+        self._fields = Fields(names or {}, extra or {}, self.optional)
         self._fields.fold_system = fold_system
         self._neutral: dict[str, Any] = {}
         self._mask = Masker(())
@@ -206,7 +206,7 @@ class Server(ABC):
                 return await exchange.run(body)
             except PolicyError as error:
                 if partial.ids or not exchange.refused or not self._adapted(exchange, body, request):
-                    raise await self._explained(error, exchange.status, request) from error.__cause__
+                    raise await self._explained(error, exchange) from error.__cause__
 
     def _whole(self, request: SampleRequest) -> dict[str, Any]:
         asked = {**self._neutral, **self._body(request)}
@@ -222,9 +222,9 @@ class Server(ABC):
             log.warning("%s %s", self._url, change)
         return bool(change)
 
-    async def _explained(self, error: PolicyError, status: int | None, request: SampleRequest) -> PolicyError:
+    async def _explained(self, error: PolicyError, exchange: Exchange) -> PolicyError:
         """The error to raise in the place of this one."""
-        if status == 404 and self._listed and self.model not in self._listed:
+        if exchange.status == 404 and self._listed and self.model not in self._listed:
             return PolicyError(f"{error}; it lists {self._names()}")
         return error
 
@@ -273,7 +273,7 @@ class Server(ABC):
         if 300 <= status < 400:
             target = one_line(self._mask(str(reply.headers.get("location") or "nowhere")), 200)
             return PolicyError(f"{self._url} answers {status}: it redirects to {target}; give the address where it really is{note}")
-        return failure(self._url, text, _json(text), status, wait_of(reply.headers), self._mask, note)
+        return failure(self._url, text, parsed(text), status, wait_of(reply.headers), self._mask, note)
 
     def reported(self, event: Event, value: Any) -> PolicyError:
         """The error that an event tells of."""
@@ -313,7 +313,9 @@ class Exchange:
         self._hearing = server.hear(request, partial)
         self._scope = anyio.CancelScope()
         self._finish: str | None = None
-        self._over = False
+        self._over = self._sampled = False
+        self._events = 0
+        self._unread: dict[str, None] = {}
         self._error: PolicyError | None = None
         self.status: int | None = None
         self.refused, self.param = "", None
@@ -346,6 +348,11 @@ class Exchange:
         stop = stop_of(self._finish)
         if stop is None:
             raise TransientPolicyError(f"{server._url} broke a sample off: {one_line(server._mask(self._finish), 60)}")
+        if not self._sampled and self._unread:
+            names = one_line(server._mask(", ".join(self._unread)), 100)
+            raise PolicyError(f"{server._url} answers in a form that is not known here, with {names}")
+        if not self._sampled and not self._events:
+            raise TransientPolicyError(f"{server._url} ended a stream with nothing in it")
         return stop
 
     def _expect(self, seconds: float) -> None:
@@ -392,8 +399,8 @@ class Exchange:
     def _refuse(self, reply: httpx.Response, page: bytes) -> None:
         text = page.decode("utf-8", "replace")
         self._error = self._server.refusal(reply, text)
-        if reply.status_code in _REJECTED:
-            self._note_refusal(text, _json(text))
+        if reply.status_code in REJECTED:
+            self._note_refusal(text, parsed(text))
 
     def _note_refusal(self, text: str, value: Any) -> None:
         self.refused = said_by(text) if value is None else text
@@ -443,6 +450,8 @@ class Exchange:
         except PolicyError as wrong:
             self._end(PolicyError(f"{server._url} {wrong}"))
             return
+        self._sampled, self._events = self._sampled or said.sampled, self._events + 1
+        self._unread.update(dict.fromkeys(said.unread[:8]))
         if self._finish is None and said.something:
             self._expect(server._seconds)
         if said.finish is not None and self._finish is None:
@@ -457,7 +466,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         error = cause
 
 
-def _json(text: str) -> Any:
+def parsed(text: str) -> Any:
+    """A text that is JSON; None for any other."""
     try:
         return json.loads(text) if re.match(r"\s*[\[{\"]", text) else None
     except (ValueError, RecursionError):
@@ -466,7 +476,7 @@ def _json(text: str) -> Any:
 
 def _models(text: str) -> dict[str, dict[str, Any]]:
     """The models that a list names, by name."""
-    value = _json(text)
+    value = parsed(text)
     listed = value.get("data") or value.get("models") if isinstance(value, dict) else value
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     names = [(entry.get("id") or entry.get("name"), entry) for entry in entries]
