@@ -14,11 +14,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from ramet.agents.thoughts import spoken
+
 LONGEST = 65_536
 """Characters of a stated answer that are looked at."""
-_THOUGHT = r"think|thinking|thought|reasoning|seed:think"
-_THOUGHT_ENDS = re.compile(rf"</(?:{_THOUGHT})>|\[/THINK\]|◁/think▷", re.IGNORECASE)
-_THOUGHT_BEGINS = re.compile(rf"^[ \t]*(?:<(?:{_THOUGHT})>|\[THINK\]|◁think▷)", re.IGNORECASE | re.MULTILINE)
 _LOOSE = r"(?:[ \t*_]|`(?!``))*"
 _MARKER = re.compile(
     rf"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?{_LOOSE}(?:(?P<colon>[:\uff1a]){_LOOSE}|$)|(?P<tag><answer>)",
@@ -39,7 +38,7 @@ _EMPHASIS = " \t\r\n*_`"
 
 def extract_answer(text: str, finished: bool = True) -> str | None:
     """The answer stated in one turn's text, a part of that text; None if it states none. `finished`: the model has ended the turn."""
-    text = _spoken(text)
+    text = spoken(text)
     boxed = (last_boxed(text) or "").strip() or None
     for mark in reversed([*_MARKER.finditer(text)]):
         after = text[mark.end() : mark.end() + LONGEST]
@@ -100,13 +99,6 @@ def _boxes(text: str) -> list[_Box]:
             inner.pop()
         inner.append(box)
     return inner
-
-
-def _spoken(text: str) -> str:
-    """What follows the last thought that was closed, up to one that is still open."""
-    closed = max((match.end() for match in _THOUGHT_ENDS.finditer(text)), default=0)
-    opened = _THOUGHT_BEGINS.search(text, closed)
-    return text[closed : opened.start() if opened else None]
 
 
 def _value(after: str) -> str:

@@ -25,6 +25,7 @@ from itertools import groupby
 from typing import Any, Protocol
 
 from ramet.agents.protocol import tool_schema
+from ramet.agents.thoughts import said_calls, spoken
 from ramet.agents.tree import Message, Segment
 from ramet.errors import ChatFormatError, first_line
 
@@ -195,30 +196,33 @@ def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _parse_marked(tokenizer: Any, sampled: Sequence[int], stop: frozenset[int], opening: int, closing: int) -> ParsedTurn:
-    """Calls between two control ids. Text that merely spells the markers is text."""
+_OPENED, _CLOSED = "\ue000", "\ue001"
+"""Stand for the two control ids around a call, in a text from which they are removed where they stand for themselves."""
+
+
+def _parse_marked(tokenizer: Any, sampled: Sequence[int], stop: frozenset[int], opening: int, closing: int | None) -> ParsedTurn:
+    """Calls between two control ids, or from one to the end. Text that merely spells the markers is text."""
     body = list(sampled)
     while body and body[-1] in stop:
         body.pop()
-    text: list[str] = []
-    calls: list[str] = []
-    start = 0
-    while (at := _index(body, opening, start)) is not None:
-        text.append(_decode(tokenizer, body[start:at]))
-        end = _index(body, closing, at)
-        if end is None:
-            return ParsedTurn("".join(text), tuple(calls), "the tool call is not closed")
-        calls.append(_decode(tokenizer, body[at + 1 : end]).strip())
-        start = end + 1
-    text.append(_decode(tokenizer, body[start:]))
-    return ParsedTurn("".join(text), tuple(calls))
+    marks = {opening: _OPENED} if closing is None else {opening: _OPENED, closing: _CLOSED}
+    pieces: list[str] = []
+    for is_mark, run in groupby(body, marks.__contains__):
+        if is_mark:
+            pieces += map(marks.__getitem__, run)
+        else:
+            pieces.append(_decode(tokenizer, list(run)).replace(_OPENED, "").replace(_CLOSED, ""))
+    parsed = _parsed("".join(pieces), _OPENED, _CLOSED if closing is not None else "")
+    said = parsed.text  # marks that are only quoted are shown as they are spelled
+    for index, mark in marks.items():
+        said = said.replace(mark, _decode(tokenizer, [index])) if mark in said else said
+    return replace(parsed, text=said)
 
 
-def _index(ids: list[int], wanted: int, start: int) -> int | None:
-    try:
-        return ids.index(wanted, start)
-    except ValueError:
-        return None
+def _parsed(text: str, opening: str, closing: str) -> ParsedTurn:
+    """What a turn says, and its calls: those that are neither thought about nor quoted. Without `closing`, a call takes the rest."""
+    said, calls, cut = said_calls(spoken(text), opening, closing)
+    return ParsedTurn(said, tuple(calls), "the tool call is not closed" if cut else "")
 
 
 class _Content:
@@ -337,18 +341,7 @@ def tool_preamble() -> str:
 
 def parse_spelled(text: str) -> ParsedTurn:
     """Calls between spelled tags, for tokenizers that have no token for them."""
-    visible: list[str] = []
-    calls: list[str] = []
-    start = 0
-    while (at := text.find("<tool_call>", start)) >= 0:
-        visible.append(text[start:at])
-        end = text.find("</tool_call>", at)
-        if end < 0:
-            return ParsedTurn("".join(visible), tuple(calls), "the tool call is not closed")
-        calls.append(text[at + len("<tool_call>") : end].strip())
-        start = end + len("</tool_call>")
-    visible.append(text[start:])
-    return ParsedTurn("".join(visible), tuple(calls))
+    return _parsed(text, "<tool_call>", "</tool_call>")
 
 
 def with_arguments(call: str) -> str:
@@ -461,12 +454,11 @@ class TemplateFormat(_Content):
             return _parse_marked(self._tokenizer, sampled, self.stop_ids, added["<tool_call>"], added["</tool_call>"])
         body = [i for i in sampled if i not in self.stop_ids]
         if "[TOOL_CALLS]" in added:
-            at = _index(body, added["[TOOL_CALLS]"], 0)
-            text = _decode(self._tokenizer, body if at is None else body[:at])
-            return ParsedTurn(text) if at is None else ParsedTurn(text, mistral_calls(_decode(self._tokenizer, body[at + 1 :])))
+            parsed = _parse_marked(self._tokenizer, body, self.stop_ids, added["[TOOL_CALLS]"], None)
+            return replace(parsed, calls=mistral_calls("".join(parsed.calls))) if parsed.calls else parsed
         if "<|python_tag|>" in added:
             marked = bool(body) and body[0] == added["<|python_tag|>"]
-            text = _decode(self._tokenizer, body[1:] if marked else body)
+            text = spoken(_decode(self._tokenizer, body[1:] if marked else body))
             return ParsedTurn("", (with_arguments(text),)) if marked or _is_call(text) else ParsedTurn(text)
         return parse_spelled(_decode(self._tokenizer, body))
 

@@ -415,6 +415,19 @@ async def test_what_task_document_and_clone_spell_does_not_change_the_tree(chat)
         assert await grow(hostile) == harmless
 
 
+@pytest.mark.parametrize("kind", [ChatMLFormat, TemplateFormat])
+def test_control_tokens_of_a_call_that_is_thought_about_or_quoted_are_no_call(kind, qwen):
+    """Qwen's tokenizer makes the tag its token wherever the model spells it."""
+    call = f"<tool_call>{render_call(['x'])}</tool_call>"
+    for text, calls in (
+        (f"<think>maybe {call}</think>Answer: 42", 0), (f"maybe {call}</think>Answer: 42", 0), (f"So:\n```\n{call}\n```\nAnswer: 42", 0),
+        (f"`{call}` is a call.\nAnswer: 42", 0), (f"<think>maybe {call}</think>{call}", 1), ("<think><tool_call></think>Answer: 42", 0),
+    ):  # fmt: skip
+        parsed = kind(qwen).parse(qwen.encode(text + "<|im_end|>", add_special_tokens=False))
+        assert len(parsed.calls) == calls and not parsed.error, text
+        assert calls or parsed.text.endswith("Answer: 42") and ("```" not in text or call in parsed.text)
+
+
 def test_megabytes_of_markers_are_read_in_one_pass(chat):
     for text in ("<tool_call>" * 100_000, "<tool_call></tool_call>" * 50_000, "<" * 1_000_000, "</tool_call>" * 100_000):
         parse_spelled(text)
