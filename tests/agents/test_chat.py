@@ -425,7 +425,7 @@ def test_control_tokens_of_a_call_that_is_thought_about_or_quoted_are_no_call(ki
     ):  # fmt: skip
         parsed = kind(qwen).parse(qwen.encode(text + "<|im_end|>", add_special_tokens=False))
         assert len(parsed.calls) == calls and not parsed.error, text
-        assert calls or parsed.text.endswith("Answer: 42") and ("```" not in text or call in parsed.text)
+        assert calls or (parsed.text.endswith("Answer: 42") and ("```" not in text or call in parsed.text))
 
 
 def test_megabytes_of_markers_are_read_in_one_pass(chat):
