@@ -36,9 +36,10 @@ from ramet.rewards.video.build import Answerer, Build, BuildConfig, datasheet
 from ramet.rewards.video.calibration import calibrate
 from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, Item, VideoDRM
 from ramet.rewards.video.fakes import fake_judge
+from ramet.rewards.video.formats import WITHOUT
 from ramet.rewards.video.generative import GRMSettings, VideoGRM
 from ramet.rewards.video.judge import Duel, Order, by_scores, compare
-from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
+from ramet.rewards.video.pairs import Pair, Pairs, faults, load_pairs, row_of
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.train_drm import DRMTraining, fits, train_drm
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, sifted, traces_of
@@ -126,7 +127,7 @@ def build_job(
     root = videos_of(source, videos)
     questions = load_questions(source, fields, root)
     models = [_answerer(name, seen) for name in answerers]
-    known = [pair for name in benchmarks for pair in load_pairs(name)]
+    known = [pair for name in benchmarks for pair in load_pairs(name, {"video": WITHOUT})]
 
     def tell(stage: str, done: int, total: int) -> None:
         if done == total or done % 50 == 0:
@@ -346,7 +347,8 @@ def bench_job(
     conditions: Sequence[str], limit: int | None, folder: Path, out: Path | None,
 ) -> None:  # fmt: skip
     """`ramet reward bench`: each number of frames and of votes is a protocol of its own, with a journal of its own."""
-    pairs = load_pairs(source, fields, videos_of(source, videos))[:limit]
+    found_pairs = load_pairs(source, fields, videos_of(source, videos))
+    pairs = Pairs(found_pairs[:limit], found_pairs.ties)
     given = {"model": model_id(model), "pairs": file_id(source), **_where(fields, videos), "limit": limit or 0}
     claim_folder(folder, RewardRun(command="bench", settings=_plain(given), seed=protocol.seed))
     _say_faults(pairs)

@@ -99,7 +99,7 @@ class Build:
         self.questions, self.answerers, self.config, self.journal = questions, answerers, config, journal
         self.judge, self.scores, self.weak, self.benchmarks = judge, scores, weak, benchmarks
         self.unseen = 0
-        """Benchmark pairs whose video cannot be read: only copies of their questions are found."""
+        """Benchmark pairs that name no video, or one that cannot be read: only copies of their questions are found."""
         self.counts = Counts()
         self._report = report or (lambda stage, done, total: None)
         self._known = {(r["stage"], r["key"]): r["value"] for r in journal}
@@ -297,7 +297,7 @@ class Build:
         def look(segment: Segment) -> None:
             shown[segment] = _thumbnail(segment)
 
-        self.unseen = len(readable(self.benchmarks, look)[1])
+        self.unseen = len(readable(self.benchmarks, look)[1]) + sum(b.video is None for b in self.benchmarks)
         taken = {content_id(Path(segment.file)) for segment in shown}
         looks = np.stack(list(shown.values())) if shown else np.empty((0, 768), dtype=np.float32)
         spans = {span for b in self.benchmarks for span in _spans(b.question)}
@@ -367,7 +367,7 @@ def datasheet(sheet: dict[str, Any]) -> str:
         f"Cleaned of {sheet['benchmarks']} benchmark pairs." if sheet["benchmarks"] else "Not cleaned of any benchmark: none was named."
     ]
     if sheet["benchmarks_unseen"]:
-        lines += [f"The videos of {sheet['benchmarks_unseen']} of them cannot be read: copies of those videos are not found."]
+        lines += [f"{sheet['benchmarks_unseen']} of them name no video, or one that cannot be read: copies of it are not found."]
     return "\n".join(lines) + "\n"
 
 
