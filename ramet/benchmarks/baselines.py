@@ -135,15 +135,15 @@ class Begun(PolicyWrapper):
         ids, self._ids = self._ids[: request.max_tokens], ()
         if not ids:
             return await self._policy.sample(request, partial)
-        partial.ids += ids
-        partial.logprobs += [0.0] * len(ids)
         left = request.max_tokens - len(ids)
         if left == 0:
             return Sample(ids, (0.0,) * len(ids), StopReason.LENGTH, prefilled=len(request.prompt))
-        inner = Partial(partial.ids, partial.logprobs)
+        inner = Partial()
         try:
             sample = await self._policy.sample(replace(request, prompt=request.prompt + ids, max_tokens=left), inner)
         finally:  # what it is made to say is charged as said, not as read
+            partial.ids += [*ids, *inner.ids]
+            partial.logprobs += [*([0.0] * len(ids)), *inner.logprobs]
             partial.prefilled, partial.cached = min(inner.prefilled, len(request.prompt)), inner.cached
         prefilled = min(sample.prefilled, len(request.prompt))
         return replace(sample, ids=ids + sample.ids, logprobs=(0.0,) * len(ids) + sample.logprobs, prefilled=prefilled)
