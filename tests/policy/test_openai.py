@@ -125,7 +125,7 @@ async def test_token_ids_go_out_and_come_back(monkeypatch):
         (lambda b, h: send(h, 400, b'{"error": {"message": "the prompt is too long"}}'), RefusedRequest, "400: the prompt is too long"),
         (lambda b, h: send(h, 400, b'{"error": {"message": "no such voice"}}'), PolicyError, "400: no such voice"),
         (lambda b, h: send(h, 401, b'{"error": "bad key"}'), PolicyError, "401: bad key"),
-        (lambda b, h: stream(h, chunk([5]), done=False), TransientPolicyError, "ended a stream with None"),
+        (lambda b, h: stream(h, chunk([5]), done=False), TransientPolicyError, "ended a stream without a finish reason"),
         (lambda b, h: stream(h, chunk([5]), b"{broken"), TransientPolicyError, "not JSON"),
         (lambda b, h: stream(h, {"error": {"message": "engine died"}}), TransientPolicyError, "engine died"),
         (lambda b, h: stream(h, {"choices": [{"text": "hi", "finish_reason": "stop"}]}), PolicyError, "use the chat backend"),

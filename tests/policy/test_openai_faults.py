@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from typing import Any
 
 import pytest
@@ -63,6 +64,9 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title>\n<style>a {}</style
         (failed("429 Too Many Requests", code="insufficient_quota"), PolicyError, "429: oh"),
         (failed("404 Not Found"), PolicyError, "404: oh"),
         (failed("413 Payload Too Large", "This model's maximum context length is 10 tokens"), RefusedRequest, "maximum context length"),
+        (failed("500 Error", "Requested tokens (600) exceed context window of 512"), RefusedRequest, "exceed context window"),
+        (failed("429 Too Many Requests", "too many tokens a minute"), TransientPolicyError, "too many tokens"),
+        (stream({"error": {"message": "the request exceeds the available context size"}}), RefusedRequest, "exceeds the available"),
         (reply(b"", "307 Temporary Redirect", more="Location: http://there/v1/\r\n"), PolicyError, "307: it redirects to http://there/v1/"),
         (reply(b'{"detail": [{"loc": ["body", "n"], "msg": "odd"}]}', "422 No"), PolicyError, "422: body.n: odd"),
         (reply(PAGE, "502 Bad Gateway", "text/html"), TransientPolicyError, r"502: a web page \(Sign in; Please\)"),
@@ -85,7 +89,7 @@ PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title>\n<style>a {}</style
         (stream({"error": {"message": "slow down", "type": "rate_limit_exceeded"}}), TransientPolicyError, "slow down"),
         (stream(b"data: Unauthorized\n\n"), PolicyError, "not JSON: 'Unauthorized'"),
         (stream(says("x"), b'data: {"cho', done=False), TransientPolicyError, "not JSON"),
-        (stream(done=False), TransientPolicyError, "no finish reason"),
+        (stream(done=False), TransientPolicyError, "without a finish reason"),
         (HEAD + b"Content-Encoding: gzip\r\nConnection: close\r\n\r\nnot gzip", TransientPolicyError, "DecodingError"),
         (HEAD.replace(b"200 OK", b"999 Odd") + b"\r\n", PolicyError, ""),
         (b"nothing that is HTTP\r\n\r\n", PolicyError, "illegal status line"),
@@ -284,8 +288,17 @@ async def test_a_list_of_models_that_cannot_be_read_is_none(models):
 
 async def test_a_port_that_speaks_otherwise_is_no_server_that_is_not_up_yet():
     assert "no OpenAI" not in str(await error_of(GOOD, b"SSH-2.0-OpenSSH\r\n\r\n", wait=0))
-    with serve(GOOD) as (url, _), pytest.raises(PolicyError, match="SSL") as caught:
-        await ask(url.replace("http:", "https:"), wait=0)
+    listener = bound()
+    listener.listen()
+
+    def plain() -> None:
+        connection, _ = listener.accept()
+        connection.recv(1)  # of what a client says that wants to speak TLS
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    threading.Thread(target=plain, daemon=True).start()
+    with listener, pytest.raises(PolicyError, match="SSL") as caught:
+        await ask(f"https://127.0.0.1:{listener.getsockname()[1]}/v1", wait=0)
     assert "no OpenAI" not in str(caught.value)
 
 
@@ -325,10 +338,16 @@ async def test_a_server_that_takes_no_token_ids_is_found_out_at_once():
         words = isinstance(body["prompt"], str)
         connection.sendall(reply(b'{"choices": [{"text": "x"}]}') if words else failed("500 Internal Server Error", "unmarshal"))
 
-    with serve(answer) as (url, asked), pytest.raises(PolicyError, match="not these token ids: use the chat backend") as caught:
+    with serve(answer) as (url, asked), pytest.raises(PolicyError, match="token ids that it refuses, use the chat backend") as caught:
         await ask(url, CompletionsPolicy)
     assert type(caught.value) is PolicyError and len(asked) == 2
     assert type(await error_of(failed("500 Internal Server Error"), kind=CompletionsPolicy)) is TransientPolicyError
+
+    def short(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
+        words = isinstance(body["prompt"], str)
+        connection.sendall(reply(b'{"choices": [{"text": "x"}]}') if words else failed("400 Bad Request", "the prompt is too long"))
+
+    assert type(await error_of(short, kind=CompletionsPolicy)) is RefusedRequest
 
 
 async def test_comments_are_silence():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import ssl
 from collections.abc import Callable
+from functools import cache
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -72,12 +74,19 @@ def connected(headers: dict[str, str], concurrency: int) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
 
     def made(**options: object) -> httpx.AsyncClient:
-        return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, **options)  # type: ignore[arg-type]
+        trusted = _trusted(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+        return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=trusted, **options)  # type: ignore[arg-type]
 
     try:
         return made()
     except (ImportError, ValueError, httpx.InvalidURL, OSError) as error:
         raise PolicyError(_blamed(error, made)) from None
+
+
+@cache
+def _trusted(file: str | None, directory: str | None) -> ssl.SSLContext:
+    """What certificates are checked against, as these variables have it; reading it takes longer than a request."""
+    return httpx.create_ssl_context()
 
 
 def _blamed(error: Exception, made: Callable[..., httpx.AsyncClient]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import StopReason
-from ramet.errors import PolicyError
+from ramet.errors import PolicyError, RefusedRequest
 from ramet.policy.openai.said import Said, logprob, stop_of
 from ramet.policy.openai.server import REJECTED, WIRE, Exchange, Server, note_prompt, parsed
 
@@ -41,9 +41,9 @@ class CompletionsPolicy(Server):
     async def _explained(self, error: PolicyError, exchange: Exchange) -> PolicyError:
         """Servers refuse token ids with all sorts of errors, also such as may pass: one request in words tells."""
         refused = exchange.status in REJECTED or bool(exchange.refused)
-        if self._served or not refused or not await self._takes_words():
+        if self._served or not refused or isinstance(error, RefusedRequest) or not await self._takes_words():
             return await super()._explained(error, exchange)
-        return PolicyError(f"{error}; it takes text, but not these token ids: {ADVICE}")
+        return PolicyError(f"{error}; it takes words: if it is token ids that it refuses, {ADVICE}")
 
     async def _takes_words(self) -> bool:
         assert self._client is not None

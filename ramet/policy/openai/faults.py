@@ -20,6 +20,8 @@ LONGEST_WAIT = 600.0
 _RUN = 8
 """Characters of a secret that may not be read, wherever in it they stand."""
 _PASSING = (408, 409, 425, 429, 499)
+_NOT_THE_PROMPT = (401, 403, 404, 429, 502, 503, 504)
+"""Statuses that are about something else than a prompt that is too long, whatever the words."""
 _LASTING = re.compile(
     r"invalid[ _](request|argument|api|key|param|value|model|token|prompt|input)|bad[ _]?request|unauthori[sz]ed|authenticat"
     r"|unauthenticated|permission|forbidden|not[ _]?found|does not exist|unsupported|not supported|unprocessable|incorrect api key"
@@ -167,7 +169,7 @@ def failure(
     said = one_line(mask(words) if mask else words)
     answers = f"answers {status}" if status is not None else "reports an error in a stream"
     line = f"{where} {answers}{f': {said}' if said else ''}{note}"
-    if inner is not None and inner < 500 and inner not in (401, 403, 404) and _TOO_LONG.search(words):
+    if inner not in _NOT_THE_PROMPT and _TOO_LONG.search(words):
         return RefusedRequest(line)
     return TransientPolicyError(line, wait) if passes(inner, text, words) else PolicyError(line)
 
@@ -180,8 +182,6 @@ def passes(status: int | None, text: str, words: str) -> bool:
         return status in _PASSING or (status >= 500 and status not in (501, 505))
     if found := re.search(r"\b(?:code|status)\W{0,4}([45]\d\d)\b", text[: 2**16], re.IGNORECASE) or re.match(r"\W*([45]\d\d)\b", words):
         return passes(int(found[1]), "", "")
-    if _TOO_LONG.search(words):
-        return False
     return bool(_PASSES.search(text[: 2**16])) or not _LASTING.search(text[: 2**16])
 
 

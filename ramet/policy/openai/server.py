@@ -337,7 +337,7 @@ class Exchange:
             elif self._scope.cancelled_caught:
                 self._error = TransientPolicyError(f"{server._url}: nothing came for {server._seconds:g} seconds{server._through()}")
             else:
-                self._error = TransientPolicyError(f"{server._url} ended a stream with None: no finish reason, and no [DONE]")
+                self._error = TransientPolicyError(f"{server._url} ended a stream without a finish reason and without [DONE]")
         try:
             self._hearing.settle()
         except PolicyError as error:
