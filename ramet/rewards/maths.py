@@ -36,29 +36,27 @@ _SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ()\[\]
 
 
 def number(text: str) -> Fraction | None:
-    """The value of an integer, decimal, fraction, mixed number or the like, with or without a unit; None for anything else."""
+    """The value of an integer, decimal, fraction, mixed number or the like; None for anything else, words and units included."""
     plain = _PLAIN.fullmatch(text)
     if plain:
         return Fraction(plain[1])
     try:
-        node = read(text)
+        value = number_of(read(text)) if re.search(r"\d", text) else None
     except Unreadable:
         return None
-    while isinstance(node, Quantity):
-        node = node.amount
-    value = number_of(node)
     return None if value is None else value.value
 
 
 def canonical(answer: str) -> str:
-    """The same for answers that are written alike, and for equal numbers."""
-    value = number(answer)
-    if value is not None:
-        return str(value)
+    """The same for answers that are written alike, and for equal numbers, units aside."""
     try:
-        return written(read(answer))
+        node = read(answer)
     except Unreadable:
         return " ".join(answer.split())
+    while isinstance(node, Quantity):
+        node = node.amount
+    value = number_of(node)
+    return written(node) if value is None else str(value.value)
 
 
 def reference(task: Task) -> str:
