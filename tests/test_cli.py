@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,9 +17,9 @@ from ramet.benchmarks.plots import LABELS
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def ramet(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def ramet(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ramet.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT | environment, timeout=300)
 
 
 def test_help_names_every_command_with_an_example():
@@ -28,10 +29,12 @@ def test_help_names_every_command_with_an_example():
         assert "Example: ramet" in ramet(command, "--help").stdout
 
 
-def test_run_prints_tree_answer_and_bill(tmp_path):
-    result = ramet("run", "--policy", "nano", "3+4-2+7-9+5+8-1+6+2", "--json", str(tmp_path / "run.json"))
+@pytest.mark.parametrize(("encoding", "arrow"), [("utf-8", "→"), ("ascii", "->")])
+def test_run_prints_tree_answer_and_bill(encoding, arrow, tmp_path):
+    command = ("run", "--policy", "nano", "3+4-2+7-9+5+8-1+6+2", "--json", str(tmp_path / "run.json"))
+    result = ramet(*command, PYTHONIOENCODING=encoding)
     assert result.returncode == 0, result.stderr
-    assert "root" in result.stdout and "bill" in result.stdout and "answer" in result.stdout
+    assert f"tokens {arrow} answered" in result.stdout and "bill" in result.stdout and "answer" in result.stdout
     head, tree = json.loads((tmp_path / "run.json").read_text())
     assert head["record"] == "meta" and tree["reference"] == 23 and tree["generated"] <= 256
 
@@ -69,6 +72,7 @@ def test_what_is_wrong_is_one_line_and_a_status(arguments, says, tmp_path):
     result = ramet(*arguments, cwd=tmp_path)
     assert result.returncode not in (0, 70), result.stderr
     assert says in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_model_directory_without_a_tokenizer_is_named(tmp_path):
@@ -85,20 +89,21 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
     )
     command = ["train", "--config", "tiny.toml", "--seed", "3", "--name"]
     assert ramet(*command, "whole", cwd=tmp_path).returncode == 0
+    cut = "cut[/b] :100: [red]"
     process = subprocess.Popen(
-        [sys.executable, "-m", "ramet.cli", *command, "cut"],
+        [sys.executable, "-m", "ramet.cli", *command, cut],
         cwd=tmp_path,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    metrics = tmp_path / "runs" / "cut" / "metrics.jsonl"
+    metrics = tmp_path / "runs" / cut / "metrics.jsonl"
     while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
         pass
     process.kill()
     process.wait()
-    resumed = ramet(*command, "cut", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = ramet(*command, cut, cwd=tmp_path)
+    assert resumed.returncode == 0 and f"run folder runs/{cut}: " in resumed.stdout, resumed.stderr
 
     def curve(name: str) -> list[dict]:
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
@@ -108,9 +113,9 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
         records = json.loads((tmp_path / "runs" / name / "evaluation.json").read_text())[1:]
         return [{n: v for n, v in r.items() if n != "seconds"} for r in records]
 
-    assert curve("cut") == curve("whole") and len(curve("cut")) == 4
-    assert evaluation("cut") == evaluation("whole")
-    other = ramet("train", "--config", "tiny.toml", "--seed", "4", "--name", "cut", cwd=tmp_path)
+    assert curve(cut) == curve("whole") and len(curve(cut)) == 4
+    assert evaluation(cut) == evaluation("whole")
+    other = ramet("train", "--config", "tiny.toml", "--seed", "4", "--name", cut, cwd=tmp_path)
     assert other.returncode == 2 and "another configuration or seed" in other.stderr
 
 
@@ -161,6 +166,8 @@ def test_bench_sampling_and_doctor(tmp_path):
     assert all(r["tokens_per_second"] > 0 and r["requests"] >= 8 for r in backends.values())
     checked = ramet("doctor", "--json", str(tmp_path / "d.json"))
     assert checked.returncode == 0 and "3+4 -> 7" in checked.stdout
+    for part in ("vllm", "openrlhf"):
+        assert importlib.util.find_spec(part) is not None or f"pip install 'ramet[{part}]'" in checked.stdout
 
 
 def signalled(folder: Path, number: int) -> tuple[int, str, int]:

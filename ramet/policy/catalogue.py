@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -82,12 +81,13 @@ def find(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise CheckpointError(f"{name!r} is no name of a model on the hub, which has the form owner/name")
     wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError:
+        raise CheckpointError(f"{name!r} is no name of a model on the hub, which has the form owner/name") from None
     except Exception as error:  # it raises many classes, for what is missing, gated or offline
         said = first_line(error)
         raise CheckpointError(f"the hub does not give {name}: {said}") from error
