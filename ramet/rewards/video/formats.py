@@ -156,11 +156,14 @@ def _highest(ratings: Sequence[float]) -> int | None:
 def _winner(columns: Columns) -> int | None:
     """0, 1, or None for a tie: by a letter, a number from 1 on, a side, or the name of the answer's own column."""
     value = columns.get("winner")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as a table with gaps keeps it
     said = str(value).strip().strip("[]").casefold() if isinstance(value, str) or type(value) is int else ""
+    bare = re.sub(r"^(?:model|response|answer|assistant|output|video)[ _]?", "", said)
     if said in _TIE:
         return None
     for place, (words, sides) in enumerate(((_FIRST, ("a", "left")), (_SECOND, ("b", "right")))):
-        if said.removeprefix("model_") in words or said in [str(columns.column(s)).casefold() for s in sides if columns.column(s)]:
+        if bare in words or said in [str(columns.column(s)).casefold() for s in sides if columns.column(s)]:
             return place
     raise TaskError(f"{columns.where}: its winner is {str(value)[:40]!r}, which is neither A, B, 1, 2, left, right nor a tie")
 
@@ -203,6 +206,8 @@ def media(columns: Columns) -> list[str]:
     if value is None:
         value = _parts(columns.get("question" if columns.column("question") else "chosen", None))
     given = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    while len(given) == 1 and isinstance(given[0], (list, tuple)):
+        given = given[0]  # the frames of a row's one video
     return [_name(one, columns.where) for one in given]
 
 

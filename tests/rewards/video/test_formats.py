@@ -70,6 +70,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "A/B": {"video": "v.mp4", "question": ASKED, "answer_a": "blue", "answer_b": "red", "winner": "B"},
     "A/B by number": {"video": "v.mp4", "prompt": ASKED, "response_1": "red", "response_2": "blue", "preference": 1},
     "A/B by column": {"video": "v.mp4", "prompt": ASKED, "response_a": "red", "response_b": "blue", "preferred": "response_a"},
+    "A/B in words": {"video": "v.mp4", "prompt": ASKED, "response_1": "blue", "response_2": "red", "label": "Answer 2"},
+    "A/B as a float": {"video": "v.mp4", "prompt": ASKED, "response_1": "blue", "response_2": "red", "label": 2.0},
     "A/B by model": {"video": "v.mp4", "prompt": ASKED, "response_a": "blue", "response_b": "red", "winner": "model_b"},
     "A/B by rating": {"video": "v.mp4", "question": ASKED, "answer_a": "blue", "answer_b": "red", "score_a": 0.25, "score_b": 0.75},
     "ratings": {"video": "v.mp4", "question": ASKED, "responses": ["blue", "red"], "ratings": [2.5, 4.125]},
@@ -115,6 +117,9 @@ def test_frames_are_a_run_of_a_folder(tmp_path: Path) -> None:
     row = {"question": ASKED, "chosen": "red", "rejected": "blue"}
     (pair,) = loaded(tmp_path, row | {"frames": [f"f/{n}.png" for n in range(8, 12)]})
     assert pair.video == Segment(str(tmp_path / "f"), 8.0, 12.0)
+    asked = [say("user", [{"type": "video", "video": [f"f/{n}.png" for n in range(3)]}, {"type": "text", "text": ASKED}])]
+    (pair,) = loaded(tmp_path, {"prompt": asked, "chosen": "red", "rejected": "blue"})
+    assert pair.video == Segment(str(tmp_path / "f"), 0.0, 3.0)
     for frames in (["f/1.png", "f/3.png"], ["f/2.png", "f/1.png"], ["f/1.png", "f/99.png"]):
         with pytest.raises(TaskError, match=r"row 1: its 2 frames .* are no run of the pictures of one folder"):
             loaded(tmp_path, row | {"frames": frames})
