@@ -28,6 +28,8 @@ from ramet.agents.tree import Status
 from ramet.errors import CallError
 
 MAX_CALL_CHARACTERS = 65_536
+FEW, LEAST = 16, 40
+"""Of more than so many results, none is cut to less than so many characters."""
 OUT_OF_BUDGET_NOTICE = "Out of budget. Answer now."
 
 _Text = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
@@ -178,12 +180,30 @@ def render_results(results: Sequence[CloneResult], left: str, limit: int) -> str
     """Numbered results in call order within `limit` characters, then the line on what is left.
 
     Short results are kept whole; long ones share what remains equally, each cut in its middle with
-    a marker that says how much is missing. No sibling loses text while a longer one is whole.
+    a marker that says how much is missing. No sibling loses text while a longer one is whole. Where there are so many that each
+    would be cut to nearly nothing, the first are shown as far as they fit, and one line says how many are not.
     """
     lines = [" ".join(result.line().split()) for result in results]
-    allowance = _fair_allowance([len(line) for line in lines], limit)
-    numbered = [f"{number}: {elide(line, allowance)}" for number, line in enumerate(lines, 1)]
+    room = limit - sum(len(f"{number}: \n") for number in range(1, len(lines) + 1))
+    if len(lines) > FEW and sum(min(len(line), LEAST) for line in lines) > room:
+        numbered = _first(lines, limit)
+    else:
+        allowance = _fair_allowance([len(line) for line in lines], room)
+        numbered = [f"{number}: {elide(line, allowance)}" for number, line in enumerate(lines, 1)]
     return "\n".join([*numbered, left] if left else numbered)
+
+
+def _first(lines: Sequence[str], limit: int) -> list[str]:
+    """As many numbered lines from the first on as fit `limit`, and one on those that do not."""
+    numbered: list[str] = []
+    room = limit - len(f"[... results {len(lines)} to {len(lines)} left out: no room ...]")
+    for number, line in enumerate(lines, 1):
+        numbered.append(f"{number}: {elide(line, LEAST)}")
+        room -= len(numbered[-1]) + 1
+        if room < 0:
+            numbered[-1] = f"[... results {number} to {len(lines)} left out: no room ...]"
+            break
+    return numbered
 
 
 def _fair_allowance(lengths: Sequence[int], limit: int) -> int:

@@ -10,8 +10,8 @@ turn, the sampled ids and then the ids that the runtime appended (a tool message
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -210,9 +210,26 @@ class Branch:
 
     def critical_path(self) -> int:
         """Sampled tokens on the longest chain: own turns, plus the longest clone of each call."""
-        return sum(
-            len(turn.sampled) + turn.discarded + max((clone.critical_path() for clone in turn.clones), default=0) for turn in self.turns
-        )
+        paths: dict[str, int] = {}
+        for branch in reversed(list(self.walk())):
+            paths[branch.id] = branch.generated + sum(max((paths[c.id] for c in turn.clones), default=0) for turn in branch.turns)
+        return paths[self.id]
+
+    def flat(self) -> list[tuple[int, Branch]]:
+        """This branch and every one under it as `walk` has them, without their clones, each with the number of its parent's turn."""
+        turns = {clone.id: number for branch in self.walk() for number, turn in enumerate(branch.turns) for clone in turn.clones}
+        alone = (replace(branch, turns=tuple(replace(turn, clones=()) for turn in branch.turns)) for branch in self.walk())
+        return [(turns.get(branch.id, 0), branch) for branch in alone]
+
+    @classmethod
+    def assembled(cls, flat: Sequence[tuple[int, Branch]]) -> Branch:
+        """The branch that was made `flat`."""
+        clones: dict[tuple[str, int], list[Branch]] = {}
+        for number, branch in reversed(flat):
+            turns = (replace(t, clones=tuple(reversed(c))) if (c := clones.get((branch.id, n))) else t for n, t in enumerate(branch.turns))
+            whole = replace(branch, turns=tuple(turns))
+            clones.setdefault((branch.id.rpartition(".")[0], number), []).append(whole)
+        return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +245,11 @@ class Tree:
     seed: int = 0
     error: str = ""
     regrown: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Flat: a chain of clones is deeper than pickle goes.
+        others = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "root"}
+        return _unpickled, (self.root.flat(), others)
 
     @property
     def answer(self) -> str | None:
@@ -253,6 +275,10 @@ class Tree:
             return ""
         named = "seconds" if self.root.status is Status.TIMED_OUT else self.root.reason or "generated"
         return f"a prompt of {len(self.root.prompt)} tokens leaves nothing of {named if ' ' in named else f'budget.{named}'}"
+
+
+def _unpickled(flat: list[tuple[int, Branch]], others: dict[str, Any]) -> Tree:
+    return Tree(root=Branch.assembled(flat), **others)
 
 
 def price(root: Branch, seconds: float = 0.0) -> Usage:

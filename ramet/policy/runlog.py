@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from pydantic import TypeAdapter
 
-from ramet.agents.tree import Tree
+from ramet.agents.tree import Branch, Tree
 from ramet.errors import StorageError
 from ramet.policy.update import Metrics
 
-STORED = TypeAdapter(Tree)
-"""Trees as JSON, exactly."""
+_TREE, _CLONES = TypeAdapter(Tree), TypeAdapter(list[tuple[int, Branch]])
+
+
+class STORED:
+    """Trees as JSON, exactly, and however deep: a tree with its root alone, and its branches as `Branch.flat` has them."""
+
+    @staticmethod
+    def dump_json(tree: Tree) -> bytes:
+        flat = tree.root.flat()
+        alone = _TREE.dump_json(replace(tree, root=flat[0][1]))
+        return b'{"tree":%b,"clones":%b}' % (alone, _CLONES.dump_json(flat[1:]))
+
+    @staticmethod
+    def validate_json(text: str | bytes) -> Tree:
+        """The tree; also one that was written with its clones inside their parents."""
+        data = json.loads(text)
+        if "tree" not in data:
+            return _TREE.validate_python(data)
+        tree = _TREE.validate_python(data["tree"])
+        return replace(tree, root=Branch.assembled([(0, tree.root), *_CLONES.validate_python(data["clones"])]))
 
 
 class RunLog:

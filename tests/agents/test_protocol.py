@@ -100,11 +100,26 @@ def test_megabytes_of_braces_take_no_time():
 
 def test_results_are_cut_fairly_and_visibly():
     results = [CloneResult(Status.ANSWERED, "x" * 1000), CloneResult(Status.ANSWERED, "7"), CloneResult(Status.ANSWERED, "y" * 1000)]
-    lines = render_results(results, "[left 9 tokens]", 101).splitlines()
+    lines = render_results(results, "[left 9 tokens]", 113).splitlines()
     assert lines[1] == "2: 7" and lines[3] == "[left 9 tokens]"
     assert lines[0] == "1: " + "x" * 11 + "[... 979 characters cut ...]" + "x" * 10
     assert lines[2].count("y") == 21
-    assert sum(len(line.partition(": ")[2]) for line in lines[:3]) <= 101
+    assert len("\n".join(lines[:3])) <= 113
+
+
+@pytest.mark.parametrize("count", [17, 100, 460, 10_000])
+@pytest.mark.parametrize("length", [1, 9, 300])
+def test_however_many_results_there_are_the_limit_holds_and_what_is_shown_can_be_read(count, length):
+    results = [CloneResult(Status.ANSWERED, "x" * length)] * count
+    text = render_results(results, "", 4096)
+    assert len(text) <= 4096
+    *shown, last = text.splitlines()
+    if last.startswith("[..."):
+        assert last == f"[... results {len(shown) + 1} to {count} left out: no room ...]"
+        assert len(text) > 4096 - 120, "as many as there is room for"
+    else:
+        assert len(shown) + 1 == count
+    assert all(line == f"{i}: {'x' * length}" or "characters cut ...]" in line for i, line in enumerate(shown, 1))
 
 
 @given(st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=12), st.integers(1, 400))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import anyio
 import pytest
+from pydantic import TypeAdapter
 
 from ramet.agents.budget import Budget
 from ramet.agents.journal import Journal
@@ -14,7 +16,8 @@ from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
-from ramet.agents.tree import Message, Status, Task
+from ramet.agents.simulation import simulate
+from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.errors import PolicyError
 from ramet.policy.runlog import STORED
 from ramet.policy.update import AGAIN, Group, Verdict, grouped, grow, jobs_of, summary
@@ -69,6 +72,28 @@ def test_a_tree_whose_clone_the_backend_failed_is_grown_anew_and_counted(tmp_pat
     assert not policy.requests and [[(t.seed, t.regrown, t.root.ids) for t in of] for _, of in again] == [
         [(t.seed, t.regrown, t.root.ids) for t in of] for _, of in groups
     ]
+
+
+def test_a_chain_of_clones_may_be_as_deep_as_its_budget(tmp_path):
+    """Grown, priced, stored, read again and sent to another process; no step of it goes down the chain call by call."""
+    call = f"<tool_call>{render_call(['go'])}</tool_call>\0"
+
+    async def main() -> Tree:
+        policy = ScriptedPolicy(lambda c: "Answer: up\0" if "1: " in c or not c.startswith("T") else call, stride=99)
+        return await Runtime(policy, PlainFormat()).run(Task("t", (Message("user", "go"),)), Budget(depth=400))
+
+    tree = simulate(main, 0)
+    assert max(branch.depth for branch in tree.branches) == 400 and tree.usage.critical_path == tree.usage.generated
+    for again in (STORED.validate_json(STORED.dump_json(tree)), pickle.loads(pickle.dumps(tree))):
+        assert [b.ids for b in again.branches] == [b.ids for b in tree.branches] and again.usage == tree.usage
+        assert [len(b.clones) for b in again.branches] == [len(b.clones) for b in tree.branches]
+
+
+def test_trees_that_were_stored_with_clones_inside_their_parents_can_be_read(tmp_path):
+    grown = [tree for _, of in trees(0, tmp_path / "j")[0] for tree in of]
+    nested = TypeAdapter(Tree)
+    assert [STORED.validate_json(nested.dump_json(tree)) for tree in grown] == grown
+    assert [pickle.loads(pickle.dumps(tree)) for tree in grown] == grown
 
 
 def test_a_backend_that_stays_away_ends_the_update_with_what_it_said(tmp_path):

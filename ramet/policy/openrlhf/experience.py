@@ -5,6 +5,7 @@ A row's sampled token t stands at index t - 1 of what OpenRLHF calls actions, si
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +46,11 @@ def deal(minibatches: Sequence[Sequence[Row]], trainers: int, tokens: int, pad: 
     steps = []
     for rows in minibatches:
         shares: list[list[Row]] = [[] for _ in range(trainers)]
+        loads = [(0, trainer) for trainer in range(trainers)]
         for row in sorted(rows, key=lambda row: -len(row.ids)):
-            min(shares, key=lambda share: sum(len(r.ids) for r in share)).append(row)
+            load, trainer = loads[0]
+            shares[trainer].append(row)
+            heapq.heapreplace(loads, (load + len(row.ids), trainer))
         made = [[_experience(batch, share) for batch in batches([r.ids for r in share], tokens, pad)] for share in shares]
         most = max(map(len, made))
         steps.append(most)
