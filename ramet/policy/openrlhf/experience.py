@@ -46,11 +46,11 @@ def deal(minibatches: Sequence[Sequence[Row]], trainers: int, tokens: int, pad: 
     steps = []
     for rows in minibatches:
         shares: list[list[Row]] = [[] for _ in range(trainers)]
-        loads = [(0, trainer) for trainer in range(trainers)]
+        loads = [(0, place) for place in range(trainers)]
         for row in sorted(rows, key=lambda row: -len(row.ids)):
-            load, trainer = loads[0]
-            shares[trainer].append(row)
-            heapq.heapreplace(loads, (load + len(row.ids), trainer))
+            load, place = loads[0]
+            shares[place].append(row)
+            heapq.heapreplace(loads, (load + len(row.ids), place))
         made = [[_experience(batch, share) for batch in batches([r.ids for r in share], tokens, pad)] for share in shares]
         most = max(map(len, made))
         steps.append(most)
