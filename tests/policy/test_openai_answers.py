@@ -264,6 +264,8 @@ async def test_the_last_chunk_of_a_completion_needs_no_ids():
     sample = await completion(stream(ids(5, 6), event(text="", token_ids=None, logprobs=None, finish_reason="stop")))
     assert (sample.ids, sample.stop) == ((5, 6), StopReason.END)
     assert (await completion(stream(ids(5, text="a"), event(text="b", finish_reason="stop")))).ids == (5,)
+    last = event(text="", token_ids=None, logprobs={"token_logprobs": [-0.5]}, finish_reason="stop")
+    assert (await completion(stream(ids(5), last))).ids == (5,)
     assert (await completion(stream(ids(5, logprob="odd", finish="stop")), temperature=0)).logprobs == (0.0,)
 
 

@@ -234,6 +234,16 @@ async def test_a_value_that_is_refused_is_no_reason_to_leave_a_field_out():
     assert len(asked) == 1
 
 
+async def test_a_value_that_changes_nothing_is_left_out_where_it_is_refused():
+    def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
+        refused = failed("422 No", "Input validation error: `top_p` must be > 0.0 and < 1.0")
+        connection.sendall(refused if "top_p" in body else GOOD)
+
+    with serve(answer) as (url, asked):
+        assert await ask(url) == "Answer: 42"
+    assert len(asked) == 2
+
+
 async def test_a_server_that_refuses_both_names_of_the_limit_is_given_up():
     def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
         name = "max_tokens" if "max_tokens" in body else "max_completion_tokens"

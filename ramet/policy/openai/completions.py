@@ -68,15 +68,16 @@ class Ids:
     def take(self, said: Said) -> None:
         partial, request = self._partial, self._request
         self._finish = said.finish or self._finish
-        ids = said.ids or []
         if said.ids is None and said.text and not partial.ids:
             raise PolicyError(f"does not return the token ids that it sampled; {ADVICE}")
+        ids = said.ids or []
         if request.sampling.temperature == 0:
             logprobs = [0.0] * len(ids)
         else:
-            if len(said.tokens) != len(ids):
-                raise PolicyError(f"returns {len(said.tokens)} log-probabilities for {len(ids)} tokens")
-            logprobs = [_known(value) for _, value in said.tokens]
+            listed = said.tokens if said.ids is not None else []
+            if len(listed) != len(ids):
+                raise PolicyError(f"returns {len(listed)} log-probabilities for {len(ids)} tokens")
+            logprobs = [_known(value) for _, value in listed]
         partial.ids += ids
         partial.logprobs += logprobs
         note_prompt(said.usage, len(request.prompt), partial)

@@ -14,6 +14,7 @@ _REFUSED = re.compile(
     r"|additional propert|not allowed|invalid parameter|unavailable|not available|deprecated|no such (field|parameter)",
     re.IGNORECASE,
 )
+_NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
 _SYSTEM = re.compile(r"system['\"`]? (role|message|prompt|instruction)|role['\"`:]* ['\"`]?system", re.IGNORECASE)
 
 
@@ -39,14 +40,16 @@ class Fields:
         named = {self.names.get(field, field): value for field, value in asked.items()}
         return {**{name: value for name, value in named.items() if name}, **self.extra}
 
-    def adapt(self, said: str, param: Any, optional: Collection[str]) -> str:
+    def adapt(self, said: str, param: Any, sent: Mapping[str, Any], optional: Collection[str]) -> str:
         """Change what is refused in `said`, the text of an error; `param` is the name that the error gives, if it does.
 
+        Of a value that the server does not take, only one that changes nothing is left out.
         What has been changed, for people; empty if nothing could be.
         """
+        names = {field: name for field in optional if (name := self.names.get(field, field)) in sent}
         if not _REFUSED.search(said):
-            return ""
-        places = {field: _place(self.names.get(field, field), said, param) for field in optional if self.names.get(field, field)}
+            names = {field: name for field, name in names.items() if field in _NEUTRAL and sent[name] == _NEUTRAL[field]}
+        places = {field: _place(name, said, param) for field, name in names.items()}
         found = {field: place for field, place in places.items() if place is not None}
         if found:
             field = min(found, key=lambda name: found[name])
@@ -58,7 +61,7 @@ class Fields:
             if self.names.get(LIMIT, LIMIT) == LIMIT:
                 self.names[LIMIT] = NEW_LIMIT
                 return f"does not take {LIMIT}: it is called {NEW_LIMIT}"
-        elif _SYSTEM.search(said) and not self.fold_system:
+        elif _REFUSED.search(said) and _SYSTEM.search(said) and not self.fold_system:
             self.fold_system = True
             return "does not take system messages: they stand in the first message of the user"
         return ""

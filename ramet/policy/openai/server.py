@@ -216,8 +216,7 @@ class Server(ABC):
         """Is there something else to be asked than what was refused?"""
         if self._whole(request) != sent:
             return True  # another request has been refused before
-        fields = [field for field in (*self.optional, *self._neutral) if self._fields.names.get(field, field) in sent]
-        change = self._fields.adapt(exchange.refused, exchange.param, fields)
+        change = self._fields.adapt(exchange.refused, exchange.param, sent, (*self.optional, *self._neutral))
         if change:
             log.warning("%s %s", self._url, change)
         return bool(change)
