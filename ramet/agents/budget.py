@@ -65,7 +65,7 @@ class Budget(BaseModel):
     branch_generated: _Limit | None = None
     context: _Limit | None = None
     answer_reserve: _Limit = 0
-    seconds: Annotated[float, Field(ge=0)] | None = None
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
     @field_validator("*", mode="before")
     @classmethod

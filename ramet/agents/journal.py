@@ -7,6 +7,7 @@ work done again; damage anywhere else, or another job's journal, is refused with
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from ramet.errors import CheckpointError, StorageError
 
@@ -28,7 +29,7 @@ def fingerprint(*parts: Any) -> str:
 
 
 class Journal:
-    """Open a journal for the job `job`; `records` are those already in it."""
+    """Open a journal for the job `job`, for this process alone; `records` are those already in it."""
 
     def __init__(self, path: Path, job: str):
         self.path = path
@@ -37,11 +38,16 @@ class Journal:
         header = {"journal": FORMAT, "job": job}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            intact = self._read(header)
             self._file = path.open("ab", buffering=0)
-            self._file.truncate(intact)
-            if intact == 0:
-                self._write(header)
+            _lock(self._file, path)
+            try:
+                intact = self._read(header)
+                self._file.truncate(intact)
+                if intact == 0:
+                    self._write(header)
+            except BaseException:
+                self._file.close()
+                raise
         except OSError as error:
             raise StorageError(f"cannot open journal {path}: {error.strerror or error}") from error
 
@@ -105,6 +111,17 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Hold the file until it is closed. Where the file system knows no locks, nobody can."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StorageError(f"another process is writing {path}; wait for it, or choose another name") from None
+    except OSError:
+        pass
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

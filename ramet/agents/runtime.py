@@ -21,7 +21,7 @@ from ramet.agents.context import ContextStore
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import Slots, task_group
 from ramet.agents.tree import Status, Task, Tree, price
-from ramet.errors import TaskError
+from ramet.errors import ConfigError, TaskError
 
 CLONE_SYSTEM = (
     "You are a clone, working on one part of a larger task in a context of your own. "
@@ -63,6 +63,11 @@ class Runtime:
     tell_all: bool = True
     watch: Callable[[Growth], None] | None = None
     _slots: Slots | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "max_turn_tokens", "result_characters", "attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
     async def run(self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None) -> Tree:
         """Grow one tree. Past `budget.seconds` it is cut short and returned as timed out.
@@ -120,6 +125,8 @@ class Runtime:
 
         Leaving the block cancels what still grows.
         """
+        if in_flight < 1:
+            raise ConfigError(f"in_flight is {in_flight}; give at least 1, or no tree is grown")
         waiting = iter(jobs)
         send, receive = anyio.create_memory_object_stream[tuple[Job, Tree]](0)
 

@@ -6,10 +6,12 @@ are in `ramet.policy`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ramet.agents.tree import Segment, StopReason
+from ramet.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,14 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"a temperature of {self.temperature} cannot be sampled at; give 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is a share above 0 and at most 1 (all tokens), not {self.top_p}")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ConfigError(f"top_k is a number of tokens, or 0 for all, not {self.top_k}")
 
 
 @dataclass(frozen=True, slots=True)

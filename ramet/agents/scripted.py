@@ -7,6 +7,7 @@ the same faults in every interleaving.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import anyio
 from ramet.agents.chat import ParsedTurn, parse_spelled
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import Message, StopReason
-from ramet.errors import PolicyError, TransientPolicyError
+from ramet.errors import ConfigError, PolicyError, TransientPolicyError
 
 STOP = 0
 
@@ -98,6 +99,10 @@ class ScriptedPolicy:
     injected: int = 0
     down_until: float = 0.0
     _crashes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or not 0 <= self.delay < math.inf:
+            raise ConfigError(f"a stride of {self.stride} and a delay of {self.delay}; give at least 1 token and 0 seconds")
 
     def crash(self, seconds: float) -> None:
         """Everything in flight fails at its next token; for `seconds` nothing is served."""

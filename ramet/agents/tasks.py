@@ -13,6 +13,8 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskGroup
 
+from ramet.errors import ConfigError
+
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[TaskGroup]:
@@ -34,6 +36,8 @@ class Slots:
     __slots__ = ("_free", "_waiting")
 
     def __init__(self, count: int):
+        if count < 1:
+            raise ConfigError(f"at least 1 may go on at a time, not {count}: with none, all would wait for ever")
         self._free = count
         self._waiting: OrderedDict[anyio.Event, None] = OrderedDict()
 

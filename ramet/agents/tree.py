@@ -10,10 +10,13 @@ turn, the sampled ids and then the ids that the runtime appended (a tool message
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from ramet.errors import TaskError
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -54,6 +57,12 @@ class Segment:
     start: float = 0.0
     end: float | None = None
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.start < math.inf and (self.end is None or self.start < self.end)):
+            raise TaskError(
+                f"{self.file}: a part of a video begins at 0 seconds or later and ends after that, not {self.start} to {self.end}"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -62,6 +71,12 @@ class Message:
     role: Role
     content: str
     media: tuple[Segment, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.role not in get_args(Role):
+            raise TaskError(f"no role {self.role!r}; a message is of {', '.join(get_args(Role))}")
+        if not isinstance(self.content, str):
+            raise TaskError(f"the content of a message is a text, not a {type(self.content).__name__}; videos go into media")
 
 
 @dataclass(frozen=True, slots=True)
