@@ -293,7 +293,12 @@ async def test_a_model_that_is_served_need_not_be_listed(listed):
 async def test_a_list_of_models_that_cannot_be_read_is_none(models):
     with serve(GOOD, models) as (url, _):
         assert await ask(url, model="m") == "Answer: 42"
-    assert "does not list a model" in str(await error_of(GOOD, models))
+    assert re.search("does not list a model|it lists none", str(await error_of(GOOD, models)))
+
+
+async def test_why_there_is_no_list_of_models_is_said():
+    error = await error_of(GOOD, failed("401 Unauthorized", "no such key"))
+    assert "401: no such key; no model is named, and it lists none" in str(error)
 
 
 async def test_a_port_that_speaks_otherwise_is_no_server_that_is_not_up_yet():

@@ -166,9 +166,11 @@ class Server(ABC):
         if not listed and self.model:
             return  # it has no list; the first request will tell whether it has the model
         self._listed = list(listed)
+        if not listed and not reply.is_success:
+            raise PolicyError(f"{self.refusal(reply, reply.text)}; no model is named, and it lists none")
         if not listed:
             note = self._note(reply.status_code, reply.text)
-            raise PolicyError(f"{self._url} (status {reply.status_code}) does not list a model; it has none{note}")
+            raise PolicyError(f"{self._url} does not list a model; name the one to use{note}")
         self.model = self.model or self._chosen()
         entry = listed.get(self.model, {})
         owner = str(entry.get("owned_by") or next(iter(listed.values())).get("owned_by"))
