@@ -10,7 +10,8 @@ import pytest
 
 from ramet.agents.simulation import simulate
 from ramet.benchmarks.cluster_sim import PLACEMENTS, Engine, Hardware, Load, simulate_update
-from ramet.benchmarks.scaling import Assumed, Measured, point
+from ramet.benchmarks.scaling import Assumed, Measured, Sending, point, sending
+from ramet.policy.openrlhf.settings import ClusterConfig
 
 
 def ticking(arrivals: list[tuple[float, int, int]], hardware: Hardware, factor: float, tick: float) -> list[float]:
@@ -74,7 +75,27 @@ def test_placements_do_the_same_work_and_affinity_reads_less():
 
 def test_the_model_of_scaling_is_proportional_until_something_else_limits():
     measured = Measured(50_000, 80_000, 0.0002, 0.0005, 0.0004)
-    eight, large = (point(gpus, 64 * gpus, Assumed(), Hardware(), measured) for gpus in (8, 256))
+    free = replace(measured, sending=Sending(0.0, 0.0))
+    eight, large = (point(gpus, 64 * gpus, Assumed(), Hardware(), free, 1) for gpus in (8, 256))
     assert large.seconds == pytest.approx(eight.seconds, rel=0.05) and large.limit != "control"
-    assert point(1024, 64 * 1024, Assumed(), Hardware(), replace(measured, journal_seconds=0.01)).limit == "control"
-    assert point(1024, 512, Assumed(), Hardware(), measured).limit == "sample", "the longest chain does not get shorter"
+    assert point(1024, 64 * 1024, Assumed(), Hardware(), replace(free, journal_seconds=0.01), 1).limit == "control"
+    assert point(1024, 512, Assumed(), Hardware(), free, 1).limit == "sample", "the longest chain does not get shorter"
+
+
+def test_weights_cost_a_call_for_each_tensor_and_engine_besides_their_bytes():
+    """By hand: 400 tensors of 4 billion parameters, 64 engines on several nodes."""
+    assumed = Assumed(parameters=4e9, tensors=400, nodes=50e9)
+    cost = Sending(piece=0.001, engine=0.0005)
+    assert sending(400, 64, 256, assumed, cost) == pytest.approx(400 * 0.001 + 400 * 64 * 0.0005 + 8e9 / 50e9)
+    assert sending(400, 128, 256, assumed, cost) - sending(400, 64, 256, assumed, cost) == pytest.approx(400 * 64 * 0.0005)
+    found = point(1024, 512, assumed, Hardware(), Measured(50_000, 80_000, 0.0002, 0.0005, 0.0004, cost), 1)
+    assert found.bucketed < found.syncing / 10, "what there is to gain by sending many tensors at once"
+
+
+def test_without_staleness_an_update_is_sampled_and_then_trained():
+    measured = Measured(50_000, 80_000, 0.0002, 0.0005, 0.0004)
+    before, ahead = (point(64, 4096, Assumed(), Hardware(), measured, staleness) for staleness in (0, 1))
+    assert before.seconds == pytest.approx(before.sampling + before.training + before.syncing)
+    assert before.seconds > 1.5 * ahead.seconds
+    assert point(64, 4096, Assumed(), Hardware(), measured) == before, "which is the default of a run: " + repr(ClusterConfig().staleness)
+    assert ClusterConfig().staleness == 0
