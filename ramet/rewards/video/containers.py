@@ -31,7 +31,6 @@ from ramet.errors import ConfigError, TaskError, first_line
 
 try:
     import av
-    import av.stream
 except ImportError:
     av = None  # type: ignore[assignment]
 
@@ -54,6 +53,8 @@ FAULTS = (OSError, ValueError, MemoryError, EOFError, *(() if av is None else (a
 """What libraries raise of a file that cannot be read."""
 LEFT = 1.0
 """Seconds by which an earlier picture may stand in for one that cannot be decoded."""
+COVER = 0x400
+"""FFmpeg's flag of a stream that is a picture attached to the file."""
 INDEXES = 32
 """Files whose index is remembered: some megabytes for one of an hour."""
 STRAY = 256
@@ -147,11 +148,11 @@ def _opened(path: Path) -> Any:
     guard = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     for name in ("", f"video{path.suffix.lower()}"):
         try:
-            return av.open(_Bytes(path, name), options=guard, metadata_errors="replace", buffer_size=2**16)
+            return av.open(_Bytes(path, name), container_options=guard, metadata_errors="replace", buffer_size=2**16)
         except av.InvalidDataError:
             if name:
                 raise
-        except av.ArgumentError:
+        except ValueError:  # as PyAV has an invalid argument, here the format
             raise TaskError(
                 f"cannot read video {path}: only formats that hold their pictures themselves are read, not lists of other files (playlists)"
             ) from None
@@ -166,7 +167,7 @@ def format_of(path: Path) -> str:
 
 def _stream(path: Path, container: Any) -> Any:
     """The video of a container, which may have a cover beside it."""
-    streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+    streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & COVER]
     if not streams:
         raise TaskError(f"{path} has no video")
     stream = streams[0]
