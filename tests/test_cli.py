@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ramet.benchmarks.plots import LABELS
+from tests.processes import child
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
@@ -90,18 +91,11 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
     command = ["train", "--config", "tiny.toml", "--seed", "3", "--name"]
     assert ramet(*command, "whole", cwd=tmp_path).returncode == 0
     cut = "cut[/b] :100: [red]"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ramet.cli", *command, cut],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     metrics = tmp_path / "runs" / cut / "metrics.jsonl"
-    while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
-        pass
-    process.kill()
-    process.wait()
+    started = [sys.executable, "-m", "ramet.cli", *command, cut]
+    with child(started, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
+            pass
     resumed = ramet(*command, cut, cwd=tmp_path)
     assert resumed.returncode == 0 and f"run folder runs/{cut}: " in resumed.stdout, resumed.stderr
 
@@ -173,19 +167,13 @@ def test_bench_sampling_and_doctor(tmp_path):
 def signalled(folder: Path, number: int) -> tuple[int, str, int]:
     """Start a long training, send it a signal after two updates: status, what it said, and updates done."""
     command = ["train", "--name", "long", *(part for item in TINY for part in ("--set", item)), "--set", "train.updates=500"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ramet.cli", *command],
-        cwd=folder,
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     metrics = folder / "runs" / "long" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        pass
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    started = [sys.executable, "-m", "ramet.cli", *command]
+    with child(started, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            pass
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
     return process.returncode, said, metrics.read_text().count("\n")
 
 
