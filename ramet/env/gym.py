@@ -23,8 +23,8 @@ from ramet.errors import ConfigError, first_line
 
 PATIENCE = 2_000
 """Prompts in a row that give none for a split, after which there are no more. Some generators take a twentieth of a second for one."""
-UNEARNED = 20
-"""Entries in a row whose own reference is not graded right, after which the task is refused."""
+UNUSABLE = 20
+"""Entries in a row that cannot be made, or whose own reference is not graded right, after which the task is refused."""
 _SIZE = 2**31 - 1
 
 
@@ -55,23 +55,24 @@ class GymEnvironment:
         try:
             made = reasoning_gym.create_dataset(self.task, size=_SIZE, seed=seed, **self.options)
             by_itself = type(made).score_answer is not reasoning_gym.dataset.ProceduralDataset.score_answer
-            made[0]
         except Exception as error:  # an unknown name, an option that its generator does not take
             raise ConfigError(f"reasoning-gym does not make {self.task!r}: {first_line(error)}") from error
         if by_itself:
             raise ConfigError(f"{self.task} is graded by a verifier of its own, which may run answers as code; choose another task")
-        unearned = 0
+        in_a_row = 0
         for number in numbers():
-            entry = made[number]
-            question, answer = entry["question"], str(entry["answer"])
-            if self._same(extract_answer(f"Answer: {answer}"), answer) and made.score_answer(answer, entry) == 1:
-                unearned = 0
+            try:
+                entry = made[number]
+                question, answer = entry["question"], str(entry["answer"])
+                right = self._same(extract_answer(f"Answer: {answer}"), answer) and made.score_answer(answer, entry) == 1
+                said = "" if right else f"its reference {answer[:60]!r} would not be graded right after `Answer:`, on one line"
+            except Exception as error:  # some generators give up on some numbers
+                said = first_line(error)
+            in_a_row = in_a_row + 1 if said else 0
+            if in_a_row == UNUSABLE:
+                raise ConfigError(f"{UNUSABLE} tasks of {self.task} in a row are of no use: {said}; choose another or other env.options")
+            if not said:
                 yield " ".join(question.split()), (question, answer)
-            elif (unearned := unearned + 1) == UNEARNED:
-                raise ConfigError(
-                    f"the references of {self.task}, such as {answer[:60]!r}, would not be graded right after `Answer:`, on one line; "
-                    "choose another task or other env.options"
-                )
 
     def _same(self, answer: str | None, reference: str) -> bool:
         return answer is not None and self.canonical(answer) == self.canonical(reference)

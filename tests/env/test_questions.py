@@ -453,8 +453,12 @@ def test_what_reasoning_gym_makes_to_train_on_tune_on_and_measure_differs_in_its
 @pytest.mark.parametrize("name", ["rotate_matrix", "modulo_grid"])
 def test_a_task_whose_own_reference_is_not_graded_right_is_refused(name):
     for split in ("train", "iid"):
-        with pytest.raises(ConfigError, match=f"the references of {name}, such as .* would not be graded right"):
+        with pytest.raises(ConfigError, match=f"20 tasks of {name} in a row are of no use: its reference .* would not be graded right"):
             GymEnvironment(name).tasks(split, 1, 0)
+
+
+def test_a_task_that_its_generator_does_not_manage_is_passed_over():
+    assert len({*asked(GymEnvironment("maze").tasks("iid", 60, 1))}) == 60
 
 
 def test_an_entry_whose_own_reference_is_not_graded_right_is_left_out():
