@@ -165,9 +165,15 @@ def format_of(path: Path) -> str:
         return str(container.format.name)
 
 
+def _flags(stream: Any) -> int:
+    """What a stream is for; some releases of PyAV have no number for it, the oldest nothing."""
+    found = getattr(stream, "disposition", 0)
+    return int(getattr(found, "value", found))
+
+
 def _stream(path: Path, container: Any) -> Any:
     """The video of a container, which may have a cover beside it."""
-    streams = [s for s in container.streams.video if not int(getattr(s, "disposition", 0)) & COVER]
+    streams = [s for s in container.streams.video if not _flags(s) & COVER]
     if not streams:
         raise TaskError(f"{path} has no video")
     stream = streams[0]
