@@ -18,6 +18,7 @@ from ramet.agents.actor import Growth, Setting, run_branch, seed_of
 from ramet.agents.budget import Budget, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
+from ramet.agents.prefixes import fresh_cache
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import Slots, task_group
 from ramet.agents.tree import Status, Task, Tree, price
@@ -100,7 +101,7 @@ class Runtime:
         if self.watch is not None:
             self.watch(root)
         started = anyio.current_time()
-        with anyio.move_on_after(budget.seconds):
+        with fresh_cache(), anyio.move_on_after(budget.seconds):
             await run_branch(setting, root)
         now = anyio.current_time()
         ledger.check()

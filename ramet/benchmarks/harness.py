@@ -7,7 +7,6 @@ stopped. Seeds are functions of the task, the method and the sweep's seed, never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,12 +17,12 @@ from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
+from ramet.agents.prefixes import FreshCache, fresh_cache
 from ramet.agents.runtime import Runtime
-from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest, Sampling
+from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
 from ramet.benchmarks.baselines import Method, Outcome
-from ramet.benchmarks.prefixes import Prefixes
 from ramet.benchmarks.statistics import accuracy_interval
 from ramet.env.environment import Environment
 from ramet.errors import RefusedRequest, TaskError
@@ -66,29 +65,6 @@ class Measured:
 
 
 FAILED = Outcome(None, 0, 0, 0, False, 0, "failed")
-_READ: ContextVar[Prefixes] = ContextVar("contexts_read")
-
-
-class FreshCache(PolicyWrapper):
-    """`policy` with prompt tokens counted as by a prefix cache that is perfect, and empty when an outcome begins.
-
-    What a backend really reuses depends on what ran before it and beside it: on the order of methods. The contexts of one outcome,
-    its samples and its clones share what they begin with; those of different outcomes share nothing.
-    """
-
-    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        read = _READ.get()
-        cached = min(read.add(request.prompt), len(request.prompt) - 1)
-        inner = Partial(partial.ids, partial.logprobs)
-        try:
-            sample = await self._policy.sample(request, inner)
-        finally:
-            if inner.prefilled or inner.cached:
-                partial.prefilled, partial.cached = len(request.prompt) - cached, cached
-            else:
-                read.remove(request.prompt)  # an attempt that was refused has read nothing
-        read.add(request.prompt + sample.ids)
-        return replace(sample, prefilled=len(request.prompt) - cached, cached=cached)
 
 
 async def measure(
@@ -132,10 +108,10 @@ async def measure(
             width = {} if entry.width is None else {"width": entry.width}
             limits = template.model_copy(update={"generated": budget, "depth": entry.depth, **width})
             place = f"{entry.policy}/{task.id}" if repeat == 0 else f"{entry.policy}/{task.id}/{repeat}"
-            _READ.set(Prefixes())
             started = anyio.current_time()
             try:
-                outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
+                with fresh_cache():
+                    outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
             except RefusedRequest as error:
                 refused[budget, task.id, repeat] = error
                 continue

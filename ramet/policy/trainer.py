@@ -27,6 +27,7 @@ import torch
 from ramet.agents import drain
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.prefixes import FreshCache
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
@@ -180,7 +181,7 @@ class Trainer:
         draft.unlink(missing_ok=True)
         with Journal(whole if whole.exists() else draft, fingerprint(self._identity, update)) as journal:
             policy = JournaledPolicy(self.policy, journal)
-            runtime = Runtime(policy, self.chat, Sampling(temperature=self.config.temperature), tell_all=self._tell_all)
+            runtime = Runtime(FreshCache(policy), self.chat, Sampling(temperature=self.config.temperature), tell_all=self._tell_all)
             trees = await grow(runtime, jobs, 4 * self.config.max_batch)
         if draft.exists():
             draft.replace(whole)

@@ -23,6 +23,7 @@ import anyio
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.prefixes import FreshCache
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Branch, Task, Tree
@@ -110,7 +111,7 @@ class TreeRollouts:
 
     async def _grow(self, model: Any, jobs: list[Job]) -> dict[tuple[object, ...], Tree]:
         async with HFPolicy(model, max_batch=self._max_batch) as policy:
-            runtime = Runtime(policy, self._chat, Sampling(self._temperature), tell_all=self._tell_all)
+            runtime = Runtime(FreshCache(policy), self._chat, Sampling(self._temperature), tell_all=self._tell_all)
             return await grow(runtime, jobs, 4 * self._max_batch)
 
 

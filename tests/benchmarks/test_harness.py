@@ -16,12 +16,12 @@ import pytest
 from ramet.agents.budget import Budget
 from ramet.agents.drain import Drained, draining
 from ramet.agents.journal import Journal
+from ramet.agents.prefixes import Prefixes
 from ramet.agents.sampling import Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Message, Task
 from ramet.benchmarks import baselines
 from ramet.benchmarks.harness import Entry, Measured, failures, grouped, measure, point
-from ramet.benchmarks.prefixes import Prefixes
 from ramet.errors import PolicyError, RefusedRequest, TaskError, TransientPolicyError
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from openrlhf.utils.agent import AgentExecutorBase
 
+from ramet.agents.prefixes import FreshCache
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Tree
@@ -58,5 +59,5 @@ class TreeExecutor(AgentExecutorBase):
         key = (asked.model, asked.chat, asked.temperature, asked.tell_all)
         if key not in self._runtimes:
             _, chat = load_tokenizer(asked.model, asked.chat)
-            self._runtimes[key] = Runtime(policy, chat, Sampling(asked.temperature), tell_all=asked.tell_all)
+            self._runtimes[key] = Runtime(FreshCache(policy), chat, Sampling(asked.temperature), tell_all=asked.tell_all)
         return self._runtimes[key]
