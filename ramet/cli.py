@@ -241,6 +241,7 @@ def frontier(
     budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
     depths: Annotated[str, typer.Option(help="Of delegate: levels of clones, to sweep over.")] = "",
     widths: Annotated[str, typer.Option(help="Of delegate: clones a call, to sweep over.")] = "",
+    tune: Annotated[int, typer.Option(min=0, help="Tasks of env.train kept apart to set methods by; 0: settings as they come.")] = 0,
     trained: Annotated[str | None, typer.Option(help="A trained controller to compare: model directory or run folder.")] = None,
     solo: Annotated[str | None, typer.Option(help="The same, trained without the tool and measured without it.")] = None,
     reward_model: Annotated[Path | None, typer.Option(help="Of best_of_n: a directory; by default the likelihood decides.")] = None,
@@ -270,7 +271,7 @@ def frontier(
     with draining(messages.print):
         frontier_job(
             policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model,
-            price_table(price or []), json,
+            price_table(price or []), tune, json,
         )  # fmt: skip
 
 

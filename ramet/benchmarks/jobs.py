@@ -21,6 +21,7 @@ from ramet.benchmarks.session import engine_id, make_trainer, meta, open_engine,
 from ramet.benchmarks.show import resolve
 from ramet.config import RunConfig, dumps, load, write
 from ramet.env.questions import Questions
+from ramet.env.splits import TUNING
 from ramet.errors import ConfigError, PolicyError, StorageError
 from ramet.policy.catalogue import CATALOGUE, cache
 from ramet.policy.checkpoint import TRAINER, checkpoint_path
@@ -89,7 +90,7 @@ def run_measuring(
         found: list[Measured] = []
         async with engine:
             for split in splits:
-                if split not in env.splits:
+                if split not in env.splits and split not in TUNING.values():
                     continue
                 budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
                 tasks = env.tasks(split, config.eval.tasks, seed)

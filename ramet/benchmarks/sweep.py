@@ -11,13 +11,14 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks import frontier, methods, plots
+from ramet.benchmarks.baselines import Method
 from ramet.benchmarks.harness import Entry, Measured, failures, grouped, point
 from ramet.benchmarks.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry
 from ramet.benchmarks.page import write_page
@@ -32,14 +33,27 @@ from ramet.storage import write_json, write_text
 from ramet.terminal import console
 
 METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
-SAMPLES = 4
-DOCUMENTS_PER_CLONE = 3
-RETRIEVED = 3
-TEMPERATURE = 0.7
-"""Of the methods that need samples to differ, where the rest is greedy."""
+CONTROLS = ("self_consistency", "best_of_n", "map_reduce")
+"""Methods that are measured with trained weights too, where these are given."""
 
 
-PROTOCOL = [SAMPLES, DOCUMENTS_PER_CLONE, RETRIEVED, TEMPERATURE, methods.LEAST]
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is to be set of a method: how many samples, documents a clone, or documents read; its temperature where the rest is greedy."""
+
+    count: int
+    temperature: float = 0.0
+
+
+SETTINGS = {"self_consistency": Setting(4, 0.7), "best_of_n": Setting(4, 0.7), "map_reduce": Setting(3), "retrieve": Setting(3)}
+GRIDS = {
+    "self_consistency": [Setting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
+    "best_of_n": [Setting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
+    "map_reduce": [Setting(n) for n in (1, 3, 5)],
+    "retrieve": [Setting(n) for n in (1, 2, 3, 5)],
+}
+"""From what settings are chosen where there are tasks for it, over all budgets."""
+PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, methods.LEAST]
 PROTOCOL += [methods.DIRECT, methods.COT, methods.DELEGATE, methods.DELEGATE_PARTS, methods.NOTE]
 """What outcomes depend on besides the configuration."""
 
@@ -51,6 +65,7 @@ def entries(
     depths: Sequence[int] = (),
     widths: Sequence[int] = (),
     score: methods.Score = methods.likelihood,
+    settings: Mapping[str, Setting] = SETTINGS,
 ) -> list[Entry]:
     """What is measured: a method by name; `delegate` once for each depth and width. Raises `ConfigError` for what cannot be."""
     unknown = [name for name in names if name not in METHODS]
@@ -62,16 +77,16 @@ def entries(
     if not config.env.language:
         raise ConfigError("frontier measures questions in words; for rows there is `ramet reproduce nano`")
     plain = Sampling(temperature=config.eval.temperature)
-    varied = Sampling(temperature=config.eval.temperature or TEMPERATURE)
-    made: dict[str, Entry] = {
-        "direct": Entry("direct", methods.told(methods.DIRECT), plain, 0),
-        "cot": Entry("cot", methods.told(methods.COT), plain, 0),
-        "self_consistency": Entry("self_consistency", methods.self_consistency(env, SAMPLES), varied, 0),
-        "best_of_n": Entry("best_of_n", methods.best_of_n(SAMPLES, score), varied, 0),
-        "map_reduce": Entry("map_reduce", methods.map_reduce(DOCUMENTS_PER_CLONE), plain, 0),
-        **({"retrieve": Entry("retrieve", methods.retrieve(env, RETRIEVED), plain, 0)} if isinstance(env, MultihopEnvironment) else {}),
+    made: dict[str, Method] = {
+        "direct": methods.told(methods.DIRECT),
+        "cot": methods.told(methods.COT),
+        "self_consistency": methods.self_consistency(env, settings["self_consistency"].count),
+        "best_of_n": methods.best_of_n(settings["best_of_n"].count, score),
+        "map_reduce": methods.map_reduce(settings["map_reduce"].count),
+        **({"retrieve": methods.retrieve(env, settings["retrieve"].count)} if isinstance(env, MultihopEnvironment) else {}),
     }
-    chosen = [made[name] for name in names if name in made]
+    sampling = {name: Sampling(temperature=config.eval.temperature or settings[name].temperature) for name in SETTINGS}
+    chosen = [Entry(name, made[name], sampling.get(name, plain), 0) for name in names if name in made]
     if "delegate" in names:
         told = methods.told(methods.instruction(config.env, True))
         for depth in depths or (config.budget.depth,):
@@ -92,32 +107,45 @@ def frontier_job(
     solo: str | None,
     reward_model: Path | None,
     prices: Mapping[str, float],
+    tune: int,
     out: Path | None,
 ) -> None:
-    """Measure, compare, draw, write."""
+    """Measure, compare, draw, write. `tune`: tasks on which the settings of methods are chosen first; 0: as in `SETTINGS`."""
     if (trained or solo) and config.url:
         raise ConfigError("a server samples with the weights that it has loaded; measure trained ones with another --set backend")
     config.env.check_measurable()
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
-    chosen = entries(names, config, env, depths, widths, methods.likelihood if reward_model is None else preference(reward_model))
+    score = methods.likelihood if reward_model is None else preference(reward_model)
+    entries(names, config, env, depths, widths, score)  # says what cannot be, before anything is made
     data = data_records(config)
     claim_folder(directory, config)
     measured: list[Measured] = []
-    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL]
+    choices: list[dict[str, Any]] = []
+    models: dict[str, str] = {}
+    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL, tune]
     job += [None if reward_model is None else weights_id(reward_model)]
     with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
+        settings = tuned([name for name in names if name in SETTINGS], config, env, model, tune, score, journal, policy)
+        chosen = entries(names, config, env, depths, widths, score, settings)
+        choices += choice_records("base", settings)
         measured += run_measuring(config, model, chosen, env.splits, journal, policy)
     for name, weights in (("trained", trained), ("solo", solo)):
         if weights is not None:
             path = resolve(weights)
-            entry = tree_entry(name, config, name == "trained")
             with Journal(directory / f"{name}.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
-                measured += run_measuring(config, path, [entry], env.splits, journal, weights)
+                own = [tree_entry(name, config, name == "trained")]
+                if name == "trained":
+                    own.append(tree_entry("trained, never delegates", config, False))
+                controls = [n for n in names if n in CONTROLS]
+                settings = tuned(controls, config, env, path, tune, score, journal, weights)
+                own += [replace(e, policy=f"{e.policy} ({name})") for e in entries(controls, config, env, score=score, settings=settings)]
+                measured += run_measuring(config, path, own, env.splits, journal, weights)
+                choices += choice_records(name, settings)
+                models |= {entry.policy: weights for entry in own}
     delegates = next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
     winner = "trained" if trained else "solo" if solo else delegates
-    models = {"trained": trained or policy, "solo": solo or policy}
-    records = [meta("frontier", config.seed), *data, *results(measured, config, env, winner, prices, models, policy)]
+    records = [meta("frontier", config.seed), *data, *choices, *results(measured, config, env, winner, prices, models, policy)]
     records += failures(measured)
     write_json(directory / "results.json", records)
     if out is not None:
@@ -130,6 +158,41 @@ def frontier_job(
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
     _say(records, first)
     console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
+
+
+def tuned(
+    names: Sequence[str],
+    config: RunConfig,
+    env: Environment,
+    model: str | Path,
+    tasks: int,
+    score: methods.Score,
+    journal: Journal,
+    label: str,
+) -> dict[str, Setting]:
+    """Of each method's settings the one that does best over all budgets on `tasks` tasks of the tuning split; the first on ties."""
+    if not tasks:
+        return dict(SETTINGS)
+    tried = {
+        f"{name} {setting.count} {setting.temperature:g}": (name, setting) for name in names for setting in GRIDS[name]
+    }
+    made = [
+        replace(entry, policy=key)
+        for key, (name, setting) in tried.items()
+        for entry in entries([name], config, env, score=score, settings={**SETTINGS, name: setting})
+    ]
+    few = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": tasks})})
+    sums = dict.fromkeys(tried, 0.0)
+    for m in run_measuring(few, model, made, ("tune",), journal, f"{label}: choosing settings"):
+        sums[m.policy] += m.score
+    best: dict[str, Setting] = dict(SETTINGS)
+    for name in names:
+        best[name] = tried[max((key for key, (own, _) in tried.items() if own == name), key=sums.__getitem__)][1]
+    return best
+
+
+def choice_records(weights: str, settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    return [{"record": "choice", "weights": weights, "method": name, **asdict(setting)} for name, setting in settings.items()]
 
 
 def preference(path: Path) -> methods.Score:

@@ -46,7 +46,7 @@ def counted(policy: FreshCache, *prompts: tuple[int, ...]) -> list[tuple[int, in
 def test_a_later_turn_pays_for_what_was_appended_and_not_for_what_was_sampled():
     first = tuple(range(100, 150))
     second = first + tuple(range(10)) + (7, 7, 7)
-    clone = first[:20] + (1, 2)
+    clone = (*first[:20], 1, 2)
     assert counted(FreshCache(Says()), first, second, clone, clone) == [(50, 0), (3, 60), (2, 20), (1, 21)]
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import anyio
 import numpy as np
@@ -275,6 +276,26 @@ def test_frontier_from_the_command_line(tmp_path, env):
     assert (folder / "journal.jsonl").read_bytes() == before
     other = CliRunner().invoke(app, [*arguments[:8], "3", *arguments[9:]])
     assert other.exit_code != 0 and "another configuration" in str(other.exception)
+
+
+def test_trained_weights_are_compared_with_votes_over_themselves_and_settings_are_chosen_on_tasks_of_their_own(tmp_path, env):
+    rows = [json.loads(line) for line in Path(env.sources["iid"]).read_text().splitlines()]
+    train = [{**rows[0], "question": f"{rows[0]['question']} And {n}?", "_id": f"t{n}"} for n in range(60)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    arguments = [
+        "frontier", "--policy", str(BASE), "--env", "hotpotqa", "--data", env.sources["iid"], "--limit", "2", "--budgets", "60",
+        "--methods", "self_consistency,map_reduce", "--runs", str(tmp_path), "--name", "f", "--set", "budget.answer_reserve=2",
+        "--set", "threads=1", "--set", f"env.train={tmp_path / 'train.jsonl'}", "--tune", "2", "--trained", str(BASE),
+        "--json", str(tmp_path / "f.json"),
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    records = json.loads((tmp_path / "f.json").read_text())
+    methods_ = {r["method"] for r in records if r["record"] == "point"}
+    own = {"trained", "trained, never delegates", "self_consistency (trained)", "map_reduce (trained)"}
+    assert methods_ == {"self_consistency", "map_reduce", *own}
+    chosen = {(r["weights"], r["method"]): r["count"] for r in records if r["record"] == "choice"}
+    assert chosen["base", "map_reduce"] in (1, 3, 5) and chosen["trained", "self_consistency"] in (2, 4, 8)
 
 
 def test_what_cannot_be_measured_is_named(tmp_path, env):
