@@ -257,7 +257,7 @@ def frontier(
 ) -> None:
     """Accuracy against cost of every method, by one model on one data set. Run again to resume.
 
-    Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpot_dev.jsonl --limit 50 --json frontier.json
+    Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpotqa_dev.jsonl --limit 50 --json frontier.json
     """
     from ramet.benchmarks.attention_speed import numbers
     from ramet.benchmarks.sweep import METHODS, frontier_job, price_table

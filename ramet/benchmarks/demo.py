@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +53,35 @@ def run_demo(directory: Path, seed: int) -> None:
         measured += run_measuring(config, final, [tree_entry("trained", config, True)], ("iid",), journal, "measuring")
     records = [meta("demo", seed, time.perf_counter() - started), *summary(measured)]
     write_json(directory / "demo.json", records)
+    found = outcome(records)
     pictures(records, {"trained": read_metrics(directory / "trained")}, directory)
     write_report(
         directory / "report.html",
         "ramet demo",
-        "The base model has no preference between working alone and delegating. Reinforcement learning is to teach it when.",
+        f"The base model has no preference between working alone and delegating. Reinforcement learning is to teach it when. {found}",
         records,
         [directory / name for name in ("frontier.png", "behaviour.png", "learning.png")],
         tree,
     )
     print_points(records)
+    console.print(found)
     console.print(
         f"done in {time.perf_counter() - started:.0f} seconds. Open {directory / 'report.html'}; "
         "pictures, metrics, checkpoints and demo.json lie beside it"
+    )
+
+
+def outcome(records: Sequence[Mapping[str, Any]]) -> str:
+    """What came out, in words: the trained model beside the base at the largest budget."""
+    points = {r["policy"]: r for r in records if r["record"] == "point"}  # the last of each is at its largest budget
+    trained, base = points["trained"], points["base"]
+    (compared,) = (r for r in records if r["record"] == "comparison" and (r["baseline"], r["budget"]) == ("base", trained["budget"]))
+    clear = "clearly more" if compared["ci_low"] > 0 else "clearly less" if compared["ci_high"] < 0 else "not clearly more or less"
+    return (
+        f"What came out: with {trained['budget']} tokens a task the trained model is right on {trained['accuracy']:.0%} of {trained['n']} "
+        f"held-out tasks and the base on {base['accuracy']:.0%}, {clear} (difference {compared['difference']:+.2f}, 95% interval "
+        f"{compared['ci_low']:+.2f} to {compared['ci_high']:+.2f}); it spawns on {trained['spawn_rate']:.0%} of them, the base on "
+        f"{base['spawn_rate']:.0%}, and generates {trained['generated']:.0f} tokens a task, the base {base['generated']:.0f}."
     )
 
 
