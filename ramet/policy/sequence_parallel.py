@@ -145,10 +145,16 @@ def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
         return
 
 
+UNGUARDED = 97
+"""The exit status of a worker whose script would start workers when it is imported."""
+
+
 class Pool:
     """Worker processes of this machine over gloo."""
 
     def __init__(self, setup: Setup) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            os._exit(UNGUARDED)  # a worker that is still importing the script which starts workers
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-pool-")
         self._pipes: list[Connection] = []
@@ -196,9 +202,11 @@ class Pool:
                 raise self._died()
         return [replies[rank] for rank in range(len(self._pipes))]
 
-    def _died(self) -> TransientPolicyError:
+    def _died(self) -> PolicyError:
         for process in self.processes:
             process.join(0.2)
+        if any(process.exitcode == UNGUARDED for process in self.processes):
+            return PolicyError("worker processes import the script that starts them: put what it does under `if __name__ == \"__main__\":`")
         dead = [f"rank {rank} with status {p.exitcode}" for rank, p in enumerate(self.processes) if p.exitcode is not None]
         return TransientPolicyError(f"a worker of the sequence-parallel pool died ({', '.join(dead) or 'its pipe broke'})")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +228,26 @@ async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, thresh
     assert [s.ids for s in shared] == [s.ids for s in alone]
     assert len({s.ids for s in alone}) > 1
     assert [s.cached > 16 for s in shared] == [False, False, False, True]
+
+
+def test_a_script_without_a_main_guard_is_told_so(monkeypatch):
+    """Its workers end with a status of their own before they start workers in their turn, and the parent says why."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(status: int) -> None:
+        raise Ended(status)
+
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(Ended) as ended:
+        Pool(None)  # type: ignore[arg-type]
+    worker = multiprocessing.get_context("spawn").Process(target=sys.exit, args=ended.value.args)
+    monkeypatch.undo()
+    worker.start()
+    worker.join()
+    pool = Pool.__new__(Pool)
+    pool.processes = [worker]
+    said = pool._died()
+    assert "__main__" in str(said) and not isinstance(said, TransientPolicyError)
