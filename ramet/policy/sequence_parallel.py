@@ -7,8 +7,10 @@ Every worker holds the whole model and a share of each context. Prompts of more 
 method given (Spava), shorter ones exactly. What waits at the same time and begins alike is read once: the common part is
 the context, and the first of those who wait steers by its question what Spava passes on; all questions then attend to the
 whole context. A later turn of a branch, and a sibling that comes later, continue from the longest context that is held and
-that its prompt begins with. So what is read approximately depends on who asked first; what is read exactly depends on the
-request alone, up to rounding. The frames of videos are shared among the workers' towers.
+that its prompt begins with. Only a context is sharded: all workers compute the rows after it, and one keeps them. So a long
+prompt takes a context of others' only where the rows after it are the question or no more than half of a worker's share of
+the prompt; otherwise it is read anew, in shards. So what is read approximately depends on who asked first; what is read
+exactly depends on the request alone, up to rounding. The frames of videos are shared among the workers' towers.
 
 Workers are processes of this machine (`hosts`), or the ranks of a torchrun job: `SequenceParallelPolicy.torchrun` on rank 0
 and `follow` on the others. A worker that dies fails what is in flight with `TransientPolicyError`, which the runtime
@@ -299,6 +301,7 @@ class SequenceParallelPolicy(Serving):
         self.vision = look is not None
         self._placeholder: int = getattr(config, "video_token_id", -1)
         self.restarts = 0
+        self._hosts = hosts
         self._threshold, self._question, self._keep, self._max_batch = threshold, question, keep, max_batch
         self._workers: Workers | None = None
         self._next = 0
@@ -401,7 +404,7 @@ class SequenceParallelPolicy(Serving):
             context = len(prompt) - min(self._question if approximate else 1, len(prompt))
             if approximate:
                 shared = min(max((common_prefix(key, self._key(other)) for other in self._waiting), default=0), len(prompt) - 1)
-                context = shared if shared > self._threshold // 2 else context
+                context = shared if self._sharded(len(prompt), shared) else context
             held = _Held(self._next, list(key), context, row)
             step.reads.append((held.number, prompt, len(prompt) - context, approximate, row.request.media))
         else:
@@ -417,13 +420,17 @@ class SequenceParallelPolicy(Serving):
         return media_key(row.request.prompt, row.request.media, self._placeholder)
 
     def _find(self, prompt: Sequence[int]) -> tuple[_Held | None, int]:
-        """The held sequence that covers most of the prompt and whose context the prompt begins with; a row is left to read."""
+        """The held sequence that covers most of the prompt and whose context is its too; a row is left to read."""
         best: tuple[_Held | None, int] = (None, 0)
         for held in self._held.values():
             covered = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
-            if held.context <= covered and covered > best[1]:
+            if held.context <= covered and covered > best[1] and self._sharded(len(prompt), held.context):
                 best = held, covered
         return best
+
+    def _sharded(self, length: int, context: int) -> bool:
+        """Whether a prompt with this context is short, or has no more rows on one worker than it should; see the module."""
+        return length <= self._threshold or length - context <= max(self._question, length // (2 * self._hosts))
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ import anyio
 import pytest
 import torch
 from safetensors.torch import save_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import Message, Segment, Status
+from ramet.attention.comm import Alone, Group, simulated
 from ramet.attention.methods import Method
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError, TransientPolicyError
@@ -28,7 +30,7 @@ from ramet.nano import BASE
 from ramet.nano.vision import write_vision_model
 from ramet.policy.hf import HFPolicy
 from ramet.policy.models import load_model
-from ramet.policy.sequence_parallel import Pool, SequenceParallelPolicy
+from ramet.policy.sequence_parallel import Pool, Replica, SequenceParallelPolicy, Step
 from ramet.policy.vision import Look, VideoReader, VisionPolicy
 from ramet.rewards.video.clips import make_questions
 
@@ -96,6 +98,83 @@ async def test_long_prompts_are_read_approximately_and_siblings_share_the_readin
         assert later.cached == len(requests[1].prompt) + len(got[1].ids) - 1
     async with HFPolicy(model) as alone:
         assert later.ids == (await alone.sample(turn, Partial())).ids
+
+
+class InProcess:
+    """Workers that are simulated in this process, so that what each of them holds can be seen."""
+
+    def __init__(self, hosts: int, method: Method) -> None:
+        model, _, _ = load_model(BASE)
+        self.replicas = [Replica(model, Alone(), method) for _ in range(hosts)]
+
+    def run(self, step: Step) -> dict[int, Tensor]:
+        def rank(group: Group) -> dict[int, Tensor]:
+            self.replicas[group.rank].group = group
+            return self.replicas[group.rank].run(step)
+
+        return simulated(len(self.replicas), rank)[0]
+
+    def rows(self) -> list[list[int]]:
+        """How many rows each worker keeps of each sequence, in the order of reading."""
+        return [[replica.sequences[n].layers[0].rows for replica in self.replicas] for n in sorted(self.replicas[0].sequences)]
+
+    def close(self) -> None: ...
+
+
+def in_process(hosts: int, **options: Any) -> SequenceParallelPolicy:
+    method = Method("spava", anchor=8, passing=1000)
+    policy = SequenceParallelPolicy(BASE, hosts, method, **{"threshold": 50, "question": 8, **options})
+    policy._start = lambda: InProcess(hosts, method)
+    return policy
+
+
+async def dense(requests: list[SampleRequest]) -> list[Sample]:
+    model, _, _ = load_model(BASE)
+    async with HFPolicy(model) as alone:
+        return await many(alone, requests)
+
+
+def held(policy: SequenceParallelPolicy) -> list[list[int]]:
+    assert isinstance(policy.workers, InProcess)
+    return policy.workers.rows()
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize(("shared", "own"), [(27, 170), (60, 60), (100, 60)])
+async def test_long_prompts_are_sharded_whatever_they_share(hosts: int, shared: int, own: int) -> None:
+    requests = [request(p, 4) for p in prompts(3, shared, own)]
+    async with in_process(hosts) as policy:
+        got = await many(policy, requests)
+        rows = held(policy)
+    assert [s.ids for s in got] == [s.ids for s in await dense(requests)]
+    assert [s.cached for s in got] == [0, 0, 0]
+    for kept in rows:
+        assert sum(kept) == shared + own + 3
+        assert max(kept) <= (shared + own) / hosts + 8 + 3, "a share, the question and what was said"
+
+
+async def test_long_prompts_with_short_ends_share_one_reading() -> None:
+    requests = [request(p, 4) for p in prompts(3, shared=160, own=18)]
+    async with in_process(4) as policy:
+        got = await many(policy, requests)
+        rows = held(policy)
+    assert [s.ids for s in got] == [s.ids for s in await dense(requests)]
+    assert [s.cached for s in got] == [0, 160, 160]
+    assert all(max(kept) <= 160 / 4 + 18 + 3 for kept in rows)
+
+
+async def test_what_is_held_is_not_continued_with_a_long_rest() -> None:
+    """A short prompt is held; a long one begins with it. Later a turn brings a long result of a tool."""
+    [first] = prompts(1, shared=20, own=0)
+    [document], [result] = prompts(1, shared=0, own=150), prompts(1, shared=150, own=0)
+    requests = [request(first, 4), request(first + document, 4), request(first + document + (7, 8), 4)]
+    requests.append(request(requests[2].prompt + result, 4))
+    async with in_process(2) as policy:
+        got = [await policy.sample(given, Partial()) for given in requests]
+        rows = held(policy)
+    assert [s.ids for s in got] == [s.ids for s in await dense(requests)]
+    assert [s.cached for s in got] == [0, 0, 170, 0]
+    assert all(max(kept) <= sum(kept) / 2 + 16 for kept in rows[1:])
 
 
 async def test_a_worker_that_dies_fails_what_is_in_flight_and_the_pool_restarts() -> None:
