@@ -284,6 +284,8 @@ class RunConfig(BaseModel):
             raise ValueError("url holds a key or a user, and is written to the run folder; put the key into OPENAI_API_KEY")
         if self.attention.method != "dense" and self.backend != "transformers":
             raise ValueError(f"attention.method {self.attention.method} goes with the backend transformers")
+        if self.attention.method != "dense" and self.device == "cuda":
+            raise ValueError(f"attention.method {self.attention.method} runs on worker processes on the CPU: leave device out, or set cpu")
         if self.budget.generated is not None and self.budgets:
             raise ValueError("budget.generated and budgets both limit generated tokens; set budgets to [] to use the first")
         return self

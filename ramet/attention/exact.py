@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ramet.attention.comm import Group
-from ramet.attention.kernels import attend, attend_backward
+from ramet.attention.kernels import attend, attend_backward, wide
 from ramet.attention.merge import Partial, merge
 from ramet.attention.plan import Sharded
 from ramet.errors import ConfigError
@@ -83,8 +83,8 @@ class _Ring(Function):
             whole = Partial(out[:, rows], lse[:, rows])
             return attend_backward(grad[:, rows], q[:, rows], keys, values, whole, ctx.scale, causal, ctx.backend)
 
-        dq, kv = torch.zeros_like(q), torch.stack([k, v])
-        d_kv = torch.zeros_like(kv)
+        dq, kv = torch.zeros_like(q, dtype=wide(q)), torch.stack([k, v])
+        d_kv = torch.zeros_like(kv, dtype=wide(q))
         for own in _squares(plan, rank):
             dq[:, own], d_kv[0, :, own], d_kv[1, :, own] = part(own, k[:, own], v[:, own], True)
         for step in range(size):
@@ -98,7 +98,7 @@ class _Ring(Function):
             d_kv = group.shift(d_kv, _like(d_kv, plan, source - 1)).wait()
             if work is not None:
                 kv = work.wait()
-        return dq, d_kv[0], d_kv[1], None, None, None, None
+        return dq.to(q.dtype), *d_kv.to(q.dtype), None, None, None, None
 
 
 def _like(kv: Tensor, plan: Sharded, source: int) -> Tensor:
@@ -156,4 +156,5 @@ class _Attend(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *attend_backward(grad, q, k, v, Partial(out, lse), ctx.scale, True, ctx.backend), None, None
+        grads = attend_backward(grad, q, k, v, Partial(out, lse), ctx.scale, True, ctx.backend)
+        return *(x.to(q.dtype) for x in grads), None, None

@@ -76,29 +76,32 @@ def attend_backward(
     """Gradients for q, k and v of attention on *a part* of the keys, given the output and lse on *all* of them.
 
     `grad` and `whole` are of the merged attention; summed over the parts of the keys, the gradients are those of the whole.
-    `causal` is a square here. On CPU with "auto" or "flash" by torch's flash kernel, otherwise written out, by query rows.
+    They come in the type in which sums are kept (`wide`), for parts are added up. `causal` is a square here. On CPU with
+    "auto" or "flash" by torch's flash kernel, otherwise written out, by query rows, scores and sums in that type too.
     """
+    kind = wide(q)
     if not q.shape[1] or not k.shape[1]:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        return torch.zeros_like(q, dtype=kind), torch.zeros_like(k, dtype=kind), torch.zeros_like(v, dtype=kind)
     gq, gk, gv = _grouped(q, k, v)
     if backend in ("auto", "flash") and not q.is_cuda:
         out, lse, gout = (x.reshape(*gq.shape[:2], *x.shape[1:]) for x in (whole.out, whole.lse, grad))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             gout.contiguous(), gq, gk, gv, out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2), 0.0, causal, scale=scale
         )
-        return grads[0].reshape(q.shape), grads[1].sum(1), grads[2].sum(1)
-    dq, dk, dv = torch.zeros_like(gq), torch.zeros_like(k), torch.zeros_like(v)
-    delta = (whole.out * grad).sum(-1).reshape(*gq.shape[:3])
-    gout, lse = grad.reshape(gq.shape), whole.lse.reshape(gq.shape[:3])
+        return grads[0].reshape(q.shape).to(kind), grads[1].sum(1, dtype=kind), grads[2].sum(1, dtype=kind)
+    gq, gk, gv = (x.to(kind) for x in (gq, gk, gv))
+    gout, lse = grad.to(kind).reshape(gq.shape), whole.lse.reshape(gq.shape[:3])
+    delta = (whole.out.reshape(gq.shape) * gout).sum(-1)
+    dq, dk, dv = torch.zeros_like(gq), torch.zeros_like(k, dtype=kind), torch.zeros_like(v, dtype=kind)
     for start in range(0, q.shape[1], _ROWS):
         rows = slice(start, start + _ROWS)
         scores = gq[:, :, rows] @ gk.transpose(-1, -2) * scale
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1 + start), -torch.inf)
-        weights = torch.exp(scores - lse[:, :, rows, None]).to(q.dtype)
+        weights = torch.exp(scores - lse[:, :, rows, None])
         d_scores = weights * (gout[:, :, rows] @ gv.transpose(-1, -2) - delta[:, :, rows, None]) * scale
-        dq[:, :, rows] = d_scores.to(q.dtype) @ gk
-        dk += (d_scores.transpose(-1, -2).to(q.dtype) @ gq[:, :, rows]).sum(1)
+        dq[:, :, rows] = d_scores @ gk
+        dk += (d_scores.transpose(-1, -2) @ gq[:, :, rows]).sum(1)
         dv += (weights.transpose(-1, -2) @ gout[:, :, rows]).sum(1)
     return dq.reshape(q.shape), dk, dv
 

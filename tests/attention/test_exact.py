@@ -50,6 +50,32 @@ def test_ulysses(hosts: int, heads: int, kv_heads: int) -> None:
     check("ulysses", 29, hosts, heads, kv_heads)
 
 
+@pytest.mark.parametrize("method", ["ring", "zigzag", "ulysses"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_gradients_of_bfloat16_are_summed_in_float32(method: str, backend: str) -> None:
+    """Within 1% of float64 gradients of the same numbers, which rounding inputs, output and result explains.
+
+    Scores formed in bfloat16 make 3% to 4% of it. `reference` takes the path that CUDA takes.
+    """
+    function, zigzag = METHODS[method]
+    plan = Sharded(600, 2, zigzag)
+    q, k, v = (x.bfloat16().double().requires_grad_() for x in tensors(0, 4, 2, 600))
+    grad = tensors(1, 4, 2, 600)[0].bfloat16().double()
+    expected = masked(q, k, v, causal(600).expand(2, -1, -1), 2.0)
+    grads = torch.autograd.grad(expected, (q, k, v), grad)
+
+    def rank(group: Group) -> tuple[Tensor, ...]:
+        rows = plan.rows(group.rank)
+        local = [x.detach()[:, rows].bfloat16().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(function(plan, group, *local, 2.0, backend), local, grad[:, rows].bfloat16())
+
+    for r, results in enumerate(simulated(2, rank)):
+        for ours, theirs in zip(results, grads, strict=True):
+            exact = theirs[:, plan.rows(r)]
+            assert ours.dtype == torch.bfloat16
+            assert (ours.double() - exact).norm() < 0.01 * exact.norm()
+
+
 def test_ulysses_refuses_heads_that_cannot_be_shared() -> None:
     with pytest.raises(ConfigError, match="use ring"):
         check("ulysses", 12, 3, 4, 2)

@@ -95,6 +95,7 @@ def test_rewards(folder: Path) -> None:
         ({"env": {"kind": "gsm8k", "seconds": 2.0}}, "seconds does not belong to the environment gsm8k"),
         ({"env": {"kind": "longvideo", "seconds": 0}}, "takes a number above 0"),
         ({"attention": {"method": "spava"}, "backend": "vllm"}, "goes with the backend transformers"),
+        ({"attention": {"method": "spava"}, "device": "cuda"}, "on the CPU: leave device out"),
         ({"attention": {"method": "ring"}}, "attention.method"),
     ],
 )
