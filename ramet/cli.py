@@ -207,6 +207,7 @@ def reproduce(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of nano: as many seeds, from --seed on, and what they say together.")] = 1,
     name: Annotated[str | None, _named("reproduce-nano- and the seed")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
@@ -214,7 +215,7 @@ def reproduce(
 
     Example: ramet reproduce nano --seed 1
     """
-    from ramet.benchmarks.reproduce import NANO, reproduce_nano
+    from ramet.benchmarks.reproduce import NANO, reproduce_nano, reproduce_seeds
 
     if what == "longvideo":
         from ramet.benchmarks.reproduce_longvideo import reproduce_longvideo
@@ -226,6 +227,9 @@ def reproduce(
         raise ConfigError(f"there is nothing called {what!r} to reproduce; there are nano and longvideo")
     resolved = _run_config(config, set_, seed, NANO)
     with draining(messages.print):
+        if seeds > 1:
+            reproduce_seeds(resolved, runs, range(resolved.seed, resolved.seed + seeds))
+            return
         reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
 
 

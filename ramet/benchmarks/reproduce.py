@@ -9,6 +9,7 @@ of these is set to what does best on other tasks. Everything resumes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ from ramet.benchmarks.harness import Entry, Measured, grouped
 from ramet.benchmarks.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.benchmarks.plots import LABELS
 from ramet.benchmarks.report import write_report
+from ramet.benchmarks.seeds import over_seeds, seeds_markdown
 from ramet.benchmarks.session import meta, open_model, read_metrics, weights_id
 from ramet.benchmarks.tables import markdown
 from ramet.config import RunConfig
 from ramet.policy.catalogue import find
 from ramet.policy.checkpoint import checkpoint_path
-from ramet.storage import write_json, write_text
+from ramet.storage import read_text, write_json, write_text
 from ramet.terminal import Table, console
 
 NANO: dict[str, Any] = {"train": {"updates": 150}}
@@ -83,6 +85,16 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     print_points(records)
     print_claims(records)
     console.print(f"written to {directory}: results.json, results.md, report.html, frontier.png, behaviour.png, learning.png")
+
+
+def reproduce_seeds(config: RunConfig, runs: Path, seeds: Sequence[int]) -> None:
+    """The comparison from each seed in its own folder, then what they say together: `seeds.json` and `seeds.md` in `runs`."""
+    for seed in seeds:
+        reproduce_nano(config.model_copy(update={"seed": seed}), runs / f"reproduce-nano-{seed}")
+    records = over_seeds([json.loads(read_text(runs / f"reproduce-nano-{seed}" / "results.json")) for seed in seeds])
+    write_json(runs / "seeds.json", [meta("reproduce nano --seeds", seeds[0]), *records])
+    write_text(runs / "seeds.md", seeds_markdown(records))
+    console.print(f"written to {runs}: seeds.json, seeds.md")
 
 
 def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 from ramet.benchmarks.baselines import Outcome
 from ramet.benchmarks.frontier import claims, clear, comparisons, corrected, cost_at, equal_accuracy
 from ramet.benchmarks.harness import Measured, grouped
+from ramet.benchmarks.seeds import over_seeds, seeds_markdown
 from ramet.benchmarks.statistics import accuracy_interval, holm, paired_difference, sign_test
 
 
@@ -126,3 +127,19 @@ def test_where_nothing_differs_seven_budgets_seldom_show_a_clear_difference():
 def test_a_comparison_of_one_task_says_nothing():
     (compared,) = comparisons(grouped([*outcomes("trained", 9, [True]), *outcomes("solo", 9, [False])]))
     assert (compared["ci_low"], compared["ci_high"], compared["p_value"], clear(compared)) == (-1.0, 1.0, 1.0, 0)
+
+
+def test_what_seeds_say_together_is_over_seeds():
+    """Accuracies of three seeds with 4.303 standard errors, differences paired by seed; what one of them lacks is left out."""
+
+    def run(trained: float, solo: float, more: bool = False) -> list[dict]:
+        points = [("trained", 48, trained), ("solo", 48, solo), *([("base", 48, 0.1)] if more else [])]
+        return [{"record": "point", "policy": p, "split": "iid", "budget": b, "accuracy": a} for p, b, a in points]
+
+    records = over_seeds([run(0.6, 0.5, more=True), run(0.7, 0.5), run(0.8, 0.8)])
+    trained, solo = records
+    assert (trained["policy"], trained["seeds"], trained["difference"]) == ("trained", 3, 0.0)
+    assert trained["accuracy"] == pytest.approx(0.7) and trained["ci_high"] == pytest.approx(0.7 + 4.3027 * 0.1 / 3**0.5)
+    assert (solo["accuracy_min"], solo["accuracy_max"]) == (0.5, 0.8) and solo["difference"] == pytest.approx(0.1)
+    assert solo["difference_low"] == pytest.approx(0.1 - 4.3027 * 0.1 / 3**0.5)
+    assert "| trained controller | 0.70 (0.60-0.80) |" in seeds_markdown(records)
