@@ -42,8 +42,12 @@ def seeds_markdown(records: Records) -> str:
     for split in dict.fromkeys(r["split"] for r in records):
         chosen = {(r["policy"], r["budget"]): r for r in records if r["split"] == split}
         budgets = sorted({budget for _, budget in chosen})
+
+        def cell(r: Mapping[str, Any]) -> str:
+            return f"{r['accuracy']:.2f} ({r['accuracy_min']:.2f}-{r['accuracy_max']:.2f})"
+
         rows = [
-            [label, *(f"{r['accuracy']:.2f} ({r['accuracy_min']:.2f}-{r['accuracy_max']:.2f})" for b in budgets if (r := chosen[policy, b]))]
+            [label, *(cell(chosen[policy, budget]) for budget in budgets)]
             for policy, label in LABELS.items()
             if (policy, budgets[0]) in chosen
         ]
