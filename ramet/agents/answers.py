@@ -6,7 +6,8 @@ Thoughts are not read, closed or not. Then, the first of these that says somethi
    `Final` before it and a full-width colon are all the same. The value may stand on the next lines: bare, in display maths, in a
    code block, in tags. One that points elsewhere (`Answer: see above`) says nothing where there is a box;
 2. the last box;
-3. of a finished turn, its last line that is not empty, or the display maths or code block that it ends with.
+3. of a finished turn, its last line that is not empty, less the signs of a heading (`#### 72`), or the display maths or code block that
+   it ends with.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _CLOSING_TAG = re.compile(r"</answer>", re.IGNORECASE)
-_SENTENCE = re.compile(r"(?:(?:so|thus|hence|therefore|then)\b,?[ \t]*)?the[ \t]+(?:final[ \t]+)?answer[ \t]+is[ \t]+(?=\S)", re.IGNORECASE)
+_SENTENCE = re.compile(
+    r"(?:(?:so|thus|hence|therefore|then)\b,?[ \t]*)?the[ \t]+(?:(?:final|correct|right)[ \t]+)?answer[ \t]+is[ \t]+(?=\S)", re.IGNORECASE
+)
 _ELSEWHERE = re.compile(r"[^\d\\$]{0,60}\b(?:above|boxed|earlier|previously|box)\b[^\d\\$]{0,60}", re.IGNORECASE)
 _BLOCKS = (("```", "```"), ("\\[", "\\]"), ("$$", "$$"))
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)[ \t]*)?\{|\}")
@@ -148,7 +151,7 @@ def _ending(text: str) -> str | None:
         if text.endswith(closing) and start >= 0 and "\n" in text[start:]:
             block = text[start + len(opening) : -len(closing)].strip()
             return (_without_language(block) if opening == "```" else block) or None
-    line = text.rpartition("\n")[2].strip()
+    line = re.sub(r"^#+[ \t]+", "", text.rpartition("\n")[2].strip())  # `#### 72`, as GSM8K ends
     sentence = _SENTENCE.match(line)
     said = line[sentence.end() :] if sentence else line
     box = next((match for match in _BRACE.finditer(said) if match["box"]), None)

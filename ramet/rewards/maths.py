@@ -18,7 +18,7 @@ from ramet.errors import TaskError
 from ramet.rewards.algebra.equality import same
 from ramet.rewards.algebra.lexing import LONGEST, WORD_COMMANDS, cleaned, plain_words
 from ramet.rewards.algebra.notation import AS_WRITTEN, read
-from ramet.rewards.algebra.trees import Node, Quantity, Text, Unreadable, number_of, written
+from ramet.rewards.algebra.trees import Node, Quantity, Sym, Text, Unreadable, number_of, written
 from ramet.rewards.algebra.units import NUMBER_WORDS
 
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,300}(?:\.\d{1,300})?)\s*\$?\s*\.?\s*")
@@ -30,8 +30,15 @@ _DOUBT = NUMBER_WORDS - _AFFIRMING | frozenset((
     "least", "most", "under", "above", "below", "almost", "nearly", "up", "dozen", "twice", "by", "percent", "a.m", "p.m", "am", "pm",
     "base", "mod", "modulo",
 ))  # fmt: skip
-_STATED = re.compile(r"([^\W\d_][^\d\\$=<>]*\b(?:is|are|equals))\s+(\S.*)", re.DOTALL)
-_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_STATED = re.compile(r"([^\W\d_](?:[^\d\\$=<>]|\$[^\d$=<>]{1,40}\$)*\b(?:is|are|equals))\s+(\S.*)", re.DOTALL)
+_CONTINUED = re.compile(r"[,;]|\s(?:and|in|on|at|as|by|for|from|with|when|because|so)\s")
+_SENTENCE = re.compile(r"\s*[A-Z][a-z]+(?:,?\s+(?:\$|\\\(|[a-z])|,?\s+[A-Z][a-z])")
+_BECAUSE = re.compile(r",?\s(?:because|since)\s")
+_CHOICE = re.compile(r"\s*(?:\(([A-Z])\)|([A-Z])[.):])\s*(?!(?:or|and|is|are|nor)\b)([^\s.,;].*)", re.DOTALL)
+_ANSWER_IS = re.compile(
+    r"\s*(?:(?:so|thus|hence|therefore)\b,?\s*)?the\s+(?:final\s+|correct\s+|right\s+|best\s+)*(?:answer|option|choice)\s+is\s*:?\s*(?=\S)",
+    re.IGNORECASE,
+)
 _SPACING = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\[,;:! ()\[\]]|[\s$]")
 
 
@@ -86,8 +93,11 @@ def math_match(task: Task, answer: str | None) -> float:
     expected = parse_reference(gold, f"task {task.id}")
     if len(answer) > LONGEST:
         return 0.0
+    answer = answer[sentence.end() :] if (sentence := _ANSWER_IS.match(answer)) else answer
     if isinstance(expected, Text) and expected.words == plain_words(cleaned(answer)):
         return 1.0
+    if isinstance(expected, Sym) and (chosen := _choice(answer)):
+        return float(expected.name == chosen)
     said = _understood(answer, prose=not isinstance(expected, Text))
     if said is None:
         return 0.0
@@ -101,7 +111,9 @@ def math_match(task: Task, answer: str | None) -> float:
 def _understood(answer: str, prose: bool) -> Node | None:
     """The answer as it stands or, with `prose`, of a sentence that affirms one number or formula, that; None where neither can be read."""
     whole: Node | None = None
-    for text in (answer, *(_in_prose(answer) if prose else ())):
+    answer = _BECAUSE.split(answer, maxsplit=1)[0]
+    stated = _in_prose(answer) if prose else []
+    for text in (*stated, answer) if _SENTENCE.match(answer) else (answer, *stated):
         try:
             node = read(text)
         except Unreadable:
@@ -114,7 +126,7 @@ def _understood(answer: str, prose: bool) -> Node | None:
 
 def _in_prose(text: str) -> list[str]:
     """From the one formula or number of a sentence on, its unit included; a formula alone. Nothing where there are several, or a doubt."""
-    text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", text)
+    text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", text).replace("**", "")
     found = [*_FORMULA.finditer(text)] or [*_NUMBER.finditer(text)]
     formula = bool(found) and found[0].re is _FORMULA
     around = (_FORMULA if formula else _NUMBER).sub(" ", text)
@@ -124,7 +136,17 @@ def _in_prose(text: str) -> list[str]:
         return [stated[2]]
     if len(found) != 1 or not any(len(word) > 1 for word in words) or re.search(r"[\d\\^=<>*/+]", around) or _DOUBT & set(words):
         return []
-    return [text[found[0].start() :], found[0].group()][: 1 + formula]
+    if formula:
+        return [text[found[0].start() :], found[0].group()]
+    unit = _CONTINUED.split(text[found[0].end() :], maxsplit=1)[0]
+    return [found[0].group() + unit, found[0].group()]
+
+
+def _choice(answer: str) -> str | None:
+    """The letter of a choice that is named with what it says: `(C) 12`, `B. Paris`."""
+    text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", cleaned(answer)) if len(answer) <= LONGEST else ""
+    found = _CHOICE.fullmatch(text)
+    return None if found is None or re.search(r"\([A-Z]\)|\b[A-Z][.):](?:\s|$)", found[3]) else found[1] or found[2]
 
 
 def _copied(answer: str, task: Task) -> bool:
@@ -137,6 +159,7 @@ def _copied(answer: str, task: Task) -> bool:
 
 def _squeezed(text: str) -> str:
     """Without what does not change how a formula reads."""
-    text = _FRACTION.sub(r"\1/\2", re.sub(r"\\[dtc]frac", r"\\frac", text))
+    text = re.sub(r"\\[dtc]frac", r"\\frac", text)
+    text = re.sub(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\1\2/\3\4", text)
     text = _SPACING.sub(" ", text).replace("{", "").replace("}", "")
     return text.replace("\\cdot", "*").replace("\\times", "*").replace("\u2212", "-")

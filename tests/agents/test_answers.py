@@ -22,6 +22,7 @@ from ramet.agents.answers import extract_answer, last_boxed
         ("Answer: above average", "above average"),
         ("Thus \\boxed{72}.\nAnswer:", "72"), ("So\n\\[\n72\n\\]", "72"), ("So\n$$\n72\n$$", "72"), ("So\n```\n72\n```", "72"),
         ("So the answer is 72.", "72."), ("The final answer is $72$", "$72$"), ("she gives her\nanswer", "answer"), ("so \\boxed{72", "72"),
+        ("48+24 = <<48+24=72>>72 clips.\n#### 72", "72"), ("#### $1,200", "$1,200"), ("So the correct answer is Paris", "Paris"),
         ("The answer\nis hard to find\nAnswer: 3", "3"),
     ],
 )  # fmt: skip

@@ -47,6 +47,8 @@ def test_every_disagreement_with_other_graders_is_decided_in_writing():
         ("Rationalize the denominator of $\\dfrac{1}{\\sqrt{2}}$.", "\\frac{\\sqrt{2}}{2}", "\\frac{1}{\\sqrt{2}}", "\\frac{\\sqrt2}{2}"),
         ("Reduce $\\frac{12}{30}$ to lowest terms.", "\\frac{2}{5}", "\\frac{12}{30}", "2/5"),
         ("Reduce $\\frac{12}{30}$ to lowest terms.", "\\frac{2}{5}", "12/30", "0.4"),
+        ("Simplify $\\frac46$.", "\\frac{2}{3}", "\\frac{4}{6}", "\\frac23"),
+        ("Simplify $\\frac{4}{6}$.", "\\frac{2}{3}", "\\frac46", "\\frac23"),
         ("Write 0.375 as a common fraction.", "\\frac{3}{8}", "0.375", "3/8"),
         ("Write $-2 < x < 7$ in interval notation.", "(-2,7)", "-2<x<7", "x \\in (-2, 7)"),
         ("Write $4.5 \\times 10^{-3}$ as a decimal.", "0.0045", "4.5 \\times 10^{-3}", "0.0045"),

@@ -24,7 +24,6 @@ from ramet.rewards.algebra.trees import (
     Text,
     inside,
     integer_of,
-    literal,
     number_of,
     symbols_of,
     written,
@@ -113,12 +112,12 @@ def _is_integer(node: Node) -> bool:
 
 def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] | None:
     """The name and the value of `x = 5`, of `x \\in S`, and of a true computation `x = 2 + 3 = 5`; None of another relation."""
-    if any(operator not in ("=", "~") for operator in relation.operators) and relation.operators != ("in",):
+    if any(operator not in ("=", "~") for operator in relation.operators) and relation.operators not in (("in",), ("==",)):
         return None
     name = relation.parts[0] if _is_name(relation.parts[0]) else None
     values = relation.parts if name is None else relation.parts[1:]
-    if said and name is None and len(values) == 2 and not symbols_of(values[1]) and not _numbers(values[0]):
-        return values[0], values[1]  # `a + b = 5`
+    if said and name is None and len(values) > 1 and not _numbers(values[0]) and not any(map(symbols_of, values[1:])):
+        name, values = values[0], values[1:]  # `a + b = 5`
     if len(values) == 1:
         return None if isinstance(name, Sym) and name.name in symbols_of(values[0]) else (name, values[0])
     if any(isinstance(_amount(v)[0], (Group, Relation, Text)) or symbols_of(v) for v in values):
@@ -127,7 +126,7 @@ def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] |
     if not all(equal_values(a, b, error=None if operator == "=" else 0.01) for operator, a, b in pairs):
         return None
     exact = [v for v, operator in zip(values, relation.operators[-len(values) + 1 :], strict=False) if operator == "~"]
-    return name, exact[0] if exact and not literal(_amount(exact[0])[0]) else values[-1]
+    return name, exact[0] if exact else values[-1]
 
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
@@ -151,7 +150,8 @@ def _same_relations(gold: Node, said: Node) -> bool:
     assert isinstance(relation, Relation)
     stated = _stated(relation, relation is said)
     if stated:
-        return same(stated[1], said) if relation is gold else same(gold, stated[1])
+        rounded = relation.operators[-1] == "~" and same(relation.parts[-1], other)
+        return rounded or (same(stated[1], said) if relation is gold else same(gold, stated[1]))
     interval = _interval(relation)
     return interval is not None and isinstance(other, Group) and other.kind not in ("list", "ratio") and same(interval, other)
 

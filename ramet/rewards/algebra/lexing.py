@@ -50,8 +50,8 @@ _TOKEN = re.compile(
     re.DOTALL,
 )
 _DROPPED = re.compile(
-    r"\\(?:(?:left|middle|right)(?![a-zA-Z])\.?|(?:[bB]igg?[lr]?|displaystyle|textstyle|tiny|small|large|Large|LARGE|huge|Huge|bf|limits)"
-    r"(?![a-zA-Z])|(?:hspace|phantom)\{[^{}]*\})"
+    r"\\(?:(?:left|middle|right)(?![a-zA-Z])\.?|(?:[bB]igg?[lr]?|displaystyle|textstyle|tiny|small|large|Large|LARGE|huge|Huge|bf|limits"
+    r"|checkmark|qed|blacksquare)(?![a-zA-Z])|(?:hspace|phantom|(?:text)?color)\{[^{}]*\})|<<[^<>]*>>"
 )
 _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{\s*,\s*\}|,\s*\\!\s*|\\,|[ \u00a0\u2009\u202f])\d{3})+(?!\d)")
 
@@ -68,10 +68,16 @@ def cleaned(text: str) -> str:
     text = re.sub(r"(?<!\\)(?:\\!|\\[()\[\]])", "", text)
     text = re.sub(r"(?<!\\)\\[,;: >]|\\q?quad(?![a-zA-Z])|~", " ", text)
     text = _DROPPED.sub("", text)
+    text = re.sub(r"\\\\\[-?[\d.]+ *[a-z]+\]", r"\\\\", text)  # the height of a row
+    text = re.sub(r"\\big(cup|cap)(?![a-zA-Z]|\s*[_^])", r"\\\1 ", text)
+    text = re.sub(r"(?<=[)\]}])\s*U\s*(?=[(\[])", r" \\cup ", text)
     text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{(?=[^{{}}]*\d)([^{{}}]*)\}}", r" \1 ", text)
+    text = re.sub(r"\(\s*mod\s*(\d+)\s*\)", r"\\pmod{\1}", text)
+    text = re.sub(r"^\s*(?:negative|minus)\s+(?=\d)", "-", text, flags=re.IGNORECASE)
     text = re.sub(r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree)\s*(?:\\[a-z]+\{)?\s*([CF])\}?(?![a-zA-Z])", r" \\text{degrees \1}", text)
     text = re.sub(r"(?<![^\W_])(?:(US)D?|(EUR)|(GBP))\s*\\?\$?(?=\s*\d)", lambda m: "\\$" if m[1] else "€" if m[2] else "£", text)
     text = re.sub(r"(?<![^\W_])(?:[a-zA-Z]\.){2,}", lambda match: match.group().replace(".", ""), text)  # U.S., p.m.
+    text = re.sub(r"(?<==)(\s*)\*\*([^*\s][^*]*)\*\*(?=[\s.,;:]|$)", r"\1\2", text)
     text = _dollars(text)
     for _ in range(3):
         text = re.sub(r"^=(?!=)", "", text.strip().strip("`").rstrip(".,;:")).strip()

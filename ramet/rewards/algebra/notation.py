@@ -19,7 +19,7 @@ import re
 from fractions import Fraction
 
 from ramet.rewards.algebra.lexing import FUNCTIONS, WORD_COMMANDS, Token, cleaned, plain_words, tokens_of
-from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, Unreadable, depth_of
+from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, Unreadable, depth_of, written
 from ramet.rewards.algebra.units import CURRENCIES, MULTIPLES, NUMBER_WORDS, NUMBERS, unit_name
 
 DEEPEST = 60
@@ -41,10 +41,11 @@ _RELATIONS = {
 _DEGREE = (Sym("\\circ"), Sym("°"))
 _AFTER_FACTOR = frozenset((
     ")", "]", "}", "\\}", ",", ";", "+", "-", "*", "/", ":", "^", "_", "!", "\\cup", "\\cap", "\\setminus", "&", "\\\\", "%", "\\%",
-    "°", "'",
+    "°", "'", "\\pmod",
 ))  # fmt: skip
+_ALL_REALS = frozenset(("all real numbers", "all reals", "the real numbers", "the set of all real numbers", "the set of real numbers"))
 _CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d))?\s*([ap])\.?\s*m\.?", re.IGNORECASE)
-_ASIDE = re.compile(r"\s+\((?!base\b)[^\W\d_]{2,}(?:[ ,.'-]+[^\W\d_]+)*[.,]?\)$")
+_ASIDE = re.compile(r"\s+\((?:(?!base\b)[^\W\d_]{2,}(?:[ ,.'-]+[^\W\d_]+)*[.,]?|(?:since|because|as|from)\s[^()]*)\)$")
 
 
 def read(text: str) -> Node:
@@ -69,6 +70,8 @@ def _words(text: str) -> Node | None:
     marked = bare != text
     if not re.fullmatch(r"[^\W\d_]+(?:[\s,.'&-]+[^\W\d_]+)*[\s.!?]*", bare):
         return None
+    if plain_words(bare) in _ALL_REALS:
+        return Sym("\\mathbbR")
     words = re.findall(r"[^\W\d_']+", bare)
     if len(words) == 1 and (len(bare) == 1 or (not marked and _reads_as_symbols(words[0]))):
         return None
@@ -241,6 +244,9 @@ class _Parser:
         amount = _product(product)
         while self.kind == "text":
             amount = self.quantity(amount)
+        if self.next == "\\pmod":
+            self.take()
+            amount = Quantity(amount, f"mod {written(self.argument(whole=True))}")
         return amount
 
     def quantity(self, amount: Node) -> Node:
@@ -461,7 +467,7 @@ class _Parser:
             while self.at < len(self.tokens) and self.next not in (",", ")", "]", "}", "\\}") and self.next not in ("=", "<", ">"):
                 self.skip()
             return Op(token, (Sym("".join(t.text for t in self.tokens[start : self.at])),))
-        if token in ("\\pmod", "\\bmod", "\\mod"):
+        if token in ("\\bmod", "\\mod"):
             return Op("mod", (self.argument(whole=True),))
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])

@@ -33,7 +33,7 @@ _UNITS = {
     "inche": "in", "yard": "yd", "mile": "mi", "hour": "h", "hr": "h", "hrs": "h", "minute": "min", "min": "min", "mins": "min",
     "second": "s", "sec": "s", "secs": "s", "liter": "l", "litre": "l", "milliliter": "ml", "millilitre": "ml", "dollar": "$", "usd": "$",
     "us": "", "euro": "€", "eur": "€", "gbp": "£", "percent": "%", "pct": "%", "percentage": "%", "degree": "°", "deg": "°",
-    "sq": "square", "cu": "cubic", "cent": "cent", "mph": "mi per h", "kph": "km per h",
+    "gallon": "gal", "quart": "qt", "pint": "pt", "sq": "square", "cu": "cubic", "cent": "cent", "mph": "mi per h", "kph": "km per h",
 }  # fmt: skip
 
 

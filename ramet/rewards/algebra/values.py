@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import gcd
 from typing import Any
 
@@ -15,18 +15,39 @@ from ramet.rewards.algebra.trees import Node, Num, Op, Quantity, Sym, Unreadable
 _POINTS = 4
 _DIGITS = 60
 _LARGEST = 10**9
+_MOST_DIGITS = 5000
 _CONTEXT = MPContext()
 _LOCK = threading.Lock()  # of the context, whose working precision is a global state
 
 
 def equal_values(a: Node, b: Node, error: float | None = None) -> bool:
-    """At every point, to the working precision or within a relative `error`."""
+    """At every point, to the working precision or within a relative `error`.
+
+    The precision is such that the smallest term of a sum counts beside the largest (`2^{2017} - 1`); where that would take more than
+    `_MOST_DIGITS`, what is written alike is equal.
+    """
     digits = max(_DIGITS, 30 + max(_longest(a), _longest(b)))
     points = _POINTS if symbols_of(a) | symbols_of(b) else 1
     with _LOCK:
-        _CONTEXT.dps = digits
-        allowed = _CONTEXT.mpf(10) ** (25 - digits) if error is None else _CONTEXT.mpf(error)
-        return all(_close(_value(a, point), _value(b, point), allowed) for point in range(points))
+        return all(_equal_at(point, a, b, digits, error) for point in range(points))
+
+
+def _equal_at(point: int, a: Node, b: Node, digits: int, error: float | None) -> bool:
+    _CONTEXT.dps = digits
+    spreads = [0]
+    values = _value(a, point, spreads), _value(b, point, spreads)
+    if error is None and (further := int(max(spreads) * 0.302)) > digits - 30:
+        if further > _MOST_DIGITS:
+            return written(a) == written(b)
+        _CONTEXT.dps = digits = digits + further
+        values = _value(a, point, spreads), _value(b, point, spreads)
+    return _close(*values, _CONTEXT.mpf(10) ** (25 - digits) if error is None else _CONTEXT.mpf(error))
+
+
+def _spread(terms: Sequence[Any]) -> int:
+    """Binary places from the largest term of a sum to the smallest."""
+    sizes = [_CONTEXT.mag(term) for term in terms if term and _CONTEXT.isfinite(term)]
+    return int(max(sizes) - min(sizes)) if sizes else 0
 
 
 def _longest(node: Node) -> int:
@@ -49,8 +70,8 @@ def _point(name: str, point: int) -> Any:
     return value if point % 2 == 0 else value - 3.5
 
 
-def _value(node: Node, point: int) -> Any:
-    """Raises `Unreadable` where there is none, or none that can be had in bounded time."""
+def _value(node: Node, point: int, spreads: list[int]) -> Any:
+    """Raises `Unreadable` where there is none, or none that can be had in bounded time. The spread of each sum is put into `spreads`."""
     c = _CONTEXT
     if isinstance(node, Num):
         return c.mpf(node.value.numerator) / node.value.denominator
@@ -59,10 +80,12 @@ def _value(node: Node, point: int) -> Any:
         return +known[node.name] if node.name in known else _point(node.name, point)
     if isinstance(node, Quantity):
         scale = {"%": c.mpf(1) / 100, "°": c.pi / 180}.get(node.unit, c.mpf(1))
-        return _value(node.amount, point) * scale
+        return _value(node.amount, point, spreads) * scale
     if not isinstance(node, Op):
         raise Unreadable("no expression")
-    arguments = [_value(child, point) for child in node.args]
+    arguments = [_value(child, point, spreads) for child in node.args]
+    if node.name == "add":
+        spreads.append(_spread(arguments))
     power = number_of(node.args[1]) if node.name == "pow" else None
     try:
         if power is not None and 1 < power.value.denominator < 1000 and power.value.denominator % 2:  # as \sqrt[3]{x}^2
