@@ -2,7 +2,8 @@
 
 Some of its tasks bring a verifier of their own, and several of those evaluate the answer as code. An answer is text that a model
 wrote, so these tasks are refused; the others are graded by comparison. Refused as well are tasks whose reference, stated as a model states
-its answer, would not be graded right, such as grids of several lines; an entry by which that is so now and then is left out.
+its answer, would not be graded right, such as grids of several lines; an entry by which that is so now and then is left out. And tasks
+that are not the same in every process (`UNREPEATABLE`).
 
 A prompt says by its content alone whether it is for training, for tuning or to be measured (`ramet.env.splits`).
 """
@@ -25,6 +26,8 @@ PATIENCE = 2_000
 """Prompts in a row that give none for a split, after which there are no more. Some generators take a twentieth of a second for one."""
 UNUSABLE = 20
 """Entries in a row that cannot be made, or whose own reference is not graded right, after which the task is refused."""
+UNREPEATABLE = ("isomorphic_strings", "ransom_note")
+"""Their generators draw from the order of a set of strings, which PYTHONHASHSEED decides: a run that goes on would meet other tasks."""
 _SIZE = 2**31 - 1
 
 
@@ -59,6 +62,8 @@ class GymEnvironment:
             raise ConfigError(f"reasoning-gym does not make {self.task!r}: {first_line(error)}") from error
         if by_itself:
             raise ConfigError(f"{self.task} is graded by a verifier of its own, which may run answers as code; choose another task")
+        if self.task in UNREPEATABLE:
+            raise ConfigError(f"the tasks of {self.task} differ from process to process, whatever the seed; choose another task")
         in_a_row = 0
         for number in numbers():
             try:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -448,6 +451,32 @@ def test_what_reasoning_gym_makes_to_train_on_tune_on_and_measure_differs_in_its
     with pytest.raises(ConfigError, match=r"there are only \d+ different tasks for the split iid"):
         small.tasks("iid", 300, 0)
     assert len(asked(small.tasks("train", 300, 0))) == 300
+
+
+REPEATED = """
+import json, sys
+from ramet.env.gym import GymEnvironment
+from ramet.errors import ConfigError
+for name in sys.argv[1:]:
+    try:
+        print(json.dumps([[t.messages[0].content, t.reference] for t in GymEnvironment(name).tasks("train", 10, 0)]))
+    except ConfigError as error:
+        print(error)
+"""
+
+
+def test_tasks_are_the_same_in_every_process():
+    """Whatever the order of its sets; where a generator draws from that, it is refused."""
+    names = ["number_sequence", "letter_counting", "string_synthesis", "syllogism", "course_schedule", "isomorphic_strings", "ransom_note"]
+    one, other = (
+        subprocess.run(
+            [sys.executable, "-c", REPEATED, *names], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for seed in ("1", "2")
+    )
+    assert one == other and len(one) == len(names)
+    for name, said in zip(names, one, strict=True):
+        assert ("differ from process to process" in said) == (name in ("isomorphic_strings", "ransom_note"))
 
 
 @pytest.mark.parametrize("name", ["rotate_matrix", "modulo_grid"])
