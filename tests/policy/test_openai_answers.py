@@ -9,12 +9,15 @@ import time
 import warnings
 from typing import Any
 
+import anyio
+import anyio.abc
 import pytest
 
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import Message, StopReason
 from ramet.errors import PolicyError, TransientPolicyError
 from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.openai.client import connected
 from ramet.policy.openai.tally import estimate
 from tests.policy.raw_server import HEAD, reply, says, serve, stream, usage
 
@@ -291,4 +294,24 @@ async def test_no_generator_is_left_open():
             with contextlib.suppress(PolicyError):
                 await chat(answer, seconds=0.05)
             gc.collect()
+    assert not [w for w in caught if "generator" in str(w.message)]
+
+
+async def test_no_generator_is_left_open_where_sending_is_cancelled():
+    """By a deadline or from outside, when the server has read a part of the request."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with anyio.CancelScope() as scope:
+
+            async def read_a_part(connection: anyio.abc.SocketStream) -> None:
+                await connection.receive()
+                scope.cancel()
+
+            async with await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0) as listener, anyio.create_task_group() as group:
+                group.start_soon(listener.serve, read_a_part)
+                port = listener.extra(anyio.abc.SocketAttribute.local_port)
+                async with connected({}, 1) as client:
+                    await client.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "x" * 2**25})
+        assert scope.cancelled_caught
+        gc.collect()
     assert not [w for w in caught if "generator" in str(w.message)]

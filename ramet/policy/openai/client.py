@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import cache
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -69,13 +69,35 @@ class Address:
         return [form for secret in found for form in {secret, quote(secret, safe="")}]
 
 
+class _Body(httpx.AsyncByteStream):
+    """The body of a request, in one piece. httpx's own is a generator, which is left open where sending it is cancelled."""
+
+    def __init__(self, content: bytes):
+        self._content, self._sent = content, False
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        self._sent = False
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._sent:
+            raise StopAsyncIteration
+        self._sent = True
+        return self._content
+
+
+async def _in_one_piece(request: httpx.Request) -> None:
+    request.stream = _Body(request.content)
+
+
 def connected(headers: dict[str, str], concurrency: int) -> httpx.AsyncClient:
     """A client in this environment. Raises `PolicyError` that names the variable at fault."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=concurrency)
 
     def made(**options: object) -> httpx.AsyncClient:
         trusted = _trusted(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
-        return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=trusted, **options)  # type: ignore[arg-type]
+        hooks = {"request": [_in_one_piece]}
+        return httpx.AsyncClient(headers=headers, timeout=None, limits=limits, verify=trusted, event_hooks=hooks, **options)  # type: ignore[arg-type]
 
     try:
         return made()
