@@ -26,7 +26,7 @@ deadline of the tree (`ramet.agents.runtime`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Annotated, Any, Self
 
@@ -83,10 +83,11 @@ _NOTHING = dict.fromkeys(CURRENCIES, 0)
 class Ledger:
     """The account of one branch. Make the root's with `Ledger.of`, a clone's with `fork`."""
 
-    __slots__ = ("_children", "_held", "_limit", "_open", "_past", "_share", "_spent", "budget")
+    __slots__ = ("_children", "_held", "_limit", "_moves", "_open", "_past", "_share", "_spent", "budget")
 
-    def __init__(self, budget: Budget, limit: dict[str, int | None]):
+    def __init__(self, budget: Budget, limit: dict[str, int | None], moves: list[int] | None = None):
         self.budget = budget
+        self._moves = [0] if moves is None else moves
         self._share = limit
         self._limit = limit.copy()
         self._spent = _NOTHING.copy()
@@ -119,6 +120,11 @@ class Ledger:
         """All that is spent and all that is reserved: equal if nothing has moved."""
         return (*self._spent.values(), *self._held.values())
 
+    @property
+    def moves(self) -> int:
+        """How often anything has been reserved, spent or refunded in the whole tree."""
+        return self._moves[0]
+
     def left(self, currency: str) -> int | None:
         """What can still be reserved; None if unlimited."""
         limit = self._limit[currency]
@@ -126,7 +132,15 @@ class Ledger:
 
     def total(self, currency: str) -> int:
         """Spent so far by this branch and everything under it, clones that still run included (pooled currencies)."""
-        return self._spent[currency] + sum(child.total(currency) for child in self._children)
+        return sum(ledger._spent[currency] for ledger in self._walk())
+
+    def _walk(self) -> Iterator[Ledger]:
+        """This ledger and the open ones under it. No recursion: a chain of clones is deeper than Python's stack."""
+        stack = [self]
+        while stack:
+            ledger = stack.pop()
+            yield ledger
+            stack.extend(ledger._children)
 
     def sampleable(self, final: bool = False) -> int | None:
         """How long the next sample may be. All but the answer reserve, which only the `final` one may use."""
@@ -158,6 +172,7 @@ class Ledger:
 
         What an earlier run spent (`past`) raises them by all of it: a tree is not the shorter for having been interrupted.
         """
+        self._moves[0] += 1
         for currency, amount in _sample(generated, prefilled, 0).items():
             self._spent[currency] += amount
             if past:
@@ -212,12 +227,11 @@ class Ledger:
 
     def check(self) -> None:
         """Raise `LedgerError` if the invariant is broken, here or in an open clone's ledger."""
-        for currency in CURRENCIES:
-            limit, spent, held = self._limit[currency], self._spent[currency], self._held[currency]
-            if spent < 0 or held < 0 or (limit is not None and spent + held > limit):
-                raise LedgerError(f"{currency}: spent {spent} + reserved {held} against a limit of {limit}")
-        for child in self._children:
-            child.check()
+        for ledger in self._walk():
+            for currency in CURRENCIES:
+                limit, spent, held = ledger._limit[currency], ledger._spent[currency], ledger._held[currency]
+                if spent < 0 or held < 0 or (limit is not None and spent + held > limit):
+                    raise LedgerError(f"{currency}: spent {spent} + reserved {held} against a limit of {limit}")
 
     def _hold(self, wanted: dict[str, int]) -> None:
         if not self._open:
@@ -228,10 +242,12 @@ class Ledger:
                 raise LedgerError(f"cannot reserve {amount} {currency}")
             if limit is not None and amount > (left := limit - self._spent[currency] - self._held[currency]):
                 raise BudgetExhausted(currency, amount, left)
+        self._moves[0] += 1
         for currency, amount in wanted.items():
             self._held[currency] += amount
 
     def _settle(self, held: dict[str, int], used: dict[str, int]) -> None:
+        self._moves[0] += 1
         for currency, amount in held.items():
             self._held[currency] -= amount
             self._spent[currency] += used.get(currency, 0)
@@ -290,7 +306,7 @@ class Fork:
         self._parent = parent
         self._limits = limits
         self._path = self._without_past = 0
-        self.ledgers = [Ledger(parent.budget, limit) for limit in limits]
+        self.ledgers = [Ledger(parent.budget, limit, parent._moves) for limit in limits]
         parent._children.update(dict.fromkeys(self.ledgers))
 
     def close(self, ledger: Ledger) -> None:

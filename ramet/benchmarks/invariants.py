@@ -35,15 +35,26 @@ def _prefilled(turns: Sequence[Turn]) -> int:
 def check_growth(growth: Growth, seen: dict[str, tuple[object, ...]]) -> None:
     """A growing branch and those under it: in every currency, what is spent is what stands there, and limits hold.
 
-    `seen` keeps each branch's state at the last check; what has not changed since is not counted again.
+    `seen` keeps each branch's state at the last check; what has not changed since is not counted again, and while nothing moves in
+    the ledgers no branch is looked at, or a chain would cost its depth at every step.
     """
-    ledger, turns = growth.ledger, growth.turns
-    for clone in growth.clones:
-        check_growth(clone, seen)
-    state = (len(turns), turns and turns[-1], len(growth.clones), growth.discarded, growth.ended, ledger.amounts())
-    if seen.get(growth.id) == state:
+    moves = (growth.ledger.moves,)
+    if seen.get("") == moves:
         return
-    seen[growth.id] = state
+    seen[""] = moves
+    pending = [growth]
+    while pending:
+        branch = pending.pop()
+        turns, clones = branch.turns, branch.clones
+        pending += clones
+        state = (len(turns), turns and turns[-1], len(clones), branch.discarded, branch.ended, branch.ledger.amounts())
+        if seen.get(branch.id) != state:
+            seen[branch.id] = state
+            _check_branch(branch)
+
+
+def _check_branch(growth: Growth) -> None:
+    ledger, turns = growth.ledger, growth.turns
     own = sum(len(turn.sampled) + turn.discarded for turn in turns) + growth.discarded
     closed = [clone for turn in turns for clone in turn.clones]
     below = [branch for clone in closed for branch in clone.walk()]

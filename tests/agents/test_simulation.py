@@ -18,8 +18,8 @@ from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import PATIENCE, SimulationError, simulate
 from ramet.agents.tasks import Slots
-from ramet.agents.tree import Message, Status, StopReason, Task
-from ramet.benchmarks.invariants import Violation
+from ramet.agents.tree import Message, Status, StopReason, Task, Tree
+from ramet.benchmarks.invariants import Violation, check_growth
 from ramet.benchmarks.simulate import Run, Scenario, run_seed
 from ramet.errors import BudgetExhausted, PolicyError, RametError, TransientPolicyError
 
@@ -126,6 +126,35 @@ def test_slots_are_never_lost_and_never_doubled(seed):
 
     simulate(main, seed)
     assert holding == 0 and most <= count and served
+
+
+def test_a_chain_of_clones_is_checked_at_every_step_and_cut_by_its_deadline():
+    """300 deep; cut when the last clone has begun to answer."""
+    depth, roots, totals = 300, [], []
+    seen: dict[str, tuple[object, ...]] = {}
+
+    def program(context: str) -> str:
+        number = int(context.split()[1].split("|")[0])
+        if "<" in context or number == depth:
+            return "Answer: 1\0"
+        return f"<tool_call>{render_call([f'go {number + 1}'])}</tool_call>\0"
+
+    async def main() -> Tree:
+        before = sum(len(program(f"go {number}")) for number in range(depth))
+        runtime = Runtime(ScriptedPolicy(program, 1.0, stride=5), PlainFormat(), clone_system="", watch=roots.append)
+        task = Task("t", (Message("user", "go 0"),))
+        return await runtime.run(task, Budget(depth=None, seconds=before + 7.5))
+
+    def observe() -> None:
+        for root in roots:
+            check_growth(root, seen)
+        totals.append(roots[0].ledger.total("generated") if roots and len(totals) % 1000 == 0 else 0)
+
+    tree = simulate(main, 0, observe)
+    assert len(tree.branches) == depth + 1 and max(totals) > 0
+    assert tree.root.status is Status.TIMED_OUT
+    assert tree.usage.generated == sum(branch.generated for branch in tree.branches)
+    assert len(tree.branches[-1].turns[0].sampled) == 5
 
 
 def test_what_the_observer_raises_comes_out():
