@@ -307,7 +307,8 @@ async def test_no_generator_is_left_open_where_sending_is_cancelled():
                 await connection.receive()
                 scope.cancel()
 
-            async with await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0) as listener, anyio.create_task_group() as group:
+            listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=0)
+            async with listener, anyio.create_task_group() as group:
                 group.start_soon(listener.serve, read_a_part)
                 port = listener.extra(anyio.abc.SocketAttribute.local_port)
                 async with connected({}, 1) as client:
