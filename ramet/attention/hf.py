@@ -5,16 +5,19 @@
     logits = extend(model, group, state, [[next_id]])                      # [sequences, vocabulary], the same on all ranks
 
 Several sequences of different lengths are packed one after another, so nothing is padded. Positions are those of the
-whole sequence; keys are rotated before they are passed on. A model with sliding windows, attention sinks, soft caps or
-linear attention is refused by name. Exact methods can be trained through `local_logits`; approximate ones refuse.
+whole sequence; keys are rotated before they are passed on, by angles that belong to the whole sequence's length where they
+depend on one (longrope). A model with sliding windows, attention sinks, soft caps, linear or latent attention or dynamic NTK
+positions is refused by name, and so is one that does not come to its own logits on two ranks when it is attached: a decoder that does not
+ask the registry would attend to its rank's rows alone. Exact methods can be trained through `local_logits`; approximate ones
+refuse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -24,30 +27,37 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ramet.attention.anchored import Selections, gather_partial
 from ramet.attention.cache import Sequence, ShardedCache
-from ramet.attention.comm import Alone, Group
+from ramet.attention.comm import Alone, Group, simulated
 from ramet.attention.kernels import attend
 from ramet.attention.merge import merge
 from ramet.attention.methods import Method
 from ramet.attention.plan import Plan, Sharded
 from ramet.attention.retaining import RetainingHeads, unrotated
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, first_line
+from ramet.policy.models import quiet
 
 NAME = "ramet"
 
 
 @dataclass
 class Pass:
-    """One forward pass on one rank: whose rows are where, and what attends to what."""
+    """One forward pass on one rank: whose rows are where, and what attends to what.
+
+    last    position of each whole sequence's last row, on whichever rank it is
+    layers  those that have attended
+    """
 
     group: Group
     method: Method
     plans: list[Plan | Sharded]
     slices: list[slice]
+    last: list[int]
     cache: ShardedCache | None
     seen: list[list[Selections]] | None = None
     heads: RetainingHeads | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     record: list[tuple[Tensor, Tensor, Tensor]] | None = None
+    layers: list[int] = field(default_factory=list)
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("attention_pass", default=None)
@@ -63,11 +73,81 @@ def running(this: Pass) -> Iterator[None]:
 
 
 def attach(model: Any) -> None:
-    """Give the model's decoder this attention; a vision tower keeps its own. Raises `ConfigError` for what is not supported."""
+    """Give the model's decoder this attention; a vision tower keeps its own. Raises `ConfigError` for what is not supported.
+
+    A few tokens are read and decoded on two simulated ranks and must give what the model gave before.
+    """
     config = model.config.get_text_config()
     _refuse(config)
-    nested = config is not model.config
-    model.set_attn_implementation({"text_config": NAME} if nested else NAME)
+    before = config._attn_implementation
+    if before == NAME:
+        return
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        ids = _plain_ids(config, model.config)
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+        _implement(model, NAME)
+        for module in model.get_decoder().modules():
+            if getattr(module, "rope_type", None) == "longrope" and not isinstance(module.forward, _Rotary):
+                module.forward = _Rotary(module.forward)
+        _probe(model, ids, expected)
+    except Exception as error:  # models fail in their own ways where they do not fit
+        _implement(model, before)
+        raise ConfigError(f"sequence-parallel attention does not support {config.model_type}: {first_line(error)}") from error
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _implement(model: Any, name: str) -> None:
+    nested = model.config.get_text_config() is not model.config
+    with quiet():
+        model.set_attn_implementation({"text_config": name} if nested else name)
+
+
+def _plain_ids(*configs: Any) -> list[int]:
+    """Eight ids that stand for text: none has a meaning of its own, as that of a picture has."""
+    said = [value for config in configs for name, value in config.to_dict().items() if name.endswith("token_id")]
+    special = {i for value in said for i in (value if isinstance(value, list) else [value])}
+    plain = [i for i in range(min(configs[0].vocab_size, 256)) if i not in special]
+    return [plain[-1 - i % len(plain)] for i in range(8)]
+
+
+def _probe(model: Any, ids: list[int], expected: Tensor) -> None:
+    """Raise `ConfigError` unless two ranks, by a ring, come to the expected logits after the fifth and the last of eight rows."""
+
+    def rank(group: Group) -> Tensor:
+        sequences, read = prefill(model, group, Method("ring"), [ids[:5]], [1])
+        return torch.cat([read, extend(model, group, sequences, [ids[5:]])]).float()
+
+    expected = expected[[4, 7]]
+    rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
+    for logits in simulated(2, rank):
+        off = float((logits - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm().clamp_min(1e-30))
+        if not off < rounding and not torch.equal(logits, expected):
+            raise ConfigError(f"on two ranks its logits differ from its own by {off:.1g} of their size")
+
+
+class _Rotary:
+    """The forward method of a rotary embedding whose angles depend on the longest position that it is shown: it is shown that of
+    each whole sequence, of which a rank may hold another part."""
+
+    def __init__(self, forward: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.forward = forward
+
+    def __call__(self, x: Tensor, position_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        this = _PASS.get()
+        if this is None or not this.slices[-1].stop:
+            return self.forward(x, position_ids, **kwargs)
+        parts = [self._one(x, position_ids[..., rows], last, kwargs) for rows, last in zip(this.slices, this.last, strict=True)]
+        cos, sin = (torch.cat(part, -2) for part in zip(*parts, strict=True))
+        return cos, sin
+
+    def _one(self, x: Tensor, positions: Tensor, last: int, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        cos, sin = self.forward(x, torch.cat([positions, positions.new_full((*positions.shape[:-1], 1), last)], -1), **kwargs)
+        return cos[..., :-1, :], sin[..., :-1, :]
 
 
 def _refuse(config: Any) -> None:
@@ -76,6 +156,11 @@ def _refuse(config: Any) -> None:
     found = [f"layers of kind {', '.join(sorted(kinds))}"] if kinds else []
     found += ["a sliding window"] if windowed and not kinds else []
     found += ["attention soft caps"] if getattr(config, "attn_logit_softcapping", None) else []
+    rope = getattr(config, "rope_parameters", None) or {}
+    turned = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, dict)}
+    # Every token would change the angles of all before it, whose keys are held as they were turned.
+    found += ["dynamic NTK positions"] if "dynamic" in turned else []
+    found += ["latent attention"] if getattr(config, "kv_lora_rank", None) else []
     found += ["ALiBi"] if getattr(config, "alibi", False) else []
     if found:
         raise ConfigError(f"sequence-parallel attention does not support {' and '.join(found)} (model type {config.model_type})")
@@ -93,13 +178,17 @@ def _attention(
             raise ConfigError(f"sequence-parallel attention does not support {what}")
     if module.training and not this.method.exact:
         raise ConfigError(f"{this.method.name} has no backward pass; train with ring, zigzag or ulysses, or call model.eval()")
+    if this.cache is not None and not this.cache.layers[module.layer_idx].gave(key, value):
+        raise ConfigError(f"layer {module.layer_idx} attends to other keys and values than it caches")
+    this.layers.append(module.layer_idx)
     scale = module.head_dim**-0.5 if scaling is None else scaling
     q, k, v = query[0], key[0], value[0]
     if this.cache is None or this.cache.filling:
         out = torch.cat([_prefill_one(this, i, module.layer_idx, q, k, v, scale) for i in range(len(this.plans))], 1)
     else:
         out = _extend_all(this, module.layer_idx, q, scale)
-    return out.transpose(0, 1)[None], None
+    idle = out.new_zeros(out.shape[0], q.shape[1] - out.shape[1], out.shape[2])  # see `_inputs`
+    return torch.cat([out, idle], 1).transpose(0, 1)[None], None
 
 
 def _prefill_one(this: Pass, index: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -126,6 +215,22 @@ def _extend_all(this: Pass, layer: int, q: Tensor, scale: float) -> Tensor:
             part.append(attend(q[:, where], *kept.tail, scale, True, backend))
         parts.append(merge(part))
     return gather_partial(this.group, type(parts[0])(torch.cat([p.out for p in parts], 1), torch.cat([p.lse for p in parts], 1)))()
+
+
+def _inputs(model: Any, name: str, rows: Tensor, positions: Tensor) -> dict[str, Any]:
+    """A rank's packed rows as the model takes them. A rank without any runs one row that is no sequence's: models take none less."""
+    if not len(rows):
+        rows, positions = rows.new_zeros(1, *rows.shape[1:]), positions.new_zeros(*positions.shape[:-1], 1)
+    return {name: rows[None].to(model.device), "position_ids": positions.to(model.device)}
+
+
+def _forward(model: Any, this: Pass, **inputs: Any) -> Tensor:
+    """Logits [rows, vocabulary]. Raises `ConfigError` where a layer has not attended through `_attention`, once."""
+    with running(this):
+        logits: Tensor = model(**inputs).logits[0]
+    if this.layers != list(range(model.config.get_text_config().num_hidden_layers)):
+        raise ConfigError("its layers do not use transformers' attention registry as they should, once each")
+    return logits
 
 
 AttentionInterface.register(NAME, _attention)
@@ -162,15 +267,17 @@ def prefill(
         after = [p.reshape(-1, p.shape[-1]).amax(0).cummax(0).values + 1 for p in positions]
         sequences = [Sequence(plan, len(a), int(a[-1]), after=a) for plan, a in zip(plans, after, strict=True)]
     cache = ShardedCache(sequences, slices, group.rank, model.config.get_text_config().num_hidden_layers, filling=True)
-    inputs: dict[str, Tensor] = {"position_ids": _positions(plans, group.rank, rows, positions).to(model.device)}
-    if embeds is None:
-        inputs["input_ids"] = torch.cat([torch.tensor(i)[r] for i, r in zip(ids, rows, strict=True)])[None].to(model.device)
-    else:
-        inputs["inputs_embeds"] = torch.cat([e[r] for e, r in zip(embeds, rows, strict=True)])[None].to(model.device)
-    last = torch.tensor([max(s.stop - 1, 0) for s in slices], device=model.device)
-    rotary = _rotary(model, inputs["position_ids"]) if heads is not None else None
-    with running(Pass(group, method, plans, slices, cache, seen, heads, rotary)):
-        logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+    name, given = ("input_ids", [torch.tensor(i) for i in ids]) if embeds is None else ("inputs_embeds", embeds)
+    own = torch.cat([x[r] for x, r in zip(given, rows, strict=True)])
+    inputs = _inputs(model, name, own, _positions(plans, group.rank, rows, positions))
+    ends = [max(s.stop - 1, 0) for s in slices]
+    last = [s.next_position - 1 for s in sequences]
+    this = Pass(group, method, plans, slices, last, cache, seen, heads)
+    if heads is not None:
+        with running(this):
+            this.rotary = _rotary(model, inputs["position_ids"])
+    inputs |= {"past_key_values": cache, "use_cache": True, "logits_to_keep": torch.tensor(ends, device=model.device)}
+    logits = _forward(model, this, **inputs)
     gathered = group.gather(logits).wait()
     owners = torch.tensor([plan.query_owner for plan in plans])
     return sequences, gathered[owners, torch.arange(len(plans))]
@@ -183,13 +290,11 @@ def extend(model: Any, group: Group, sequences: list[Sequence], ids: list[list[i
     slices = _slices([len(i) for i in ids])
     cache = ShardedCache(sequences, slices, group.rank, len(sequences[0].layers), filling=False)
     positions = torch.cat([torch.arange(s.next_position, s.next_position + len(i)) for s, i in zip(sequences, ids, strict=True)])
-    inputs = {
-        "input_ids": torch.tensor([token for i in ids for token in i])[None].to(model.device),
-        "position_ids": positions[None].to(model.device),
-    }
+    inputs = _inputs(model, "input_ids", torch.tensor([token for i in ids for token in i]), positions[None])
     last = torch.tensor([s.stop - 1 for s in slices], device=model.device)
-    with running(Pass(group, method, [s.plan for s in sequences], slices, cache)):
-        logits: Tensor = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=last).logits[0]
+    ends = [s.next_position + len(i) - 1 for s, i in zip(sequences, ids, strict=True)]
+    this = Pass(group, method, [s.plan for s in sequences], slices, ends, cache)
+    logits = _forward(model, this, **inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
     for sequence, new in zip(sequences, ids, strict=True):
         sequence.length += len(new)
         sequence.next_position += len(new)
@@ -202,9 +307,10 @@ def recorded(model: Any, ids: list[int]) -> tuple[list[tuple[Tensor, Tensor, Ten
     record: list[tuple[Tensor, Tensor, Tensor]] = []
     plan = Method("dense").plan(len(ids), 0, 1)
     positions = torch.arange(len(ids), device=model.device)[None]
-    with running(Pass(Alone(), Method("dense"), [plan], [slice(0, len(ids))], None, record=record)):
-        model(input_ids=torch.tensor([ids], device=model.device), position_ids=positions, use_cache=False, logits_to_keep=1)
-    return record, _rotary(model, positions)
+    this = Pass(Alone(), Method("dense"), [plan], [slice(0, len(ids))], [len(ids) - 1], None, record=record)
+    _forward(model, this, input_ids=torch.tensor([ids], device=model.device), position_ids=positions, use_cache=False, logits_to_keep=1)
+    with running(this):
+        return record, _rotary(model, positions)
 
 
 def _rotary(model: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,13 +325,9 @@ def local_logits(model: Any, group: Group, method: Method, ids: list[int]) -> Te
     """Logits [T, vocabulary] of the rows `method.plan(len(ids) - 1, 1, ranks).rows(rank)`, with gradients for exact methods."""
     plan = method.plan(len(ids) - 1, 1, group.size)
     rows = torch.tensor(plan.rows(group.rank), dtype=torch.long)
-    with running(Pass(group, method, [plan], [slice(0, len(rows))], None)):
-        logits: Tensor = model(
-            input_ids=torch.tensor(ids)[rows][None].to(model.device),
-            position_ids=torch.tensor(plan.positions(group.rank))[None].to(model.device),
-            use_cache=False,
-        ).logits[0]
-    return logits
+    inputs = _inputs(model, "input_ids", torch.tensor(ids)[rows], _positions([plan], group.rank, [rows], None))
+    this = Pass(group, method, [plan], [slice(0, len(rows))], [len(ids) - 1], None)
+    return _forward(model, this, **inputs, use_cache=False)[: len(rows)]
 
 
 def _slices(sizes: list[int]) -> list[slice]:

@@ -9,7 +9,8 @@ A text of generated notes has one that the question asks for, at a given depth. 
                  is in the anchor or passed on: the mean over layers and KV heads
     pairs        query-key pairs that the busiest host attends to, a share of dense: what the method costs
 
-Hosts are simulated one after another in this process. The run resumes from its journal.
+APB has no retaining heads here: it passes on by the question, as Spava does. Hosts are simulated one after another in this
+process. The run resumes from its journal.
 """
 
 from __future__ import annotations
@@ -231,6 +232,8 @@ def show(records: Sequence[dict[str, Any]]) -> None:
         kl = f"{r['divergence']:.3g} ({r['divergence_low']:.2g}-{r['divergence_high']:.2g})"
         table.add_row(r["case"], str(r["hosts"]), found, kl, f"{r['recall']:.2f}", f"{1 / r['pairs']:.1f}")
     console.print(table)
+    if any(r["case"] == "apb" for r in records):
+        console.print("apb has no retaining heads here: it passes on by the question, as spava does")
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

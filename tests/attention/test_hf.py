@@ -161,11 +161,110 @@ def test_selections_are_recorded_by_layer() -> None:
         ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_attention"),
         ("gemma2", {}, "sliding_attention and attention soft caps"),
         ("gpt_oss", {}, "sliding_attention"),
+        ("mamba", {}, "linear_attention"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "dynamic NTK positions"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(kind: str, more: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         attach(tiny(kind, **more))
+
+
+GPT = {"n_embd": 32, "n_head": 4, "n_layer": 2}
+ROTARY = {"rotary_dim": 4, "n_positions": 512, **GPT}
+LATENT = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "v_head_dim": 8, "head_dim": 4}
+LATENT |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "first_k_dense_replace": 3}
+EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("falcon", {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "alibi": False}),
+        ("gptj", ROTARY),
+        ("codegen", ROTARY),
+        ("gpt_neo", {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+        ("bloom", {"hidden_size": 32, "n_head": 4, "n_layer": 2}),
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
+        ("xglm", {"d_model": 32, "attention_heads": 4, "num_layers": 2, "ffn_dim": 48}),
+        ("diffllama", {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}),
+        ("deepseek_v2", {"hidden_size": 32, **LATENT, **EXPERTS, "topk_method": "greedy"}),
+        ("deepseek_v3", {"hidden_size": 32, **LATENT, **EXPERTS}),
+    ],
+)
+def test_decoders_that_do_not_come_to_their_own_logits_are_refused_by_name(kind: str, settings: dict[str, Any]) -> None:
+    """And keep the attention that they had."""
+    torch.manual_seed(0)
+    special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **settings, **special)).eval()
+    prompt = torch.tensor([ids(1, 12)])
+    with torch.no_grad():
+        before = model(input_ids=prompt).logits
+        with pytest.raises(ConfigError, match=f"sequence-parallel attention does not support .*{kind}"):
+            attach(model)
+        assert torch.equal(model(input_ids=prompt).logits, before)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_moe"])
+def test_rounding_and_several_end_tokens_are_no_reason_to_refuse(kind: str) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16} if kind == "qwen3_moe" else {}
+    model = tiny(kind, **experts)
+    model.config.eos_token_id = [1, 2]
+    attach(model.to(torch.bfloat16))
+
+
+def test_attaching_leaves_a_model_in_training() -> None:
+    model = tiny().train()
+    model.lm_head.eval()
+    attach(model)
+    assert model.training and model.model.layers[0].training and not model.lm_head.training
+
+
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 32, "rope_theta": 1e4, "factor": 16.0}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_angles_that_depend_on_the_length_are_those_of_each_whole_sequence(name: str) -> None:
+    """Of a long and a short prompt in one batch, before and after one another."""
+    hosts, settings = 1 if name == "dense" else 4, {"anchor": 4, "passing": 1000} if name == "spava" else {}
+    model, method = tiny("llama", kv_heads=4, rope_parameters=LONGROPE), Method(name, **settings)  # type: ignore[arg-type]
+    prompts, more = [ids(3, 60), ids(4, 20)], [[[7], [8]]]
+    if method.exact or name == "spava":
+        expected = [dense(model, [*prompt, *new])[-2:] for prompt, new in zip(prompts, more[0], strict=True)]
+    else:
+        alone = [run(model, method, hosts, [prompt], [4], [[new]])[0] for prompt, new in zip(prompts, more[0], strict=True)]
+        expected = [torch.cat(logits) for logits in alone]
+    for read, decoded in run(model, method, hosts, prompts, [4, 4], more):
+        for i, theirs in enumerate(expected):
+            assert (torch.stack([read[i], decoded[i]]) - theirs).abs().amax() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ring", "zigzag", "ulysses", "spava"])
+@pytest.mark.parametrize("length", [1, 2, 3, 5])
+def test_fewer_rows_than_hosts(name: str, length: int) -> None:
+    """Some ranks hold no rows; what follows is decoded all the same."""
+    settings: dict[str, Any] = {"anchor": 0, "passing": 1000} if name == "spava" else {}
+    model, prompt, method = tiny(kv_heads=4), ids(6, length), Method(name, **settings)  # type: ignore[arg-type]
+    expected = dense(model, [*prompt, 7, 8])
+    for logits, after in run(model, method, 4, [prompt], [1], [[[7, 8]]]):
+        assert (logits[0] - expected[-3]).abs().amax() < 1e-5
+        assert (after[0] - expected[-1]).abs().amax() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ring", "zigzag", "ulysses"])
+def test_gradients_of_fewer_rows_than_hosts(name: str) -> None:
+    model, sequence, method = tiny(kv_heads=4), ids(4, 3), Method(name)  # type: ignore[arg-type]
+    model.set_attn_implementation("eager")
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(input_ids=torch.tensor([sequence])).logits.square().sum(), parameters)
+    attach(model)
+
+    def rank(group: Group) -> list[Tensor]:
+        return list(torch.autograd.grad(local_logits(model, group, method, sequence).square().sum(), parameters))
+
+    for grads, theirs in zip(zip(*simulated(4, rank), strict=True), expected, strict=True):
+        assert torch.allclose(sum(grads), theirs, rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
 
 
 def test_misuse_is_explained() -> None:

@@ -107,7 +107,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert isinstance(Method("spava").plan(100, 5, 2), Plan)
 
 
-def test_the_needle_is_measured_and_resumed(tmp_path: Path) -> None:
+def test_the_needle_is_measured_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = attention_quality.sample(AutoTokenizer.from_pretrained(BASE), 300, 0.5, 0)
     text = AutoTokenizer.from_pretrained(BASE).decode(given.ids)
     assert text.count(given.code) == 1
@@ -115,6 +115,7 @@ def test_the_needle_is_measured_and_resumed(tmp_path: Path) -> None:
     assert 0.3 < text.index(given.code) / len(text) < 0.7
     run = lambda: bench_needle("nano", 300, [2], [16], [16], 2, 1, 0, tmp_path)  # noqa: E731
     run()
+    assert "apb has no retaining heads here" in capsys.readouterr().out
     written = (tmp_path / "journal.jsonl").read_bytes()
     records = {(r["case"], r["hosts"]): r for r in json.loads((tmp_path / "results.json").read_text()) if r["record"] == "needle"}
     assert set(records) == {("dense", 1), ("spava", 2), ("apb", 2), ("star", 2), ("spava 1/16 1/16", 2)}
