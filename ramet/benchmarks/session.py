@@ -31,7 +31,6 @@ from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.runlog import RunLog
 from ramet.policy.trainer import Trainer
 from ramet.policy.update import Draw, Judge, Verdict
-from ramet.rewards.penalty import scored
 
 
 def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, ChatFormat]:
@@ -152,7 +151,7 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
     def judge(task: Task, tree: Tree) -> Verdict:
         score = env.grade(task, tree.answer)
         penalties = config.reward.penalties(tree)
-        return Verdict(score, penalties, scored(tree, score, penalties, config.reward.failure))
+        return Verdict(score, penalties, config.reward.reward(tree, score, penalties))
 
     return draw, judge
 

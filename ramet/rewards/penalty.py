@@ -2,8 +2,11 @@
 
 A reward is `score - sum of penalties`, or what a failure is worth. More score never earns less: at the same cost by the
 difference, and a tree that scored anything, whatever it cost, at least what any tree does that scored nothing (`scored`).
-Every penalty is logged by itself. `reference`
-reproduces the penalties of the SELFCEST release (specification, section 3.4) so that both can be compared.
+Every penalty is logged by itself.
+
+The presets are after the SELFCEST release (specification, section 3.4), so that both can be compared: its formulas stand in the
+place of that rule, which does not hold in the release either. One thing that they are computed from is counted otherwise: the release
+counts the tags of calls that the root wrote, and here it is the root's turns that started clones.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ramet.agents.tree import Branch, Tree
 from ramet.errors import RewardError
@@ -24,25 +27,44 @@ _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Prices(BaseModel):
     """Reward units per token (or clone) of a tree's `Usage`.
 
-    The preset "reference" adds the SELFCEST release's penalties.
-
+    preset     none: what `scored` says. reference: the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t, which
+               can be negative; reference_maths: for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off that
     failure    the reward of a tree that scored 0, whatever it cost. "priced": it pays as any other, so where nothing
                succeeds, failing cheaply is what is learned
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    preset: Literal["none", "reference"] = "none"
+    preset: Literal["none", "reference", "reference_maths"] = "none"
     generated: _Price = 0.0
     critical_path: _Price = 0.0
     prefilled: _Price = 0.0
     clones: _Price = 0.0
     failure: Annotated[float, Field(le=0, allow_inf_nan=False)] | Literal["priced"] = "priced"
 
+    @model_validator(mode="after")
+    def _release_prices_failures(self) -> Prices:
+        if self.preset != "none" and self.failure != "priced":
+            raise ValueError(f'the preset {self.preset} has its own rule for failures; set failure to "priced", or preset to "none"')
+        return self
+
     def penalties(self, tree: Tree) -> dict[str, float]:
-        """The priced terms by name."""
+        """The priced terms by name. Those of "reference_maths" as they are before they are bounded."""
         priced = {name: getattr(self, name) * getattr(tree.usage, name) for name in PRICED if getattr(self, name)}
-        return priced | (reference_penalties(tree) if self.preset == "reference" else {})
+        release = {} if self.preset == "none" else reference_penalties(tree)
+        if self.preset == "reference_maths":
+            del release["calls"]
+        return priced | release
+
+    def reward(self, tree: Tree, score: float, penalties: Mapping[str, float]) -> float:
+        """What the tree earns for its score and its `penalties`. Raises `RewardError`, naming the tree, for anything that is not finite."""
+        if self.preset == "none":
+            return scored(tree, score, penalties, self.failure)
+        _check_finite(tree, score, penalties)
+        own = sum(penalties[name] for name in PRICED if name in penalties)
+        if self.preset == "reference_maths":
+            return max(0.0, score - min(penalties["root_length"] + penalties["clone_length"], 0.5)) - own
+        return score - penalties["root_length"] - penalties["clone_length"] - penalties["calls"] - own
 
 
 def scored(tree: Tree, score: float, penalties: Mapping[str, float], failure: float | Literal["priced"] = "priced") -> float:
@@ -51,14 +73,18 @@ def scored(tree: Tree, score: float, penalties: Mapping[str, float], failure: fl
     Prices take all that a score is worth at most. Were they to take more, saying nothing would beat an answer that is partly
     right: it scores nothing, and costs less.
     """
+    _check_finite(tree, score, penalties)
     cost = sum(penalties.values())
-    if not (math.isfinite(score) and math.isfinite(cost)):
-        raise RewardError(
-            f"the reward of task {tree.task_id} is not finite (score {score}, penalties {dict(penalties)}); fix the reward function"
-        )
     if score > 0:
         return max(score - cost, 0.0)
     return score - cost if failure == "priced" else failure
+
+
+def _check_finite(tree: Tree, score: float, penalties: Mapping[str, float]) -> None:
+    if not (math.isfinite(score) and math.isfinite(sum(penalties.values()))):
+        raise RewardError(
+            f"the reward of task {tree.task_id} is not finite (score {score}, penalties {dict(penalties)}); fix the reward function"
+        )
 
 
 def saturating(n: int, threshold: int, scale: float, most: float) -> float:
@@ -67,7 +93,10 @@ def saturating(n: int, threshold: int, scale: float, most: float) -> float:
 
 
 def reference_penalties(tree: Tree) -> dict[str, float]:
-    """Root length, clone length (the worst turn's longest clone) and tool calls, as the release prices them."""
+    """Root length, clone length (the worst turn's longest clone) and calls, by the release's formulas.
+
+    A call is a turn of the root that started clones.
+    """
     root = tree.root
     calls = sum(1 for turn in root.turns if turn.clones)
     longest = [max(sum(len(t.sampled) for t in clone.turns) for clone in turn.clones) for turn in root.turns if turn.clones]

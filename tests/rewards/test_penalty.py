@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.agents.tree import Branch, Status, Task, Tree, Usage
-from ramet.config import EnvConfig
+from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
+from ramet.benchmarks.session import recipe
+from ramet.config import EnvConfig, RunConfig, load
 from ramet.errors import RewardError
 from ramet.rewards.penalty import Prices, scored
 
@@ -66,8 +67,8 @@ def test_a_wrong_number_is_worth_what_no_idea_is_and_not_less(tmp_path):
     task = Task("t", (), reference=42)
     env = EnvConfig(kind="reference").build()
     assert 0 < env.grade(task, "7") < env.grade(task, "42") and env.grade(task, "no idea") == 0
-    price = {"generated": 0.25}
-    assert scored(tree(), env.grade(task, "7"), price, 0.0) == scored(tree(), env.grade(task, "no idea"), price, 0.0) == 0.0
+    cost = {"generated": 0.25}
+    assert scored(tree(), env.grade(task, "7"), cost, 0.0) == scored(tree(), env.grade(task, "no idea"), cost, 0.0) == 0.0
 
 
 @pytest.mark.parametrize(("score", "cost"), [(float("nan"), 0.0), (float("inf"), 0.0), (0.0, float("nan")), (1.0, float("inf"))])
@@ -79,3 +80,49 @@ def test_what_is_not_finite_is_an_error_and_not_a_failure(score, cost, failure):
 
 def test_prices_are_of_the_whole_tree():
     assert Prices(generated=0.5, clones=0.25).penalties(tree(3)) == {"generated": 1.5, "clones": 0.0}
+
+
+def lengths(root: int, clone: int = 0, calls: int = 0) -> Tree:
+    """A root of `root` tokens whose first `calls` turns each start a clone of `clone` tokens."""
+
+    def said(count: int, *clones: Branch) -> Turn:
+        return Turn((5,) * count, (0.0,) * count, StopReason.END, clones=clones)
+
+    turns = [said(0, Branch(f"0.{n}", (), (said(clone),), Status.ANSWERED, "1")) for n in range(calls)]
+    branch = Branch("0", (), (*turns, said(root)), Status.ANSWERED, "1")
+    return Tree("t", branch, price(branch))
+
+
+@pytest.mark.parametrize(
+    ("root", "clone", "calls", "score", "plain", "maths"),
+    [
+        (512, 512, 2, 1.0, 1.0, 1.0),
+        (768, 0, 0, 1.0, 1 - 0.190, 1 - 0.190),
+        (1024, 0, 0, 0.0, -0.259, 0.0),
+        (1024, 1024, 1, 1.0, 1 - 0.259 - 0.126, 1 - 0.259 - 0.126),
+        (2048, 1024, 6, 0.1, 0.1 - 0.299 - 0.126 - 0.4, 0.0),
+        (2048, 4096, 1, 1.0, 1 - 0.299 - 0.200, 1 - 0.499),
+        (100_000, 100_000, 1, 1.0, 1 - 0.3 - 0.2, 0.5),
+        (0, 0, 5, 0.04, 0.04 - 0.3, 0.04),
+    ],
+)
+def test_the_presets_are_the_releases_formulas(root, clone, calls, score, plain, maths):
+    """Golden values of the specification's table, negative ones included: no floor of ours."""
+    grown = lengths(root, clone, calls)
+    for preset, wanted in (("reference", plain), ("reference_maths", maths)):
+        prices = Prices(preset=preset)
+        assert prices.reward(grown, score, prices.penalties(grown)) == pytest.approx(wanted, abs=1.1e-3)
+        dearer = Prices(preset=preset, clones=0.01)
+        assert dearer.reward(grown, score, dearer.penalties(grown)) == pytest.approx(wanted - 0.01 * calls, abs=1.1e-3)
+
+
+def test_a_preset_has_its_own_rule_for_failures():
+    with pytest.raises(ValueError, match='the preset reference has its own rule for failures; set failure to "priced"'):
+        Prices(preset="reference", failure=0.0)
+
+
+def test_what_training_earns_under_a_preset_is_its_formula():
+    config = load(RunConfig, None, ["reward.preset=reference", "reward.failure=priced", "reward.generated=0", "reward.critical_path=0"])
+    _, judge = recipe(config, len)
+    verdict = judge(Task("t", (), reference=2), lengths(1024, 0, 5))
+    assert verdict.reward == pytest.approx(verdict.score - 0.259 - 0.3, abs=1e-3) and verdict.reward < 0
