@@ -163,8 +163,10 @@ def texts(value: object, what: str, where: str) -> Sequence[str]:
 
 
 def _said(value: object) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(int(value)) if value == int(value) else repr(value)
+    if isinstance(value, float) and math.isfinite(value):
+        value = int(value) if value == int(value) else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
     if not isinstance(value, str):
         raise ValueError("should be text")
     if not value.strip():

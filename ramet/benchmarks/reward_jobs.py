@@ -412,7 +412,7 @@ def report_job(one: Path, other: Path | None, ties: float, out: Path | None) -> 
     for said, d in differences:
         console.print(
             f"{d['condition']}: {said}: {d['difference']:+.3f} ({d['ci_low']:+.3f} to {d['ci_high']:+.3f}) on {d['n']} pairs, "
-            f"McNemar p = {d['p']:.4f}"
+            f"sign test p = {d['p']:.4f}"
         )
 
 

@@ -75,7 +75,7 @@ def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
 
     A bootstrap of few discordant tasks excludes zero too easily: four wins against none are p = 0.125.
     """
-    signs = [np.sign(np.mean(a[t]) - np.mean(b[t])) for t in set(a) & set(b)]
+    signs = [np.sign(_difference(a[t], b[t])) for t in set(a) & set(b)]
     wins, losses = signs.count(1), signs.count(-1)
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
@@ -87,7 +87,12 @@ def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence
     common = sorted(set(a) & set(b))
     if not common:
         raise ValueError("the two have no task in common")
-    return mean_interval([float(np.mean(a[t]) - np.mean(b[t])) for t in common], 1.0)
+    return mean_interval([_difference(a[t], b[t]) for t in common], 1.0)
+
+
+def _difference(a: Sequence[float], b: Sequence[float]) -> float:
+    """Of the means; what only comes from the order of adding is none."""
+    return round(float(np.mean(a) - np.mean(b)), 12)
 
 
 def mean_interval(values: Sequence[float], limit: float = math.inf) -> Interval:
@@ -97,11 +102,10 @@ def mean_interval(values: Sequence[float], limit: float = math.inf) -> Interval:
     return Interval(mean, max(-limit, mean - half), min(limit, mean + half), n)
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Interval:
-    """Mean of `values` in [-1, 1], of which those of one cluster belong together; `n` is the number of clusters.
+def clustered_mean(values: Sequence[float], clusters: Sequence[str], differences: bool = False) -> Interval:
+    """Mean of scores in [0, 1], or `differences` of them, of which those of one cluster belong together; `n`: the number of clusters.
 
-    The variance is that of the ratio of the clusters' sums to their sizes. Scores, in [0, 1], get Wilson's interval, differences a t
-    interval.
+    The variance is that of the ratio of the clusters' sums to their sizes. Scores get Wilson's interval, differences a t interval.
     """
     names = {name: n for n, name in enumerate(dict.fromkeys(clusters))}
     if not names:
@@ -110,7 +114,7 @@ def clustered_mean(values: Sequence[float], clusters: Sequence[str]) -> Interval
     mean = float(array.mean())
     residuals = np.bincount(where, weights=array - mean)
     variance = float((residuals**2).sum()) * n / (n - 1) / len(array) ** 2 if n > 1 else 0.0
-    if array.min() >= 0:
+    if not differences:
         return Interval(mean, *wilson(mean, variance, n), n)
     half = quantile(n) * math.sqrt(variance) if n > 1 else math.inf
     return Interval(mean, max(-1.0, mean - half), min(1.0, mean + half), n)

@@ -171,11 +171,11 @@ def tuned(
     label: str,
 ) -> dict[str, Setting]:
     """Of each method's settings the one that does best over all budgets on `tasks` tasks of the tuning split; the first on ties."""
+    best = {name: _sampled(setting, config) for name, setting in SETTINGS.items()}
     if not tasks:
-        return dict(SETTINGS)
-    tried = {
-        f"{name} {setting.count} {setting.temperature:g}": (name, setting) for name in names for setting in GRIDS[name]
-    }
+        return best
+    grids = {name: dict.fromkeys(_sampled(setting, config) for setting in GRIDS[name]) for name in names}
+    tried = {f"{name} {setting.count} {setting.temperature:g}": (name, setting) for name in names for setting in grids[name]}
     made = [
         replace(entry, policy=key)
         for key, (name, setting) in tried.items()
@@ -185,10 +185,14 @@ def tuned(
     sums = dict.fromkeys(tried, 0.0)
     for m in run_measuring(few, model, made, ("tune",), journal, f"{label}: choosing settings"):
         sums[m.policy] += m.score
-    best: dict[str, Setting] = dict(SETTINGS)
     for name in names:
         best[name] = tried[max((key for key, (own, _) in tried.items() if own == name), key=sums.__getitem__)][1]
     return best
+
+
+def _sampled(setting: Setting, config: RunConfig) -> Setting:
+    """With the temperature that is sampled at: a run's own, where it has one, is that of every method."""
+    return replace(setting, temperature=config.eval.temperature or setting.temperature)
 
 
 def choice_records(weights: str, settings: Mapping[str, Setting]) -> list[dict[str, Any]]:

@@ -239,7 +239,10 @@ def warnings(found: Sequence[Record]) -> list[str]:
 
 
 def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -> list[Record]:
-    """A `difference` record for each condition that two models were both measured under: of accuracy, by McNemar's test on pairs."""
+    """A `difference` record for each condition that two models were both measured under: of accuracy, with a sign test over clusters.
+
+    That is McNemar's where each cluster is one pair.
+    """
     found = []
     split: list[dict[str, dict[str, Record]]] = [{}, {}]
     for side, records in zip(split, (one, other), strict=True):
@@ -250,11 +253,13 @@ def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -
         if not common:
             continue
         a, b = ({i: measures(side[condition][i], ties)["accuracy"] for i in common} for side in split)
-        difference = clustered_mean([a[i] - b[i] for i in common], [split[0][condition][i]["cluster"] for i in common])
+        clusters = [split[0][condition][i]["cluster"] for i in common]
+        difference = clustered_mean([a[i] - b[i] for i in common], clusters, differences=True)
+        ours, theirs = ({c: [v[i] for i, own in zip(common, clusters, strict=True) if own == c] for c in clusters} for v in (a, b))
         found.append(
             {
                 "record": "difference", "condition": condition, "n": len(common), "difference": difference.mean, "ci_low": difference.low,
-                "ci_high": difference.high, "p": sign_test({i: [v] for i, v in a.items()}, {i: [v] for i, v in b.items()}),
+                "ci_high": difference.high, "p": sign_test(ours, theirs),
             }
         )  # fmt: skip
     return found

@@ -14,7 +14,7 @@ from ramet.agents.tree import Message, Task
 from ramet.data import Model, Row, Said, parsed
 from ramet.env.questions import Questions, normalised
 from ramet.errors import TaskError
-from ramet.rewards.maths import canonical, math_match, parse_reference
+from ramet.rewards.maths import canonical, math_match, parse_reference, squeezed
 
 FIELDS: Mapping[str, Mapping[str, str]] = {
     "gsm8k": {},
@@ -76,11 +76,11 @@ class MathsEnvironment(Questions):
         return self.last_year is None or (self._read(_Year, row, where).year <= self.last_year) == (split == "train")
 
     def question(self, row: Row, split: str, where: str) -> str:
-        return normalised(self._read(_Question, row, where).question)
+        return _asked(self._read(_Question, row, where).question)
 
     def content(self, row: Row, split: str, where: str) -> Hashable:
         solved = self._read(_Solved, row, where)
-        return normalised(solved.question), normalised(final_answer(solved.answer, where))
+        return _asked(solved.question), canonical(final_answer(solved.answer, where))
 
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
         solved = self._read(_Solved, row, where)
@@ -106,6 +106,11 @@ class MathsEnvironment(Questions):
 
     def size(self, task: Task) -> int:
         return int(task.meta["size"])
+
+
+def _asked(question: str) -> str:
+    """The same for questions that differ in nothing but what `normalised` leaves out and how their formulas are set."""
+    return re.sub(r"\s*([^\w\s])\s*", r"\1", normalised(squeezed(question)))
 
 
 def final_answer(solution: str, where: str = "the row") -> str:

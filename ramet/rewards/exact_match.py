@@ -13,6 +13,7 @@ from ramet.agents.tree import Task
 from ramet.errors import TaskError
 
 _INTEGER = re.compile(r"-?\d+")
+_STATED = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
 MAX_DIGITS = 400
 
 
@@ -27,8 +28,8 @@ def stated_integer(answer: str | None) -> int | None:
     """The answer as an integer: the whole of it, a thousands separator or final full stop aside."""
     if answer is None:
         return None
-    text = answer.strip().removesuffix(".").replace(",", "").replace("\u2212", "-")
-    return int(text) if re.fullmatch(r"[+-]?\d+", text, re.ASCII) and len(text) <= MAX_DIGITS else None
+    text = answer.strip().removesuffix(".").replace("\u2212", "-")
+    return int(text.replace(",", "")) if _STATED.fullmatch(text) and len(text) <= MAX_DIGITS else None
 
 
 def canonical_integer(answer: str) -> str:

@@ -151,13 +151,13 @@ def _choice(answer: str) -> str | None:
 
 def _copied(answer: str, task: Task) -> bool:
     """Does the answer stand in the question?"""
-    said = "".join(_squeezed(cleaned(answer)).split())
-    asked = _squeezed(task.messages[-1].content) if task.messages else ""
+    said = "".join(squeezed(cleaned(answer)).split())
+    asked = squeezed(task.messages[-1].content) if task.messages else ""
     there = r"\s*".join(map(re.escape, said))
     return len(said) > 1 and re.search(rf"(?<![\w.^]){there}(?!\w|\s*\^|\.\d)", asked) is not None
 
 
-def _squeezed(text: str) -> str:
+def squeezed(text: str) -> str:
     """Without what does not change how a formula reads."""
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\1\2/\3\4", text)

@@ -68,6 +68,12 @@ def test_pairing_is_by_task():
         paired_difference({"x": [1.0]}, {"y": [1.0]})
 
 
+def test_the_order_of_samples_makes_no_difference():
+    a, b = ({str(t): list(order) for t in range(8)} for order in ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1)))
+    assert np.mean(a["0"]) != np.mean(b["0"])
+    assert sign_test(a, b) == 1.0 and paired_difference(a, b).low == 0.0 == paired_difference(a, b).high
+
+
 def test_cost_at_equal_accuracy():
     points = [{"accuracy": 0.2, "critical_path": 10}, {"accuracy": 0.6, "critical_path": 30}, {"accuracy": 0.5, "critical_path": 40}]
     assert cost_at(points, 0.4, "critical_path") == pytest.approx(20)

@@ -22,8 +22,9 @@ from ramet.agents.tree import StopReason, Task
 from ramet.benchmarks import frontier, methods
 from ramet.benchmarks.baselines import Outcome
 from ramet.benchmarks.harness import Entry, Measured, grouped, measure
-from ramet.benchmarks.sweep import latex, price_table, table
+from ramet.benchmarks.sweep import entries, latex, price_table, table, tuned
 from ramet.cli import app
+from ramet.config import RunConfig
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError, TransientPolicyError
 from ramet.nano import BASE
@@ -296,6 +297,16 @@ def test_trained_weights_are_compared_with_votes_over_themselves_and_settings_ar
     assert methods_ == {"self_consistency", "map_reduce", *own}
     chosen = {(r["weights"], r["method"]): r["count"] for r in records if r["record"] == "choice"}
     assert chosen["base", "map_reduce"] in (1, 3, 5) and chosen["trained", "self_consistency"] in (2, 4, 8)
+
+
+@pytest.mark.parametrize(("given", "said"), [(0.0, [0.7, 0.7, 0.0, 0.0]), (0.3, [0.3] * 4)])
+def test_the_temperature_of_a_choice_is_the_one_that_is_sampled_at(tmp_path, env, given, said):
+    config = RunConfig.model_validate({"eval": {"temperature": given}, "env": {"kind": "hotpotqa"}})
+    with Journal(tmp_path / "j", "job") as journal:
+        settings = tuned([], config, env, BASE, 0, methods.likelihood, journal, "")
+    assert [setting.temperature for setting in settings.values()] == said
+    made = entries(list(settings), config, env, settings=settings)
+    assert [entry.sampling.temperature for entry in made] == said
 
 
 def test_what_cannot_be_measured_is_named(tmp_path, env):

@@ -151,7 +151,7 @@ def test_grading_reads_a_whole_integer_and_nothing_else():
     task = rows_task([3, 4], "t")
     for right in ("7", " 7 ", "+7", "7.", "07"):
         assert integer_match(task, right) == 1.0
-    for wrong in (None, "", "8", "7/1", "7 8", "3/7", "seven", "7" * 500, "-7", "7e0", "0x7"):
+    for wrong in (None, "", "8", "7/1", "7 8", "3/7", "0,7", ",7", "7,", "seven", "7" * 500, "-7", "7e0", "0x7"):
         assert integer_match(task, wrong) == 0.0
     assert stated_integer("-1,234") == -1234 and stated_integer("\u22125") == -5
 

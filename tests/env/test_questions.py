@@ -273,6 +273,23 @@ def test_a_row_that_is_there_twice_is_measured_once(tmp_path):
     assert env.found("iid") == {"rows": 5, "duplicates": 2, "trained_on": 0}
 
 
+@pytest.mark.parametrize(
+    ("asked", "again"),
+    [
+        ("Find $x=5$.", "Find $x = 5$"), ("Find \\(x\\).", "Find $x$."), ("Is $\\dfrac{1}{2}$ odd?", "Is \\frac12 odd?"),
+        ("Find x", "Find\u200b x"),
+    ],
+)  # fmt: skip
+def test_a_question_is_the_same_however_its_formulas_are_set(tmp_path, asked, again):
+    """And its answer, however the number is written: one outcome counts once, and none is trained on and measured."""
+    rows = {"question": asked, "answer": "#### 0.5"}, {"question": again, "answer": "#### 1/2"}
+    twice = EnvConfig(kind="gsm8k", data=write(tmp_path / "twice.jsonl", *rows)).build()
+    assert len(twice.tasks("iid", 9, 0)) == 1
+    both = EnvConfig(kind="gsm8k", train=write(tmp_path / "t.jsonl", rows[0]), data=write(tmp_path / "d.jsonl", rows[1])).build()
+    with pytest.raises(ConfigError, match="trained on and measured"):
+        both.tasks("iid", 9, 0)
+
+
 def test_eval_says_what_is_in_the_file_and_refuses_before_it_begins(tmp_path):
     train, data = write(tmp_path / "t.jsonl", *sums(1, 2)), write(tmp_path / "d.jsonl", *sums(2, 3, 3))
     common = ["--runs", str(tmp_path), "--set", f"env.train={train}"]

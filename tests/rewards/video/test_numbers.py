@@ -173,6 +173,7 @@ def test_the_interval_of_a_small_case_is_that_of_all_its_bootstraps() -> None:
     values, clusters = [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, -1.0, 0.0], list("aabbcdef")
     sums = {c: sum(v for v, own in zip(values, clusters, strict=True) if own == c) for c in "abcdef"}
     every = [sum(sums[c] for c in draw) / sum(clusters.count(c) for c in draw) for draw in itertools.product(sums, repeat=6)]
-    found = clustered_mean(values, clusters)
+    found = clustered_mean(values, clusters, differences=True)
     spread = float(np.std(every)) * math.sqrt(6 / 5)
+    assert clustered_mean([1.0, 0.0, 0.0, 0.0, 0.0], "abcde", differences=True).low < 0  # none is negative, and one win shows nothing
     assert found.mean == 0.25 and (found.high - found.low) / 2 == pytest.approx(2.5706 * spread, rel=0.1)
