@@ -31,7 +31,10 @@ _PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '
 
 
 def normalised(text: str) -> str:
-    """The same for texts that differ in nothing but Unicode form, HTML entities, case, quotes, dashes, spaces, signs without width and closing punctuation."""
+    """The same for texts that differ in nothing but Unicode form, HTML entities, case, dashes, spaces, and signs that are not seen.
+
+    The form of quotes and closing punctuation do not count either.
+    """
     plain = unicodedata.normalize("NFKC", html.unescape(text)).translate(_PLAIN)
     plain = "".join(c for c in plain if unicodedata.category(c) != "Cf")
     return " ".join(plain.casefold().split()).rstrip(" .?!")
