@@ -30,6 +30,9 @@ def adapt(model: Any, rank: int, seed: int) -> None:
     fused = [name for name, weight in model.named_parameters() if ".layers." in name and weight.ndim > 2 and not _convolves(model, name)]
     if fused:
         raise ConfigError(f"adapters do not reach fused experts such as {fused[0]}; train all weights (train.lora_rank=0)")
+    bare = [name for name, weight in model.named_parameters() if ".layers." in name and weight.ndim == 2 and _bare(model, name)]
+    if bare:
+        raise ConfigError(f"adapters do not reach {bare[0]}, which is no torch.nn.Linear; train all weights (train.lora_rank=0)")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=sorted(inside)), model)
@@ -41,6 +44,11 @@ def adapt(model: Any, rank: int, seed: int) -> None:
 
 def _convolves(model: Any, weight: str) -> bool:
     return type(model.get_submodule(weight.rpartition(".")[0])).__name__.startswith("Conv")
+
+
+def _bare(model: Any, weight: str) -> bool:
+    """Is it a matrix that a module multiplies by itself, as some routers do?"""
+    return not isinstance(model.get_submodule(weight.rpartition(".")[0]), torch.nn.Linear | torch.nn.Embedding)
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:

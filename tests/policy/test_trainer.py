@@ -246,6 +246,18 @@ def test_adapters_that_would_miss_experts_are_refused_by_name(nano_tokenizer):
         adapt(AutoModelForCausalLM.from_config(config), 4, 0)
 
 
+def test_adapters_that_would_miss_a_router_are_refused_by_name(random_model):
+    class Router(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(4, 16))
+
+    model = copy.deepcopy(random_model)
+    model.model.layers[0].mlp.gate = Router()
+    with pytest.raises(ConfigError, match=r"do not reach model\.layers\.0\.mlp\.gate\.weight, which is no torch\.nn\.Linear"):
+        adapt(model, 4, 0)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "temperature", "kl", "gradient_clip"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_settings_are_finite(name, value):
