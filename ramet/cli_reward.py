@@ -342,7 +342,7 @@ def report(
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
     json: Json = None,
 ) -> None:
-    """Compute the numbers of a benchmark run again from what was kept; of two runs, their difference with McNemar's test.
+    """Compute the numbers of a benchmark run again from what was kept; of two runs, their difference with a sign test over videos.
 
     Example: ramet reward report runs/bench-drm runs/bench-grm
     """
