@@ -123,10 +123,11 @@ def _probe(model: Any, ids: list[int], expected: Tensor) -> None:
         return torch.cat([read, extend(model, group, sequences, [ids[5:]])]).float()
 
     expected = expected[[4, 7]]
+    finite = bool(torch.isfinite(expected).all())  # broken weights come to nothing in any way of attending; whoever samples says so
     rounding = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.25
     for logits in simulated(2, rank):
         off = float((logits - expected).norm() / (expected - expected.mean(-1, keepdim=True)).norm().clamp_min(1e-30))
-        if not off < rounding and not torch.equal(logits, expected):
+        if finite and not off < rounding and not torch.equal(logits, expected):
             raise ConfigError(f"on two ranks its logits differ from its own by {off:.1g} of their size")
 
 

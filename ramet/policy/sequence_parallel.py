@@ -131,9 +131,14 @@ def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
     try:
         dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=setup.hosts, timeout=timedelta(seconds=START_SECONDS))
         mesh = init_device_mesh("cpu", (setup.hosts,), mesh_dim_names=("sequence",))
-        model, tokenizer, _ = load_model(setup.path, dtype=setup.dtype)
-        reader = None if setup.look is None else VideoReader(model.config, tokenizer, setup.look)
-        replica = Replica(model, Distributed(mesh.get_group("sequence")), setup.method, reader)
+        try:
+            model, tokenizer, _ = load_model(setup.path, dtype=setup.dtype)
+            reader = None if setup.look is None else VideoReader(model.config, tokenizer, setup.look)
+            replica = Replica(model, Distributed(mesh.get_group("sequence")), setup.method, reader)
+        except Exception as error:  # told to the engine, which ends the pool
+            pipe.send(first_line(error))
+            pipe.recv()
+            return
         pipe.send(None)
         while True:
             step = pipe.recv()

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Runtime
@@ -271,6 +271,20 @@ async def test_broken_weights_are_reported_not_sampled(tmp_path: Path) -> None:
     async with SequenceParallelPolicy(tmp_path, 2, threads=1) as pool:
         with pytest.raises(PolicyError, match="not finite"):
             await pool.sample(request(prompts(1)[0]), Partial())
+
+
+async def test_a_model_that_workers_refuse_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gpt_neo", hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]], vocab_size=512, bos_token_id=1,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for file in BASE.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(PolicyError, match="GPTNeoForCausalLM does not support") as raised:
+        async with SequenceParallelPolicy(tmp_path, 2, threads=1):
+            pass
+    assert not isinstance(raised.value, TransientPolicyError)
 
 
 @pytest.fixture(autouse=True)
