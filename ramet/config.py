@@ -44,7 +44,7 @@ _MATHS = ("gsm8k", "math", "aime", "amc")
 _MULTIHOP = ("hotpotqa", "2wikimultihopqa", "musique")
 _FILES = ("data", "train", "ood", "fields", "allow_overlap")
 _OPTIONS: dict[str, tuple[str, ...]] = {
-    "longvideo": (*_FILES, "metric", "videos", "seconds", "root_sees", "frames", "pixels", "reward_model"),
+    "longvideo": (*_FILES, "metric", "videos", "seconds", "root_sees", "frames", "pixels", "reward_model", "reward_patience"),
     "rows": ("operands", "ood_operands", "row", "largest"),
     "reference": ("graded",),
     "gym": ("task", "options"),
@@ -65,7 +65,8 @@ class EnvConfig(BaseModel):
       gsm8k, math, aime, amc               levels, last_year: see `ramet.env.maths`
       hotpotqa, 2wikimultihopqa, musique   metric, show, only_gold, tokens, ood_tokens, gold: see `ramet.env.multihop`
       longvideo   metric, videos, seconds, root_sees: see `ramet.env.longvideo`; frames, pixels: what a model sees of a segment, at most;
-                  reward_model: the directory of a VideoDRM or of a model that judges, or the address of `ramet reward serve`
+                  reward_model: the directory of a VideoDRM or of a model that judges, or the address of `ramet reward serve`;
+                  reward_patience: seconds for which a server that is away is waited for
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,6 +100,7 @@ class EnvConfig(BaseModel):
     frames: _Tokens = 16
     pixels: Annotated[int, Field(ge=28 * 28)] = 128 * 28 * 28
     reward_model: str = ""
+    reward_patience: Annotated[float, Field(ge=0)] = 300.0
 
     @model_validator(mode="after")
     def _ranges(self) -> EnvConfig:
@@ -165,7 +167,8 @@ class EnvConfig(BaseModel):
             from ramet.env.longvideo import LongVideoEnvironment, reward_of
 
             videos = Path(self.videos) if self.videos else None
-            reward = reward_of(self.reward_model, videos, os.environ.get(TOKEN, ""), self.look()) if self.reward_model else None
+            token = os.environ.get(TOKEN, "")
+            reward = reward_of(self.reward_model, videos, token, self.look(), self.reward_patience) if self.reward_model else None
             metric: Any = self.metric
             return LongVideoEnvironment(*common, self.seconds, self.root_sees, metric, reward, videos)
         if self.kind in _MATHS:

@@ -125,15 +125,16 @@ def _question(task: Task) -> VideoQuestion:
     return task.reference
 
 
-def reward_of(model: str, videos: Path | None, token: str, look: Look) -> Callable[[Item], float]:
-    """The reward of a VideoDRM or a VideoGRM in a directory, or of a server at an address. A VideoDRM looks as it was trained to."""
+def reward_of(model: str, videos: Path | None, token: str, look: Look, patience: float = 300.0) -> Callable[[Item], float]:
+    """The reward of a VideoDRM or a VideoGRM in a directory, or of a server at an address, which is waited for up to
+    `patience` seconds when it is away. A VideoDRM looks as it was trained to."""
     reward: Rewards
     if model.startswith(("http://", "https://")):
         from ramet.rewards.video.server import RemoteReward
 
         if videos is None:
             raise ConfigError("a reward server reads videos below a folder: set env.videos to yours of the same")
-        reward = RemoteReward(model, token, videos)
+        reward = RemoteReward(model, token, videos, patience)
     elif (Path(model) / SETTINGS).exists():
         reward = VideoDRM.load(Path(model))
     else:
