@@ -10,7 +10,7 @@ def main() -> None:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if not ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from ramet.cli import main as run
+    from ramet.cli.main import main as run
 
     try:
         run()

@@ -1,4 +1,4 @@
-"""What the settings of a model take, in words: for the errors of `ramet.config` and for the list that `ramet config` prints."""
+"""What the settings of a model take, in words: for the errors of `ramet.runs.settings` and for the list that `ramet config` prints."""
 
 from __future__ import annotations
 

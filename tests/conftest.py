@@ -14,8 +14,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def nano_tokenizer() -> Any:
-    from ramet.nano.demonstrations import demonstration_texts
-    from ramet.nano.tokenizer import train_tokenizer
+    from ramet.recipes.nano.demonstrations import demonstration_texts
+    from ramet.recipes.nano.tokenizer import train_tokenizer
 
     return train_tokenizer(demonstration_texts(500, 0))
 
@@ -25,7 +25,7 @@ def random_model(nano_tokenizer: Any) -> Any:
     """An untrained two-layer Llama: its samples are noise, which is what batching tests want."""
     import torch
 
-    from ramet.nano.pretrain import PretrainConfig, build_model
+    from ramet.recipes.nano.pretrain import PretrainConfig, build_model
 
     torch.set_num_threads(1)
     model = build_model(nano_tokenizer, PretrainConfig(layers=2, width=32, heads=2, feed_forward=64, context=512))

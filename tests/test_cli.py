@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from ramet.benchmarks.plots import LABELS
+from ramet.display.plots import LABELS
 from tests.processes import child
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
 def ramet(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ramet.cli", *arguments]
+    command = [sys.executable, "-m", "ramet.cli.main", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT | environment, timeout=300)
 
 
@@ -93,7 +93,7 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
     assert ramet(*command, "whole", cwd=tmp_path).returncode == 0
     cut = "cut[/b] :100: [red]"
     metrics = tmp_path / "runs" / cut / "metrics.jsonl"
-    started = [sys.executable, "-m", "ramet.cli", *command, cut]
+    started = [sys.executable, "-m", "ramet.cli.main", *command, cut]
     with child(started, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
             pass
@@ -142,7 +142,7 @@ def test_reproduce_writes_what_the_readme_shows_and_does_nothing_twice(tmp_path)
 
 
 def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
-    from ramet.benchmarks import demo
+    from ramet.recipes import demo
 
     small = {"train": {"updates": 2, "tasks": 2, "group_size": 2, "checkpoint_every": 1}, "eval": {"tasks": 3, "budgets": [40, 90, 150]}}
     monkeypatch.setattr(demo, "DEMO", small)
@@ -170,7 +170,7 @@ def signalled(folder: Path, number: int) -> tuple[int, str, int]:
     """Start a long training, send it a signal after two updates: status, what it said, and updates done."""
     command = ["train", "--name", "long", *(part for item in TINY for part in ("--set", item)), "--set", "train.updates=500"]
     metrics = folder / "runs" / "long" / "metrics.jsonl"
-    started = [sys.executable, "-m", "ramet.cli", *command]
+    started = [sys.executable, "-m", "ramet.cli.main", *command]
     with child(started, cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
             pass

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import ramet
-from ramet import cli
 from ramet.agents import drain
-from ramet.benchmarks import settings
-from ramet.config import RunConfig, validate
+from ramet.cli import main as cli
+from ramet.cli import settings
+from ramet.runs.settings import RunConfig, validate
 
 
 def run(*arguments: object, expect: int = 0) -> None:
@@ -34,7 +34,7 @@ def test_the_module_is_the_command_and_has_a_version_and_short_help():
 
 def test_a_shell_completes_commands():
     environment = {**os.environ, "_RAMET_COMPLETE": "complete_bash", "COMP_WORDS": "ramet ev", "COMP_CWORD": "1"}
-    program = "import sys; sys.argv[0] = 'ramet'; from ramet.cli import main; main()"
+    program = "import sys; sys.argv[0] = 'ramet'; from ramet.cli.main import main; main()"
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, encoding="utf-8", timeout=60)
     assert done.stdout.split() == ["eval"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from ramet.benchmarks import reward_demo
-from ramet.cli import main
-from ramet.nano.vision import write_vision_model
-from ramet.rewards.video.clips import make_questions
+from ramet.cli.main import main
+from ramet.media.clips import make_questions
+from ramet.recipes import reward_demo
+from ramet.recipes.nano.vision import write_vision_model
 
 
 def run(*arguments: object, expect: int = 0) -> None:
@@ -171,7 +171,7 @@ def test_a_served_model(folder: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "ramet.cli",
+        "ramet.cli.main",
         "reward",
         "serve",
         "--model",

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
-from ramet.config import RunConfig, load, write
 from ramet.errors import ConfigError
+from ramet.runs.settings import RunConfig, load, write
 from ramet.schema import Settings, takes
 
 

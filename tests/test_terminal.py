@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from rich.text import Text
 from rich.tree import Tree
 
-from ramet.benchmarks import progress
+from ramet.display import progress
 from ramet.terminal import Heading, Screen, Table, one_line, tagged, tolerate
 
 NAMES = ("x[/b]", "lr[a]1", "t:100:", "[bold red]", "[link=http://x]y[/link]", r"a\[b]", "{0}", "%s")

@@ -1,1 +1,1 @@
-"""Measuring: baselines, sweeps, statistics, pictures, and the jobs of the command line."""
+"""Measuring: how good (`evaluation`), how fast (`speed`), what survives (`faults`)."""

@@ -17,9 +17,9 @@ from ramet.agents.tree import Message, Segment, Task
 from ramet.data import Row
 from ramet.env.questions import Questions, normalised
 from ramet.errors import ConfigError, TaskError
-from ramet.policy.vision import Look
+from ramet.media.frames import content_id, video_seconds
+from ramet.policy.engines.vision import Look
 from ramet.rewards.video.discriminative import SCORES, SETTINGS, Item, VideoDRM
-from ramet.rewards.video.frames import content_id, video_seconds
 from ramet.rewards.video.judge import Rewards
 from ramet.rewards.video.questions import VideoQuestion, question_of
 

@@ -155,7 +155,7 @@ def test_sampled_ids_survive_that_encoding_their_text_would_not_give(nano_tokeni
     from ramet.agents.runtime import Runtime
     from ramet.agents.sampling import Sample
     from ramet.agents.tree import StopReason, Task
-    from ramet.policy.rows import rows_of
+    from ramet.policy.training.rows import rows_of
 
     made = ControlTokenFormat(nano_tokenizer)
     rng = random.Random(0)

@@ -15,7 +15,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import explore
 from ramet.agents.tree import Message, Status, Task, Tree
-from ramet.benchmarks.invariants import check_growth, check_quiet, check_tree
+from ramet.benchmarks.faults.invariants import check_growth, check_quiet, check_tree
 from ramet.errors import BudgetExhausted, TransientPolicyError
 
 

@@ -14,7 +14,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import StopReason
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import TransientPolicyError
-from ramet.policy.hf import HFPolicy
+from ramet.policy.engines.hf import HFPolicy
 
 
 class Says:

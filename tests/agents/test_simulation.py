@@ -19,8 +19,8 @@ from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import PATIENCE, SimulationError, simulate
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
-from ramet.benchmarks.invariants import Violation, check_growth
-from ramet.benchmarks.simulate import Run, Scenario, run_seed
+from ramet.benchmarks.faults.invariants import Violation, check_growth
+from ramet.benchmarks.faults.simulate import Run, Scenario, run_seed
 from ramet.errors import BudgetExhausted, PolicyError, RametError, TransientPolicyError
 
 

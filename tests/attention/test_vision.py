@@ -16,7 +16,7 @@ from ramet.attention.methods import Method
 from ramet.attention.positions import Video
 from ramet.attention.vision import encode, prefill_video
 from ramet.errors import ConfigError
-from ramet.rewards.video.frames import patches, read_frames
+from ramet.media.frames import patches, read_frames
 from tests.attention.test_positions import slow_positions
 from tests.rewards.video.test_frames import write
 

@@ -15,12 +15,12 @@ from ramet.attention.cost import Shape, attention_flops, pairs, received
 from ramet.attention.kernels import attend, metered
 from ramet.attention.methods import NAMES, Method
 from ramet.attention.plan import Plan, apb, spava
-from ramet.benchmarks import attention_quality, attention_speed
-from ramet.benchmarks.attention import kinds
-from ramet.benchmarks.attention_quality import bench_needle
-from ramet.benchmarks.attention_speed import critical_path, plot, sampling
-from ramet.cli import app
-from ramet.nano import BASE
+from ramet.benchmarks.speed import attention_quality, attention_speed
+from ramet.benchmarks.speed.attention import kinds
+from ramet.benchmarks.speed.attention_quality import bench_needle
+from ramet.benchmarks.speed.attention_speed import critical_path, plot, sampling
+from ramet.cli.main import app
+from ramet.policy.models.catalogue import BASE
 
 SMALL = Shape(64, 8, 4, 8, 128)
 

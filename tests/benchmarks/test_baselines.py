@@ -13,14 +13,14 @@ from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
-from ramet.benchmarks import baselines
-from ramet.benchmarks.baselines import Begun, Cut, always, best_of_n, map_reduce, tree, vote
-from ramet.benchmarks.harness import Entry, Measured, by_size, grouped, measure, point
+from ramet.benchmarks.evaluation import baselines
+from ramet.benchmarks.evaluation.baselines import Begun, Cut, always, best_of_n, map_reduce, tree, vote
+from ramet.benchmarks.evaluation.harness import Entry, Measured, by_size, grouped, measure, point
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import ConfigError
-from ramet.nano import BASE
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
 
 ENV = RowsEnvironment((2, 12))
 

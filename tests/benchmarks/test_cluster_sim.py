@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 from ramet.agents.simulation import simulate
-from ramet.benchmarks.cluster_sim import PLACEMENTS, Engine, Hardware, Load, simulate_update
-from ramet.benchmarks.scaling import Assumed, Measured, Sending, point, sending
+from ramet.benchmarks.speed.cluster_sim import PLACEMENTS, Engine, Hardware, Load, simulate_update
+from ramet.benchmarks.speed.scaling import Assumed, Measured, Sending, point, sending
 from ramet.policy.openrlhf.settings import ClusterConfig
 
 

@@ -9,10 +9,10 @@ import pytest
 from ramet.agents.budget import Budget
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Sampling
-from ramet.benchmarks.baselines import Outcome
-from ramet.benchmarks.harness import Entry, measure
+from ramet.benchmarks.evaluation.baselines import Outcome
+from ramet.benchmarks.evaluation.harness import Entry, measure
 from ramet.env.arithmetic import RowsEnvironment
-from ramet.policy.openai import WireFormat
+from ramet.policy.engines.openai import WireFormat
 
 
 class Slow(RowsEnvironment):

@@ -20,8 +20,8 @@ from ramet.agents.prefixes import Prefixes
 from ramet.agents.sampling import Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Message, Task
-from ramet.benchmarks import baselines
-from ramet.benchmarks.harness import Entry, Measured, failures, grouped, measure, point
+from ramet.benchmarks.evaluation import baselines
+from ramet.benchmarks.evaluation.harness import Entry, Measured, failures, grouped, measure, point
 from ramet.errors import PolicyError, RefusedRequest, TaskError, TransientPolicyError
 
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from ramet.agents.journal import Journal
 from ramet.agents.resume import JournaledPolicy
-from ramet.benchmarks.jobs import claim_folder, run_measuring, tree_entry
-from ramet.config import RunConfig, validate
 from ramet.errors import ConfigError, StorageError
-from ramet.nano import BASE
+from ramet.policy.models.catalogue import BASE
+from ramet.runs.jobs import claim_folder, run_measuring, tree_entry
+from ramet.runs.settings import RunConfig, validate
 
 SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets": [200]}}
 

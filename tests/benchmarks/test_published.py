@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ramet.benchmarks.plots import LABELS
-from ramet.benchmarks.tables import accuracy, markdown
-from ramet.config import RunConfig, validate
+from ramet.display.plots import LABELS
+from ramet.display.tables import accuracy, markdown
+from ramet.runs.settings import RunConfig, validate
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "nano"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from ramet.cli import app
-from ramet.config import RunConfig, load
+from ramet.cli.main import app
 from ramet.errors import ConfigError
+from ramet.runs.settings import RunConfig, load
 from tests.policy.raw_server import says, serve, stream, usage
 
 GOOD = stream(says("Answer: "), says("42"), says("", "stop"), usage(4))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ramet.benchmarks.baselines import Outcome
-from ramet.benchmarks.frontier import claims, clear, comparisons, corrected, cost_at, equal_accuracy
-from ramet.benchmarks.harness import Measured, grouped
-from ramet.benchmarks.seeds import over_seeds, seeds_markdown
-from ramet.benchmarks.statistics import accuracy_interval, holm, paired_difference, sign_test
+from ramet.benchmarks.evaluation.baselines import Outcome
+from ramet.benchmarks.evaluation.frontier import claims, clear, comparisons, corrected, cost_at, equal_accuracy
+from ramet.benchmarks.evaluation.harness import Measured, grouped
+from ramet.benchmarks.evaluation.seeds import over_seeds, seeds_markdown
+from ramet.benchmarks.evaluation.statistics import accuracy_interval, holm, paired_difference, sign_test
 
 
 def scores(values) -> dict[str, list[float]]:

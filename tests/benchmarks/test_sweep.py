@@ -19,16 +19,16 @@ from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason, Task
-from ramet.benchmarks import frontier, methods
-from ramet.benchmarks.baselines import Outcome
-from ramet.benchmarks.harness import Entry, Measured, grouped, measure
-from ramet.benchmarks.sweep import entries, latex, price_table, table, tuned
-from ramet.cli import app
-from ramet.config import RunConfig
+from ramet.benchmarks.evaluation import frontier, methods
+from ramet.benchmarks.evaluation.baselines import Outcome
+from ramet.benchmarks.evaluation.harness import Entry, Measured, grouped, measure
+from ramet.cli.main import app
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError, TransientPolicyError
-from ramet.nano import BASE
-from ramet.policy.openai import WireFormat
+from ramet.policy.engines.openai import WireFormat
+from ramet.policy.models.catalogue import BASE
+from ramet.runs.settings import RunConfig
+from ramet.runs.sweep import entries, latex, price_table, table, tuned
 
 CALL = '<tool_call>{"name": "spawn_clone", "arguments": {"objectives": [{"objective": "who?", "context_keys": ["Hall 1"]}]}}</tool_call>'
 

@@ -10,7 +10,7 @@ import pytest
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
-from ramet.benchmarks.video_reward import Protocol, against, measures, results, run_bench, shown_videos, warnings
+from ramet.benchmarks.evaluation.video_reward import Protocol, against, measures, results, run_bench, shown_videos, warnings
 from ramet.errors import ConfigError, TaskError
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
 from ramet.rewards.video.judge import Duel, Shown, Vote, compare, decided, majority, parse_choice, parse_rating

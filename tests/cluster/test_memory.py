@@ -18,8 +18,8 @@ from openrlhf.models import Actor
 from transformers import AutoConfig, AutoModelForCausalLM
 from ramet.policy.openrlhf.actors import tree_loss
 from ramet.policy.openrlhf.experience import deal
-from ramet.policy.rows import Row
-from ramet.policy.update import TrainConfig
+from ramet.policy.training.rows import Row
+from ramet.policy.training.update import TrainConfig
 
 torch.set_num_threads(1)
 WORDS, TOKENS, KL = 60_000, 2048, float(sys.argv[1])

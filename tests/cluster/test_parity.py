@@ -22,18 +22,18 @@ from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Task, Tree
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
-from ramet.nano import BASE
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
 from ramet.policy.openrlhf import install
 from ramet.policy.openrlhf.actors import TreePolicy
 from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
 from ramet.policy.openrlhf.flags import flags
 from ramet.policy.openrlhf.settings import ClusterConfig, Setup
-from ramet.policy.rows import Row
-from ramet.policy.runlog import STORED
-from ramet.policy.trainer import Trainer
-from ramet.policy.update import Group, TrainConfig, Verdict, advantages_of, minibatches
+from ramet.policy.training.rows import Row
+from ramet.policy.training.runlog import STORED
+from ramet.policy.training.trainer import Trainer
+from ramet.policy.training.update import Group, TrainConfig, Verdict, advantages_of, minibatches
 
 TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl=0.1, temperature=0.7, batch_tokens=700, estimator="standardised")
 
@@ -212,7 +212,7 @@ def test_gae_stands_on_sampled_tokens_only() -> None:
     values = torch.tensor([[0.1, 0.5, 9.0, 9.0, 0.4]])
     evaluate(experience, values, 0.9, 0.5)
     apart = torch.tensor([[0.1, 0.5, 0.4]])
-    from ramet.policy.credit import gae
+    from ramet.policy.training.advantages import gae
 
     expected, returns = gae(apart[0].tolist(), 0.8, 0.9, 0.5)
     chosen = experience.action_mask[0]

@@ -29,8 +29,8 @@ import torch
 pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-openrlhf")
 
 from ramet.agents.journal import read_records
-from ramet.policy.checkpoint import latest_checkpoint
-from ramet.rewards.video.clips import make_long_questions
+from ramet.media.clips import make_long_questions
+from ramet.policy.models.checkpoint import latest_checkpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nano-openrlhf.toml"
 SMALL = [
@@ -48,7 +48,7 @@ class Run:
         self._said = where / f"{name}.out"
         sets = [word for override in [*SMALL, *overrides] for word in ("--set", override)]
         command = [
-            sys.executable, "-m", "ramet.cli", "train", "--engine", "openrlhf", "--config", str(EXAMPLE),
+            sys.executable, "-m", "ramet.cli.main", "train", "--engine", "openrlhf", "--config", str(EXAMPLE),
             "--runs", str(where), "--name", name, *sets,
         ]  # fmt: skip
         with self._said.open("ab") as out:
@@ -126,7 +126,7 @@ def test_a_run_is_stopped_and_loses_an_engine_and_a_trainer(tmp_path: Path) -> N
     assert any(m["staleness"] > 0 for m in metrics), "trees were grown ahead"
     assert not list((run.folder / "rollouts").iterdir()), "what a checkpoint holds is not kept twice"
 
-    command = [sys.executable, "-m", "ramet.cli", "eval", "--policy", str(run.folder), "--config", str(run.folder / "config.toml")]
+    command = [sys.executable, "-m", "ramet.cli.main", "eval", "--policy", str(run.folder), "--config", str(run.folder / "config.toml")]
     measured = subprocess.run(
         [*command, "--runs", str(tmp_path), "--json", str(tmp_path / "eval.json")], capture_output=True, text=True, timeout=SECONDS
     )

@@ -26,15 +26,15 @@ from ramet.agents.sampling import Partial, SampleRequest, Sampling
 from ramet.agents.tree import Tree
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
-from ramet.nano import BASE
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
-from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
 from tests.cancelling import cancelled
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
 
-from ramet.policy.vllm import VLLMPolicy
+from ramet.policy.engines.vllm import VLLMPolicy
 
 BUDGET = Budget(generated=384, depth=1, answer_reserve=8, context=768)
 TASKS = RowsEnvironment((3, 24)).tasks("iid", 12, 0)
@@ -186,7 +186,7 @@ def evaluation(folder: Path, port: int | None) -> subprocess.Popen[bytes]:
     """
     server = ["--set", "backend=completions", "--set", f"url=http://127.0.0.1:{port}/v1"] if port else []
     command = [
-        sys.executable, "-m", "ramet.cli", "eval", "--policy", "nano", "--runs", str(folder), "--name", "e", "--set", "eval.tasks=40",
+        sys.executable, "-m", "ramet.cli.main", "eval", "--policy", "nano", "--runs", str(folder), "--name", "e", "--set", "eval.tasks=40",
         "--set", "eval.budgets=[192,256]", "--set", "eval.ood_budgets=[256]", "--no-spawn", "--set", "env.operands=[2,7]",
         "--set", "env.ood_operands=[7,8]", "--set", "threads=1", *server,
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from ramet.agents.tree import Message, Task
 from ramet.env.arithmetic import ReferenceEnvironment, RowsEnvironment, _draft, parse_sum, reference_expression, rows_task, spell
 from ramet.env.splits import PARTS, part_of
 from ramet.errors import ConfigError, TaskError
-from ramet.nano.demonstrations import demonstrate
+from ramet.recipes.nano.demonstrations import demonstrate
 from ramet.rewards.exact_match import graded_integer, integer_match, stated_integer
 
 COUNT = 20_000

@@ -11,16 +11,16 @@ import pytest
 
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.tree import Segment
-from ramet.benchmarks import reproduce_longvideo as longvideo
-from ramet.benchmarks.methods import instructed, instruction
-from ramet.config import EnvConfig, RunConfig, load, validate
+from ramet.benchmarks.evaluation.methods import instructed, instruction
 from ramet.env.longvideo import LongVideoEnvironment
 from ramet.errors import ConfigError, TaskError
-from ramet.nano.vision import random_vision_model
-from ramet.nano.watching import Teacher, demonstrate_watching, examples, needed, scenes_of
-from ramet.policy.vision import Look, VideoReader
-from ramet.rewards.video.clips import make_long_questions
+from ramet.media.clips import make_long_questions
+from ramet.policy.engines.vision import Look, VideoReader
+from ramet.recipes import reproduce_longvideo as longvideo
+from ramet.recipes.nano.vision import random_vision_model
+from ramet.recipes.nano.watching import Teacher, demonstrate_watching, examples, needed, scenes_of
 from ramet.rewards.video.discriminative import Item
+from ramet.runs.settings import EnvConfig, RunConfig, load, validate
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from ramet.agents.tree import Task
-from ramet.benchmarks.session import recipe
-from ramet.cli import app
-from ramet.config import EnvConfig, RunConfig, load
+from ramet.cli.main import app
 from ramet.data import load_rows
 from ramet.env.gym import GymEnvironment
 from ramet.env.maths import MathsEnvironment, final_answer
 from ramet.env.multihop import MultihopEnvironment, documents, words
 from ramet.errors import ConfigError, TaskError
+from ramet.runs.build import recipe
+from ramet.runs.settings import EnvConfig, RunConfig, load
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 

@@ -18,11 +18,11 @@ from ramet.agents.protocol import extract_answer, parse_call
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.env.arithmetic import RowsEnvironment, parse_sum
-from ramet.nano import BASE
-from ramet.nano.demonstrations import LONGEST, RESULTS, WINDOW, demonstrate, digit_terms, encode
-from ramet.nano.pretrain import PretrainConfig, pretrain
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
+from ramet.recipes.nano.demonstrations import LONGEST, RESULTS, WINDOW, demonstrate, digit_terms, encode
+from ramet.recipes.nano.pretrain import PretrainConfig, pretrain
 from ramet.rewards.exact_match import integer_match
 
 

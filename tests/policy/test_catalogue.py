@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ramet.errors import CheckpointError
-from ramet.policy.catalogue import cache, find
+from ramet.policy.models.catalogue import cache, find
 
 
 @pytest.mark.parametrize("name", ["no/such/model", "007", "nanoo", "/no/such/model"])

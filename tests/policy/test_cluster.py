@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramet.agents.drain import Drained
-from ramet.benchmarks.cluster import RunLost
-from ramet.config import RunConfig, load
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, TaskError
-from ramet.policy.credit import gae
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.plan import Shape, plan, refuse
 from ramet.policy.openrlhf.settings import ClusterConfig, Setup
-from ramet.policy.update import TrainConfig
+from ramet.policy.training.advantages import gae
+from ramet.policy.training.update import TrainConfig
+from ramet.runs.cluster import RunLost
+from ramet.runs.settings import RunConfig, load
 
 FOUR_BILLION = Path(__file__).parents[2] / "examples" / "shapes" / "4b"
 
@@ -145,7 +145,7 @@ def test_gae_with_lambda_one_does_not_depend_on_what_comes_after():
 def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsys):
     import sys
 
-    from ramet import cli
+    from ramet.cli import main as cli
 
     def call(*arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", ["ramet", "train", "--engine", "openrlhf", "--runs", str(tmp_path), *arguments])
@@ -165,7 +165,7 @@ def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsy
 
 
 def test_a_run_goes_on_elsewhere_but_not_as_another(tmp_path):
-    from ramet.benchmarks.cluster import _claim
+    from ramet.runs.cluster import _claim
 
     folder = tmp_path / "r"
     _claim(folder, load(RunConfig, None, ["openrlhf.address=http://one:8265"]))
@@ -178,7 +178,7 @@ def test_a_run_goes_on_elsewhere_but_not_as_another(tmp_path):
 
 
 def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
-    from ramet.benchmarks.cluster import _absolute
+    from ramet.runs.cluster import _absolute
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
@@ -201,7 +201,7 @@ def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
     ],
 )
 def test_what_ended_a_run_is_raised_as_what_it_was(outcome, kind, tmp_path):
-    from ramet.benchmarks.cluster import _raise
+    from ramet.runs.cluster import _raise
 
     _raise({"kind": "done"}, tmp_path)
     with pytest.raises(kind):

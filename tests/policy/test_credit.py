@@ -17,8 +17,8 @@ import pytest
 
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, price
 from ramet.errors import ConfigError
-from ramet.policy.credit import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, ratio, reference, standardised, team
-from ramet.policy.update import TrainConfig, Verdict, advantages_of
+from ramet.policy.training.advantages import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, ratio, reference, standardised, team
+from ramet.policy.training.update import TrainConfig, Verdict, advantages_of
 
 STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
 

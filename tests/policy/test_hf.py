@@ -13,9 +13,9 @@ import transformers
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
 from ramet.errors import PolicyError
-from ramet.policy.drawing import truncate
-from ramet.policy.hf import HFPolicy
-from ramet.policy.rows import token_logprobs
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.engines.sampler import truncate
+from ramet.policy.training.rows import token_logprobs
 
 pytestmark = pytest.mark.anyio
 
@@ -51,7 +51,7 @@ async def sample_all(policy: HFPolicy, wanted: list[SampleRequest], stagger: boo
 
 def slow_reference(model: torch.nn.Module, request: SampleRequest) -> tuple[list[int], list[float]]:
     """One request by itself, the whole context recomputed in float64 at every token."""
-    from ramet.policy.drawing import _draws
+    from ramet.policy.engines.sampler import _draws
 
     model = model.double()
     ids, logprobs, draws = list(request.prompt), [], _draws(request.seed)
@@ -338,7 +338,7 @@ def test_settings_under_which_nothing_could_be_sampled_are_refused(random_model,
 
 async def test_a_long_prompt_is_read_in_pieces(random_model, monkeypatch):
     """So the mask grows with its length, not with the square of it."""
-    monkeypatch.setattr("ramet.policy.hf.PREFILL_TOKENS", 64)
+    monkeypatch.setattr("ramet.policy.engines.hf.PREFILL_TOKENS", 64)
     rng = random.Random(0)
     wanted = [
         SampleRequest(tuple(rng.randrange(9, 200) for _ in range(n)), 4, frozenset(), i, Sampling(1.0)) for i, n in enumerate((450, 64, 5))
@@ -359,7 +359,7 @@ async def test_a_long_prompt_is_read_in_pieces(random_model, monkeypatch):
 
 
 def test_evicting_a_prefix_leaves_the_others_reachable():
-    from ramet.policy.kv import PrefixStore
+    from ramet.policy.engines.kv import PrefixStore
 
     def memory(n: int) -> list[torch.Tensor]:
         return [torch.zeros(n, dtype=torch.uint8)]

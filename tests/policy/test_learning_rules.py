@@ -15,15 +15,15 @@ from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason, Task, Tree
-from ramet.benchmarks import baselines
-from ramet.benchmarks.harness import Entry, measure
-from ramet.benchmarks.session import recipe
-from ramet.config import RunConfig
+from ramet.benchmarks.evaluation import baselines
+from ramet.benchmarks.evaluation.harness import Entry, measure
 from ramet.env.arithmetic import RowsEnvironment, parse_sum, spell
 from ramet.env.splits import part_of
-from ramet.policy.rows import token_logprobs
-from ramet.policy.trainer import Trainer
-from ramet.policy.update import TrainConfig, Verdict, advantages_of, judged, minibatches
+from ramet.policy.training.rows import token_logprobs
+from ramet.policy.training.trainer import Trainer
+from ramet.policy.training.update import TrainConfig, Verdict, advantages_of, judged, minibatches
+from ramet.runs.build import recipe
+from ramet.runs.settings import RunConfig
 
 CONFIG = TrainConfig(updates=2, tasks=2, group_size=4, minibatches=2, learning_rate=3e-3, warmup=0)
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
-from ramet.policy.loss import policy_loss
-from ramet.policy.rows import batches, rows_of, token_logprobs
+from ramet.policy.training.loss import policy_loss
+from ramet.policy.training.rows import batches, rows_of, token_logprobs
 
 
 def random_branch(rng: random.Random, name: str, depth: int) -> Branch:

@@ -18,7 +18,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, SampleRequest, Sampling
 from ramet.agents.tree import Message, Status, StopReason, Task
 from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError
-from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
 from tests.cancelling import cancelled
 
 Answer = Callable[[dict[str, Any], BaseHTTPRequestHandler], None]

@@ -16,9 +16,9 @@ import pytest
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import Message, StopReason
 from ramet.errors import PolicyError, TransientPolicyError
-from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat
-from ramet.policy.openai.client import connected
-from ramet.policy.openai.tally import estimate
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.engines.openai.client import connected
+from ramet.policy.engines.openai.tally import estimate
 from tests.policy.raw_server import HEAD, reply, says, serve, stream, usage
 
 pytestmark = pytest.mark.anyio
@@ -107,7 +107,7 @@ async def test_what_the_server_broke_off_may_be_asked_again_and_is_charged(finis
 
 
 async def test_an_answer_does_not_wait_for_the_connection_to_close(monkeypatch):
-    monkeypatch.setattr("ramet.policy.openai.server.AFTER_FINISH", 0.05)
+    monkeypatch.setattr("ramet.policy.engines.openai.server.AFTER_FINISH", 0.05)
     for tail in (b"data: [DONE]\n\n", b""):
         body = stream(*GOOD[:3], done=False) + tail
 

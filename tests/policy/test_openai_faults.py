@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Message
 from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError
-from ramet.policy.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
-from ramet.policy.openai.faults import Masker, one_line
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
+from ramet.policy.engines.openai.faults import Masker, one_line
 from tests.policy.raw_server import HEAD, MODELS, bound, reply, says, serve, stream, usage
 
 pytestmark = pytest.mark.anyio

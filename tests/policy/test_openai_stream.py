@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramet.policy.openai import stream
-from ramet.policy.openai.stream import Event, EventReader, TooLong
+from ramet.policy.engines.openai import stream
+from ramet.policy.engines.openai.stream import Event, EventReader, TooLong
 
 
 def events(body: bytes, size: int = 0) -> list[tuple[str, str]]:

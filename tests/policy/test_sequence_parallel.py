@@ -26,13 +26,13 @@ from ramet.attention.comm import Alone, Group, simulated
 from ramet.attention.methods import Method
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError, TransientPolicyError
-from ramet.nano import BASE
-from ramet.nano.vision import write_vision_model
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
-from ramet.policy.sequence_parallel import Pool, Replica, SequenceParallelPolicy, Step
-from ramet.policy.vision import Look, VideoReader, VisionPolicy
-from ramet.rewards.video.clips import make_questions
+from ramet.media.clips import make_questions
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.engines.sequence_parallel import Pool, Replica, SequenceParallelPolicy, Step
+from ramet.policy.engines.vision import Look, VideoReader, VisionPolicy
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
+from ramet.recipes.nano.vision import write_vision_model
 
 pytestmark = pytest.mark.anyio
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ramet.errors import CheckpointError
-from ramet.policy.sft import Example, SFTTraining, fine_tune
+from ramet.policy.training.sft import Example, SFTTraining, fine_tune
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -20,12 +20,12 @@ from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
-from ramet.policy.checkpoint import latest_checkpoint
-from ramet.policy.identity import identity
-from ramet.policy.lora import adapt, adapted
-from ramet.policy.models import load_model, without_dropout
-from ramet.policy.trainer import Trainer, run_trainer
-from ramet.policy.update import Judge, TrainConfig, Verdict, learning_rate
+from ramet.policy.models.checkpoint import latest_checkpoint
+from ramet.policy.models.load import load_model, without_dropout
+from ramet.policy.models.lora import adapt, adapted
+from ramet.policy.training.identity import identity
+from ramet.policy.training.trainer import Trainer, run_trainer
+from ramet.policy.training.update import Judge, TrainConfig, Verdict, learning_rate
 from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
@@ -369,7 +369,7 @@ def test_what_a_function_depends_on_is_part_of_its_identity(monkeypatch):
 
 
 def test_checkpoints_that_do_not_fit_or_are_damaged_are_refused(random_model, nano_tokenizer, tmp_path):
-    from ramet.nano.pretrain import PretrainConfig, build_model
+    from ramet.recipes.nano.pretrain import PretrainConfig, build_model
 
     run_trainer(trainer(random_model, nano_tokenizer, tmp_path, CONFIG.model_copy(update={"updates": 2})))
     config = CONFIG.model_copy(update={"updates": 2})

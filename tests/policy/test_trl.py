@@ -13,12 +13,12 @@ from ramet.agents.budget import Budget
 from ramet.agents.tree import Task, Tree
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import ConfigError
-from ramet.nano import BASE
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
-from ramet.policy.trainer import Trainer
-from ramet.policy.trl import TreeRollouts
-from ramet.policy.update import TrainConfig, Verdict, advantages_of, minibatches
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
+from ramet.policy.training.trainer import Trainer
+from ramet.policy.training.trl import TreeRollouts
+from ramet.policy.training.update import TrainConfig, Verdict, advantages_of, minibatches
 
 trl: Any = pytest.importorskip("trl", reason="TRL is not installed: pip install 'ramet[reward]'")
 

@@ -19,8 +19,8 @@ from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.errors import PolicyError
-from ramet.policy.runlog import STORED
-from ramet.policy.update import AGAIN, Group, Verdict, grouped, grow, jobs_of, summary
+from ramet.policy.training.runlog import STORED
+from ramet.policy.training.update import AGAIN, Group, Verdict, grouped, grow, jobs_of, summary
 
 DRAWN = [(Task(f"t{i}", (Message("user", f"go {i}"),)), Budget()) for i in range(2)]
 

@@ -19,14 +19,14 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Segment, Task, Tree
 from ramet.errors import CheckpointError, PolicyError
-from ramet.nano import BASE
-from ramet.nano.vision import random_vision_model
-from ramet.policy.hf import HFPolicy
-from ramet.policy.models import load_model
-from ramet.policy.openai import WireFormat
-from ramet.policy.rows import batches, rows_of, token_logprobs
-from ramet.policy.vision import Look, Prompted, VideoReader, VisionPolicy, model_inputs
-from ramet.rewards.video.clips import make_questions, write_clip
+from ramet.media.clips import make_questions, write_clip
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.engines.openai import WireFormat
+from ramet.policy.engines.vision import Look, Prompted, VideoReader, VisionPolicy, model_inputs
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.load import load_model
+from ramet.policy.training.rows import batches, rows_of, token_logprobs
+from ramet.recipes.nano.vision import random_vision_model
 from tests.attention.test_positions import slow_positions
 
 LOOK = Look(frames=4, most=56 * 56)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
-from ramet.benchmarks.session import recipe
-from ramet.config import EnvConfig, RunConfig, load
 from ramet.errors import RewardError
 from ramet.rewards.penalty import Prices, scored
+from ramet.runs.build import recipe
+from ramet.runs.settings import EnvConfig, RunConfig, load
 
 ROWS = {
     "gsm8k": {"question": "How many?", "answer": "12 and 30.\n#### 42"},

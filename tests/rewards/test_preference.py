@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from ramet.errors import CheckpointError, RewardError
-from ramet.nano import BASE
+from ramet.policy.models.catalogue import BASE
 from ramet.rewards.preference import PreferenceModel
 from tests.agents.test_chat import CHATML, byte_tokenizer
 

@@ -14,13 +14,13 @@ from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 
 from ramet.errors import PolicyError
-from ramet.policy.loss import SUMS, LossSums
-from ramet.policy.models import without_dropout
+from ramet.policy.engines.vllm import cpu_settings
+from ramet.policy.models.load import without_dropout
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import targets_of
 from ramet.policy.openrlhf.settings import Setup
-from ramet.policy.update import TrainConfig, update_loss
-from ramet.policy.vllm import cpu_settings
+from ramet.policy.training.loss import SUMS, LossSums
+from ramet.policy.training.update import TrainConfig, update_loss
 
 cpu.activate()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from ramet.policy.vllm import repack
+from ramet.policy.engines.vllm import repack
 
 ASKED = "RAMET_OPENRLHF_CPU"
 ENVIRONMENT = {ASKED: "1", "DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

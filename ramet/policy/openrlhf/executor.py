@@ -12,9 +12,9 @@ from ramet.agents.prefixes import FreshCache
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Tree
-from ramet.policy.models import load_tokenizer
-from ramet.policy.update import AGAIN, whole
-from ramet.policy.vllm import EnginePolicy
+from ramet.policy.engines.vllm import EnginePolicy
+from ramet.policy.models.load import load_tokenizer
+from ramet.policy.training.update import AGAIN, whole
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-from ramet.policy.credit import gae
 from ramet.policy.openrlhf.settings import ClusterConfig
-from ramet.policy.rows import Row, batches
-from ramet.policy.update import Targets
+from ramet.policy.training.advantages import gae
+from ramet.policy.training.rows import Row, batches
+from ramet.policy.training.update import Targets
 
 WEIGHT = "weight"
 """Name, in an experience's `info`, of each row's weight in the loss (B,)."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from ramet.errors import CheckpointError, ConfigError, first_line
 from ramet.policy.openrlhf.settings import ClusterConfig
-from ramet.policy.update import TrainConfig
+from ramet.policy.training.update import TrainConfig
 
 GIB = 2**30
 ROOM = 0.06

@@ -14,8 +14,8 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import Setup
-from ramet.policy.runlog import STORED
-from ramet.policy.update import Draw, Group, Judge, Verdict, grouped, jobs_of, judged
+from ramet.policy.training.runlog import STORED
+from ramet.policy.training.update import Draw, Group, Judge, Verdict, grouped, jobs_of, judged
 
 
 class TreeSamples(SamplesGenerator):

@@ -14,16 +14,16 @@ from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 
 from ramet.agents.drain import Drained
 from ramet.errors import ConfigError, PolicyError, RametError, StorageError
-from ramet.policy.checkpoint import TRAINER, checkpoint_path, prune_checkpoints
-from ramet.policy.loss import SUMS
-from ramet.policy.models import load_tokenizer
+from ramet.policy.models.checkpoint import TRAINER, checkpoint_path, prune_checkpoints
+from ramet.policy.models.load import load_tokenizer
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import TreeExperience
 from ramet.policy.openrlhf.flags import STOP
 from ramet.policy.openrlhf.samples import TreeSamples
 from ramet.policy.openrlhf.settings import LOST, Setup
-from ramet.policy.runlog import RunLog
-from ramet.policy.update import Metrics, advantages_of, check_sampled, learning_rate, loss_metrics, minibatches, starved, summary
+from ramet.policy.training.loss import SUMS
+from ramet.policy.training.runlog import RunLog
+from ramet.policy.training.update import Metrics, advantages_of, check_sampled, learning_rate, loss_metrics, minibatches, starved, summary
 
 WATCH_SECONDS = 2.0
 NOTICE_SECONDS = 30.0

@@ -1,7 +1,7 @@
 """Best of N: which of several answers a reward model picks.
 
 By score the highest; with a judge by a knockout (N - 1 duels) or a round robin (N (N - 1) / 2), each in both orders.
-`ramet.benchmarks.best_of_n` measures what that is worth.
+`ramet.benchmarks.evaluation.best_of_n` measures what that is worth.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ import numpy as np
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
 from ramet.errors import TaskError
+from ramet.media.frames import content_id, read_frames
 from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.frames import content_id, read_frames
 from ramet.rewards.video.judge import Duel, Judge, Scores, compare
 from ramet.rewards.video.pairs import Pair, readable
 from ramet.rewards.video.questions import VideoQuestion

@@ -30,9 +30,9 @@ from ramet.agents.chat import ChatFormat, TextEncoder, chat_format, turn_end
 from ramet.agents.tree import Message
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
-from ramet.policy.lora import merged
-from ramet.policy.models import quiet
-from ramet.policy.vision import Look, Prompted, VideoReader, model_inputs, shown_id
+from ramet.policy.engines.vision import Look, Prompted, VideoReader, model_inputs, shown_id
+from ramet.policy.models.load import quiet
+from ramet.policy.models.lora import merged
 from ramet.rewards.video.pairs import Watched, watched
 
 SETTINGS = "video_drm.json"

@@ -25,9 +25,9 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message
 from ramet.errors import RewardError
-from ramet.policy.models import load_model
-from ramet.policy.rows import token_logprobs
-from ramet.policy.vision import Look, VideoReader, VisionPolicy, shown_id
+from ramet.policy.engines.vision import Look, VideoReader, VisionPolicy, shown_id
+from ramet.policy.models.load import load_model
+from ramet.policy.training.rows import token_logprobs
 from ramet.rewards.video.discriminative import SCORES, Item
 from ramet.rewards.video.judge import Shown, parse_rating
 from ramet.rewards.video.pairs import watched

@@ -17,8 +17,8 @@ from typing import Any, Protocol, TypeVar
 from ramet.agents.tree import Segment
 from ramet.data import Row, load_rows
 from ramet.errors import TaskError
+from ramet.media.pictures import in_folder
 from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, frames_of, media, preference, question
-from ramet.rewards.video.pictures import in_folder
 
 Watched = Segment | tuple[Segment, ...] | None
 """What a question is about: a video, several, or none, where it is asked blind."""

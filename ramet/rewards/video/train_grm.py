@@ -18,10 +18,10 @@ from ramet.agents.chat import TextEncoder, turn_end
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.errors import RewardError, TaskError
-from ramet.policy.sft import Example, SFTTraining, fine_tune
-from ramet.policy.trainer import Trainer
-from ramet.policy.update import TrainConfig, Verdict
-from ramet.policy.vision import VisionPolicy
+from ramet.policy.engines.vision import VisionPolicy
+from ramet.policy.training.sft import Example, SFTTraining, fine_tune
+from ramet.policy.training.trainer import Trainer
+from ramet.policy.training.update import TrainConfig, Verdict
 from ramet.rewards.video.generative import VideoGRM, pairwise
 from ramet.rewards.video.judge import Duel, Judge, Shown, compare, parse_choice
 from ramet.rewards.video.pairs import Pair, readable

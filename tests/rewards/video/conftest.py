@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ramet.nano.vision import write_vision_model
-from ramet.policy.vision import Look
+from ramet.media.clips import make_questions
+from ramet.policy.engines.vision import Look
+from ramet.recipes.nano.vision import write_vision_model
 from ramet.rewards.video.answerers import PHRASES
-from ramet.rewards.video.clips import make_questions
 from ramet.rewards.video.discriminative import DRMSettings, VideoDRM
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 

@@ -16,9 +16,9 @@ import pytest
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
 from ramet.errors import TaskError
+from ramet.media.clips import draw_clip, write_clip
 from ramet.rewards.video.answerers import Guesser, Recorded
 from ramet.rewards.video.build import Build, BuildConfig, datasheet
-from ramet.rewards.video.clips import draw_clip, write_clip
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
 from ramet.rewards.video.pairs import Pair, below, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
@@ -170,7 +170,7 @@ def test_nothing_of_a_benchmark_gets_through(questions: list, tmp_path: Path) ->
     same = [p for p in pairs if p.video == pairs[0].video]
     assert made.counts.stages["7 clean"]["video of a benchmark"] == len(same)
     assert pairs[0].video not in [p.video for p in clean]
-    from ramet.rewards.video.frames import read_frames
+    from ramet.media.frames import read_frames
 
     again = tmp_path / "again.mp4"
     write_clip(again, read_frames(Path(pairs[1].video.file), 8).pixels, rate=4)  # type: ignore[union-attr]
@@ -303,8 +303,8 @@ def test_a_length_that_gives_the_answer_away_is_noted() -> None:
 
 def test_clips_show_what_they_say(tmp_path: Path) -> None:
     """Read back from their files: the order's halves, and the number of white squares."""
-    from ramet.rewards.video.clips import COLOURS
-    from ramet.rewards.video.frames import read_frames
+    from ramet.media.clips import COLOURS
+    from ramet.media.frames import read_frames
 
     for n in range(12):
         drawn = draw_clip("order", random.Random(n))

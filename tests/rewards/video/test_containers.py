@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from ramet.errors import TaskError
-from ramet.rewards.video.containers import Clip, oriented
-from ramet.rewards.video.frames import read_frames, video_seconds
+from ramet.media.containers import Clip, oriented
+from ramet.media.frames import read_frames, video_seconds
 from tests.rewards.video.films import bars, film, number
 
 X264 = {"crf": "10"}

@@ -17,9 +17,9 @@ import ramet
 from ramet.agents.tree import Segment
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError
+from ramet.media.clips import write_clip
 from ramet.rewards.video import discriminative
 from ramet.rewards.video.best_of_n import ByScore, Candidates
-from ramet.rewards.video.clips import write_clip
 from ramet.rewards.video.discriminative import Item, VideoDRM
 from ramet.rewards.video.judge import Duel, by_scores
 from ramet.rewards.video.pairs import Pair

@@ -14,7 +14,7 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from ramet.errors import ConfigError, TaskError
-from ramet.rewards.video.frames import content_id, fitted, patches, read_frames
+from ramet.media.frames import content_id, fitted, patches, read_frames
 
 
 def write(path: Path, count: int, rate: int = 10, size: tuple[int, int] = (64, 48)) -> Path:

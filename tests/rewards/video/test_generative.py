@@ -11,12 +11,12 @@ import torch
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
-from ramet.benchmarks.video_reward import Protocol, results, run_bench
+from ramet.benchmarks.evaluation.video_reward import Protocol, results, run_bench
 from ramet.errors import RewardError, TaskError
-from ramet.policy.sft import SFTTraining
-from ramet.policy.trainer import run_trainer
-from ramet.policy.update import TrainConfig, Verdict
-from ramet.policy.vision import Look
+from ramet.policy.engines.vision import Look
+from ramet.policy.training.sft import SFTTraining
+from ramet.policy.training.trainer import run_trainer
+from ramet.policy.training.update import TrainConfig, Verdict
 from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import Item

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ramet.agents.tree import Segment
-from ramet.benchmarks.best_of_n import best_of_n
-from ramet.benchmarks.statistics import clustered_mean
+from ramet.benchmarks.evaluation.best_of_n import best_of_n
+from ramet.benchmarks.evaluation.statistics import clustered_mean
 from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
 from ramet.rewards.video.calibration import calibrate, expected_error, fitted_temperature, rank_correlation

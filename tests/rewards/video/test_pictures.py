@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from ramet.errors import TaskError
-from ramet.rewards.video.frames import content_id, read_frames, video_seconds
+from ramet.media.frames import content_id, read_frames, video_seconds
 from tests.rewards.video.films import bars, film, number
 from tests.rewards.video.test_containers import QUARTERS, quarters
 

@@ -22,8 +22,8 @@ import uvicorn
 
 from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RewardError, TaskError
+from ramet.media.frames import read_frames
 from ramet.rewards.video.discriminative import Item, VideoDRM
-from ramet.rewards.video.frames import read_frames
 from ramet.rewards.video.functions import as_reward_fn
 from ramet.rewards.video.server import BODY, ITEMS, RemoteReward, RewardService, serve
 

@@ -1,0 +1,1 @@
+"""Methods, baselines, harness and statistics: handed built things, they know no settings file."""

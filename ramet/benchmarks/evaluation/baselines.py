@@ -1,0 +1,241 @@
+"""What delegation is compared with, each under the same budget object.
+
+Every method turns a task and a budget into an `Outcome`: one answer and what was spent on it. All see the
+same information: the task's rows are in every root prompt.
+
+- `tree`: the model decides (base, trained; with depth 0, solo, or weights that learned to spawn and may not).
+- `always`: the same, but that it delegates is decided; how is not.
+- `best_of_n`: whole solutions in one context each, until the budget is used up; majority vote (self-consistency).
+- `map_reduce`: a program hands a fixed number of rows to each clone and the results to the model. The
+  text of its call is free, because no model wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget, fair_shares
+from ramet.agents.chat import ChatFormat, ControlTokenFormat
+from ramet.agents.context import ContextStore, clone_prompt
+from ramet.agents.protocol import CloneResult, left_line, parse_call, render_call, render_results
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
+from ramet.agents.tasks import task_group
+from ramet.agents.tree import Message, Status, StopReason, Task, Tree
+from ramet.env.arithmetic import OBJECTIVE
+from ramet.errors import ConfigError, PolicyError, RefusedRequest
+from ramet.recipes.nano.demonstrations import statement
+
+
+def only_generated(budget: Budget) -> int:
+    """The limit on generated tokens. Methods that are programs divide that and no other currency."""
+    others = ("prefilled", "critical_path", "clones", "branch_generated", "seconds")
+    limited = [name for name in others if getattr(budget, name) is not None]
+    if limited:
+        raise ConfigError(f"best of n and map-reduce divide generated tokens only; leave out budget.{', budget.'.join(limited)}")
+    if budget.generated is None:
+        raise ConfigError("best of n and map-reduce need a limit on generated tokens: they divide it")
+    return budget.generated
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One answer and its cost: tokens as in `Usage`, and seconds on the clock.
+
+    recall  of the documents that support the answer, the share that was read apart from the others: named for a clone,
+            or retrieved. None where the task names none
+    starved  see `Tree.starved`; "" if anything was sampled
+    """
+
+    answer: str | None
+    generated: int
+    critical_path: int
+    prefilled: int
+    spawned: bool
+    clones: int
+    status: str
+    cached: int = 0
+    attention: int = 0
+    recall: float | None = None
+    seconds: float = field(default=0.0, compare=False)
+    starved: str = ""
+
+
+def outcome(answer: str | None, status: str, trees: Sequence[Tree], path: int, clones: int, recall: float | None = None) -> Outcome:
+    """What several trees gave together, whose longest chain is `path` tokens."""
+    total = {name: sum(getattr(t.usage, name) for t in trees) for name in ("generated", "prefilled", "cached", "attention")}
+    starved = trees[0].starved if trees and not total["generated"] else ""
+    return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, starved=starved, **total)
+
+
+Method = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
+
+
+def checked(tree: Tree) -> Tree:
+    """The tree, unless the backend failed one of its branches: that says nothing about the method.
+
+    Raises `PolicyError`; `RefusedRequest` where the backend does not take what the root asks for.
+    """
+    if tree.root.status is Status.REFUSED:
+        raise RefusedRequest(f"task {tree.task_id}: {tree.root.reason}")
+    if tree.failed:
+        raise PolicyError(f"task {tree.task_id} failed: {tree.failed}")
+    return tree
+
+
+async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequence[Budget], seeds: Sequence[int]) -> list[Tree]:
+    """The trees of several tasks grown at the same time."""
+    trees: list[Tree | None] = [None] * len(tasks)
+
+    async def one(i: int) -> None:
+        trees[i] = checked(await runtime.run(tasks[i], budgets[i], seeds[i]))
+
+    async with task_group() as group:
+        for i in range(len(tasks)):
+            group.start_soon(one, i)
+    return [grown for grown in trees if grown is not None]
+
+
+async def tree(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+    """Let the model decide within the budget."""
+    grown = checked(await runtime.run(task, budget, seed))
+    recall = support_recall(task, named_keys(grown, runtime.chat))
+    return outcome(grown.answer, grown.root.status.value, [grown], grown.usage.critical_path, grown.usage.clones, recall)
+
+
+def named_keys(tree: Tree, chat: ChatFormat) -> set[str]:
+    """The context keys that the calls of a tree name."""
+    keys: set[str] = set()
+    for branch in tree.branches:
+        for turn in branch.turns:
+            if turn.clones:
+                keys.update(key for request in parse_call(chat.parse(turn.sampled).calls[0]).requests() for key in request.context_keys)
+    return keys
+
+
+def support_recall(task: Task, keys: Collection[str]) -> float | None:
+    """The share of the task's supporting documents that `keys` name; None where it has none."""
+    supporting = task.meta.get("supporting")
+    if not supporting:
+        return None
+    found = set(ContextStore(task.documents).resolve(keys)[0])
+    return sum(key in found for key in supporting) / len(supporting)
+
+
+class Begun(PolicyWrapper):
+    """`policy`, whose first sample begins with `ids`: it did not choose them, and pays for them as for its own."""
+
+    def __init__(self, policy: Policy, ids: Sequence[int]):
+        super().__init__(policy)
+        self._ids = tuple(ids)
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        ids, self._ids = self._ids[: request.max_tokens], ()
+        if not ids:
+            return await self._policy.sample(request, partial)
+        left = request.max_tokens - len(ids)
+        if left == 0:
+            return Sample(ids, (0.0,) * len(ids), StopReason.LENGTH, prefilled=len(request.prompt))
+        inner = Partial()
+        try:
+            sample = await self._policy.sample(replace(request, prompt=request.prompt + ids, max_tokens=left), inner)
+        finally:  # what it is made to say is charged as said, not as read
+            partial.ids += [*ids, *inner.ids]
+            partial.logprobs += [*([0.0] * len(ids)), *inner.logprobs]
+            partial.prefilled, partial.cached = min(inner.prefilled, len(request.prompt)), inner.cached
+        prefilled = min(sample.prefilled, len(request.prompt))
+        return replace(sample, ids=ids + sample.ids, logprobs=(0.0,) * len(ids) + sample.logprobs, prefilled=prefilled)
+
+
+async def always(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+    """`tree`, but the root's first turn opens a call, as a branch of the nano model does that delegates."""
+    if not isinstance(runtime.chat, ControlTokenFormat):
+        raise ConfigError("always delegating is written for the nano chat format")
+    opened = runtime.chat.turn(statement(len(task.documents)), "")[:-2]  # without the end of the call, and of the turn
+    return await tree(replace(runtime, policy=Begun(runtime.policy, opened)), task, budget, seed)
+
+
+def best_of_n(canonical: Callable[[str], str]) -> Method:
+    """Independent single-context solutions until one no longer fits; the most frequent answer, the earliest on ties.
+
+    Answers of one `canonical` form count as one. Attempts that were cut vote only if none finished. They are independent, so the
+    critical path is the longest one's.
+    """
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        left = only_generated(budget)
+        finished: list[str] = []
+        cut: list[str] = []
+        trees: list[Tree] = []
+        while left > 0:
+            attempt = budget.model_copy(update={"generated": left, "depth": 0})
+            grown = checked(await runtime.run(task, attempt, seed_of(seed, "best_of_n", len(trees))))
+            trees.append(grown)
+            left -= grown.usage.generated
+            if grown.answer is not None:
+                (finished if grown.root.status is Status.ANSWERED else cut).append(grown.answer)
+            if grown.usage.generated == 0:
+                break
+        longest = max((grown.usage.generated for grown in trees), default=0)
+        return outcome(vote(finished or cut, canonical), f"{len(trees)} samples", trees, longest, 0)
+
+    return method
+
+
+def vote(answers: Sequence[str], canonical: Callable[[str], str]) -> str | None:
+    """The first of the answers of which most say the same; None without any."""
+    said: dict[str, list[str]] = {}
+    for answer in answers:
+        said.setdefault(canonical(answer), []).append(answer)
+    return max(said.values(), key=len)[0] if said else None
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How map-reduce cuts a task: rows of each clone, and tokens that the reducer keeps for each result that it has to add."""
+
+    rows: int
+    kept: int
+
+
+def map_reduce(cut: Cut | Mapping[int, Cut]) -> Method:
+    """The method with a fixed cut, for all budgets or by budget. Needs the nano chat format, in which the call is spelled.
+
+    The reducer reads what a branch of the nano model that had called for itself would read.
+    """
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        if not isinstance(runtime.chat, ControlTokenFormat):
+            raise ConfigError("map_reduce is written for the nano chat format")
+        generated = only_generated(budget)
+        chosen = cut if isinstance(cut, Cut) else cut[generated]
+        keys = list(task.documents)
+        groups = [keys[i : i + chosen.rows] for i in range(0, len(keys), chosen.rows)]
+        store = ContextStore(task.documents)
+        kept = 0 if len(groups) == 1 else min(chosen.kept * len(groups), generated // 2)
+        shares = fair_shares(generated - kept, [None] * len(groups))
+        parts = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, OBJECTIVE, keys)),)) for i, keys in enumerate(groups)]
+        budgets = [budget.model_copy(update={"generated": share, "depth": 0}) for share in shares]
+        done = await side_by_side(runtime, parts, budgets, [seed_of(seed, "map", i) for i in range(len(groups))])
+        spent = sum(grown.usage.generated for grown in done)
+        path = max(grown.usage.critical_path for grown in done)
+        if len(groups) == 1:
+            return outcome(done[0].answer, done[0].root.status.value, done, path, 1)
+        left, offered = (max(tokens - budget.answer_reserve, 0) for tokens in (generated - spent, generated))
+        call = render_call([{"objective": OBJECTIVE, "context_keys": keys} for keys in groups])
+        results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
+        chat = runtime.chat
+        content = "\n".join(filter(None, [task.messages[-1].content, left_line(offered, None)]))
+        prompt = [
+            *chat.render([*task.messages[:-1], Message("user", content)], tools=True),
+            *chat.turn(statement(len(keys)), call),
+            *chat.after_turn(render_results(results, left_line(left, None), runtime.result_characters), closed=True),
+        ]
+        limits = budget.model_copy(update={"generated": generated - spent, "depth": 0})
+        reduced = checked(await runtime.run(task, limits, seed_of(seed, "reduce", 0), prompt=prompt))
+        path += reduced.usage.critical_path
+        return outcome(reduced.answer, reduced.root.status.value, [*done, reduced], path, len(groups))
+
+    return method

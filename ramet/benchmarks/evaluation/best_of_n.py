@@ -1,0 +1,83 @@
+"""Best-of-N curves: what picking is worth beside what could be had.
+
+Answers are taken from those that were sampled for a question, N at a time in seeded draws, the same for every method:
+
+    pass       is there a right one among them? Nothing that picks can do better
+    majority   the answer that most of them give, ties by lot (self-consistency)
+    random     one of them by lot
+    a model    what it picks
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ramet.benchmarks.evaluation.statistics import clustered_mean
+from ramet.errors import ConfigError, TaskError
+from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
+
+NS = (1, 2, 4, 8, 16)
+Picker = ByScore | ByDuels
+
+
+def best_of_n(
+    questions: Sequence[Candidates], pickers: dict[str, Picker], ns: Sequence[int] = NS, draws: int = 16, seed: int = 0,
+    report: Callable[[int], None] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A `best_of_n` record for each N and method: accuracy with its interval over videos, and what a pick asks of the model.
+
+    Where N answers are all that there are, one draw is enough. Every question needs as many answers as the largest N. A question
+    whose video cannot be read is left out for every method and counted as `unreadable`; where none is left, the `TaskError` is raised.
+    """
+    fewest = min((len(q.answers) for q in questions), default=0)
+    ns = [n for n in ns if n <= fewest]
+    if not ns:
+        raise ConfigError(f"best of n needs answers: a question has {fewest}")
+    methods = ("pass", "majority", "random", *pickers)
+    found: dict[tuple[int, str], list[float]] = {(n, m): [] for n in ns for m in methods}
+    asked: list[Candidates] = []
+    fault: TaskError | None = None
+    for question in questions:
+        try:
+            values = {(n, m): value for n in ns for m, value in _accuracies(question, pickers, n, draws, seed).items()}
+        except TaskError as error:
+            fault = error
+        else:
+            asked.append(question)
+            for place, value in values.items():
+                found[place].append(value)
+        if report is not None:
+            report(1)
+    if fault is not None and not asked:
+        raise fault
+    records = []
+    for (n, method), values in found.items():
+        interval = clustered_mean(values, [q.cluster for q in asked])
+        record: dict[str, Any] = {
+            "record": "best_of_n", "n": n, "method": method, "questions": len(asked),
+            "unreadable": len(questions) - len(asked), "accuracy": interval.mean, "ci_low": interval.low, "ci_high": interval.high,
+        }  # fmt: skip
+        if method in pickers:
+            record["calls_per_question"] = pickers[method].cost(n)
+        records.append(record)
+    return records
+
+
+def _accuracies(question: Candidates, pickers: dict[str, Picker], n: int, draws: int, seed: int) -> dict[str, float]:
+    """Of each method on one question, the mean over draws of `n` of its answers."""
+    rng = random.Random(f"best/{seed}/{question.id}/{n}")
+    scores: dict[str, list[float]] = {m: [] for m in ("pass", "majority", "random", *pickers)}
+    for draw in [rng.sample(range(len(question.answers)), n) for _ in range(draws if n < len(question.answers) else 1)]:
+        right = [question.right[i] for i in draw]
+        scores["pass"].append(float(any(right)))
+        scores["random"].append(sum(right) / n)
+        counts = Counter(question.stated[i] for i in draw if question.stated[i] is not None)
+        top = [s for s, c in counts.items() if c == max(counts.values())]
+        won = [question.right[next(i for i in draw if question.stated[i] == s)] for s in top]
+        scores["majority"].append(sum(won) / len(won) if won else 0.0)
+        for name, picker in pickers.items():
+            scores[name].append(float(question.right[picker(question, draw)]))
+    return {m: sum(values) / len(values) for m, values in scores.items()}

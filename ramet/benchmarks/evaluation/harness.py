@@ -1,0 +1,226 @@
+"""Run methods on tasks under a sweep of budgets, and keep every outcome.
+
+Every graded outcome is journalled as soon as it is known, so an interrupted sweep resumes where it
+stopped. Seeds are functions of the task, the method and the sweep's seed, never of the order of work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import anyio
+
+from ramet.agents import drain
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget
+from ramet.agents.chat import ChatFormat
+from ramet.agents.journal import Journal
+from ramet.agents.prefixes import FreshCache, fresh_cache
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Policy, Sampling
+from ramet.agents.tasks import task_group
+from ramet.agents.tree import Task
+from ramet.benchmarks.evaluation.baselines import Method, Outcome
+from ramet.benchmarks.evaluation.statistics import accuracy_interval
+from ramet.env.environment import Environment
+from ramet.errors import RefusedRequest, TaskError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One method to measure: its name in the results, how it works, and how it samples."""
+
+    policy: str
+    method: Method
+    sampling: Sampling
+    depth: int | None
+    width: int | None = None
+    """Clones in one call; None: as the budget has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One graded outcome; or, with a reason in `failed`, one that there could not be, which counts in no mean."""
+
+    policy: str
+    split: str
+    budget: int
+    task: str
+    size: int
+    score: float
+    outcome: Outcome
+    repeat: int = 0
+    failed: str = ""
+
+    def record(self) -> dict[str, object]:
+        return {name: value for name, value in asdict(self).items() if name != "failed" or value}
+
+    @classmethod
+    def of(cls, record: dict[str, object]) -> Measured:
+        values = dict(record)
+        values["outcome"] = Outcome(**values["outcome"])  # type: ignore[arg-type]
+        return cls(**values)  # type: ignore[arg-type]
+
+
+FAILED = Outcome(None, 0, 0, 0, False, 0, "failed")
+
+
+async def measure(
+    policy: Policy,
+    chat: ChatFormat,
+    entry: Entry,
+    env: Environment,
+    tasks: Sequence[Task],
+    split: str,
+    budgets: Iterable[int],
+    template: Budget,
+    journal: Journal,
+    seed: int,
+    report: Callable[[int], None] | None = None,
+    in_flight: int = 64,
+    repeats: int = 1,
+    attempts: int = 4,
+    tell_all: bool = True,
+) -> list[Measured]:
+    """Every task at every budget by one method, `repeats` times. Outcomes already in the journal are not computed again.
+
+    A task that the backend refuses (`RefusedRequest`: a prompt that is too long) is recorded as failed, with the reason, and the
+    others are measured; if it refuses all of them, that is raised and nothing recorded.
+    `report` is told of outcomes as they come to be known, first of those in the journal. Raises `Drained`, when
+    what is running is done, if the process is asked to stop.
+    """
+    done = {(m.budget, m.task, m.repeat): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
+    # Task by task: what one run of a task has read, its other budgets find in the backend's cache.
+    wanted = [(budget, task, repeat) for task in tasks for budget in budgets for repeat in range(repeats)]
+    todo = [(b, t, r) for b, t, r in wanted if (b, t.id, r) not in done]
+    missing = iter(todo)
+    if report is not None:
+        report(len(wanted) - len(todo))
+    runtime = Runtime(FreshCache(policy), chat, entry.sampling, attempts=attempts, tell_all=tell_all)
+    grading = anyio.CapacityLimiter(1)  # off the event loop, and one at a time: a reward may be a model
+
+    async def worker() -> None:
+        for budget, task, repeat in missing:
+            if drain.requested():
+                return
+            width = {} if entry.width is None else {"width": entry.width}
+            limits = template.model_copy(update={"generated": budget, "depth": entry.depth, **width})
+            place = f"{entry.policy}/{task.id}" if repeat == 0 else f"{entry.policy}/{task.id}/{repeat}"
+            started = anyio.current_time()
+            try:
+                with fresh_cache():
+                    outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
+            except RefusedRequest as error:
+                refused[budget, task.id, repeat] = error
+                continue
+            except drain.Drained:
+                return  # what it waits for may take long; it is grown again
+            outcome = replace(outcome, seconds=anyio.current_time() - started)
+            with anyio.CancelScope(shield=True):  # what was paid for is kept
+                score = await anyio.to_thread.run_sync(env.grade, task, outcome.answer, limiter=grading)
+            measured = Measured(entry.policy, split, budget, task.id, env.size(task), score, outcome, repeat)
+            journal.append(measured.record())
+            done[budget, task.id, repeat] = measured
+            if report is not None:
+                report(1)
+
+    refused: dict[tuple[int, str, int], RefusedRequest] = {}
+    async with task_group() as group:
+        for _ in range(in_flight):
+            group.start_soon(worker)
+    if refused and not any(not m.failed for m in done.values()):
+        raise next(iter(refused.values()))
+    sizes = {task.id: env.size(task) for task in tasks}
+    for (budget, name, repeat), error in refused.items():
+        failed = Measured(entry.policy, split, budget, name, sizes[name], 0.0, FAILED, repeat, str(error))
+        journal.append(failed.record())
+        done[budget, name, repeat] = failed
+        if report is not None:
+            report(1)
+    if any((b, t.id, r) not in done for b, t, r in todo):
+        raise drain.Drained
+    return [done[budget, task.id, repeat] for budget, task, repeat in wanted]
+
+
+def point(measured: Sequence[Measured]) -> dict[str, object]:
+    """The flat record of one policy at one budget on one split."""
+    first = measured[0]
+    scores: dict[str, list[float]] = {}
+    for m in measured:
+        scores.setdefault(m.task, []).append(m.score)
+    interval = accuracy_interval(scores)
+
+    def mean(name: str) -> float:
+        return sum(float(getattr(m.outcome, name)) for m in measured) / len(measured)
+
+    return {
+        "record": "point",
+        "policy": first.policy,
+        "split": first.split,
+        "budget": first.budget,
+        "n": interval.n,
+        "accuracy": interval.mean,
+        "ci_low": interval.low,
+        "ci_high": interval.high,
+        "generated": mean("generated"),
+        "critical_path": mean("critical_path"),
+        "prefilled": mean("prefilled"),
+        "spawn_rate": mean("spawned"),
+        "clones": mean("clones"),
+        "cached": mean("cached"),
+        "attention": mean("attention"),
+        "seconds": mean("seconds"),
+    }
+
+
+def by_size(measured: Sequence[Measured], bins: int = 6) -> list[dict[str, Any]]:
+    """Accuracy and spawn rate in up to `bins` ranges of task size, for one policy at one budget on one split."""
+    sizes = sorted({m.size for m in measured})
+    width = -(-(sizes[-1] - sizes[0] + 1) // bins)
+    records = []
+    for low in range(sizes[0], sizes[-1] + 1, width):
+        if chosen := [m for m in measured if low <= m.size < low + width]:
+            records.append({**point(chosen), "record": "size", "size_low": low, "size_high": min(low + width - 1, sizes[-1])})
+    return records
+
+
+def ample_sizes(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of records, those by size at the largest budget of their split."""
+    sizes = sorted((r for r in records if r["record"] == "size"), key=lambda r: r["budget"])
+    largest = {r["split"]: r["budget"] for r in sizes}
+    return [r for r in records if r["record"] == "size" and r["budget"] == largest[r["split"]]]
+
+
+def spawn_rates(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[int, float]]:
+    """How often the trained controller spawns, by range of sizes and by budget, both ascending, on lengths as trained."""
+    chosen = [r for r in records if r["record"] == "size" and (r["policy"], r["split"]) == ("trained", "iid")]
+    rates: dict[tuple[int, int], dict[int, float]] = {}
+    for r in sorted(chosen, key=lambda r: (r["size_low"], r["budget"])):
+        rates.setdefault((r["size_low"], r["size_high"]), {})[r["budget"]] = r["spawn_rate"]
+    return rates
+
+
+def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Measured]]:
+    """By (policy, split, budget), in the order in which these first appear.
+
+    A task that failed for one policy, at one budget, is left out for all on its split: what is compared is measured on the same tasks.
+    Raises `TaskError` where that leaves none.
+    """
+    measured = list(measured)
+    without = {(m.split, m.task): m.failed for m in measured if m.failed}
+    groups: dict[tuple[str, str, int], list[Measured]] = {}
+    for m in measured:
+        if (m.split, m.task) not in without:
+            groups.setdefault((m.policy, m.split, m.budget), []).append(m)
+    for split in dict.fromkeys(m.split for m in measured):
+        if all(key[1] != split for key in groups):
+            raise TaskError(f"every task of {split} failed: {next(f for (s, _), f in without.items() if s == split)}")
+    return groups
+
+
+def failures(measured: Iterable[Measured]) -> list[dict[str, object]]:
+    """A record of each task that could not be measured, with the reason."""
+    names = ("policy", "split", "budget", "task", "repeat")
+    return [{"record": "failed", **{name: getattr(m, name) for name in names}, "reason": m.failed} for m in measured if m.failed]

@@ -1,0 +1,135 @@
+"""`ramet bench kills`: kill -9 at random moments, resume, and compare with an undisturbed run.
+
+A small `ramet eval` and a small `ramet train` of the nano model are started, killed and started again until they
+end, over and over. Lost: work that the undisturbed run did and the killed one did not. Duplicated: work
+recorded twice. Differing: another answer, other costs, another metric (times apart, and the prompt tokens of
+an evaluation, which depend on what the engine happens to hold).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.journal import read_records
+from ramet.errors import RametError
+from ramet.runs.build import meta, open_model
+from ramet.runs.jobs import eval_job, train_job
+from ramet.runs.settings import RunConfig, validate
+from ramet.storage import read_text, write_json
+from ramet.terminal import Table, console
+
+SMALL: dict[str, Any] = {
+    "threads": 1,
+    "eval": {"tasks": 16, "budgets": [48, 96], "ood_budgets": [192]},
+    "train": {"updates": 6, "tasks": 4, "group_size": 4, "checkpoint_every": 2},
+}
+Work = dict[tuple[Any, ...], Any]
+
+
+def eval_work(folder: Path) -> tuple[Work, int]:
+    """Outcomes by what was measured, and how many records repeat one."""
+    records = read_records(folder / "journal.jsonl")
+    work: Work = {
+        (r["policy"], r["split"], r["budget"], r["task"]): {n: v for n, v in r["outcome"].items() if n != "seconds"} for r in records
+    }
+    return work, len(records) - len(work)
+
+
+def train_work(folder: Path) -> tuple[Work, int]:
+    """Metrics by update and the final evaluation's points, and how many updates stand there twice."""
+    lines = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
+    repeated = sum(count - 1 for count in Counter(line["update"] for line in lines).values())
+    work: Work = {("update", line["update"]): {n: v for n, v in line.items() if not n.startswith("seconds")} for line in lines}
+    for record in json.loads(read_text(folder / "evaluation.json")):
+        if record["record"] == "point":
+            work["point", record["split"], record["budget"]] = {n: v for n, v in record.items() if n != "seconds"}
+    return work, repeated
+
+
+JOBS: dict[str, tuple[Callable[[RunConfig, Path], None], Callable[[Path], tuple[Work, int]]]] = {
+    "eval": (lambda config, folder: eval_job("nano", config, folder, True, None), eval_work),
+    "train": (lambda config, folder: train_job(config, folder, True, None), train_work),
+}
+
+
+def start(job: Callable[[RunConfig, Path], None], config: RunConfig, folder: Path) -> int:
+    """Run a job in a child process; its id. A fork, so that a start costs little: this process runs no model itself."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        void = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(void, 1)
+        os.dup2(void, 2)
+        job(config, folder)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def bench_kills(kills: int, seed: int, out: Path | None) -> None:
+    """Kill each job `kills` times; print and write what was lost, duplicated and different."""
+    config = validate(RunConfig, {"seed": seed, **SMALL})
+    rng = random.Random(f"kills/{seed}")
+    open_model(config)  # imports what the children would each import again; it runs nothing
+    records: list[dict[str, Any]] = [meta("bench kills", seed)]
+    shown = Table("job", "kills", "runs", "lost", "duplicated", "differing")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, (job, read) in JOBS.items():
+            calm = Path(scratch) / f"{name}-calm"
+            begun = time.perf_counter()
+            _, status = os.waitpid(start(job, config, calm), 0)
+            if status:
+                raise RametError(f"the undisturbed {name} failed; run ramet doctor")
+            seconds = time.perf_counter() - begun
+            expected, _ = read(calm)
+            counts = Counter(kills=0, runs=0, lost=0, duplicated=0, differing=0)
+            while counts["kills"] < kills:
+                folder = Path(scratch) / name
+                counts["kills"] += _until_done(job, config, folder, rng, seconds)
+                found, repeated = read(folder)
+                counts["runs"] += 1
+                counts["lost"] += len(expected.keys() - found.keys())
+                counts["duplicated"] += repeated + len(found.keys() - expected.keys())
+                counts["differing"] += sum(found[key] != value for key, value in expected.items() if key in found)
+                shutil.rmtree(folder)
+                console.print(f"{name}: {counts['kills']} of {kills} kills, {counts['runs']} runs", end="\r")
+            records.append({"record": "kills", "job": name, "pieces": len(expected), **counts})
+            shown.add_row(name, *(str(counts[column]) for column in ("kills", "runs", "lost", "duplicated", "differing")))
+    if out is not None:
+        write_json(out, records)
+    console.print(shown)
+    if any(r.get("lost") or r.get("duplicated") or r.get("differing") for r in records):
+        raise RametError("a killed and resumed run is not the undisturbed one")
+
+
+def _until_done(job: Callable[[RunConfig, Path], None], config: RunConfig, folder: Path, rng: random.Random, seconds: float) -> int:
+    """Start and kill until the job ends by itself; the number of kills."""
+    kills = 0
+    while True:
+        child = start(job, config, folder)
+        deadline = time.perf_counter() + rng.uniform(0, seconds)
+        status: int | None = None
+        while time.perf_counter() < deadline and status is None:
+            ended, code = os.waitpid(child, os.WNOHANG)
+            status = code if ended else None
+            time.sleep(0.002)
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            kills += 1
+        elif status == 0:
+            return kills
+        else:
+            raise RametError(f"a resumed run failed with status {os.waitstatus_to_exitcode(status)} in {folder}")

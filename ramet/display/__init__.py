@@ -1,0 +1,1 @@
+"""Records to tables, pictures, pages and progress. Measures nothing."""

@@ -1,0 +1,164 @@
+"""Pictures and the page of what a reward model was measured to do."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.tree import Segment
+from ramet.benchmarks.evaluation.video_reward import CONDITIONS, measures
+from ramet.display.plots import save, subplots
+from ramet.display.report import STYLE, table
+from ramet.errors import TaskError
+from ramet.media.frames import read_frames
+from ramet.rewards.video.pairs import Pair, watched
+from ramet.storage import write_text
+
+TITLES = {
+    "right": "its own video",
+    "wrong": "another video",
+    "none": "no video",
+    "reversed": "frames reversed",
+    "shuffled": "frames shuffled",
+}
+Record = dict[str, Any]
+
+
+def accuracy_bars(records: Sequence[Record], path: Path) -> None:
+    """Accuracy of each subset under each condition, with 95% bars and the line of chance."""
+    shown = [r for r in records if r["record"] == "result" and r["subset"] != "macro"]
+    subsets, conditions = list(dict.fromkeys(r["subset"] for r in shown)), list(dict.fromkeys(r["condition"] for r in shown))
+    figure, (row,) = subplots(1, 1)
+    width = 0.8 / len(conditions)
+    for n, condition in enumerate(conditions):
+        chosen = {r["subset"]: r for r in shown if r["condition"] == condition}
+        places = [s for s, subset in enumerate(subsets) if subset in chosen]
+        found = [chosen[subsets[s]] for s in places]
+        heights = [r["accuracy"] for r in found]
+        bars = [[max(r["accuracy"] - r["ci_low"], 0) for r in found], [max(r["ci_high"] - r["accuracy"], 0) for r in found]]
+        row[0].bar([s + (n - (len(conditions) - 1) / 2) * width for s in places], heights, width * 0.92, yerr=bars, label=TITLES[condition],
+                   error_kw={"elinewidth": 0.8}, color=f"C{CONDITIONS.index(condition)}")  # fmt: skip
+    row[0].axhline(0.5, color="#888", lw=1, ls="--")
+    row[0].set_xticks(range(len(subsets)), subsets)
+    row[0].set(ylabel="prefers the better answer", ylim=(0, 1.05))
+    row[0].legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
+    save(figure, path)
+
+
+def best_of_n_curves(records: Sequence[Record], path: Path) -> None:
+    """Accuracy by N of each method, with 95% bands."""
+    shown = [r for r in records if r["record"] == "best_of_n"]
+    figure, (row,) = subplots(1, 1)
+    for n, method in enumerate(dict.fromkeys(r["method"] for r in shown)):
+        line = sorted((r for r in shown if r["method"] == method), key=lambda r: r["n"])
+        style = {"color": "#444", "ls": "--"} if method == "pass" else {"color": "#aaa"} if method == "random" else {"color": f"C{n}"}
+        xs = [r["n"] for r in line]
+        row[0].plot(
+            xs, [r["accuracy"] for r in line], marker="o", ms=3.5, label="pass@N: the bound" if method == "pass" else method, **style
+        )
+        row[0].fill_between(xs, [r["ci_low"] for r in line], [r["ci_high"] for r in line], alpha=0.12, lw=0, color=style["color"])
+    row[0].set_xscale("log", base=2)
+    row[0].set_xticks(xs, xs)
+    row[0].set(xlabel="N, answers to pick from", ylabel="accuracy", ylim=(0, 1.05))
+    row[0].legend(frameon=False, fontsize=8.5)
+    save(figure, path)
+
+
+def training_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss and accuracy of the training pairs by step."""
+    figure, (row,) = subplots(1, 2)
+    for axis, name in zip(row, ("loss", "accuracy"), strict=True):
+        axis.plot([entry["step"] for entry in log], [entry[name] for entry in log], color="#c0392b")
+        axis.set(xlabel="step", title=f"{name} on training pairs")
+    save(figure, path)
+
+
+MEASURES = {
+    "consistent": "both", "letter_agreement": "place", "first_share": "1st", "invalid_rate": "unread", "tie_rate": "ties",
+    "forward": "forward", "reversed": "reversed", "lenient": "lenient",
+}  # fmt: skip
+"""Headers of what is shown beside accuracy, the most telling first: right in both orders, same place in both, votes for the first, ..."""
+
+
+def results_table(records: Sequence[Record], measures: int = len(MEASURES)) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows, for the terminal, where fewer measures have room, and for the page."""
+    shown = [r for r in records if r["record"] == "result"]
+    kept = [n for n in MEASURES if any(n in r for r in shown)][:measures]
+    swept = [n for n in ("frames", "k") if len({r[n] for r in shown if n in r}) > 1]
+    rows = []
+    for r in shown:
+        interval = f"{r['ci_low']:.3f}-{r['ci_high']:.3f}" if "ci_low" in r else ""
+        rows.append(
+            [
+                r["condition"],
+                r["subset"],
+                str(r["n"]),
+                f"{r['accuracy']:.3f}",
+                interval,
+                *(f"{r[n]:.2f}" if n in r else "" for n in kept),
+                *(str(r[n]) for n in swept),
+            ]
+        )
+    return ["video", "subset", "n", "right", "95%", *(MEASURES[n] for n in kept), *swept], rows
+
+
+def wrong_pairs(pairs: Sequence[Pair], records: Sequence[Record], most: int = 12) -> str:
+    """The first pairs that were judged wrong with their own video, with frames of it."""
+    wrong = [r["id"] for r in records if r.get("condition") == "right" and measures(r)["accuracy"] < 1]
+    by_id = {pair.id: pair for pair in pairs}
+    said = {r["id"]: r for r in records if r.get("condition") == "right"}
+    parts = [f"<h2>Pairs judged wrong: {len(wrong)} of {len(said)}</h2>"]
+    for name in wrong[:most]:
+        pair = by_id[name]
+        parts.append(f"<h3>{escape(name)} ({escape(pair.category or 'no category')})</h3>{_frames(pair)}<p>{escape(pair.question)}</p>")
+        parts.append(f"<p><b>better:</b> {escape(pair.chosen)}</p>")
+        parts += [f"<p><b>worse:</b> {escape(answer)}</p>" for answer in pair.rejected]
+        parts.append(f"<pre>{escape(_said(said[name]))}</pre>")
+    return "".join(parts)
+
+
+def _said(record: Record) -> str:
+    if "chosen" in record:
+        return f"score {record['chosen']:.3f} for the better answer, {', '.join(f'{s:.3f}' for s in record['rejected'])} for the worse"
+    votes = [vote for votes in record["votes"] for vote in votes]
+    return "\n".join(f"{'better' if forward else 'worse'} first: {error or said}" for forward, _, said, error in votes)
+
+
+def _frames(pair: Pair, count: int = 4) -> str:
+    return "".join(_frames_of(segment, count) for segment in watched(pair.video))
+
+
+def _frames_of(segment: Segment, count: int) -> str:
+    from PIL import Image
+
+    try:
+        found = read_frames(Path(segment.file), count, segment.start, segment.end)
+    except TaskError as error:
+        return f"<p>{escape(str(error))}</p>"
+    made = []
+    for frame, time in zip(found.pixels, found.times, strict=True):
+        image = Image.fromarray(frame)
+        image.thumbnail((200, 200))
+        held = io.BytesIO()
+        image.save(held, "PNG")
+        data = base64.b64encode(held.getvalue()).decode()
+        made.append(f'<img alt="at {time:.1f} s" title="{time:.1f} s" style="width:150px" src="data:image/png;base64,{data}"> ')
+    return f"<p>{''.join(made)}</p>"
+
+
+def write_page(
+    path: Path, title: str, intro: str, protocol: str, records: Sequence[Record], pictures: Sequence[Path], more: str = ""
+) -> None:
+    """The page, with everything inside."""
+    parts = [f"<h1>{escape(title)}</h1><p>{escape(intro)}</p>"]
+    for picture in pictures:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<p><img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}"></p>')
+    parts.append(f"<h2>Results</h2><p>Protocol: {escape(protocol)}</p>{table(*results_table(records))}")
+    parts.append('<p class="note">Intervals are 95%, over videos; that of macro is a bootstrap.</p>')
+    head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
+    write_text(path, head + "".join(parts) + more + "</body></html>\n")

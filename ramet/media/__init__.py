@@ -1,0 +1,1 @@
+"""What a video is: containers, frames, pictures, drawn clips."""

@@ -1,0 +1,132 @@
+"""Pictures as a video: a folder of them, one by itself, an animated WebP. What is looked at is what a viewer shows.
+
+A picture is turned as its EXIF orientation says; 16 bits a channel become 8. Files are untrusted: their content says which of a few
+formats they are, and what is too large is refused by its header.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ramet.errors import TaskError
+from ramet.media.containers import MOST_PIXELS, format_of, oriented, regular, told
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+"""Of the files that count in a folder."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+EACH = 1.0
+"""Seconds for which a picture is shown that does not say."""
+ORIENTATION = 0x0112
+TURNS = {2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
+"""What an EXIF orientation does to a picture, as `oriented` takes it."""
+
+
+class Pictures:
+    """Files that are shown one after another, a second each, or one file of several pictures with the seconds of each."""
+
+    damaged = 0
+
+    def __init__(self, files: Sequence[Path], seconds: Sequence[float] = ()):
+        self._files, self._animated = list(files), bool(seconds)
+        until = np.cumsum([0.0, *(seconds or [EACH] * len(self._files))])
+        self._times = until[:-1]
+        self.length = self.end = float(until[-1])
+        with _image(self._files[0]) as image:
+            self.height, self.width = image.height, image.width
+
+    def __enter__(self) -> Pictures:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+        """What is shown at each of the seconds, which ascend, and since when; see `Clip.at`."""
+        places = np.maximum(np.searchsorted(self._times, seconds, side="right") - 1, 0).tolist()
+        before, pixels = -1, np.empty(0)
+        for place in places:
+            if place != before:
+                before, pixels = place, self._pixels(place)
+            yield float(self._times[place]), pixels
+
+    def all(self) -> Iterator[tuple[float, np.ndarray]]:
+        """Every picture in turn, and since when it is shown."""
+        return self.at(self._times.tolist())
+
+    def _pixels(self, place: int) -> np.ndarray:
+        with _image(self._files[0 if self._animated else place]) as image:
+            if self._animated:
+                image.seek(place)
+            pixels = _eight_bits(image)
+            turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+            return pixels if turn is None else oriented(pixels, turn)
+
+
+def _eight_bits(image: Any) -> np.ndarray:
+    """uint8 (height, width, 3)."""
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's conversion cuts off what is above 255
+        grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _image(file: Path) -> Iterator[Any]:
+    from PIL import Image
+
+    with told(file, "cannot read picture"):
+        try:
+            with Image.open(regular(file), formats=FORMATS) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise TaskError(f"{file} is {image.width}x{image.height}; at most {MOST_PIXELS} pixels are decoded")
+                yield image
+        except (Image.DecompressionBombError, SyntaxError, struct.error) as error:
+            raise OSError(str(error)) from error
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """The pictures of a folder by the numbers in their names, so that 10 comes after 9; hidden files are none. Raises `TaskError`."""
+    with told(folder):
+        files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not f.is_dir()]
+    if not files:
+        raise TaskError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
+    return sorted(files, key=lambda f: [(int(n or 0), t) for n, t in re.findall(r"(\d*)(\D*)", f.name)])
+
+
+def one(file: Path) -> Pictures | None:
+    """A file that holds a picture, or an animated WebP; None for one that holds something else, such as another animation."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        with _image(file) as image:
+            kind, animated = image.format, getattr(image, "is_animated", False)
+    except TaskError as error:
+        if isinstance(error.__cause__, UnidentifiedImageError):
+            return None
+        raise
+    if kind == "WEBP" and animated:
+        return Pictures([file], _durations(file))
+    if (kind == "PNG" and animated) or (kind == "JPEG" and format_of(file) == "mjpeg"):
+        return None
+    return Pictures([file])
+
+
+def _durations(file: Path) -> list[float]:
+    """Seconds of each picture of an animated WebP, of the headers of its frames (its `ANMF` chunks)."""
+    with file.open("rb") as data:
+        data.seek(12)
+        found = []
+        while len(head := data.read(8)) == 8:
+            name, size = head[:4], int.from_bytes(head[4:], "little")
+            begun = data.tell()
+            if name == b"ANMF":
+                found.append(int.from_bytes(data.read(15)[12:], "little") / 1000 or 0.1)
+            data.seek(begun + size + size % 2)
+    return found

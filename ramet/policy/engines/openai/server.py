@@ -1,0 +1,484 @@
+"""A connection to one OpenAI-compatible server: it is waited for, asked, read, and understood when it fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import anyio
+import httpx
+
+from ramet.agents import drain
+from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.tasks import Slots
+from ramet.agents.tree import StopReason
+from ramet.errors import PolicyError, TransientPolicyError, first_line
+from ramet.policy.engines.openai.client import Address, connected
+from ramet.policy.engines.openai.faults import Masker, error_in, failure, is_page, one_line, passes, said_by, wait_of
+from ramet.policy.engines.openai.fields import Fields
+from ramet.policy.engines.openai.said import Said, Usage, read, stop_of
+from ramet.policy.engines.openai.stream import Event, EventReader, TooLong
+
+log = logging.getLogger(__name__)
+
+AFTER_FINISH = 2.0
+"""Seconds that usage is waited for after the finish reason."""
+AFTER_DONE = 0.1
+"""Seconds that the end of the body is waited for after `[DONE]`, so that the connection can be used again."""
+QUIET = 10.0
+"""Seconds between two lines about failures that are tried again."""
+_PAGE = 2**16
+"""Bytes of an error that are read; it may come with a page of any length."""
+_SHAPE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+WIRE = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError, OverflowError)
+REJECTED = (400, 404, 415, 422, 500, 501)
+"""Statuses with which servers refuse a field that they do not know."""
+NEUTRAL = {
+    "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
+    "llamacpp": {"top_k": -1, "min_p": 0.0, "repeat_penalty": 1.0},
+}
+"""By owner of the model in the server's list: what keeps its own defaults, or the model's `generation_config`, out of the sampling."""
+
+
+class Hearing(Protocol):
+    """Where what is said goes. Both raise `PolicyError`, without the server's name, for what the server may not say."""
+
+    def take(self, said: Said) -> None:
+        """Note what an event says."""
+
+    def settle(self) -> None:
+        """Note that no more will be said."""
+
+
+class Server(ABC):
+    """A connection to one server. Enter it to serve.
+
+    url          up to and including the version, such as http://127.0.0.1:8000/v1
+    model        the server's name for it; by default the first that it lists
+    concurrency  requests in flight at this server
+    seconds      longest silence before a request counts as failed: no event comes; comments that keep a connection alive are none
+    context      longest prompt and sample together; by default what the server says, if it does
+    key          environment variable that holds the API key, if there is one
+    wait         seconds that a server which is not up yet is waited for
+    names        the server's names of fields that it calls otherwise; an empty name leaves the field out
+    extra        fields to send besides
+    fold_system  put the system message into the first message of the user
+    """
+
+    trainable = False
+    path: str
+    optional: tuple[str, ...] = ()
+    """Fields that can be left out if the server refuses them, or called otherwise."""
+
+    def __init__(
+        self, url: str, model: str | None = None, *, concurrency: int = 64, seconds: float = 300.0, context: int | None = None,
+        key: str = "OPENAI_API_KEY", wait: float = 180.0, names: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None,
+        fold_system: bool = False,
+    ) -> None:  # fmt: skip
+        if concurrency < 1 or not seconds > 0 or not wait >= 0:
+            raise PolicyError(
+                f"{concurrency} requests at a time, {seconds:g} seconds of silence and {wait:g} of waiting: all but the last above 0"
+            )
+        self._address = Address(url, key)
+        self._url = self._address.shown
+        self.version = 0
+        self.model = model or ""
+        self._seconds, self._context, self._wait = seconds, context, wait
+        self._key = key
+        self._fields = Fields(names or {}, extra or {}, self.optional)
+        self._fields.fold_system = fold_system
+        self._neutral: dict[str, Any] = {}
+        self._mask = Masker(())
+        self._slots, self._concurrency = Slots(concurrency), concurrency
+        self._client: httpx.AsyncClient | None = None
+        self._listed: list[str] = []
+        self._failures, self._shown = 0, float("-inf")
+        self._served = False
+
+    @property
+    def context(self) -> int | None:
+        return self._context
+
+    async def __aenter__(self) -> Self:
+        secret = os.environ.get(self._key, "").strip()
+        if not (secret.isascii() and secret.isprintable()):
+            raise PolicyError(f"the environment variable {self._key} holds what cannot be a key")
+        self._mask = Masker(self._address.secrets(secret))
+        self._url = self._mask(self._address.shown)
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {secret}"} if secret else {})}
+        self._client = connected(headers, self._concurrency)
+        try:
+            await self._wait_for_it()
+        except BaseException:
+            await self._client.aclose()
+            self._client = None
+            raise
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    async def _wait_for_it(self) -> None:
+        """Ask for the models until the server answers. Raises `PolicyError`, and `Drained` where nothing new is to be started."""
+        until, pause = anyio.current_time() + self._wait, 0.25
+        told = False
+        while True:
+            try:
+                await self._discover()
+                return
+            except TransientPolicyError as error:
+                if anyio.current_time() + pause > until:
+                    raise PolicyError(f"no OpenAI-compatible server answers at {error}") from error
+                if not told:
+                    log.warning("no server answers yet: %s; waiting for it, at most %.0f seconds", error, self._wait)
+                    told = True
+                await drain.pause(pause)
+                pause = min(2 * pause, 4.0)
+
+    async def _discover(self) -> None:
+        """The model's name and context, from the server's list. A server without one has to be told about."""
+        assert self._client is not None
+        patience = min(self._seconds, 30.0)
+        reply = None
+        with anyio.move_on_after(patience):
+            try:
+                reply = await self._client.get(self._address.at("models"))
+            except httpx.DecodingError:
+                reply = httpx.Response(200)  # a list that cannot be read
+            except WIRE as error:
+                raise self._broken(error) from error
+        if reply is None:
+            raise TransientPolicyError(f"{self._url}: no list of models within {patience:g} seconds")
+        text = reply.text if reply.status_code == 200 else ""
+        if reply.status_code in (502, 503, 504, 429) or (reply.status_code == 500 and not self.model):
+            raise failure(self._url, reply.text, None, reply.status_code, None, self._mask, self._note(reply.status_code, reply.text))
+        listed = _models(text)
+        if not listed and self.model:
+            return  # it has no list; the first request will tell whether it has the model
+        self._listed = list(listed)
+        if not listed and not reply.is_success:
+            raise PolicyError(f"{self.refusal(reply, reply.text)}; no model is named, and it lists none")
+        if not listed:
+            note = self._note(reply.status_code, reply.text)
+            raise PolicyError(f"{self._url} does not list a model; name the one to use{note}")
+        self.model = self.model or self._chosen()
+        entry = listed.get(self.model, {})
+        owner = str(entry.get("owned_by") or next(iter(listed.values())).get("owned_by"))
+        self._neutral = NEUTRAL.get(owner, {})
+        length = entry.get("max_model_len")
+        self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
+
+    def _chosen(self) -> str:
+        """The model of a server where none is named."""
+        return self._listed[0]
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Sample one turn; see `ramet.agents.sampling.Policy`."""
+        if self._client is None:
+            raise PolicyError("the policy is not serving: use `async with policy`")
+        if request.media:
+            raise PolicyError("this policy has no vision; it cannot take media")
+        await self._slots.acquire()
+        try:
+            stop = await self._sampled(request, partial)
+        except TransientPolicyError as error:
+            self._tell(error)
+            raise
+        finally:
+            self._slots.release()
+        self._served = True
+        return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, partial.prefilled, partial.cached, self.version)
+
+    async def _sampled(self, request: SampleRequest, partial: Partial) -> StopReason:
+        """Ask, again at once where the server refuses a field that can be left out."""
+        while True:
+            body = self._whole(request)
+            exchange = Exchange(self, request, partial)
+            try:
+                return await exchange.run(body)
+            except PolicyError as error:
+                if partial.ids or not exchange.refused or not self._adapted(exchange, body, request):
+                    raise await self._explained(error, exchange) from error.__cause__
+
+    def _whole(self, request: SampleRequest) -> dict[str, Any]:
+        asked = {**self._neutral, **self._body(request)}
+        return self._fields.body({"model": self.model, "stream": True, **asked})
+
+    def _adapted(self, exchange: Exchange, sent: Mapping[str, Any], request: SampleRequest) -> bool:
+        """Is there something else to be asked than what was refused?"""
+        if self._whole(request) != sent:
+            return True  # another request has been refused before
+        change = self._fields.adapt(exchange.refused, exchange.param, sent, (*self.optional, *self._neutral))
+        if change:
+            log.warning("%s %s", self._url, change)
+        return bool(change)
+
+    async def _explained(self, error: PolicyError, exchange: Exchange) -> PolicyError:
+        """The error to raise in the place of this one."""
+        if exchange.status == 404 and self._listed and self.model not in self._listed:
+            return PolicyError(f"{error}; it lists {self._names()}")
+        return error
+
+    def _names(self, most: int = 10) -> str:
+        """The models that the server lists, as far as fits a line."""
+        names = ", ".join(one_line(self._mask(name), 100) for name in self._listed[:most])
+        return names + (f" and {len(self._listed) - most} more" if len(self._listed) > most else "")
+
+    def _tell(self, error: TransientPolicyError) -> None:
+        """A line about failures that may be tried again; not for each of many."""
+        self._failures += 1
+        now = anyio.current_time()
+        if now - self._shown >= QUIET:
+            self._shown = now
+            log.warning("%s (may pass, and is tried again; %d such failures so far)", error, self._failures)
+
+    def _broken(self, error: Exception) -> PolicyError:
+        """What the connection failed with."""
+        kind, causes = type(error).__name__, [error, *_causes(error)]
+        said = next((line for cause in causes if (line := one_line(self._mask(str(cause))))), "")
+        line = f"{self._url}: {kind}{f' {said}' if said else ''}{self._through()}"
+        passing = isinstance(error, (httpx.HTTPError, httpx.StreamError)) and not isinstance(
+            error, (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
+        )
+        words = ("illegal status line", "Name or service not known", "nodename nor servname", "No address associated", "407 Proxy")
+        lasting = any(isinstance(cause, ssl.SSLError) for cause in causes) or any(word in said for word in words)
+        return TransientPolicyError(line) if passing and (self._served or not lasting) else PolicyError(line)
+
+    def _through(self) -> str:
+        return f" (through the proxy in {proxy})" if (proxy := self._address.proxy) else ""
+
+    def _note(self, status: int, text: str) -> str:
+        """What to look at when the reply is not what a server of this kind says."""
+        notes = []
+        if not self._address.versioned and (status in (404, 405) or is_page(text)):
+            notes.append("is /v1 missing at the end of the address?")
+        elif is_page(text):
+            notes.append("this is no API: is the address right, or did a proxy answer?")
+        if self._address.proxy and (status in (403, 407) or status >= 500 or is_page(text)):
+            notes.append(f"it came through the proxy in {self._address.proxy}")
+        return "; " + "; ".join(notes) if notes else ""
+
+    def refusal(self, reply: httpx.Response, text: str) -> PolicyError:
+        """The error that a reply's status and body tell of."""
+        status, note = reply.status_code, self._note(reply.status_code, text)
+        if 300 <= status < 400:
+            target = one_line(self._mask(str(reply.headers.get("location") or "nowhere")), 200)
+            return PolicyError(f"{self._url} answers {status}: it redirects to {target}; give the address where it really is{note}")
+        return failure(self._url, text, parsed(text), status, wait_of(reply.headers), self._mask, note)
+
+    def reported(self, event: Event, value: Any) -> PolicyError:
+        """The error that an event tells of."""
+        return failure(self._url, event.text, value, None, None, self._mask)
+
+    def no_stream(self, event: Event, status: int) -> PolicyError:
+        """The error of a body that is neither events nor an answer."""
+        said = one_line(self._mask(said_by(event.text)))
+        line = f"{self._url} answers with {said if is_page(event.text) else repr(said)} instead of a stream{self._note(status, event.text)}"
+        may_pass = not is_page(event.text) and passes(None, event.text, said)
+        return TransientPolicyError(line) if may_pass else PolicyError(line)
+
+    @abstractmethod
+    def _body(self, request: SampleRequest) -> dict[str, Any]:
+        """What the request asks of the server."""
+
+    @abstractmethod
+    def hear(self, request: SampleRequest, partial: Partial) -> Hearing:
+        """What takes the answer to a request into its partial sample."""
+
+
+def note_prompt(usage: Usage | None, prompt: int, partial: Partial) -> None:
+    """Prompt tokens computed and reused, of the `prompt` ids that were sent; all computed, where the server says nothing of reuse."""
+    if usage is not None and usage.cached is not None:
+        partial.cached = min(max(usage.cached, partial.cached), prompt)
+    partial.prefilled = prompt - partial.cached
+
+
+class Exchange:
+    """One request and what comes back.
+
+    The body is always read to its end or cancelled from within, never left: a generator that is left open stays open.
+    """
+
+    def __init__(self, server: Server, request: SampleRequest, partial: Partial):
+        self._server, self._partial, self._most = server, partial, request.max_tokens
+        self._hearing = server.hear(request, partial)
+        self._scope = anyio.CancelScope()
+        self._finish: str | None = None
+        self._over = self._sampled = False
+        self._events = 0
+        self._unread: dict[str, None] = {}
+        self._error: PolicyError | None = None
+        self.status: int | None = None
+        self.refused, self.param = "", None
+        """The text of a refusal that came before anything was sampled, and the field that it names."""
+
+    async def run(self, body: Mapping[str, Any]) -> StopReason:
+        """Send the body and read the answer. What has come is in the partial sample, however this ends."""
+        server = self._server
+        failed: Exception | None = None
+        self._expect(server._seconds)
+        with self._scope:
+            try:
+                await self._read(body)
+            except WIRE as error:
+                failed = error
+        if self._error is None and self._finish is None:
+            if failed is not None:
+                self._error = server._broken(failed)
+            elif self._scope.cancelled_caught:
+                self._error = TransientPolicyError(f"{server._url}: nothing came for {server._seconds:g} seconds{server._through()}")
+            else:
+                self._error = TransientPolicyError(f"{server._url} ended a stream without a finish reason and without [DONE]")
+        try:
+            self._hearing.settle()
+        except PolicyError as error:
+            raise PolicyError(f"{server._url} {error}") from None
+        if self._error is not None:
+            raise self._error from failed
+        assert self._finish is not None
+        stop = stop_of(self._finish)
+        if stop is None:
+            raise TransientPolicyError(f"{server._url} broke a sample off: {one_line(server._mask(self._finish), 60)}")
+        if not self._sampled and self._unread:
+            names = one_line(server._mask(", ".join(self._unread)), 100)
+            raise PolicyError(f"{server._url} answers in a form that is not known here, with {names}")
+        if not self._sampled and not self._events:
+            raise TransientPolicyError(f"{server._url} ended a stream with nothing in it")
+        return stop
+
+    def _expect(self, seconds: float) -> None:
+        """Nothing is to take longer than this from now on."""
+        self._scope.deadline = anyio.current_time() + seconds
+
+    def _end(self, error: PolicyError | None = None) -> None:
+        self._error = self._error or error
+        self._over = True
+        self._scope.cancel()
+
+    async def _read(self, body: Mapping[str, Any]) -> None:
+        client = self._server._client
+        assert client is not None
+        async with client.stream("POST", self._server._address.at(self._server.path), json=body) as reply:
+            self.status = reply.status_code
+            if not reply.is_success:
+                await self._read_refusal(reply)
+                return
+            reader = EventReader()
+            async for block in reply.aiter_bytes():
+                if not self._over:
+                    self._take_all(reader, block)
+            if not self._over:
+                self._take_all(reader, None)
+
+    async def _read_refusal(self, reply: httpx.Response) -> None:
+        self._expect(min(self._server._seconds, 10.0))
+        page = b""
+        try:
+            async for block in reply.aiter_bytes():
+                page += block[: _PAGE - len(page)]
+                if len(page) >= _PAGE:
+                    self._scope.cancel()
+        except anyio.get_cancelled_exc_class():
+            if not self._scope.cancel_called:
+                raise
+            self._refuse(reply, page)
+            raise
+        except (httpx.HTTPError, httpx.StreamError):
+            pass  # the status says enough
+        self._refuse(reply, page)
+
+    def _refuse(self, reply: httpx.Response, page: bytes) -> None:
+        text = page.decode("utf-8", "replace")
+        self._error = self._server.refusal(reply, text)
+        if reply.status_code in REJECTED:
+            self._note_refusal(text, parsed(text))
+
+    def _note_refusal(self, text: str, value: Any) -> None:
+        self.refused = said_by(text) if value is None else text
+        inner = value.get("error") if isinstance(value, dict) else None
+        self.param = inner.get("param") if isinstance(inner, dict) else None
+
+    def _take_all(self, reader: EventReader, block: bytes | None) -> None:
+        try:
+            for event in reader.close() if block is None else reader.feed(block):
+                if not self._over:
+                    self._take(event)
+        except TooLong as error:
+            self._end(PolicyError(f"{self._server._url} sends {error}"))
+
+    def _take(self, event: Event) -> None:
+        server = self._server
+        if event.done:
+            # Without a reason: a sample as long as it may be was cut.
+            self._finish = self._finish or ("length" if len(self._partial.ids) >= self._most else "stop")
+            self._over = True
+            self._expect(AFTER_DONE)
+            return
+        error = None if self._finish else error_in(event)
+        if error is not None:
+            if not self._partial.ids:
+                self._note_refusal(event.text, error)
+            self._end(server.reported(event, error))
+            return
+        if event.value is None:
+            if self._finish is None and event.kind == "body":
+                self._end(server.no_stream(event, self.status or 200))
+            elif self._finish is None and event.kind != "ping" and event.text.strip() not in ("null", "[]"):
+                line = one_line(server._mask(event.text), 200)
+                kind = TransientPolicyError if passes(None, event.text, line) else PolicyError
+                self._end(kind(f"{server._url} sends what is not JSON: {line!r}"))
+            return
+        try:
+            said = read(event.value)
+            if self._finish is not None:
+                said = Said(usage=said.usage)  # the answer is complete; what it has cost may follow
+            self._hearing.take(said)
+        except _SHAPE as wrong:
+            if self._finish is None:
+                line = one_line(server._mask(first_line(wrong)))
+                self._end(PolicyError(f"{server._url} sends an event that is not as the protocol has it: {line}"))
+            return
+        except PolicyError as wrong:
+            self._end(PolicyError(f"{server._url} {wrong}"))
+            return
+        self._sampled, self._events = self._sampled or said.sampled, self._events + 1
+        self._unread.update(dict.fromkeys(said.unread[:8]))
+        if self._finish is None and said.something:
+            self._expect(server._seconds)
+        if said.finish is not None and self._finish is None:
+            self._finish = said.finish
+            self._expect(AFTER_FINISH)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What an error came of, nearest first: the outer ones of a connection are often without words."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield cause
+        error = cause
+
+
+def parsed(text: str) -> Any:
+    """A text that is JSON; None for any other."""
+    try:
+        return json.loads(text) if re.match(r"\s*[\[{\"]", text) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _models(text: str) -> dict[str, dict[str, Any]]:
+    """The models that a list names, by name."""
+    value = parsed(text)
+    listed = value.get("data") or value.get("models") if isinstance(value, dict) else value
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    names = [(entry.get("id") or entry.get("name"), entry) for entry in entries]
+    return {name: entry for name, entry in names if isinstance(name, str)}

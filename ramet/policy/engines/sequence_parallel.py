@@ -1,0 +1,464 @@
+"""Long contexts on several workers: Spava reads them in parallel, all workers decode over what each of them holds.
+
+    async with SequenceParallelPolicy(model_dir, hosts=2, threshold=4096) as policy:
+        sample = await policy.sample(request, Partial())
+
+Every worker holds the whole model and a share of each context. Prompts of more than `threshold` tokens are read with the
+method given (Spava), shorter ones exactly. What waits at the same time and begins alike is read once: the common part is
+the context, and the first of those who wait steers by its question what Spava passes on; all questions then attend to the
+whole context. A later turn of a branch, and a sibling that comes later, continue from the longest context that is held and
+that its prompt begins with. Only a context is sharded: all workers compute the rows after it, and one keeps them. So a long
+prompt takes a context of others' only where the rows after it are the question or no more than half of a worker's share of
+the prompt; otherwise it is read anew, in shards. So what is read approximately depends on who asked first; what is read
+exactly depends on the request alone, up to rounding. The frames of videos are shared among the workers' towers.
+
+Workers are processes of this machine (`hosts`), or the ranks of a torchrun job: `SequenceParallelPolicy.torchrun` on rank 0
+and `follow` on the others. A worker that dies fails what is in flight with `TransientPolicyError`, which the runtime
+retries, and the pool starts again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Protocol, Self
+
+import anyio
+import anyio.to_thread
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+from ramet.agents.tree import Segment
+from ramet.attention import cache, hf
+from ramet.attention.comm import Distributed, Group
+from ramet.attention.methods import Method
+from ramet.attention.vision import prefill_video
+from ramet.errors import PolicyError, TransientPolicyError, first_line
+from ramet.policy.engines.kv import common_prefix
+from ramet.policy.engines.sampler import Row, draw
+from ramet.policy.engines.serving import Serving
+from ramet.policy.engines.vision import Look, VideoReader, media_key
+from ramet.policy.models.load import load_model
+
+EXACT = Method("spava", anchor=0, passing=2**62)
+"""Every block passes on everything: exact, and the context stays apart from the question as in the approximate case."""
+START_SECONDS = 300.0
+"""How long workers may take to load the model and to find one another."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all ranks do next, in this order: forget, read, fork, extend. Sequences have numbers.
+
+    reads    (number, ids, rows of the question, whether approximately, media)
+    forks    (from, to, rows to keep)
+    extends  (number, ids)
+    """
+
+    drops: list[int] = field(default_factory=list)
+    reads: list[tuple[int, tuple[int, ...], int, bool, tuple[Segment, ...]]] = field(default_factory=list)
+    forks: list[tuple[int, int, int]] = field(default_factory=list)
+    extends: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+
+class Replica:
+    """One rank's model and its shares of sequences."""
+
+    def __init__(self, model: Any, group: Group, method: Method, reader: VideoReader | None = None) -> None:
+        hf.attach(model)
+        self.model, self.group, self.method, self.reader = model, group, method, reader
+        self.sequences: dict[int, cache.Sequence] = {}
+
+    def run(self, step: Step) -> dict[int, Tensor]:
+        """Logits [vocabulary] after the last row of what was read or extended; equal on all ranks."""
+        for number in step.drops:
+            del self.sequences[number]
+        logits: dict[int, Tensor] = {}
+        for number, ids, query, approximate, media in step.reads:
+            method = self.method if approximate else EXACT
+            if self.reader is not None:
+                videos = [self.reader(segment).video for segment in media]
+                self.sequences[number], out = prefill_video(self.model, self.group, method, list(ids), query, videos)
+            else:
+                (self.sequences[number],), out = hf.prefill(self.model, self.group, method, [list(ids)], [query])
+            logits[number] = out[0]
+        for source, number, rows in step.forks:
+            self.sequences[number] = self.sequences[source].fork(rows)
+        if step.extends:
+            sequences = [self.sequences[number] for number, _ in step.extends]
+            out = hf.extend(self.model, self.group, sequences, [list(ids) for _, ids in step.extends], self.method)
+            logits |= {number: row for (number, _), row in zip(step.extends, out, strict=True)}
+        return logits
+
+
+class Workers(Protocol):
+    """All ranks, as seen by the engine. `run` blocks and raises `TransientPolicyError` when a worker has died."""
+
+    def run(self, step: Step) -> dict[int, Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker process needs to start."""
+
+    path: Path
+    hosts: int
+    method: Method
+    dtype: torch.dtype
+    threads: int
+    look: Look | None = None
+
+
+def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
+    """A process of the pool: run steps until the pipe closes."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(setup.threads)
+    try:
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=setup.hosts, timeout=timedelta(seconds=START_SECONDS))
+        mesh = init_device_mesh("cpu", (setup.hosts,), mesh_dim_names=("sequence",))
+        try:
+            model, tokenizer, _ = load_model(setup.path, dtype=setup.dtype)
+            reader = None if setup.look is None else VideoReader(model.config, tokenizer, setup.look)
+            replica = Replica(model, Distributed(mesh.get_group("sequence")), setup.method, reader)
+        except Exception as error:  # told to the engine, which ends the pool
+            pipe.send(first_line(error))
+            pipe.recv()
+            return
+        pipe.send(None)
+        while True:
+            step = pipe.recv()
+            try:
+                logits = replica.run(step)
+            except Exception as error:  # told to the engine, which fails what was in flight
+                pipe.send(first_line(error))
+                continue
+            pipe.send({number: row.float().cpu() for number, row in logits.items()} if rank == 0 else {})
+    except (EOFError, ConnectionError):
+        return
+
+
+UNGUARDED = 97
+"""The exit status of a worker whose script would start workers when it is imported."""
+
+
+class Pool:
+    """Worker processes of this machine over gloo."""
+
+    def __init__(self, setup: Setup) -> None:
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            os._exit(UNGUARDED)  # a worker that is still importing the script which starts workers
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="ramet-pool-")
+        self._pipes: list[Connection] = []
+        self.processes: list[Any] = []
+        for rank in range(setup.hosts):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_worker, args=(rank, setup, f"{self._folder.name}/store", theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
+        try:
+            self._collect()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, step: Step) -> dict[int, Tensor]:
+        try:
+            for pipe in self._pipes:
+                pipe.send(step)
+        except OSError as error:
+            raise self._died() from error
+        logits: dict[int, Tensor] = self._collect()[0]
+        return logits
+
+    def _collect(self) -> list[Any]:
+        """One message of every worker, unless one of them fails or dies first."""
+        replies: dict[int, Any] = {}
+        sentinels = [process.sentinel for process in self.processes]
+        while len(replies) < len(self._pipes):
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in replies]
+            ready = wait([*waiting, *sentinels])
+            for pipe in ready:
+                if isinstance(pipe, Connection):
+                    try:
+                        reply = pipe.recv()
+                    except (EOFError, OSError) as error:
+                        raise self._died() from error
+                    if isinstance(reply, str):
+                        # Where one dies, the others fail at their next exchange, and may be heard first.
+                        raise self._died() if wait(sentinels, 1.0) else PolicyError(f"the model failed: {reply}")
+                    replies[self._pipes.index(pipe)] = reply
+            if not any(isinstance(pipe, Connection) for pipe in ready):
+                raise self._died()
+        return [replies[rank] for rank in range(len(self._pipes))]
+
+    def _died(self) -> PolicyError:
+        for process in self.processes:
+            process.join(0.2)
+        if any(process.exitcode == UNGUARDED for process in self.processes):
+            return PolicyError("worker processes import the script that starts them: put what it does under `if __name__ == \"__main__\":`")
+        dead = [f"rank {rank} with status {p.exitcode}" for rank, p in enumerate(self.processes) if p.exitcode is not None]
+        return TransientPolicyError(f"a worker of the sequence-parallel pool died ({', '.join(dead) or 'its pipe broke'})")
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+
+class Ranks:
+    """The ranks of a torchrun job; this is rank 0, the others run `follow`."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self._closed = False
+
+    def started(self) -> Ranks:
+        if self._closed:
+            raise PolicyError("the ranks of this torchrun job have stopped; start the job again")
+        return self
+
+    def run(self, step: Step) -> dict[int, Tensor]:
+        try:
+            dist.broadcast_object_list([step], 0)
+            return {number: row.float().cpu() for number, row in self._replica.run(step).items()}
+        except RuntimeError as error:
+            raise PolicyError(f"a rank of the job has failed: {first_line(error)}; start the job again") from error
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            dist.broadcast_object_list([None], 0)
+
+
+def follow(replica: Replica) -> None:
+    """The life of every rank but the first in a torchrun job: do what rank 0 does, until it closes."""
+    while True:
+        box: list[Step | None] = [None]
+        dist.broadcast_object_list(box, 0)
+        if box[0] is None:
+            return
+        replica.run(box[0])
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A sequence in the workers: what they hold, as its key has it, how much of it is context, and the row it is decoded for."""
+
+    number: int
+    tokens: list[int]
+    context: int
+    row: Row | None = None
+
+
+class SequenceParallelPolicy(Serving):
+    """Samples from one causal language model on several workers. Enter it to serve; see the module.
+
+    threshold  prompts of more tokens are read with `method`, others exactly
+    question   rows at the end of a prompt that nobody shares, which steer the selection
+    keep       sequences that are held for later turns
+    look       how a model that sees looks at videos; None: it is asked for text only
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        hosts: int = 2,
+        method: Method | None = None,
+        *,
+        threshold: int = 4096,
+        question: int = 64,
+        keep: int = 64,
+        max_batch: int = 16,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        threads: int | None = None,
+        look: Look | None = None,
+    ) -> None:
+        if method is not None and method.exact:
+            raise PolicyError(f"{method.name} has no context to share between siblings; give spava, apb or star")
+        threads = threads or max(1, (os.cpu_count() or 1) // hosts)
+        setup = Setup(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, look)
+        self._start: Callable[[], Workers] = partial(Pool, setup)
+        config = _config(path)
+        super().__init__(int(config.get_text_config().max_position_embeddings))
+        self.vision = look is not None
+        self._placeholder: int = getattr(config, "video_token_id", -1)
+        self.restarts = 0
+        self._hosts = hosts
+        self._threshold, self._question, self._keep, self._max_batch = threshold, question, keep, max_batch
+        self._workers: Workers | None = None
+        self._next = 0
+        self._held: OrderedDict[int, _Held] = OrderedDict()
+        self._drops: list[int] = []
+
+    @classmethod
+    def torchrun(cls, path: Path, replica: Replica, **options: Any) -> SequenceParallelPolicy:
+        """The policy on rank 0 of a torchrun job whose other ranks run `follow`. A rank that fails ends the job."""
+        policy = cls(path, replica.group.size, replica.method, **options)
+        policy._start = Ranks(replica).started
+        return policy
+
+    @property
+    def workers(self) -> Workers | None:
+        """The pool, once it serves."""
+        return self._workers
+
+    async def __aenter__(self) -> Self:
+        self._workers = await anyio.to_thread.run_sync(self._start)
+        return await super().__aenter__()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool | None:
+        try:
+            return await super().__aexit__(kind, error, trace)
+        finally:
+            if self._workers is not None:
+                self._workers.close()
+                self._workers = None
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._active())
+
+    async def _failed(self, error: Exception) -> None:
+        """Those who wait hear of it, and new workers start: the old ones hold sequences in an unknown state."""
+        assert self._workers is not None
+        self._fail(error if isinstance(error, PolicyError) else PolicyError(f"the model failed: {first_line(error)}"))
+        await anyio.to_thread.run_sync(self._workers.close)
+        self._drops.clear()
+        self.restarts += 1
+        self._workers = await anyio.to_thread.run_sync(self._start)
+
+    def _fail(self, error: PolicyError) -> None:
+        for row in [*(held.row for held in self._active() if held.row), *self._waiting]:
+            row.fail(error)
+        self._held.clear()
+        self._waiting.clear()
+
+    def _active(self) -> list[_Held]:
+        return [held for held in self._held.values() if held.row is not None]
+
+    async def _round(self) -> None:
+        """One step of all ranks: one token for everything active, and what waits is read or continued."""
+        assert self._workers is not None
+        for held in self._active():
+            if held.row is not None and held.row.stop is not None:
+                held.row = None
+        self._waiting = deque(row for row in self._waiting if row.stop is None)
+        step = Step(drops=self._drops)
+        decoding = self._active()
+        batch = [*decoding]
+        while self._waiting and len(batch) < self._max_batch:
+            batch.append(self._admit(self._waiting.popleft(), step))
+        for held in decoding:
+            assert held.row is not None
+            step.extends.append((held.number, (held.row.last,)))
+        for number, ids in step.extends:
+            self._held[number].tokens.extend(ids)
+        self._drops = self._evicted()
+        if not batch:
+            return
+        logits = await anyio.to_thread.run_sync(self._workers.run, step)
+        rows = [held.row for held in batch if held.row is not None]
+        tokens, logprobs = draw(torch.stack([logits[held.number] for held in batch]), rows)
+        for held, row, token, logprob in zip(batch, rows, tokens, logprobs, strict=True):
+            row.emit(token, logprob)
+            if row.stop is not None:
+                held.row = None
+                row.done.set()
+
+    def _evicted(self) -> list[int]:
+        """Numbers of what has not been used for longest, beyond what is kept."""
+        idle = [held.number for held in self._held.values() if held.row is None]
+        evicted = idle[: max(len(self._held) - self._keep, 0)]
+        for number in evicted:
+            del self._held[number]
+        return evicted
+
+    def _admit(self, row: Row, step: Step) -> _Held:
+        """Continue from what is held, or read the prompt: its context is what others who wait begin with as well."""
+        prompt, key = row.request.prompt, self._key(row)
+        row.version = self.version
+        source, found = self._find(key)
+        if key[found:] != prompt[found:]:
+            source, found = None, 0  # what is left to read has a video, and only whole prompts can have those
+        self._next += 1
+        if source is None:
+            approximate = len(prompt) > self._threshold
+            context = len(prompt) - min(self._question if approximate else 1, len(prompt))
+            if approximate:
+                shared = min(max((common_prefix(key, self._key(other)) for other in self._waiting), default=0), len(prompt) - 1)
+                context = shared if self._sharded(len(prompt), shared) else context
+            held = _Held(self._next, list(key), context, row)
+            step.reads.append((held.number, prompt, len(prompt) - context, approximate, row.request.media))
+        else:
+            self._held.move_to_end(source.number)
+            held = _Held(self._next, list(key[:found]), source.context, row)
+            step.forks.append((source.number, held.number, found))
+            step.extends.append((held.number, prompt[found:]))
+        self._held[held.number] = held
+        row.partial.prefilled, row.partial.cached = len(prompt) - found, found
+        return held
+
+    def _key(self, row: Row) -> tuple[int, ...]:
+        return media_key(row.request.prompt, row.request.media, self._placeholder)
+
+    def _find(self, prompt: Sequence[int]) -> tuple[_Held | None, int]:
+        """The held sequence that covers most of the prompt and whose context is its too; a row is left to read."""
+        best: tuple[_Held | None, int] = (None, 0)
+        for held in self._held.values():
+            covered = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
+            if held.context <= covered and covered > best[1] and self._sharded(len(prompt), held.context):
+                best = held, covered
+        return best
+
+    def _sharded(self, length: int, context: int) -> bool:
+        """Whether a prompt with this context is short, or has no more rows on one worker than it should; see the module."""
+        return length <= self._threshold or length - context <= max(self._question, length // (2 * self._hosts))
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How a command shares long contexts: with which method, on how many hosts, beyond how many tokens."""
+
+    method: Method
+    hosts: int
+    threshold: int
+
+    def policy(self, path: Path, model: Any) -> SequenceParallelPolicy | None:
+        """A pool of this machine. Under torchrun the job's ranks, and None on all but the first once the first has closed."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return SequenceParallelPolicy(path, self.hosts, self.method, threshold=self.threshold)
+        dist.init_process_group("gloo")
+        replica = Replica(model, Distributed(), self.method)
+        if replica.group.rank:
+            follow(replica)
+            return None
+        return SequenceParallelPolicy.torchrun(path, replica, threshold=self.threshold)
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path, local_files_only=True)

@@ -1,0 +1,286 @@
+"""Video in a prompt: the placeholder ids that stand for a segment, and what a vision tower takes of it.
+
+    reader = VideoReader(model.config, tokenizer, Look(frames=8))
+    seen = reader(Segment("clip.mp4"))        # seen.ids go into the prompt, seen.video to the model
+
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL lay videos out differently; what follows their call works likewise.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ramet.agents.chat import TextEncoder
+from ramet.agents.sampling import Partial, SampleRequest
+from ramet.agents.tree import Segment
+from ramet.attention.positions import Layout, Video, layout
+from ramet.errors import CheckpointError, ConfigError, PolicyError, TaskError
+from ramet.media.frames import DEVIATION, MEAN, Fit, Frames, content_id, fitted, patches, read_frames
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.engines.sampler import Row
+from ramet.policy.training.rows import Inputs
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How much of a segment a model sees.
+
+    frames  of a segment, at most
+    fps     frames a second; None: `frames` whatever the length
+    least   pixels of a frame at least; smaller ones are enlarged
+    most    pixels of a frame at most
+    order   as they were filmed, or otherwise, to see whether a model minds
+    """
+
+    frames: int = 16
+    fps: float | None = None
+    least: int = 56 * 56
+    most: int = 128 * 28 * 28
+    order: Literal["filmed", "reversed", "shuffled"] = "filmed"
+
+    def at(self, segment: Segment, fit: Fit | None = None) -> Frames:
+        """The segment's frames, each resized by `fit` as it is read. Raises `TaskError` for what cannot be read."""
+        found = read_frames(Path(segment.file), self.frames, segment.start, segment.end, fps=self.fps, fit=fit)
+        order = list(range(len(found.times)))
+        if self.order == "reversed":
+            order.reverse()
+        elif self.order == "shuffled":
+            random.Random(f"{Path(segment.file).name}/{segment.start}").shuffle(order)
+        return replace(found, pixels=found.pixels[order])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A segment as a model reads it: its ids in a prompt, and the rows and grid for the tower."""
+
+    ids: tuple[int, ...]
+    video: Video
+
+
+Shown = tuple[str, float, float | None]
+
+
+def shown_id(segment: Segment) -> Shown:
+    """What tells segments apart: the bytes of the file, and which part of it."""
+    return content_id(Path(segment.file)), segment.start, segment.end
+
+
+class VideoReader:
+    """Reads segments for one model, each once, also for several threads: the last ones are kept, up to `memory` bytes."""
+
+    def __init__(self, config: Any, tokenizer: Any, look: Look, memory: int = 2**28):
+        if getattr(config, "model_type", "") not in FAMILIES:
+            raise CheckpointError(f"a model of type {getattr(config, 'model_type', '?')!r} takes no video here; {', '.join(FAMILIES)} do")
+        self.look = look
+        self._config, self._vision = config, config.vision_config
+        self._encode = TextEncoder(tokenizer)
+        self._memory, self._held = memory, 0
+        self._cache: OrderedDict[Shown, Seen] = OrderedDict()
+        self._lock = threading.Lock()
+        self._turns: dict[Shown, threading.Lock] = {}
+
+    def ids(self, segment: Segment) -> tuple[int, ...]:
+        """The placeholder ids of a segment in a prompt."""
+        return self(segment).ids
+
+    def __call__(self, segment: Segment) -> Seen:
+        key = shown_id(segment)
+        with self._lock:
+            turn = self._turns.setdefault(key, threading.Lock())
+        with turn:  # who comes second finds what the first has read
+            with self._lock:
+                seen = self._cache.get(key)
+            try:
+                seen = seen or self._read(segment)
+            finally:
+                with self._lock:
+                    self._turns.pop(key, None)
+                    if seen is not None:
+                        self._keep(key, seen)
+        return seen
+
+    def _keep(self, key: Shown, seen: Seen) -> None:
+        if key not in self._cache:
+            self._cache[key] = seen
+            self._held += seen.video.rows.nbytes
+        self._cache.move_to_end(key)
+        while self._held > self._memory and len(self._cache) > 1:
+            self._held -= self._cache.popitem(last=False)[1].video.rows.nbytes
+
+    def _read(self, segment: Segment) -> Seen:
+        vision, config, look = self._vision, self._config, self.look
+        factor = vision.patch_size * vision.spatial_merge_size
+        frames = look.at(segment, lambda height, width: fitted(height, width, factor, look.least, look.most))
+        newest = config.model_type == "qwen3_vl"
+        half = (0.5, 0.5, 0.5)
+        rows, grid = patches(
+            frames.pixels,
+            patch=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            temporal=vision.temporal_patch_size,
+            least=1,  # they are of the right size already
+            most=frames.pixels.shape[1] * frames.pixels.shape[2],
+            mean=half if newest else MEAN,
+            deviation=half if newest else DEVIATION,
+        )
+        steps, step = grid[0], grid[1] * grid[2] // vision.spatial_merge_size**2
+        start, end, pad = config.vision_start_token_id, config.vision_end_token_id, config.video_token_id
+        ids: list[int] = []
+        if newest:  # each step of time by itself, after the second at which it stands
+            for index in range(steps):
+                times = frames.times[index * vision.temporal_patch_size :][: vision.temporal_patch_size]
+                ids += [*self._encode(f"<{sum(times) / len(times):.1f} seconds>"), start, *[pad] * step, end]
+        else:
+            ids = [start, *[pad] * (steps * step), end]
+        return Seen(tuple(ids), Video(rows, grid, frames.seconds * vision.temporal_patch_size))
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A sequence of ids with the videos that its placeholders stand for, in order."""
+
+    ids: Sequence[int]
+    videos: tuple[Video, ...] = ()
+
+
+def model_inputs(config: Any, sequences: Sequence[Prompted], pad: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
+    """A batch (B, T) as the model's own call takes it, padded on one side, with its positions (3, B, T)."""
+    longest = max(len(s.ids) for s in sequences)
+    ids = torch.full((len(sequences), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.long)
+    for place, sequence in enumerate(sequences):
+        at = slice(longest - len(sequence.ids), longest) if side == "left" else slice(0, len(sequence.ids))
+        ids[place, at] = torch.tensor(sequence.ids)
+        mask[place, at] = 1
+        positions[:, place, at] = layout(config, sequence.ids, sequence.videos).positions
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    videos = [video for sequence in sequences for video in sequence.videos]
+    if videos:
+        inputs["pixel_values_videos"] = torch.cat([video.rows for video in videos])
+        inputs["video_grid_thw"] = torch.tensor([video.grid for video in videos])
+    return inputs
+
+
+def media_key(ids: Sequence[int], media: Sequence[Segment], placeholder: int) -> tuple[int, ...]:
+    """Ids with numbers of their own in place of the media's placeholders: alike only where the same segments are shown.
+
+    Each run of placeholders stands for the next segment; runs beyond those were sampled, and stay as they are.
+    """
+    if not media:
+        return tuple(ids)
+    key, run, before = [], -1, -1
+    for place, i in enumerate(ids):
+        if i != placeholder:
+            key.append(i)
+            continue
+        run += before != place - 1 or run < 0
+        before = place
+        key.append(-1 - abs(hash((media[run], place))) if run < len(media) else i)
+    return tuple(key)
+
+
+class Sight:
+    """One model's videos as embeddings: each segment goes through the tower once. The tower is frozen from here on."""
+
+    def __init__(self, model: Any, reader: VideoReader, kept: int = 256):
+        if model.config.model_type not in FAMILIES[:2]:
+            raise CheckpointError(f"the transformers backend samples from Qwen2-VL and Qwen2.5-VL; this is {model.config.model_type}")
+        model.model.visual.requires_grad_(False)
+        self.model, self.reader, self._kept = model, reader, kept
+        self._features: OrderedDict[Shown, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def features(self, segment: Segment) -> Tensor:
+        """(n, d): one row for each placeholder."""
+        key = shown_id(segment)
+        if key not in self._features:
+            video, tower = self.reader(segment).video, self.model.model.visual
+            out = tower(video.rows.to(tower.device, tower.dtype), grid_thw=torch.tensor([video.grid], device=tower.device))
+            self._features[key] = out.pooler_output
+            while len(self._features) > self._kept:
+                self._features.popitem(last=False)
+        self._features.move_to_end(key)
+        return self._features[key]
+
+    def layout(self, ids: Sequence[int], media: Sequence[Segment]) -> Layout:
+        """The first placeholders stand for the media; others are tokens that the model has sampled, and mean nothing.
+
+        Raises `ConfigError` where there are too few.
+        """
+        return layout(self.model.config, ids, [self.reader(segment).video for segment in media])
+
+    def inputs(
+        self, model: Any, ids: Tensor, places: Tensor, layouts: Sequence[Layout], media: Sequence[Sequence[Segment]]
+    ) -> dict[str, Tensor]:
+        """What `model` is called with for `ids` (B, m) that stand at `places` (B, m) of sequences with these layouts."""
+        embeds = model.get_input_embeddings()(ids)
+        positions = places.expand(3, -1, -1).clone()
+        rows: list[Tensor] = []
+        columns: list[Tensor] = []
+        values: list[Tensor] = []
+        for row, (laid, segments) in enumerate(zip(layouts, media, strict=True)):
+            known = laid.positions.shape[1]
+            at = places[row].cpu()
+            inside = at < known
+            found = torch.where(inside, laid.positions[:, at.clamp(max=known - 1)], at + laid.after)
+            positions[:, row] = found.to(positions.device)
+            if segments:
+                features = torch.cat([self.features(segment) for segment in segments]).to(embeds.dtype)
+                index = torch.searchsorted(laid.places, at)
+                shown = (index < len(laid.places)) & (laid.places[index.clamp(max=len(laid.places) - 1)] == at)
+                rows.append(torch.full((int(shown.sum()),), row))
+                columns.append(shown.nonzero()[:, 0])
+                values.append(features[index[shown].to(features.device)])
+        if values:
+            where = (torch.cat(rows).to(embeds.device), torch.cat(columns).to(embeds.device))
+            embeds = embeds.index_put(where, torch.cat(values))
+        return {"inputs_embeds": embeds, "position_ids": positions}
+
+
+class VisionPolicy(HFPolicy):
+    """`HFPolicy` for a model that sees: the media of a request stand for the placeholders in its prompt."""
+
+    vision = True
+
+    def __init__(self, model: Any, reader: VideoReader, **options: Any):
+        super().__init__(model, **options)
+        self.sight = Sight(model, reader)
+
+    def _row(self, request: SampleRequest, partial: Partial) -> Row:
+        sight = self.sight
+        try:
+            return Row(
+                request,
+                partial,
+                sight=(
+                    sight.layout(request.prompt, request.media),
+                    media_key(request.prompt, request.media, sight.model.config.video_token_id),
+                ),
+            )
+        except (ConfigError, TaskError) as error:
+            raise PolicyError(str(error)) from error
+
+    def _key(self, row: Row) -> tuple[int, ...]:
+        key: tuple[int, ...] = row.sight[1]
+        return key
+
+    def _inputs(self, rows: list[Row], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        return self.sight.inputs(self.model, ids, positions, [row.sight[0] for row in rows], [row.request.media for row in rows])
+
+    def training_inputs(self, ids: Tensor, rows: Sequence[Sequence[int]], media: Sequence[Sequence[Segment]]) -> Inputs:
+        """For `token_logprobs` on a batch `ids` (B, T) of whole rows, padded on the right."""
+        layouts = [self.sight.layout(row, segments) for row, segments in zip(rows, media, strict=True)]
+        places = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        return lambda model: self.sight.inputs(model, ids, places, layouts, media)

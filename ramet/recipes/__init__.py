@@ -1,0 +1,1 @@
+"""Whole experiments, each made by one command."""

@@ -1,0 +1,120 @@
+"""`ramet reproduce longvideo`: delegation learned from the reward of a video reward model.
+
+Clips of several scenes are drawn. A VideoDRM learns from pairs which answers about them are right. A small vision-language model
+learns from demonstrations how clones watch the right segment or all, and how to guess without looking. Then the local trainer rolls out
+trees whose only reward is what the VideoDRM makes of the root's answer. Exact match, which training never sees, says whether that was
+worth it. Everything resumes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.protocol import left_line, render_call
+from ramet.benchmarks.evaluation.methods import instructed, instruction
+from ramet.display import plots, progress
+from ramet.env.questions import TUNING
+from ramet.media.clips import COLOURS, make_long_questions
+from ramet.policy.engines.vision import Look
+from ramet.policy.models.checkpoint import checkpoint_path
+from ramet.policy.training.sft import SFTTraining, fine_tune
+from ramet.recipes.nano.vision import VisionSize, write_vision_model
+from ramet.recipes.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
+from ramet.recipes.reward_demo import built_pairs, trained_drm
+from ramet.runs.build import engine_of, meta, open_model, read_metrics, weights_id
+from ramet.runs.jobs import claim_folder, run_measuring, run_training, tree_entry
+from ramet.runs.settings import RunConfig, load
+from ramet.runs.sweep import results
+from ramet.storage import read_text, write_json
+from ramet.terminal import Heading, Table, console
+
+SCENES, TRAIN, HELD_OUT = 6, 2400, 200
+FRAMES, PIXELS = 2, 56 * 56
+"""Of a segment. The reward model is shown the segment that is asked about, which the policy has to find."""
+DRM_STEPS, SFT_STEPS = 600, 1000
+LONGVIDEO: dict[str, Any] = {
+    "model": "base",
+    "tell_budget": "holders",
+    "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "frames": FRAMES, "pixels": PIXELS},
+    "budget": {"answer_reserve": 12, "context": "unlimited", "depth": 1, "width": 8, "turns": 4},
+    "budgets": [96, 160, 256],
+    "reward": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
+    "train": {
+        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "decay": 1.0, "kl": 0.02, "checkpoint_every": 10,
+        "temperature": 1.0, "estimator": "team",
+    },
+    "eval": {"tasks": 200, "budgets": [96, 160, 256], "ood_budgets": [96, 160, 256]},
+}  # fmt: skip
+
+
+def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str], seed: int) -> None:
+    """The whole of it in `folder`. A file or overrides go over `LONGVIDEO`."""
+    paths = {"data": "held-out/questions.jsonl", "train": "train/questions.jsonl", "reward_model": "drm"}
+    own = [f"model={folder / 'base'}", f"seed={seed}", *(f"env.{name}={folder / where}" for name, where in paths.items())]
+    config = load(RunConfig, path, [*own, *overrides], LONGVIDEO)
+    claim_folder(folder, config)
+    console.print(Heading("1. clips of several scenes, and pairs of answers about them"))
+    for name, count, s in (("train", TRAIN, 2 * seed), ("held-out", HELD_OUT, 2 * seed + 1)):
+        make_long_questions(folder / name, count, s, SCENES)
+    pairs, _ = built_pairs(folder / "train", 2 * seed, [])
+    console.print(Heading("2. a VideoDRM"))
+    trained_drm(folder, pairs, seed, Look(frames=FRAMES, most=PIXELS), DRM_STEPS)
+    console.print(Heading("3. a small model that can have clones watch, and can guess"))
+    _base(folder, config)
+    console.print(Heading("4. reinforcement learning from the VideoDRM"))
+    trainer = run_training(config, folder / "trained", True, "training")
+    final = checkpoint_path(trainer.checkpoints, config.train.updates)
+    measured = []
+    for name, path in (("base", folder / "base"), ("trained", final)):
+        with Journal(folder / f"{name}.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(path))) as journal:
+            measured += run_measuring(config, path, [tree_entry(name, config, True)], ("iid",), journal, "measuring")
+    env = config.env.build()
+    records = [meta("reproduce longvideo", seed), *results(measured, config, env, "trained", {}, {}, "small")]
+    metrics = read_metrics(folder / "trained")
+    records += [{"record": "update", **m} for m in metrics]
+    write_json(folder / "longvideo.json", records)
+    plots.learning({"trained": metrics}, folder / "learning.png")
+    _print(records)
+    console.print(f"run folder {folder}: longvideo.json, learning.png, drm/, base/, trained/")
+
+
+def _base(folder: Path, config: RunConfig) -> None:
+    """Trained on demonstrations of the training clips."""
+    path, draft = folder / "base", folder / "base.draft"
+    if (path / "config.json").exists():
+        return
+    blind = config.env.model_copy(update={"metric": "em", "reward_model": ""})
+    tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN - TRAIN // TUNING, config.seed)]
+    if not (draft / "config.json").exists():
+        texts = [task.messages[0].content for task in tasks[:400]]
+        texts += 100 * [f"Answer: {word}" for word in COLOURS]
+        texts += 200 * [render_call([{"objective": WATCH, "context_keys": ["s1"]}] * 2), left_line(100, None)]
+        write_vision_model(draft, texts, config.seed, VisionSize(96))
+    model, tokenizer, chat = open_model(config, draft)
+    reader = engine_of(config, model, tokenizer, chat).sight.reader
+    rows = [json.loads(line) for line in read_text(folder / "train" / "questions.jsonl").splitlines()]
+    by_id = {task.reference.id: task.reference for task in tasks}
+    seen = [(by_id[row["id"]], row["scenes"]) for row in rows if row["id"] in by_id]
+    truth = {key: colour for asked, scenes in seen for key, colour in scenes_of(asked, scenes, config.env.seconds).items()}
+    shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))
+    with progress.stepping("demonstrations", SFT_STEPS) as tell:
+        settings = SFTTraining(steps=SFT_STEPS, batch=32, at_once=32, learning_rate=1e-3, lora_rank=0, seed=config.seed)
+        fine_tune(model, shown, tokenizer.pad_token_id, settings, draft / "checkpoints", reader, tell)
+    model.save_pretrained(draft)
+    draft.rename(path)
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    shown = Table("policy", "budget", "right answers", "95%", "reward model", "generated", "spawns", title="held-out questions")
+    points = [r for r in records if r["record"] == "point"]
+    for p in (p for p in points if p["metric"] == "em"):
+        by_model = next(q for q in points if q["metric"] == "reward" and (q["policy"], q["budget"]) == (p["policy"], p["budget"]))
+        shown.add_row(
+            p["policy"], str(p["budget"]), f"{p['accuracy']:.3f}", f"{p['ci_low']:.2f}-{p['ci_high']:.2f}", f"{by_model['accuracy']:.3f}",
+            f"{p['generated']:.0f}", f"{p['spawn_rate']:.0%}",
+        )  # fmt: skip
+    console.print(shown)

@@ -1,0 +1,1 @@
+"""From a settings file to a run: settings, build, train, evaluate, sweep, cluster, reward models."""

@@ -1,0 +1,218 @@
+"""From a `RunConfig` to things that run: model, trainer, entries to measure."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ramet import __version__
+from ramet.agents.actor import seed_of
+from ramet.agents.budget import Budget
+from ramet.agents.chat import ChatFormat
+from ramet.agents.journal import fingerprint
+from ramet.agents.tree import Task, Tree
+from ramet.benchmarks.evaluation.methods import instructed, instruction
+from ramet.env.multihop import words
+from ramet.env.questions import Questions
+from ramet.errors import ConfigError
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.models.catalogue import find
+from ramet.policy.models.load import auto_device, load_model, load_tokenizer
+from ramet.policy.openrlhf.settings import FREE
+from ramet.policy.training.runlog import RunLog
+from ramet.policy.training.trainer import Trainer
+from ramet.policy.training.update import Draw, Judge, Verdict
+from ramet.runs.settings import RunConfig, ServerConfig
+
+
+def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, ChatFormat]:
+    """The configured model (or the one at `path`), with the configured number of threads."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = config.device
+    if device == "auto":
+        device = auto_device()
+    return load_model(path or find(config.model), config.chat, getattr(torch, config.dtype), device)
+
+
+def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, Callable[[str], int]]:
+    """(policy to be entered, chat format, tokens of a text) of the configured backend, for measuring.
+
+    `model` is a directory or a name; for a chat server, the server's name for it ("" for its first).
+    """
+    if config.backend == "chat":
+        wire = WireFormat()
+        return ChatPolicy(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
+    path = find(str(model))
+    if config.attention.method != "dense":
+        return _shared_engine(config, path)
+    if config.backend == "transformers":
+        weights, tokenizer, chat = open_model(config, path)
+        # Room for the documents of some thirty tasks: methods come one after another, and begin alike.
+        policy: Any = engine_of(config, weights, tokenizer, chat, prefix_bytes=2**31)
+    else:
+        tokenizer, chat = load_tokenizer(path, config.chat)
+        if config.backend == "completions":
+            policy = CompletionsPolicy(config.url, config.server.model or None, **_spoken_to(config.server))
+        else:
+            from ramet.policy.engines.vllm import VLLMPolicy
+
+            policy = VLLMPolicy(path, dtype=config.dtype)
+    return policy, chat, token_count(tokenizer)
+
+
+def _spoken_to(server: ServerConfig) -> dict[str, Any]:
+    """How a server's policy is made."""
+    return {
+        "concurrency": server.in_flight, "seconds": server.seconds, "wait": server.wait, "names": server.names, "extra": server.extra,
+        "fold_system": server.fold_system,
+    }  # fmt: skip
+
+
+def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Callable[[str], int]]:
+    """The engine of a model on several workers."""
+    from transformers import AutoConfig
+
+    from ramet.attention.methods import Method
+    from ramet.policy.engines.sequence_parallel import SequenceParallelPolicy
+    from ramet.policy.engines.vision import VideoReader
+
+    tokenizer, chat = load_tokenizer(path, config.chat)
+    model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
+    if hasattr(model, "vision_config"):
+        look = config.env.look()
+        chat.see = VideoReader(model, tokenizer, look).ids
+    policy = SequenceParallelPolicy(
+        path, asked.hosts, Method(asked.method, asked.anchor, asked.passing), threshold=asked.threshold, dtype=config.dtype,
+        threads=config.threads, look=look,
+    )  # fmt: skip
+    return policy, chat, token_count(tokenizer)
+
+
+def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, **options: Any) -> HFPolicy:
+    """The transformers backend of a model; one that sees, for a model with a vision tower."""
+    options["max_batch"] = config.train.max_batch
+    if not hasattr(model.config, "vision_config"):
+        return HFPolicy(model, **options)
+    from ramet.policy.engines.vision import VideoReader, VisionPolicy
+
+    reader = VideoReader(model.config, tokenizer, config.env.look())
+    chat.see = reader.ids
+    return VisionPolicy(model, reader, **options)
+
+
+def token_count(tokenizer: Any) -> Callable[[str], int]:
+    """Tokens of a text, by this tokenizer."""
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
+def engine_id(config: RunConfig, model: str | Path) -> str:
+    """What tells engines apart in a journal: the weights, or for a chat server its name for them."""
+    return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
+
+
+def weights_id(path: Path) -> str:
+    """A hash of a model's weights and tokenizer, so that a journal of other weights is not taken for this one's."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[Draw, Judge]:
+    """What a training run does, whichever engine runs it: the tasks of an update, and what a tree earns."""
+    env = config.env.build(count)
+    depth = config.budget.depth if spawn else 0
+
+    def draw(update: int) -> list[tuple[Task, Budget]]:
+        rng = random.Random(f"budgets/{config.seed}/{update}")
+        if isinstance(env, Questions):
+            tasks = env.training(update * config.train.tasks, config.train.tasks, config.seed)
+        else:
+            tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
+        if config.env.language:
+            tasks = [instructed(task, instruction(config.env, spawn)) for task in tasks]
+        return [
+            (
+                task,
+                config.budget.model_copy(update={"depth": depth, **({"generated": rng.choice(config.budgets)} if config.budgets else {})}),
+            )
+            for task in tasks
+        ]
+
+    def judge(task: Task, tree: Tree) -> Verdict:
+        score = env.grade(task, tree.answer)
+        penalties = config.reward.penalties(tree)
+        return Verdict(score, penalties, config.reward.reward(tree, score, penalties))
+
+    return draw, judge
+
+
+def job_of(config: RunConfig, spawn: bool) -> str:
+    """What tells training runs apart: settings, data and first weights."""
+    said = config.identity()
+    said["openrlhf"] = {name: value for name, value in said["openrlhf"].items() if name not in FREE}
+    return fingerprint(said, config.env.files(), spawn, weights_id(find(config.model)))
+
+
+def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
+    """A trainer of the configured model; without `spawn` the tool is never offered."""
+    if config.backend != "transformers":
+        raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
+    if config.attention.method != "dense":
+        raise ConfigError("training samples with dense attention; attention.method is for measuring")
+    model, tokenizer, chat = open_model(config)
+    draw, judge = recipe(config, token_count(tokenizer), spawn)
+    policy = engine_of(config, model, tokenizer, chat)
+    job = job_of(config, spawn)
+    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, config.tell_budget == "all", policy)
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on, for `meta` records."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def meta(command: str, seed: int, seconds: float | None = None) -> dict[str, Any]:
+    """The record that heads every machine-readable result."""
+    import datetime
+
+    return {
+        "record": "meta",
+        "command": command,
+        "version": __version__,
+        "seed": seed,
+        "machine": machine(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({} if seconds is None else {"seconds": seconds}),
+    }
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The metrics of a training run, by update. A line that is not whole is left out."""
+    return RunLog(directory).read()

@@ -1,0 +1,266 @@
+"""`ramet train --engine openrlhf`: a run on Ray, started, watched, restarted, stopped; its plan and its flags."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ramet import errors
+from ramet.agents import drain
+from ramet.display import progress
+from ramet.errors import ConfigError, PolicyError
+from ramet.policy.models.checkpoint import checkpoint_path, latest_checkpoint
+from ramet.policy.openrlhf import supported
+from ramet.policy.openrlhf.flags import STOP, flags
+from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
+from ramet.policy.openrlhf.settings import FREE, ClusterConfig
+from ramet.runs.build import meta, read_metrics
+from ramet.runs.cluster_job import OUTCOME, longest, setup_of
+from ramet.runs.jobs import claim_folder
+from ramet.runs.settings import RunConfig, load, write
+from ramet.storage import read_text, write_json
+from ramet.terminal import Table, console, tagged
+
+LOG = "openrlhf.log"
+LEAVE_SECONDS = 30.0
+SETTLE_SECONDS = 30.0
+"""Ray takes that long to notice that a node is gone; until then it puts what is new there."""
+
+
+class RunLost(PolicyError):
+    """A part of a run was lost more often than it may be restarted. What was done is kept."""
+
+
+def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
+    """`--dry-run`: the command that OpenRLHF is started with. Starts nothing and writes nothing."""
+    setup = setup_of(config, directory, spawn)
+    made = flags(setup, longest(config, setup.model))
+    lines = ["python -m openrlhf.cli.train_ppo_ray"]
+    for word in made:
+        if word.startswith("--"):
+            lines.append(f"  {word}")
+        else:
+            lines[-1] += f" {shlex.quote(word)}"
+    console.print(" \\\n".join(lines), soft_wrap=True)
+
+
+def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+    """`--plan`: placement and memory. Raises `ConfigError` if it does not fit."""
+    setup = setup_of(config, directory, spawn)
+    context = longest(config, setup.model)
+    flags(setup, context)
+    made = plan(Shape.of(setup.model), config.train, config.openrlhf, context)
+    shape, cluster = made.shape, config.openrlhf
+    console.print(
+        f"{config.model}: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of {shape.hidden}, "
+        f"rows of {context:,} tokens at most, batches of {max(config.train.batch_tokens, context):,}"
+    )
+    names = list(dict.fromkeys(name for part in made.parts for name in part.bytes))
+    table = Table("GiB of one GPU", title=f"{cluster.gpus} GPUs of {cluster.gpu_memory:g} GiB")
+    for part in made.parts:
+        table.add_column(f"{part.gpus} x {part.name}", justify="right")
+    for name in names:
+        table.add_row(name, *(f"{part.bytes[name] / GIB:.1f}" if part.bytes.get(name) else "" for part in made.parts))
+    table.add_section()
+    table.add_row("needed", *(f"{part.needed / GIB:.1f}" for part in made.parts))
+    table.add_row("offered", *(f"{part.offered / GIB:.1f}" for part in made.parts))
+    console.print(table)
+    for number, node in enumerate(made.nodes):
+        console.print(f"node {number}: " + ", ".join(f"{count} GPUs {role}" for role, count in node.items()))
+    console.print(
+        f"an engine holds {made.rows:,} rows of full length; an update sends {made.sync / GIB:.1f} GiB of weights to each engine"
+        + (f"; a node's host keeps {made.host / GIB:.0f} GiB of optimiser" if made.host else "")
+    )
+    if out is not None:
+        parts = [
+            {"record": "part", "part": part.name, "gpus": part.gpus, "needed_gib": part.needed / GIB, "offered_gib": part.offered / GIB}
+            | {f"{name.replace(' ', '_')}_gib": size / GIB for name, size in part.bytes.items()}
+            for part in made.parts
+        ]
+        write_json(out, [meta("train --plan", config.seed), *parts])
+    refuse(made)
+
+
+def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+    """Train in `directory`, resuming what is there. A run that loses a part begins again from its last checkpoint."""
+    if not config.openrlhf.address:
+        supported.check()
+    config = _absolute(config)
+    setup = setup_of(config, directory, spawn)
+    context = longest(config, setup.model)
+    flags(setup, context)
+    if not config.openrlhf.cpu:
+        refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, context))
+    if not config.env.reward_model:
+        # What is wrong with the tasks is said now, and not by an actor in a minute.
+        config.env.build().tasks("train", 1, config.seed)
+    _claim(directory, config)
+    (directory / STOP).unlink(missing_ok=True)
+    final = checkpoint_path(directory / "checkpoints", config.train.updates)
+    outcome: dict[str, Any] = {"kind": "done"}
+    for attempt in range(0 if final.exists() else config.openrlhf.restarts + 1):
+        outcome = _attempt(config, directory, spawn)
+        if outcome["kind"] != "lost" or drain.requested():
+            break
+        left = config.openrlhf.restarts - attempt
+        again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
+        console.print(tagged("lost:", "yellow", f"{outcome['said']}{again}"))
+        if left and config.openrlhf.address:
+            time.sleep(SETTLE_SECONDS)
+    _raise(outcome, directory)
+    metrics = read_metrics(directory)
+    records = [meta("train", config.seed), *({"record": "update", **m} for m in metrics)]
+    write_json(directory / "training.json", records)
+    if out is not None:
+        write_json(out, records)
+    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
+    console.print(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
+
+
+def _absolute(config: RunConfig) -> RunConfig:
+    """With whole paths: the job and its actors may stand in another folder."""
+    env = {}
+    for name in ("data", "train", "ood", "videos", "reward_model"):
+        if (value := getattr(config.env, name)) and Path(value).exists():
+            env[name] = str(Path(value).resolve())
+    model = str(Path(config.model).resolve()) if config.model != "nano" and Path(config.model).exists() else config.model
+    return config.model_copy(update={"model": model, "env": config.env.model_copy(update=env)})
+
+
+def _claim(directory: Path, config: RunConfig) -> None:
+    """As `claim_folder`; a run may go on at another address, and with other numbers of restarts and judges."""
+    path = directory / "config.toml"
+    if path.exists():
+        held = load(RunConfig, path)
+        if held.model_copy(update={"openrlhf": _placed(held, config)}) == config:
+            write(config, path)
+    claim_folder(directory, config)
+
+
+def _placed(held: RunConfig, config: RunConfig) -> ClusterConfig:
+    return held.openrlhf.model_copy(update={name: getattr(config.openrlhf, name) for name in FREE})
+
+
+def _raise(outcome: dict[str, Any], directory: Path) -> None:
+    """The error that an outcome tells of, if it does."""
+    kind = outcome["kind"]
+    if kind == "drained":
+        raise drain.Drained
+    if kind == "lost":
+        raise RunLost(f"{outcome['said']}; the last checkpoint and all finished trees are kept: run the same command again to resume")
+    if kind == "error":
+        raise getattr(errors, outcome["error"], PolicyError)(outcome["said"])
+    if kind == "internal":
+        raise PolicyError(f"the run ended with {outcome['said']}; see {directory / LOG}")
+
+
+_Job = tuple[Callable[[], bool], Callable[[], str]]
+"""Is a job running? And when it is not: how did it end?"""
+
+
+def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
+    """Run the job once. Returns its outcome."""
+    (directory / OUTCOME).unlink(missing_ok=True)
+    last = latest_checkpoint(directory / "checkpoints")
+    done = int(last.name.removeprefix("step-")) if last else 0
+    command = [sys.executable, "-m", "ramet.runs.cluster_job", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
+    start = _submitted if config.openrlhf.address else _started
+    with progress.training("openrlhf", config.train.updates, done) as report, start(config, directory, command) as (running, why):
+        shown, asked = done, False
+        while running():
+            time.sleep(0.5)
+            shown = _report(directory, shown, report)
+            if drain.requested() and not asked:
+                asked = True
+                (directory / STOP).touch()
+        _report(directory, shown, report)
+        said = why()
+    path = directory / OUTCOME
+    if not path.exists():
+        return {"kind": "lost", "said": f"the process that holds the run has died ({said}); see {directory / LOG}"}
+    found: dict[str, Any] = json.loads(read_text(path))
+    return found
+
+
+def _report(directory: Path, shown: int, report: Callable[[dict[str, Any]], None]) -> int:
+    """Report the updates that came since `shown`."""
+    for entry in read_metrics(directory):
+        if entry["update"] >= shown:
+            report(entry)
+            shown = entry["update"] + 1
+    return shown
+
+
+@contextmanager
+def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
+    """The job as a process of this machine, with a Ray of its own."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "RAY_USAGE_STATS_ENABLED": "0"}
+    # Ray's workers look for compilers and for ninja where this Python is.
+    environment.pop("RAY_ADDRESS", None)
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    with (directory / LOG).open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        yield lambda: process.poll() is None, lambda: f"exit status {process.poll()}"
+    finally:
+        if process.poll() is None:
+            # Its Ray ends with it.
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(LEAVE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
+    """The job on an existing cluster, by Ray's job server. The run folder must be one that its nodes see."""
+    try:
+        from ray.job_submission import JobStatus, JobSubmissionClient
+    except ImportError as error:
+        raise ConfigError("submitting to a cluster needs Ray here: pip install 'ray[default]==2.55.0'") from error
+    try:
+        client = JobSubmissionClient(config.openrlhf.address)
+        job = client.submit_job(entrypoint=shlex.join(["python", *command[1:]]))
+    except (ConnectionError, RuntimeError) as error:
+        raise ConfigError(
+            f"no Ray job server answers at {config.openrlhf.address} ({error}): start Ray there, or leave openrlhf.address out"
+        ) from error
+    console.print(f"submitted as {job} to {config.openrlhf.address}")
+    ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+    silent = 0.0
+
+    def running() -> bool:
+        nonlocal silent
+        try:
+            status, silent = client.get_job_status(job), 0.0
+        except (OSError, RuntimeError):  # what it uses raises OSErrors
+            silent = silent or time.monotonic()
+            return time.monotonic() - silent < SETTLE_SECONDS
+        return status not in ended
+
+    def why() -> str:
+        with contextlib.suppress(OSError, RuntimeError):
+            return " ".join(str(client.get_job_info(job).message).split())[:300]
+        return f"no job server answers at {config.openrlhf.address}"
+
+    try:
+        yield running, why
+    finally:
+        with contextlib.suppress(OSError, RuntimeError):
+            if client.get_job_status(job) not in ended:
+                client.stop_job(job)
+            with (directory / LOG).open("a", encoding="utf-8") as log:
+                log.write(client.get_job_logs(job))

@@ -1,0 +1,153 @@
+"""The process that starts a run on Ray: `python -m ramet.runs.cluster_job RUN_FOLDER`. `ramet train --engine openrlhf` starts it.
+
+It ends with what became of the run in `RUN_FOLDER/openrlhf/outcome.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.drain import Drained
+from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
+from ramet.policy.models.catalogue import find
+from ramet.policy.openrlhf.flags import flags, needs
+from ramet.policy.openrlhf.settings import LOST, Setup
+from ramet.policy.training.update import Draw, Judge
+from ramet.runs.build import job_of, recipe
+from ramet.runs.jobs import lock
+from ramet.runs.settings import RunConfig, load
+from ramet.storage import write_text
+
+OUTCOME = Path("openrlhf") / "outcome.json"
+GUARD_SECONDS = 5.0
+
+
+def setup_of(config: RunConfig, directory: Path, spawn: bool, job: str = "") -> Setup:
+    """What the actors of a run are told; `job` is for those that train. Raises `ConfigError` for what only the local engine can do."""
+    if config.backend != "transformers" or config.attention.method != "dense":
+        raise ConfigError("the openrlhf engine samples with vLLM engines of its own: leave backend and attention.method as they are")
+    return Setup(
+        config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
+        job, config.tell_budget == "all", functools.partial(_recipe, config, spawn),
+    )  # fmt: skip
+
+
+def _recipe(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> tuple[Draw, Judge]:
+    return recipe(config, count, spawn)
+
+
+def longest(config: RunConfig, model: Path) -> int:
+    """Tokens of the longest row: the budget's context, or the model's own. Raises `ConfigError` for a model that sees."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{model} is not a model directory ({first_line(error)})") from error
+    if hasattr(found, "vision_config"):
+        raise ConfigError("the openrlhf engine trains no models that see: use the local engine")
+    most = int(found.max_position_embeddings)
+    return min(config.budget.context or most, most)
+
+
+def start_ray(setup: Setup) -> None:
+    """Connect to the cluster that this process stands in, or start one on this machine. Raises `ConfigError` if it is too small."""
+    import ray
+
+    from ramet.policy.openrlhf import cpu
+
+    wanted, own = needs(setup.cluster), {}
+    alone = "RAY_ADDRESS" not in os.environ
+    variables = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
+    if setup.cluster.cpu:
+        variables |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        os.environ.update(cpu.ENVIRONMENT)
+        cpu.without_flash_attention()
+        if alone:
+            # Ray is told of GPUs that are not there, since the run's parts each ask for one.
+            own = {"num_gpus": wanted["GPU"], "num_cpus": wanted["CPU"], "object_store_memory": 2**28}
+    if alone:
+        own |= {"address": "local", "include_dashboard": False}
+    ray.init(runtime_env={"env_vars": variables}, **own)
+    if short := _short(setup):
+        raise ConfigError(f"{short}; start Ray on more nodes, or lower openrlhf.trainers and openrlhf.engines")
+    if short := _short(setup, free=True):
+        print(f"{short} and free: waiting until others give theirs back", flush=True)
+
+
+def _short(setup: Setup, free: bool = False) -> str:
+    """What the cluster lacks for this run, or of what is free in it; "" if nothing."""
+    import ray
+
+    here = ray.available_resources() if free else ray.cluster_resources()
+    lacks = [f"{here.get(kind, 0):g} {kind}s where {n} are needed" for kind, n in needs(setup.cluster).items() if here.get(kind, 0) < n]
+    return f"this Ray cluster has {' and '.join(lacks)}" if lacks else ""
+
+
+def _guard(setup: Setup, directory: Path, over: threading.Event) -> None:
+    """End this process when the cluster has become too small: what waits for a place on it would wait for ever."""
+    while not over.wait(GUARD_SECONDS):
+        if short := _short(setup):
+            _write(directory, {"kind": "lost", "said": short})
+            os._exit(1)
+
+
+def outcome_of(error: BaseException) -> dict[str, Any]:
+    """What is written of an error that ended a run: `kind` is drained, lost, error or internal."""
+    import ray.exceptions
+
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    said = f"{type(error).__name__}: {first_line(error)[:200]}"
+    if isinstance(error, Drained):
+        return {"kind": "drained"}
+    if isinstance(error, OSError):
+        return {"kind": "error", "error": StorageError.__name__, "said": f"{said}; free space or mend it, and run again to resume"}
+    r = ray.exceptions
+    if getattr(error, "actor_init_failed", False):
+        # It would fail again. What it raised stands last.
+        return {"kind": "internal", "said": str(error).strip().splitlines()[-1][:200]}
+    gone = (r.RaySystemError, r.RayActorError, r.WorkerCrashedError, r.OutOfMemoryError, r.ObjectLostError, r.NodeDiedError)
+    if isinstance(error, gone) or type(error).__name__ in LOST:
+        return {"kind": "lost", "said": said}
+    if isinstance(error, RametError):
+        return {"kind": "error", "error": type(error).__name__, "said": str(error)}
+    return {"kind": "internal", "said": said}
+
+
+def main() -> None:
+    directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
+    outcome: dict[str, Any] = {"kind": "done"}
+    over = threading.Event()
+    try:
+        # Whoever started this may be gone while it goes on.
+        lock(directory / "openrlhf")
+        config = load(RunConfig, directory / "config.toml")
+        setup = setup_of(config, directory, spawn, job_of(config, spawn))
+        start_ray(setup)
+        threading.Thread(target=_guard, args=(setup, directory, over), daemon=True).start()
+        from ramet.policy.openrlhf.install import run
+
+        run(setup, flags(setup, longest(config, setup.model)))
+    except BaseException as error:
+        traceback.print_exc()
+        outcome = outcome_of(error)
+    over.set()
+    _write(directory, outcome)
+    sys.exit(0 if outcome["kind"] == "done" else 1)
+
+
+def _write(directory: Path, outcome: dict[str, Any]) -> None:
+    write_text(directory / OUTCOME, json.dumps(outcome) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""The jobs behind the command line: train, measure, make and describe the nano model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ramet.agents import drain
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.resume import JournaledPolicy
+from ramet.agents.sampling import Sampling
+from ramet.benchmarks.evaluation import baselines, methods
+from ramet.benchmarks.evaluation.harness import Entry, Measured, by_size, failures, grouped, measure, point
+from ramet.display import progress
+from ramet.display.plots import LABELS
+from ramet.env.questions import Questions
+from ramet.env.splits import TUNING
+from ramet.errors import ConfigError, PolicyError, StorageError
+from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.models.catalogue import CATALOGUE, cache
+from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
+from ramet.policy.training.trainer import Trainer
+from ramet.policy.training.update import nothing_sampled
+from ramet.runs.build import engine_id, make_trainer, meta, open_engine, weights_id
+from ramet.runs.settings import RunConfig, dumps, load, write
+from ramet.runs.show import resolve
+from ramet.storage import LOCK, lock, read_text, write_json
+from ramet.terminal import Table, console
+
+
+def claim_folder(directory: Path, config: BaseModel) -> None:
+    """Make the run folder this configuration's and this process's; refuse one that holds another or is in use.
+
+    A run may go on where its server is now, with other limits on requests and waiting (`RunConfig.identity`).
+    """
+    lock(directory)
+    path = directory / "config.toml"
+    if path.exists():
+        held, new = read_text(path), dumps(config)
+        others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK)]
+        if held != new and (not others or _same(path, config)):
+            write(config, path)  # also if it was claimed by a run that did not get as far as writing anything
+        elif held != new:
+            raise ConfigError(f"{directory} holds a run with another configuration or seed; choose another --name or remove it")
+    else:
+        write(config, path)
+
+
+def _same(path: Path, config: BaseModel) -> bool:
+    """Are these the settings of the run that `path` holds, as far as they tell runs apart?"""
+    return isinstance(config, RunConfig) and load(RunConfig, path).identity() == config.identity()
+
+
+def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) -> Trainer:
+    """Train in `directory`, resuming what is there, with a progress bar."""
+    trainer = make_trainer(config, directory, spawn)
+    done = trainer.resume()
+    if 0 < done < config.train.updates:
+        console.print(f"{label}: resuming after update {done}")
+    if done < config.train.updates:
+        with progress.training(label, config.train.updates, done) as report:
+            drain.run(trainer.train, report)
+    if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
+        trees = config.train.tasks * config.train.group_size
+        most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
+        console.print(f"warning: {nothing_sampled(most, 'their prompts leave nothing of a limit, such as the context')}")
+    return trainer
+
+
+def run_measuring(
+    config: RunConfig, model: str | Path, entries: Sequence[Entry], splits: Sequence[str], journal: Journal, label: str
+) -> list[Measured]:
+    """Measure entries that share one model, on held-out tasks of each split.
+
+    Outcomes go to `journal`. Until those of an entry on a split are all known, the samples of its trees are kept
+    beside it, in a file of their own.
+    """
+    engine, chat, count = open_engine(config, model)
+    env = config.env.build(count)
+    seed = config.eval.seed + config.seed
+    # Each task in flight holds a context; a server may be restarted meanwhile.
+    in_flight = 64 if config.env.kind == "rows" else 8 if config.backend == "transformers" else 32
+    attempts = 24 if config.url else 4
+
+    async def main() -> list[Measured]:
+        found: list[Measured] = []
+        async with engine:
+            for split in splits:
+                if split not in env.splits and split not in TUNING.values():
+                    continue
+                budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
+                tasks = env.tasks(split, config.eval.tasks, seed)
+                for entry in entries:
+                    shown = entry.policy if config.env.language else LABELS.get(entry.policy, entry.policy)
+                    beside = journal.path.with_name(f"{journal.path.stem}-{entry.policy}-{split}.jsonl")
+                    with (
+                        progress.measuring(f"{label}: {shown}, {split}", len(budgets) * len(tasks) * config.eval.repeats) as report,
+                        Journal(beside, journal.job) as samples,
+                    ):
+                        policy = JournaledPolicy(engine, samples)
+                        try:
+                            found += await measure(
+                                policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
+                                in_flight, config.eval.repeats, attempts, config.tell_budget == "all",
+                            )  # fmt: skip
+                        except PolicyError:
+                            policy.give_up()
+                            raise
+                    beside.unlink()
+        return found
+
+    found = drain.run(main)
+    if lost := list(dict.fromkeys((m.split, m.task, m.failed) for m in found if m.failed)):
+        console.print(f"warning: {label}: {len(lost)} tasks could not be measured and count in no result; the first: {lost[0][2]}")
+    _warn_of_starved(found)
+    return found
+
+
+def _warn_of_starved(measured: Sequence[Measured]) -> None:
+    """Say how many outcomes nothing could be sampled for. Raises `ConfigError` if that is all of them."""
+    starved = [m for m in measured if m.outcome.starved]
+    if starved and len(starved) == len(measured):
+        raise ConfigError(nothing_sampled(f"any of {len(measured)} outcomes", starved[0].outcome.starved))
+    for policy, split in dict.fromkeys((m.policy, m.split) for m in starved):
+        chosen = [m.outcome.starved for m in starved if (m.policy, m.split) == (policy, split)]
+        total = sum((m.policy, m.split) == (policy, split) for m in measured)
+        what = f"{len(chosen)} of {total} outcomes ({policy}, {split}), which count as wrong"
+        console.print(f"warning: {nothing_sampled(what, chosen[0])}")
+
+
+def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
+    """The model deciding by itself, with the tool or without; told so where questions are in words."""
+    method = methods.told(methods.instruction(config.env, spawn)) if config.env.language else baselines.tree
+    return Entry(policy, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
+
+
+def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """A `point` record per policy, split and budget, `size` records of the same by task size, and one of each task that failed."""
+    groups = grouped(measured).values()
+    return [point(ms) for ms in groups] + [record for ms in groups for record in by_size(ms)] + failures(measured)
+
+
+def data_records(config: RunConfig, training: bool = False) -> list[dict[str, Any]]:
+    """A `data` record per measured split of a data set; rows that count once or are trained on are told.
+
+    Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
+    """
+    env = config.env.model_copy(update={"metric": "em", "reward_model": ""}).build()
+    records: list[dict[str, Any]] = []
+    if training and isinstance(env, Questions):
+        env.tasks("train", 1, config.seed)
+    for split in env.splits if isinstance(env, Questions) else ():
+        found = env.found(split)
+        records.append({"record": "data", "split": split, **found})
+        if found["duplicates"]:
+            console.print(f"{split}: {found['duplicates']} of {found['rows']} rows say what another says, and are not measured again")
+        if found["trained_on"]:
+            console.print(f"warning: {split}: {found['trained_on']} of {found['rows']} questions are trained on too (env.allow_overlap)")
+    return records
+
+
+def print_points(records: Sequence[dict[str, Any]]) -> None:
+    """Accuracy with its interval, tokens, critical path and spawn rate, a table a split."""
+    points = [r for r in records if r["record"] == "point"]
+    for split in dict.fromkeys(p["split"] for p in points):
+        shown = Table(
+            "policy", "budget", "accuracy", "95%", "generated", "critical path", "spawns", title=f"{split} ({points[0]['n']} tasks a point)"
+        )
+        for column in shown.columns[1:]:
+            column.justify = "right"
+        for p in points:
+            if p["split"] == split:
+                shown.add_row(
+                    p["policy"],
+                    str(p["budget"]),
+                    f"{p['accuracy']:.3f}",
+                    f"{p['ci_low']:.2f}-{p['ci_high']:.2f}",
+                    f"{p['generated']:.0f}",
+                    f"{p['critical_path']:.0f}",
+                    f"{p['spawn_rate']:.0%}",
+                )
+        console.print(shown)
+
+
+def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+    """`ramet train`: train, then measure the final weights; everything resumes."""
+    if not config.env.measurable:
+        console.print("env.data names no file or data set: the final weights will not be measured")
+    data = data_records(config, training=True)
+    claim_folder(directory, config)
+    trainer = run_training(config, directory, spawn, "training")
+    final = checkpoint_path(trainer.checkpoints, config.train.updates)
+    with Journal(directory / "evaluation.jsonl", fingerprint(config.identity(), spawn, weights_id(final))) as journal:
+        entry = tree_entry("trained" if spawn else "solo", config, spawn)
+        measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
+    records = [meta("train", config.seed), *data, *result_records(measured)]
+    write_json(directory / "evaluation.json", records)
+    if out is not None:
+        write_json(out, records)
+    print_points(records)
+    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
+
+
+def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+    """`ramet eval`: one policy over the sweep of budgets."""
+    config.env.check_measurable()
+    data = data_records(config)
+    claim_folder(directory, config)
+    path: str | Path = policy if config.backend == "chat" else resolve(policy)
+    base = isinstance(path, str) or not (path / TRAINER).exists()
+    name = ("base" if spawn else "base_serial") if base else ("trained" if spawn else "solo")
+    with Journal(
+        directory / "journal.jsonl", fingerprint(config.identity(), config.env.files(), engine_id(config, path), spawn)
+    ) as journal:
+        entry = tree_entry(name, config, spawn)
+        measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
+    records = [meta("eval", config.seed), *data, *result_records(measured)]
+    write_json(directory / "results.json", records)
+    if out is not None:
+        write_json(out, records)
+    print_points(records)
+
+
+def list_models() -> None:
+    """`ramet models list`."""
+    path = resolve("nano")
+    recipe = json.loads(read_text(path / "pretrain.json"))
+    size = (path / "model.safetensors").stat().st_size / 2**20
+    for name, model in CATALOGUE.items():
+        console.print(f"{name}: {model.about}; " + ("fetched" if (cache() / name / "config.json").exists() else f"ramet models get {name}"))
+    console.print(
+        f"nano: {recipe['layers']}-layer Llama of width {recipe['width']}, {size:.1f} MiB, adds up rows of small integers; shipped"
+    )
+
+
+def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -> None:
+    """`ramet models train-nano`: the shipped recipe, from a seed."""
+    from dataclasses import replace
+
+    from ramet.recipes.nano.pretrain import PretrainConfig, pretrain, save
+
+    config = PretrainConfig(seed=seed) if steps is None else replace(PretrainConfig(seed=seed), steps=steps)
+    if (out / "config.json").exists():
+        raise ConfigError(f"{out} holds a model already; choose another --out or remove it")
+    draft = out.with_name(out.name + ".draft")
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {draft}: {error.strerror or error}") from error
+    started = time.perf_counter()
+    with progress.measuring("train-nano", config.steps) as report:
+        last = 0
+
+        def tell(step: int, loss: float, rate: float) -> None:
+            nonlocal last
+            report(step + 1 - last)
+            last = step + 1
+            if not console.moves:
+                console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
+
+        tokenizer, model = pretrain(config, tell)
+    save(tokenizer, model, config, draft)
+    draft.replace(out)
+    console.print(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
+    accuracy_by_length(str(out), 100, seed, json_out)
+
+
+def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> None:
+    """`ramet models accuracy`: by number of operands, sampled greedily with ample budget, alone and offered the tool."""
+    from ramet.agents.budget import Budget
+    from ramet.agents.runtime import Job, Runtime
+    from ramet.env.arithmetic import RowsEnvironment
+    from ramet.policy.models.load import load_model
+    from ramet.rewards.exact_match import integer_match
+
+    weights, _, chat = load_model(resolve(model))
+    lengths = (3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 32, 48)
+
+    async def main() -> list[dict[str, Any]]:
+        records = []
+        async with HFPolicy(weights) as policy:
+            for length in lengths:
+                record: dict[str, Any] = {"record": "length", "operands": length, "n": tasks}
+                drawn = RowsEnvironment((length, length)).tasks("iid", tasks, seed)
+                for name, depth, temperature in (("alone", 0, 0.0), ("alone_sampled", 0, 1.0), ("offered", 1, 1.0)):
+                    budget = Budget(generated=640, depth=depth, answer_reserve=8, context=weights.config.max_position_embeddings)
+                    runtime = Runtime(policy, chat, Sampling(temperature=temperature))
+                    right = spawned = right_spawned = 0
+                    async with runtime.run_many([Job(task, budget, i) for i, task in enumerate(drawn)]) as trees:
+                        async for job, tree in trees:
+                            good = integer_match(job.task, tree.answer) == 1.0
+                            right += good
+                            spawned += tree.spawned
+                            right_spawned += good and tree.spawned
+                    record[name] = right / tasks
+                    if depth:
+                        record["spawn_rate"] = spawned / tasks
+                        record["accuracy_if_spawned"] = right_spawned / spawned if spawned else None
+                records.append(record)
+        return records
+
+    records = drain.run(main)
+    shown = Table(
+        "operands",
+        "alone, greedy",
+        "alone, sampled",
+        "offered the tool, sampled",
+        "spawns",
+        "accuracy if it spawns",
+        title=f"{model}: {tasks} tasks a length",
+    )
+    for r in records:
+        spawned = "" if r["accuracy_if_spawned"] is None else f"{r['accuracy_if_spawned']:.2f}"
+        shown.add_row(
+            str(r["operands"]), f"{r['alone']:.2f}", f"{r['alone_sampled']:.2f}", f"{r['offered']:.2f}", f"{r['spawn_rate']:.2f}", spawned
+        )
+    if out is not None:
+        write_json(out, [meta("models accuracy", seed), *records])
+    console.print(shown)

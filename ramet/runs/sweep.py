@@ -1,0 +1,303 @@
+"""`ramet frontier`: does delegation pay for this model on this data, at what cost, and how sure are we?
+
+Every method answers the same held-out tasks over a sweep of budgets. The results say, for every metric of the environment:
+accuracy with its interval against every cost, paired differences at equal budgets and at what each baseline really spent, cost
+at equal accuracy, and the area under each frontier. Everything resumes; the folder gets `results.json`, `frontier.png`,
+`report.html`, `results.csv` and `results.tex`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ramet.agents.journal import Journal, fingerprint
+from ramet.agents.sampling import Sampling
+from ramet.benchmarks.evaluation import frontier, methods
+from ramet.benchmarks.evaluation.baselines import Method
+from ramet.benchmarks.evaluation.harness import Entry, Measured, failures, grouped, point
+from ramet.display import plots
+from ramet.display.page import write_page
+from ramet.env.environment import Environment
+from ramet.env.multihop import MultihopEnvironment
+from ramet.errors import ConfigError
+from ramet.rewards.preference import PreferenceModel
+from ramet.runs.build import engine_id, meta, weights_id
+from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry
+from ramet.runs.settings import RunConfig
+from ramet.runs.show import resolve
+from ramet.storage import write_json, write_text
+from ramet.terminal import console
+
+METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
+CONTROLS = ("self_consistency", "best_of_n", "map_reduce")
+"""Methods that are measured with trained weights too, where these are given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is to be set of a method: how many samples, documents a clone, or documents read; its temperature where the rest is greedy."""
+
+    count: int
+    temperature: float = 0.0
+
+
+SETTINGS = {"self_consistency": Setting(4, 0.7), "best_of_n": Setting(4, 0.7), "map_reduce": Setting(3), "retrieve": Setting(3)}
+GRIDS = {
+    "self_consistency": [Setting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
+    "best_of_n": [Setting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
+    "map_reduce": [Setting(n) for n in (1, 3, 5)],
+    "retrieve": [Setting(n) for n in (1, 2, 3, 5)],
+}
+"""From what settings are chosen where there are tasks for it, over all budgets."""
+PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, methods.LEAST]
+PROTOCOL += [methods.DIRECT, methods.COT, methods.DELEGATE, methods.DELEGATE_PARTS, methods.NOTE]
+"""What outcomes depend on besides the configuration."""
+
+
+def entries(
+    names: Sequence[str],
+    config: RunConfig,
+    env: Environment,
+    depths: Sequence[int] = (),
+    widths: Sequence[int] = (),
+    score: methods.Score = methods.likelihood,
+    settings: Mapping[str, Setting] = SETTINGS,
+) -> list[Entry]:
+    """What is measured: a method by name; `delegate` once for each depth and width. Raises `ConfigError` for what cannot be."""
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    documents = isinstance(env, MultihopEnvironment)
+    if not documents and not {"map_reduce", "retrieve"}.isdisjoint(names):
+        raise ConfigError(f"map_reduce and retrieve need documents, which {config.env.kind} has none of; leave them out of --methods")
+    if not config.env.language:
+        raise ConfigError("frontier measures questions in words; for rows there is `ramet reproduce nano`")
+    plain = Sampling(temperature=config.eval.temperature)
+    made: dict[str, Method] = {
+        "direct": methods.told(methods.DIRECT),
+        "cot": methods.told(methods.COT),
+        "self_consistency": methods.self_consistency(env, settings["self_consistency"].count),
+        "best_of_n": methods.best_of_n(settings["best_of_n"].count, score),
+        "map_reduce": methods.map_reduce(settings["map_reduce"].count),
+        **({"retrieve": methods.retrieve(env, settings["retrieve"].count)} if isinstance(env, MultihopEnvironment) else {}),
+    }
+    sampling = {name: Sampling(temperature=config.eval.temperature or settings[name].temperature) for name in SETTINGS}
+    chosen = [Entry(name, made[name], sampling.get(name, plain), 0) for name in names if name in made]
+    if "delegate" in names:
+        told = methods.told(methods.instruction(config.env, True))
+        for depth in depths or (config.budget.depth,):
+            for width in widths or (config.budget.width,):
+                name = "delegate" + (f" depth {depth}" if depths else "") + (f" width {width}" if widths else "")
+                chosen.append(Entry(name, told, plain, depth, width))
+    return chosen
+
+
+def frontier_job(
+    policy: str,
+    config: RunConfig,
+    directory: Path,
+    names: Sequence[str],
+    depths: Sequence[int],
+    widths: Sequence[int],
+    trained: str | None,
+    solo: str | None,
+    reward_model: Path | None,
+    prices: Mapping[str, float],
+    tune: int,
+    out: Path | None,
+) -> None:
+    """Measure, compare, draw, write. `tune`: tasks on which the settings of methods are chosen first; 0: as in `SETTINGS`."""
+    if (trained or solo) and config.url:
+        raise ConfigError("a server samples with the weights that it has loaded; measure trained ones with another --set backend")
+    config.env.check_measurable()
+    model: str | Path = policy if config.backend == "chat" else resolve(policy)
+    env = config.env.build()
+    score = methods.likelihood if reward_model is None else preference(reward_model)
+    entries(names, config, env, depths, widths, score)  # says what cannot be, before anything is made
+    data = data_records(config)
+    claim_folder(directory, config)
+    measured: list[Measured] = []
+    choices: list[dict[str, Any]] = []
+    models: dict[str, str] = {}
+    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL, tune]
+    job += [None if reward_model is None else weights_id(reward_model)]
+    with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
+        settings = tuned([name for name in names if name in SETTINGS], config, env, model, tune, score, journal, policy)
+        chosen = entries(names, config, env, depths, widths, score, settings)
+        choices += choice_records("base", settings)
+        measured += run_measuring(config, model, chosen, env.splits, journal, policy)
+    for name, weights in (("trained", trained), ("solo", solo)):
+        if weights is not None:
+            path = resolve(weights)
+            with Journal(directory / f"{name}.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
+                own = [tree_entry(name, config, name == "trained")]
+                if name == "trained":
+                    own.append(tree_entry("trained, never delegates", config, False))
+                controls = [n for n in names if n in CONTROLS]
+                settings = tuned(controls, config, env, path, tune, score, journal, weights)
+                own += [replace(e, policy=f"{e.policy} ({name})") for e in entries(controls, config, env, score=score, settings=settings)]
+                measured += run_measuring(config, path, own, env.splits, journal, weights)
+                choices += choice_records(name, settings)
+                models |= {entry.policy: weights for entry in own}
+    delegates = next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
+    winner = "trained" if trained else "solo" if solo else delegates
+    records = [meta("frontier", config.seed), *data, *choices, *results(measured, config, env, winner, prices, models, policy)]
+    records += failures(measured)
+    write_json(directory / "results.json", records)
+    if out is not None:
+        write_json(out, records)
+    plots.costs(records, directory / "frontier.png")
+    write_page(directory / "report.html", f"{policy} on {config.env.kind}", records)
+    write_text(directory / "results.csv", table(records))
+    write_text(directory / "results.tex", latex(records))
+    first = env.metrics[0]
+    print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
+    _say(records, first)
+    console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
+
+
+def tuned(
+    names: Sequence[str],
+    config: RunConfig,
+    env: Environment,
+    model: str | Path,
+    tasks: int,
+    score: methods.Score,
+    journal: Journal,
+    label: str,
+) -> dict[str, Setting]:
+    """Of each method's settings the one that does best over all budgets on `tasks` tasks of the tuning split; the first on ties."""
+    best = {name: _sampled(setting, config) for name, setting in SETTINGS.items()}
+    if not tasks:
+        return best
+    grids = {name: dict.fromkeys(_sampled(setting, config) for setting in GRIDS[name]) for name in names}
+    tried = {f"{name} {setting.count} {setting.temperature:g}": (name, setting) for name in names for setting in grids[name]}
+    made = [
+        replace(entry, policy=key)
+        for key, (name, setting) in tried.items()
+        for entry in entries([name], config, env, score=score, settings={**SETTINGS, name: setting})
+    ]
+    few = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": tasks})})
+    sums = dict.fromkeys(tried, 0.0)
+    for m in run_measuring(few, model, made, ("tune",), journal, f"{label}: choosing settings"):
+        sums[m.policy] += m.score
+    for name in names:
+        best[name] = tried[max((key for key, (own, _) in tried.items() if own == name), key=sums.__getitem__)][1]
+    return best
+
+
+def _sampled(setting: Setting, config: RunConfig) -> Setting:
+    """With the temperature that is sampled at: a run's own, where it has one, is that of every method."""
+    return replace(setting, temperature=config.eval.temperature or setting.temperature)
+
+
+def choice_records(weights: str, settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
+    return [{"record": "choice", "weights": weights, "method": name, **asdict(setting)} for name, setting in settings.items()]
+
+
+def preference(path: Path) -> methods.Score:
+    """The score of a reward model: what the task asks, and what the root said last."""
+    model = PreferenceModel(path)
+    return lambda task, tree, said: model.score(task.messages[-1].content, said)
+
+
+def results(
+    measured: Sequence[Measured],
+    config: RunConfig,
+    env: Environment,
+    winner: str | None,
+    prices: Mapping[str, float],
+    models: Mapping[str, str],
+    model: str,
+) -> list[dict[str, Any]]:
+    """All records, for every metric of the environment: answers are kept, so each is graded by each."""
+    seed = config.eval.seed + config.seed
+    tasks = {task.id: task for split in env.splits for task in env.tasks(split, config.eval.tasks, seed)}
+    records: list[dict[str, Any]] = []
+    for metric in env.metrics:
+        graded = [replace(m, score=env.grade(tasks[m.task], m.outcome.answer, metric)) for m in measured]
+        groups = grouped(graded)
+        found: list[dict[str, Any]] = []
+        for group in groups.values():
+            spent = sum(frontier.money(m.outcome, prices) for m in group) / len(group) if prices else None
+            recalls = [m.outcome.recall for m in group if m.outcome.recall is not None]
+            statuses = [m.outcome.status for m in group]
+            found.append(
+                point(group)
+                | {
+                    "method": group[0].policy, "model": models.get(group[0].policy, model), "money": spent,
+                    "recall": sum(recalls) / len(recalls) if recalls else None,
+                    "out_of_budget_rate": statuses.count("out of budget") / len(statuses),
+                }
+            )  # fmt: skip
+        if winner is not None:
+            compared = frontier.comparisons(groups, winner)
+            found += [*compared, *frontier.claims(compared), *frontier.matched(groups, winner), *frontier.equal_accuracy(found, winner)]
+        found += [area for cost in ("generated", "prefilled", "critical_path") for area in frontier.areas(groups, cost)]
+        records += [{**record, "env": config.env.kind, "metric": metric} for record in found]
+    return records
+
+
+def price_table(given: Sequence[str]) -> dict[str, float]:
+    """Prices per million tokens from `name=number` texts; cached tokens cost what prefilled ones do unless said. Raises `ConfigError`."""
+    prices: dict[str, float] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            prices[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"--price {text!r} is not of the form generated=0.6") from None
+        if name.strip() not in ("generated", "prefilled", "cached") or not 0 <= prices[name.strip()] < float("inf"):
+            raise ConfigError(f"--price {text!r}: there are generated, prefilled and cached, at zero or more a million tokens")
+    return {"cached": prices["prefilled"], **prices} if "prefilled" in prices else prices
+
+
+_COLUMNS = (
+    "env", "metric", "split", "method", "budget", "n", "accuracy", "ci_low", "ci_high", "generated", "prefilled", "cached",
+    "critical_path", "attention", "seconds", "money", "spawn_rate", "recall",
+)  # fmt: skip
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The points as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(r for r in records if r["record"] == "point")
+    return text.getvalue()
+
+
+def latex(records: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy by method and budget of each metric and split, as LaTeX tabulars."""
+    points = [r for r in records if r["record"] == "point"]
+    parts = []
+    for metric, split in dict.fromkeys((p["metric"], p["split"]) for p in points):
+        chosen = {(p["method"], p["budget"]): p for p in points if (p["metric"], p["split"]) == (metric, split)}
+        budgets = sorted({budget for _, budget in chosen})
+        lines = [f"% {metric}, {split}, n = {next(iter(chosen.values()))['n']}", rf"\begin{{tabular}}{{l{'r' * len(budgets)}}}"]
+        lines.append(" & ".join(["method", *map(str, budgets)]) + r" \\ \hline")
+        for method in dict.fromkeys(name for name, _ in chosen):
+            cells = [chosen.get((method, budget)) for budget in budgets]
+            shown = [f"${p['accuracy']:.3f}\\,[{p['ci_low']:.2f}, {p['ci_high']:.2f}]$" if p else "" for p in cells]
+            lines.append(" & ".join([method.replace("_", r"\_"), *shown]) + r" \\")
+        parts.append("\n".join([*lines, r"\end{tabular}", ""]))
+    return "\n".join(parts)
+
+
+def _say(records: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """What the comparison at matched cost says, one line a baseline and split."""
+    chosen = [r for r in records if r["record"] == "matched" and r["metric"] == metric]
+    for baseline, split in dict.fromkeys((r["baseline"], r["split"]) for r in chosen):
+        rows = [r for r in chosen if (r["baseline"], r["split"]) == (baseline, split)]
+        known = [r for r in rows if r["difference"] is not None]
+        better, worse = (sum(frontier.clear(r) == sign for r in known) for sign in (1, -1))
+        none = len(rows) - len(known)
+        console.print(
+            f"{rows[0]['policy']} for at most what {baseline} spent ({split}, {metric}): clearly better at {better}, "
+            f"clearly worse at {worse} of {len(known)} budgets" + (f"; at {none} it costs more at any budget" if none else "")
+        )
