@@ -5,16 +5,19 @@ Raises `StorageError` for what the disk refuses.
 
 from __future__ import annotations
 
+import datetime
 import errno
 import fcntl
 import json
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ramet import __version__
 from ramet.errors import StorageError
 from ramet.terminal import messages, tagged
 
@@ -163,3 +166,39 @@ def _says_nothing(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return b'"journal":' in file.readline() and not file.readline()
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement was made on, for `meta` records; torch's part of it is None where torch is not used."""
+    torch = sys.modules.get("torch")
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": None if torch is None else torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": None if torch is None else torch.__version__,
+        "system": platform.system(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def meta(command: str, seed: int, seconds: float | None = None) -> dict[str, Any]:
+    """The record that heads every machine-readable result."""
+    return {
+        "record": "meta",
+        "command": command,
+        "version": __version__,
+        "seed": seed,
+        "machine": machine(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **({} if seconds is None else {"seconds": seconds}),
+    }

@@ -60,3 +60,72 @@ def test_everything_is_printed_on_the_consoles_to_which_a_name_is_text():
         if markup.search(line) and "Column" not in line
     ]
     assert not found, found
+
+
+ROOMS = (
+    "errors", "schema", "terminal", "storage", "data",
+    "agents", "media", "attention",
+    "policy.models", "policy.engines", "policy.training", "policy.openrlhf",
+    "rewards", "env", "display",
+    "benchmarks.evaluation", "benchmarks.speed", "benchmarks.faults",
+    "runs", "recipes", "cli", "__main__",
+)  # fmt: skip
+"""From the ground up: a room imports from those before it, never from those after it."""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def room_of(module: str) -> str | None:
+    """The room of a module; None of what only holds rooms."""
+    return next((room for room in ROOMS if module == room or module.startswith(f"{room}.")), None)
+
+
+def imported(path: Path, modules: set[str]) -> set[str]:
+    """Modules of the package that a file imports, at its top or in a function."""
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ramet."):
+            origin = str(node.module).removeprefix("ramet.")
+            named |= {name if (name := f"{origin}.{alias.name}") in modules else origin for alias in node.names}
+        elif isinstance(node, ast.Import):
+            named |= {alias.name.removeprefix("ramet.") for alias in node.names if alias.name.startswith("ramet.")}
+    return named
+
+
+def test_every_file_is_in_a_room():
+    lost = [module for path in FILES if room_of(module := module_of(path)) is None and path.name != "__init__.py"]
+    assert not lost, lost
+
+
+def test_a_room_imports_only_from_rooms_below_it():
+    modules = {module_of(path) for path in FILES}
+    up = [
+        f"{module} -> {target}"
+        for path in FILES
+        if (room := room_of(module := module_of(path))) is not None
+        for target in imported(path, modules)
+        if (other := room_of(target)) is not None and ROOMS.index(other) > ROOMS.index(room)
+    ]
+    assert not up, up
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    modules = {module_of(path): path for path in FILES}
+    reached = {module: imported(path, set(modules)) & modules.keys() for module, path in modules.items()}
+    for via in modules:
+        for module in modules:
+            if via in reached[module]:
+                reached[module] |= reached[via]
+    circles = [module for module in modules if module in reached[module]]
+    assert not circles, circles
+
+
+def test_no_room_holds_more_than_a_fifth_of_the_lines():
+    lines = dict.fromkeys(ROOMS, 0)
+    for path in FILES:
+        if (room := room_of(module_of(path))) is not None:
+            lines[room] += len(path.read_text(encoding="utf-8").splitlines())
+    largest = max(lines, key=lines.__getitem__)
+    assert lines[largest] <= sum(lines.values()) / 5, (largest, lines)

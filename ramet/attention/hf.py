@@ -34,7 +34,7 @@ from ramet.attention.methods import Method
 from ramet.attention.plan import Plan, Sharded
 from ramet.attention.retaining import RetainingHeads, unrotated
 from ramet.errors import ConfigError, first_line
-from ramet.policy.models.load import quiet
+from ramet.terminal import quiet
 
 NAME = "ramet"
 

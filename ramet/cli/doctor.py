@@ -51,8 +51,8 @@ def _nano_works() -> str:
     from ramet.agents.sampling import Sampling
     from ramet.env.arithmetic import rows_task
     from ramet.policy.engines.hf import HFPolicy
+    from ramet.policy.models.catalogue import resolve
     from ramet.policy.models.load import load_model
-    from ramet.runs.show import resolve
 
     model, _, chat = load_model(resolve("nano"))
 
@@ -86,8 +86,7 @@ def run_doctor(out: Path | None) -> None:
     import torch
 
     from ramet.policy.models.catalogue import CATALOGUE, cache
-    from ramet.runs.build import meta
-    from ramet.storage import write_json
+    from ramet.storage import meta, write_json
 
     note("CUDA", True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU", "larger models")
     try:

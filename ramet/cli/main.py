@@ -324,7 +324,7 @@ def models_train_nano(
 
     Example: ramet models train-nano --out runs/nano-base
     """
-    from ramet.runs.jobs import train_nano
+    from ramet.recipes.nano.pretrain import train_nano
 
     train_nano(out, seed or 0, steps, json)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ramet.benchmarks.evaluation.harness import ample_sizes, spawn_rates
+from ramet.display.sizes import ample_sizes, spawn_rates
 
 LABELS = {
     "trained": "trained controller",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ramet.benchmarks.evaluation.harness import ample_sizes, spawn_rates
 from ramet.display.plots import LABELS, SPLITS
+from ramet.display.sizes import ample_sizes, spawn_rates
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:

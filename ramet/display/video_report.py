@@ -9,14 +9,16 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+
 from ramet.agents.tree import Segment
-from ramet.benchmarks.evaluation.video_reward import CONDITIONS, measures
 from ramet.display.plots import save, subplots
 from ramet.display.report import STYLE, table
 from ramet.errors import TaskError
 from ramet.media.frames import read_frames
 from ramet.rewards.video.pairs import Pair, watched
 from ramet.storage import write_text
+from ramet.terminal import Table, console
 
 TITLES = {
     "right": "its own video",
@@ -41,7 +43,7 @@ def accuracy_bars(records: Sequence[Record], path: Path) -> None:
         heights = [r["accuracy"] for r in found]
         bars = [[max(r["accuracy"] - r["ci_low"], 0) for r in found], [max(r["ci_high"] - r["accuracy"], 0) for r in found]]
         row[0].bar([s + (n - (len(conditions) - 1) / 2) * width for s in places], heights, width * 0.92, yerr=bars, label=TITLES[condition],
-                   error_kw={"elinewidth": 0.8}, color=f"C{CONDITIONS.index(condition)}")  # fmt: skip
+                   error_kw={"elinewidth": 0.8}, color=f"C{list(TITLES).index(condition)}")  # fmt: skip
     row[0].axhline(0.5, color="#888", lw=1, ls="--")
     row[0].set_xticks(range(len(subsets)), subsets)
     row[0].set(ylabel="prefers the better answer", ylim=(0, 1.05))
@@ -106,9 +108,8 @@ def results_table(records: Sequence[Record], measures: int = len(MEASURES)) -> t
     return ["video", "subset", "n", "right", "95%", *(MEASURES[n] for n in kept), *swept], rows
 
 
-def wrong_pairs(pairs: Sequence[Pair], records: Sequence[Record], most: int = 12) -> str:
-    """The first pairs that were judged wrong with their own video, with frames of it."""
-    wrong = [r["id"] for r in records if r.get("condition") == "right" and measures(r)["accuracy"] < 1]
+def wrong_pairs(pairs: Sequence[Pair], records: Sequence[Record], wrong: Sequence[str], most: int = 12) -> str:
+    """The first of the pairs that were judged wrong (`wrong`, their ids) with their own video, with frames of it."""
     by_id = {pair.id: pair for pair in pairs}
     said = {r["id"]: r for r in records if r.get("condition") == "right"}
     parts = [f"<h2>Pairs judged wrong: {len(wrong)} of {len(said)}</h2>"]
@@ -162,3 +163,27 @@ def write_page(
     parts.append('<p class="note">Intervals are 95%, over videos; that of macro is a bootstrap.</p>')
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
     write_text(path, head + "".join(parts) + more + "</body></html>\n")
+
+
+def print_results(records: list[dict[str, Any]]) -> None:
+    """Results and best-of-N curves as tables."""
+    protocol = next((r["line"] for r in records if r["record"] == "protocol"), "")
+    headers, rows = results_table(records, 4)
+    shown = Table(title="how often the better answer is preferred", caption=protocol, box=SIMPLE_HEAD)
+    for header in headers:
+        shown.add_column(header, no_wrap=True, justify="left" if header in ("video", "subset") else "right")
+    for row in rows:
+        shown.add_row(*row)
+    if rows:
+        console.print(shown)
+    curves = [r for r in records if r["record"] == "best_of_n"]
+    if curves:
+        ns = sorted({r["n"] for r in curves})
+        picked = Table("best of n", *map(str, ns), title=f"accuracy of the answer that is picked ({curves[0]['questions']} questions)")
+        for method in dict.fromkeys(r["method"] for r in curves):
+            line = {r["n"]: r for r in curves if r["method"] == method}
+            picked.add_row(method, *(f"{line[n]['accuracy']:.3f}" for n in ns))
+        console.print(picked)
+        for r in curves:
+            if "calls_per_question" in r and r["n"] == ns[-1]:
+                console.print(f"{r['method']} is asked {r['calls_per_question']} times to pick one of {r['n']}")

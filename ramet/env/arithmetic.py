@@ -206,3 +206,8 @@ def _value(numbers: list[int], operators: list[str], spans: list[tuple[int, int]
         else:
             total, product = total + product, number if operator == "+" else -number
     return total + product
+
+
+def statement(rows: int) -> str:
+    """What a branch that has the tool writes before it chooses: the number of its rows."""
+    return f"rows: {rows}"

@@ -17,14 +17,14 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
 from ramet.display.report import write_report
 from ramet.policy.engines.hf import HFPolicy
-from ramet.policy.models.catalogue import find
+from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.recipes.reproduce import pictures, summary
-from ramet.runs.build import meta, open_model, read_metrics, weights_id
+from ramet.runs.build import open_model, read_metrics
 from ramet.runs.jobs import claim_folder, print_points, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig, validate
 from ramet.runs.show import bill, branch_view, grow_live
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Heading, Screen, console
 
 DEMO: dict[str, Any] = {

@@ -16,19 +16,20 @@ from typing import Any
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
-from ramet.benchmarks.evaluation import baselines, frontier, tuning
+from ramet.benchmarks.evaluation import baselines, frontier
 from ramet.benchmarks.evaluation.harness import Entry, Measured, grouped
 from ramet.benchmarks.evaluation.seeds import over_seeds, seeds_markdown
 from ramet.display import plots, progress
 from ramet.display.plots import LABELS
 from ramet.display.report import write_report
 from ramet.display.tables import markdown
-from ramet.policy.models.catalogue import find
+from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
-from ramet.runs.build import meta, open_model, read_metrics, weights_id
+from ramet.runs import tuning
+from ramet.runs.build import open_model, read_metrics
 from ramet.runs.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig
-from ramet.storage import read_text, write_json, write_text
+from ramet.storage import meta, read_text, write_json, write_text
 from ramet.terminal import Table, console
 
 NANO: dict[str, Any] = {"train": {"updates": 150}}

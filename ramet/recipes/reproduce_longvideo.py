@@ -15,21 +15,22 @@ from typing import Any
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.protocol import left_line, render_call
-from ramet.benchmarks.evaluation.methods import instructed, instruction
 from ramet.display import plots, progress
+from ramet.env.instructions import instructed, instruction
 from ramet.env.questions import TUNING
 from ramet.media.clips import COLOURS, make_long_questions
 from ramet.policy.engines.vision import Look
+from ramet.policy.models.catalogue import weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.policy.training.sft import SFTTraining, fine_tune
 from ramet.recipes.nano.vision import VisionSize, write_vision_model
 from ramet.recipes.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
 from ramet.recipes.reward_demo import built_pairs, trained_drm
-from ramet.runs.build import engine_of, meta, open_model, read_metrics, weights_id
+from ramet.runs.build import engine_of, open_model, read_metrics
 from ramet.runs.jobs import claim_folder, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig, load
 from ramet.runs.sweep import results
-from ramet.storage import read_text, write_json
+from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Heading, Table, console
 
 SCENES, TRAIN, HELD_OUT = 6, 2400, 200

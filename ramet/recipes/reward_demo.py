@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from rich.box import SIMPLE_HEAD
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.benchmarks.evaluation.best_of_n import best_of_n
-from ramet.benchmarks.evaluation.video_reward import Protocol, protocol_record, results, run_bench, warnings
+from ramet.benchmarks.evaluation.video_reward import Protocol, misjudged, protocol_record, results, run_bench, warnings
 from ramet.display import progress
-from ramet.display.video_report import accuracy_bars, best_of_n_curves, results_table, training_curve, write_page, wrong_pairs
+from ramet.display.video_report import accuracy_bars, best_of_n_curves, print_results, training_curve, write_page, wrong_pairs
 from ramet.media.clips import make_questions
 from ramet.policy.engines.vision import Look
 from ramet.recipes.nano.vision import write_vision_model
@@ -31,10 +30,9 @@ from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, Item, Vide
 from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 from ramet.rewards.video.train_drm import DRMTraining, train_drm
-from ramet.runs.build import meta
 from ramet.runs.jobs import claim_folder
-from ramet.storage import read_text, write_json, write_text
-from ramet.terminal import Heading, Table, console, tagged
+from ramet.storage import meta, read_text, write_json, write_text
+from ramet.terminal import Heading, console, tagged
 
 LOOK = Look(frames=4, most=56 * 56)
 TRAIN, HELD_OUT, HELD_BACK = 3000, 600, 150
@@ -86,7 +84,7 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
         protocol.line(),
         records,
         pictures,
-        wrong_pairs(held, judged),
+        wrong_pairs(held, judged, misjudged(judged)),
     )
     print_results(records)
     for said in warnings(found):
@@ -142,27 +140,3 @@ def _candidates(questions: list[VideoQuestion], seed: int) -> list[Candidates]:
         right = tuple(map(question.right, answers))
         found.append(Candidates(question.id, question.shown, question.question, tuple(answers), stated, right))
     return found
-
-
-def print_results(records: list[dict[str, Any]]) -> None:
-    """Results and best-of-N curves as tables."""
-    protocol = next((r["line"] for r in records if r["record"] == "protocol"), "")
-    headers, rows = results_table(records, 4)
-    shown = Table(title="how often the better answer is preferred", caption=protocol, box=SIMPLE_HEAD)
-    for header in headers:
-        shown.add_column(header, no_wrap=True, justify="left" if header in ("video", "subset") else "right")
-    for row in rows:
-        shown.add_row(*row)
-    if rows:
-        console.print(shown)
-    curves = [r for r in records if r["record"] == "best_of_n"]
-    if curves:
-        ns = sorted({r["n"] for r in curves})
-        table = Table("best of n", *map(str, ns), title=f"accuracy of the answer that is picked ({curves[0]['questions']} questions)")
-        for method in dict.fromkeys(r["method"] for r in curves):
-            line = {r["n"]: r for r in curves if r["method"] == method}
-            table.add_row(method, *(f"{line[n]['accuracy']:.3f}" for n in ns))
-        console.print(table)
-        for r in curves:
-            if "calls_per_question" in r and r["n"] == ns[-1]:
-                console.print(f"{r['method']} is asked {r['calls_per_question']} times to pick one of {r['n']}")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,19 +9,18 @@ from typing import Any
 
 import torch
 
-from ramet import __version__
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
-from ramet.benchmarks.evaluation.methods import instructed, instruction
+from ramet.env.instructions import instructed, instruction
 from ramet.env.multihop import words
 from ramet.env.questions import Questions
 from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
-from ramet.policy.models.catalogue import find
+from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.load import auto_device, load_model, load_tokenizer
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.runlog import RunLog
@@ -119,14 +115,6 @@ def engine_id(config: RunConfig, model: str | Path) -> str:
     return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
-def weights_id(path: Path) -> str:
-    """A hash of a model's weights and tokenizer, so that a journal of other weights is not taken for this one's."""
-    digest = hashlib.sha256()
-    for file in sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[Draw, Judge]:
     """What a training run does, whichever engine runs it: the tasks of an update, and what a tree earns."""
     env = config.env.build(count)
@@ -174,43 +162,6 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     policy = engine_of(config, model, tokenizer, chat)
     job = job_of(config, spawn)
     return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, config.tell_budget == "all", policy)
-
-
-def machine() -> dict[str, Any]:
-    """What a measurement was made on, for `meta` records."""
-    return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": platform.system(),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def meta(command: str, seed: int, seconds: float | None = None) -> dict[str, Any]:
-    """The record that heads every machine-readable result."""
-    import datetime
-
-    return {
-        "record": "meta",
-        "command": command,
-        "version": __version__,
-        "seed": seed,
-        "machine": machine(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **({} if seconds is None else {"seconds": seconds}),
-    }
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

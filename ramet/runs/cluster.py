@@ -24,11 +24,11 @@ from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
-from ramet.runs.build import meta, read_metrics
+from ramet.runs.build import read_metrics
 from ramet.runs.cluster_job import OUTCOME, longest, setup_of
 from ramet.runs.jobs import claim_folder
 from ramet.runs.settings import RunConfig, load, write
-from ramet.storage import read_text, write_json
+from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Table, console, tagged
 
 LOG = "openrlhf.log"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,18 @@ from ramet.benchmarks.evaluation import baselines, methods
 from ramet.benchmarks.evaluation.harness import Entry, Measured, by_size, failures, grouped, measure, point
 from ramet.display import progress
 from ramet.display.plots import LABELS
+from ramet.env import instructions
 from ramet.env.questions import Questions
 from ramet.env.splits import TUNING
-from ramet.errors import ConfigError, PolicyError, StorageError
+from ramet.errors import ConfigError, PolicyError
 from ramet.policy.engines.hf import HFPolicy
-from ramet.policy.models.catalogue import CATALOGUE, cache
+from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.update import nothing_sampled
-from ramet.runs.build import engine_id, make_trainer, meta, open_engine, weights_id
-from ramet.runs.settings import RunConfig, dumps, load, write
-from ramet.runs.show import resolve
-from ramet.storage import LOCK, lock, read_text, write_json
+from ramet.runs.build import engine_id, make_trainer, open_engine, open_model
+from ramet.runs.settings import RunConfig, dumps, load, validate, write
+from ramet.storage import LOCK, lock, meta, read_text, write_json
 from ramet.terminal import Table, console
 
 
@@ -135,7 +134,7 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
     """The model deciding by itself, with the tool or without; told so where questions are in words."""
-    method = methods.told(methods.instruction(config.env, spawn)) if config.env.language else baselines.tree
+    method = methods.told(instructions.instruction(config.env, spawn)) if config.env.language else baselines.tree
     return Entry(policy, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
 
@@ -238,38 +237,6 @@ def list_models() -> None:
     )
 
 
-def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -> None:
-    """`ramet models train-nano`: the shipped recipe, from a seed."""
-    from dataclasses import replace
-
-    from ramet.recipes.nano.pretrain import PretrainConfig, pretrain, save
-
-    config = PretrainConfig(seed=seed) if steps is None else replace(PretrainConfig(seed=seed), steps=steps)
-    if (out / "config.json").exists():
-        raise ConfigError(f"{out} holds a model already; choose another --out or remove it")
-    draft = out.with_name(out.name + ".draft")
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {draft}: {error.strerror or error}") from error
-    started = time.perf_counter()
-    with progress.measuring("train-nano", config.steps) as report:
-        last = 0
-
-        def tell(step: int, loss: float, rate: float) -> None:
-            nonlocal last
-            report(step + 1 - last)
-            last = step + 1
-            if not console.moves:
-                console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
-
-        tokenizer, model = pretrain(config, tell)
-    save(tokenizer, model, config, draft)
-    draft.replace(out)
-    console.print(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
-    accuracy_by_length(str(out), 100, seed, json_out)
-
-
 def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> None:
     """`ramet models accuracy`: by number of operands, sampled greedily with ample budget, alone and offered the tool."""
     from ramet.agents.budget import Budget
@@ -322,3 +289,20 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
     if out is not None:
         write_json(out, [meta("models accuracy", seed), *records])
     console.print(shown)
+
+
+SMALL: dict[str, Any] = {
+    "threads": 1,
+    "eval": {"tasks": 16, "budgets": [48, 96], "ood_budgets": [192]},
+    "train": {"updates": 6, "tasks": 4, "group_size": 4, "checkpoint_every": 2},
+}
+
+
+def small_jobs(seed: int) -> dict[str, Callable[[Path], None]]:
+    """An evaluation and a training of seconds, for `ramet bench kills`. Imports all that they need, so that a fork begins at once."""
+    config = validate(RunConfig, {"seed": seed, **SMALL})
+    open_model(config)
+    return {
+        "eval": lambda folder: eval_job("nano", config, folder, True, None),
+        "train": lambda folder: train_job(config, folder, True, None),
+    }

@@ -16,18 +16,17 @@ from rich.text import Text
 from ramet.agents.journal import Journal, fingerprint, read_records
 from ramet.agents.tree import Segment
 from ramet.benchmarks.evaluation.best_of_n import best_of_n
-from ramet.benchmarks.evaluation.video_reward import Protocol, against, protocol_record, results, run_bench, warnings
+from ramet.benchmarks.evaluation.video_reward import Protocol, against, misjudged, protocol_record, results, run_bench, warnings
 from ramet.data import load_rows
 from ramet.display import progress
-from ramet.display.video_report import accuracy_bars, best_of_n_curves, training_curve, write_page, wrong_pairs
+from ramet.display.video_report import accuracy_bars, best_of_n_curves, print_results, training_curve, write_page, wrong_pairs
 from ramet.errors import CheckpointError, ConfigError, TaskError
 from ramet.policy.engines.vision import Look
-from ramet.policy.models.catalogue import find
+from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.load import auto_device
 from ramet.policy.training.sft import SFTTraining
 from ramet.policy.training.trainer import run_trainer
 from ramet.policy.training.update import TrainConfig
-from ramet.recipes.reward_demo import print_results
 from ramet.rewards.video.answerers import Guesser, ModelAnswerer, Recorded
 from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
 from ramet.rewards.video.build import Answerer, Build, BuildConfig, datasheet
@@ -41,9 +40,8 @@ from ramet.rewards.video.pairs import Pair, Pairs, faults, load_pairs, row_of
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.train_drm import DRMTraining, fits, train_drm
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, sifted, traces_of
-from ramet.runs.build import meta, weights_id
 from ramet.runs.jobs import claim_folder
-from ramet.storage import read_text, write_json, write_text
+from ramet.storage import meta, read_text, write_json, write_text
 from ramet.terminal import console, tagged
 
 
@@ -288,8 +286,8 @@ def train_grm_job(
 
 
 def _save(grm: VideoGRM, path: Path) -> None:
-    from ramet.policy.models.load import quiet
     from ramet.policy.models.lora import merged
+    from ramet.terminal import quiet
 
     state = merged(grm.model)
     with quiet():
@@ -385,7 +383,7 @@ def bench_job(
     accuracy_bars(part, folder / "accuracy.png")
     lines = "; ".join(dict.fromkeys(r["line"] for r in records if r["record"] == "protocol"))
     intro = f"{len(pairs)} pairs. The picture is of the last protocol."
-    pictures, wrong = [folder / "accuracy.png"], wrong_pairs(pairs, judged)
+    pictures, wrong = [folder / "accuracy.png"], wrong_pairs(pairs, judged, misjudged(judged))
     write_page(folder / "report.html", f"{model} on {Path(source).name}", intro, lines, records, pictures, wrong)
     console.print(f"run folder {folder}: results.json, report.html, and what was said of each pair in *.jsonl")
 

@@ -26,11 +26,10 @@ from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.errors import ConfigError, PolicyError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.sequence_parallel import Sharing
-from ramet.policy.models.catalogue import find
+from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.policy.models.load import load_model
 from ramet.rewards.exact_match import integer_match
-from ramet.runs.build import meta, weights_id
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 _COLOURS = {Status.ANSWERED: "green", Status.EMPTY: "yellow", Status.OUT_OF_BUDGET: "yellow", Status.CANCELLED: "red"}
@@ -183,16 +182,3 @@ def run_one(
     verdict = [("right", "green")] if right else [("wrong", "red"), f": it is {task.reference}"]
     console.print(Text.assemble("answer ", (tree.answer or "none", "bold"), " (", *verdict, ")"))
     console.print(bill(tree, budget))
-
-
-def resolve(policy: str) -> Path:
-    """A model directory from a name, a directory, or a run folder (its last checkpoint)."""
-    from ramet.policy.models.checkpoint import latest_checkpoint
-
-    path = find(policy)
-    if not (path / "config.json").exists():
-        for folder in (path / "trained" / "checkpoints", path / "checkpoints"):
-            found = latest_checkpoint(folder)
-            if found is not None:
-                return found
-    return path

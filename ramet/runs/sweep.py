@@ -22,15 +22,16 @@ from ramet.benchmarks.evaluation.baselines import Method
 from ramet.benchmarks.evaluation.harness import Entry, Measured, failures, grouped, point
 from ramet.display import plots
 from ramet.display.page import write_page
+from ramet.env import instructions
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError
+from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.rewards.preference import PreferenceModel
-from ramet.runs.build import engine_id, meta, weights_id
+from ramet.runs.build import engine_id
 from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry
 from ramet.runs.settings import RunConfig
-from ramet.runs.show import resolve
-from ramet.storage import write_json, write_text
+from ramet.storage import meta, write_json, write_text
 from ramet.terminal import console
 
 METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
@@ -55,7 +56,7 @@ GRIDS = {
 }
 """From what settings are chosen where there are tasks for it, over all budgets."""
 PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, methods.LEAST]
-PROTOCOL += [methods.DIRECT, methods.COT, methods.DELEGATE, methods.DELEGATE_PARTS, methods.NOTE]
+PROTOCOL += [instructions.DIRECT, instructions.COT, instructions.DELEGATE, instructions.DELEGATE_PARTS, methods.NOTE]
 """What outcomes depend on besides the configuration."""
 
 
@@ -79,8 +80,8 @@ def entries(
         raise ConfigError("frontier measures questions in words; for rows there is `ramet reproduce nano`")
     plain = Sampling(temperature=config.eval.temperature)
     made: dict[str, Method] = {
-        "direct": methods.told(methods.DIRECT),
-        "cot": methods.told(methods.COT),
+        "direct": methods.told(instructions.DIRECT),
+        "cot": methods.told(instructions.COT),
         "self_consistency": methods.self_consistency(env, settings["self_consistency"].count),
         "best_of_n": methods.best_of_n(settings["best_of_n"].count, score),
         "map_reduce": methods.map_reduce(settings["map_reduce"].count),
@@ -89,7 +90,7 @@ def entries(
     sampling = {name: Sampling(temperature=config.eval.temperature or settings[name].temperature) for name in SETTINGS}
     chosen = [Entry(name, made[name], sampling.get(name, plain), 0) for name in names if name in made]
     if "delegate" in names:
-        told = methods.told(methods.instruction(config.env, True))
+        told = methods.told(instructions.instruction(config.env, True))
         for depth in depths or (config.budget.depth,):
             for width in widths or (config.budget.width,):
                 name = "delegate" + (f" depth {depth}" if depths else "") + (f" width {width}" if widths else "")

@@ -13,7 +13,8 @@ from ramet.attention.anchored import Selections
 from ramet.attention.comm import simulated
 from ramet.attention.hf import attach, prefill, recorded
 from ramet.attention.methods import Method
-from ramet.attention.retaining import RetainingHeads, targets, train_heads, unrotated
+from ramet.attention.retaining import RetainingHeads, targets, unrotated
+from ramet.attention.train_heads import train_heads
 from ramet.errors import CheckpointError
 from tests.attention.test_hf import ids, tiny
 

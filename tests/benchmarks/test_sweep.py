@@ -23,6 +23,7 @@ from ramet.benchmarks.evaluation import frontier, methods
 from ramet.benchmarks.evaluation.baselines import Outcome
 from ramet.benchmarks.evaluation.harness import Entry, Measured, grouped, measure
 from ramet.cli.main import app
+from ramet.env import instructions
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError, TransientPolicyError
 from ramet.policy.engines.openai import WireFormat
@@ -79,7 +80,7 @@ def answer(env, method, text, generated=200, task=0, seed=0) -> tuple[Outcome, S
 
 def all_methods(env) -> dict[str, methods.Method]:
     return {
-        "direct": methods.told(methods.DIRECT), "cot": methods.told(methods.COT), "delegate": methods.told(methods.DELEGATE),
+        "direct": methods.told(instructions.DIRECT), "cot": methods.told(instructions.COT), "delegate": methods.told(instructions.DELEGATE),
         "self_consistency": methods.self_consistency(env, 4), "best_of_n": methods.best_of_n(4),
         "map_reduce": methods.map_reduce(3), "retrieve": methods.retrieve(env, 2),
     }  # fmt: skip
@@ -140,7 +141,7 @@ def test_delegation_gives_documents_by_key_and_reports_which(env):
         return "Answer: Ghent1" if CALL in prompt and "1: Ann 1" in prompt.partition(CALL)[2] else CALL
 
     at = [t.meta["question"] for t in env.tasks("iid", 6, 0)].index("Where did the builder of Hall 1 live?")
-    outcome, _, task = answer(env, methods.told(methods.DELEGATE), text, task=at)
+    outcome, _, task = answer(env, methods.told(instructions.DELEGATE), text, task=at)
     assert outcome.answer == "Ghent1" and outcome.spawned and outcome.recall == 0.5 and env.grade(task, outcome.answer) == 1.0
 
 
@@ -185,7 +186,7 @@ def test_a_refused_attempt_has_read_nothing(env, tmp_path):
 
     async def run(policy: Says, name: str) -> list[Measured]:
         with Journal(tmp_path / name, name) as journal:
-            entry = Entry("d", methods.told(methods.DIRECT), Sampling(0.0), 0)
+            entry = Entry("d", methods.told(instructions.DIRECT), Sampling(0.0), 0)
             return await measure(policy, wire, entry, env, env.tasks("iid", 2, 0), "iid", [60], Budget(), journal, 0, in_flight=1)
 
     said = lambda p, r: "Answer: x"  # noqa: E731

@@ -11,7 +11,7 @@ import pytest
 
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.tree import Segment
-from ramet.benchmarks.evaluation.methods import instructed, instruction
+from ramet.env.instructions import instructed, instruction
 from ramet.env.longvideo import LongVideoEnvironment
 from ramet.errors import ConfigError, TaskError
 from ramet.media.clips import make_long_questions

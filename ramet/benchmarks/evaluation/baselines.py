@@ -24,9 +24,8 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
-from ramet.env.arithmetic import OBJECTIVE
+from ramet.env.arithmetic import OBJECTIVE, statement
 from ramet.errors import ConfigError, PolicyError, RefusedRequest
-from ramet.recipes.nano.demonstrations import statement
 
 
 def only_generated(budget: Budget) -> int:

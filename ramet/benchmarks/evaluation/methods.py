@@ -13,7 +13,6 @@ A task says what is asked; a method adds one instruction at the end of its promp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget, fair_shares
@@ -33,44 +32,15 @@ from ramet.benchmarks.evaluation.baselines import (
     vote,
 )
 from ramet.env.environment import Environment
+from ramet.env.instructions import COT, DIRECT, instructed
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError
-from ramet.runs.settings import EnvConfig
 
-DIRECT = "Give only the answer, as short as it can be, in one line: `Answer: ...`."
-COT = "Think step by step, briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
-DELEGATE = (
-    "You may hand parts of this to clones of yourself with the tool: give each an objective, and the documents that it needs "
-    "by their titles as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
-)
-WATCH = (
-    "You may have clones of yourself watch segments with the tool: give each an objective, and the segments that it is to see by their "
-    "keys as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
-)
-DELEGATE_PARTS = (
-    "You may hand parts of this to clones of yourself with the tool: give each an objective that says all it needs. Think step by step, "
-    "briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
-)
 LEAST = 24
 """Tokens that a context needs to say anything; fewer samples, or larger parts, are made rather than smaller shares."""
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
 Score = Callable[[Task, Tree, str], float]
 """What a sample is worth: of the task, the tree, and what its root said last."""
-
-
-def instruction(env: EnvConfig, spawn: bool) -> str:
-    """What a model that decides by itself is told: with documents at hand, to answer at once; else to think."""
-    if env.kind == "longvideo":
-        return WATCH if spawn else DIRECT
-    if spawn:
-        return DELEGATE if env.multihop else DELEGATE_PARTS
-    return DIRECT if env.multihop else COT
-
-
-def instructed(task: Task, instruction: str) -> Task:
-    """The task with an instruction at the end of its last message, so that prompts of different methods share their beginning."""
-    *before, last = task.messages
-    return replace(task, messages=(*before, replace(last, content=f"{last.content}\n\n{instruction}")))
 
 
 def told(instruction: str) -> Method:

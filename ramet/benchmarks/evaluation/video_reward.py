@@ -163,6 +163,11 @@ def measures(record: Record, ties: float = 0.0) -> dict[str, float]:
     return found
 
 
+def misjudged(records: Sequence[Record]) -> list[str]:
+    """Ids of the pairs that were judged wrong with their own video."""
+    return [r["id"] for r in records if r.get("condition") == "right" and measures(r)["accuracy"] < 1]
+
+
 def results(records: Iterable[Record], ties: float = 0.0, seed: int = 0) -> list[Record]:
     """A `result` record for each condition: of all pairs (`all`: micro), of each category, and of their mean (`macro`)."""
     grouped: dict[str, list[Record]] = {}

@@ -16,23 +16,15 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ramet.agents.journal import read_records
 from ramet.errors import RametError
-from ramet.runs.build import meta, open_model
-from ramet.runs.jobs import eval_job, train_job
-from ramet.runs.settings import RunConfig, validate
-from ramet.storage import read_text, write_json
+from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Table, console
 
-SMALL: dict[str, Any] = {
-    "threads": 1,
-    "eval": {"tasks": 16, "budgets": [48, 96], "ood_budgets": [192]},
-    "train": {"updates": 6, "tasks": 4, "group_size": 4, "checkpoint_every": 2},
-}
 Work = dict[tuple[Any, ...], Any]
 
 
@@ -56,13 +48,12 @@ def train_work(folder: Path) -> tuple[Work, int]:
     return work, repeated
 
 
-JOBS: dict[str, tuple[Callable[[RunConfig, Path], None], Callable[[Path], tuple[Work, int]]]] = {
-    "eval": (lambda config, folder: eval_job("nano", config, folder, True, None), eval_work),
-    "train": (lambda config, folder: train_job(config, folder, True, None), train_work),
-}
+READ: dict[str, Callable[[Path], tuple[Work, int]]] = {"eval": eval_work, "train": train_work}
+Job = Callable[[Path], None]
+"""Runs in the folder that it is given, to its end or from where it was killed."""
 
 
-def start(job: Callable[[RunConfig, Path], None], config: RunConfig, folder: Path) -> int:
+def start(job: Job, folder: Path) -> int:
     """Run a job in a child process; its id. A fork, so that a start costs little: this process runs no model itself."""
     child = os.fork()
     if child:
@@ -72,24 +63,23 @@ def start(job: Callable[[RunConfig, Path], None], config: RunConfig, folder: Pat
         void = os.open(os.devnull, os.O_WRONLY)
         os.dup2(void, 1)
         os.dup2(void, 2)
-        job(config, folder)
+        job(folder)
         status = 0
     finally:
         os._exit(status)
 
 
-def bench_kills(kills: int, seed: int, out: Path | None) -> None:
-    """Kill each job `kills` times; print and write what was lost, duplicated and different."""
-    config = validate(RunConfig, {"seed": seed, **SMALL})
+def bench_kills(jobs: Mapping[str, Job], kills: int, seed: int, out: Path | None) -> None:
+    """Kill each of `jobs` (a small "eval" and a small "train") `kills` times; print and write what was lost, duplicated and different."""
     rng = random.Random(f"kills/{seed}")
-    open_model(config)  # imports what the children would each import again; it runs nothing
     records: list[dict[str, Any]] = [meta("bench kills", seed)]
     shown = Table("job", "kills", "runs", "lost", "duplicated", "differing")
     with tempfile.TemporaryDirectory() as scratch:
-        for name, (job, read) in JOBS.items():
+        for name, job in jobs.items():
+            read = READ[name]
             calm = Path(scratch) / f"{name}-calm"
             begun = time.perf_counter()
-            _, status = os.waitpid(start(job, config, calm), 0)
+            _, status = os.waitpid(start(job, calm), 0)
             if status:
                 raise RametError(f"the undisturbed {name} failed; run ramet doctor")
             seconds = time.perf_counter() - begun
@@ -97,7 +87,7 @@ def bench_kills(kills: int, seed: int, out: Path | None) -> None:
             counts = Counter(kills=0, runs=0, lost=0, duplicated=0, differing=0)
             while counts["kills"] < kills:
                 folder = Path(scratch) / name
-                counts["kills"] += _until_done(job, config, folder, rng, seconds)
+                counts["kills"] += _until_done(job, folder, rng, seconds)
                 found, repeated = read(folder)
                 counts["runs"] += 1
                 counts["lost"] += len(expected.keys() - found.keys())
@@ -114,11 +104,11 @@ def bench_kills(kills: int, seed: int, out: Path | None) -> None:
         raise RametError("a killed and resumed run is not the undisturbed one")
 
 
-def _until_done(job: Callable[[RunConfig, Path], None], config: RunConfig, folder: Path, rng: random.Random, seconds: float) -> int:
+def _until_done(job: Job, folder: Path, rng: random.Random, seconds: float) -> int:
     """Start and kill until the job ends by itself; the number of kills."""
     kills = 0
     while True:
-        child = start(job, config, folder)
+        child = start(job, folder)
         deadline = time.perf_counter() + rng.uniform(0, seconds)
         status: int | None = None
         while time.perf_counter() < deadline and status is None:

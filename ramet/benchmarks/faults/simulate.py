@@ -35,8 +35,7 @@ from ramet.agents.tree import Message, Task, Tree
 from ramet.benchmarks.faults.invariants import Violation, check_growth, check_quiet, check_tree
 from ramet.display import progress
 from ramet.errors import RametError, StorageError
-from ramet.runs.build import meta
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import console
 
 

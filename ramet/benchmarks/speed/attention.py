@@ -15,10 +15,9 @@ from ramet.attention.methods import Method
 from ramet.attention.plan import Plan, Sharded
 from ramet.display.plots import save
 from ramet.errors import ConfigError, RametError
+from ramet.policy.models.catalogue import resolve
 from ramet.policy.models.load import load_model
-from ramet.runs.build import meta
-from ramet.runs.show import resolve
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 TOLERANCE = 1e-5

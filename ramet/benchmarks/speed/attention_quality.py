@@ -38,10 +38,9 @@ from ramet.benchmarks.speed.attention import divergence
 from ramet.display import progress
 from ramet.display.plots import save
 from ramet.errors import ConfigError
+from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.policy.models.load import load_model
-from ramet.runs.build import meta, weights_id
-from ramet.runs.show import resolve
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 ANSWER_TOKENS = 16

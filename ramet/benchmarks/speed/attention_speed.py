@@ -37,8 +37,7 @@ from ramet.attention.plan import Plan, Sharded
 from ramet.display import progress
 from ramet.display.plots import save
 from ramet.errors import ConfigError
-from ramet.runs.build import meta
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 LONG_CALL = 4e10

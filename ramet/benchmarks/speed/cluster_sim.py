@@ -34,8 +34,7 @@ from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, StopReason, Task
 from ramet.display import progress
 from ramet.display.plots import save, subplots
-from ramet.runs.build import meta
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 RESULT = 30

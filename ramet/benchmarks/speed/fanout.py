@@ -114,8 +114,7 @@ def measure(framework: str, program: str) -> dict[str, Any]:
 
 def bench_runtime(repeats: int, out: Path | None) -> None:
     """Print and write a record per framework and program: medians over `repeats`, and the ratio of each pair."""
-    from ramet.runs.build import meta
-    from ramet.storage import write_json
+    from ramet.storage import meta, write_json
 
     records: list[dict[str, Any]] = [meta("bench runtime", 0)]
     shown = Table("program", "framework", "clones", "CPU µs a clone", "seconds", "peak MiB", "KiB a clone", "ratio in CPU")

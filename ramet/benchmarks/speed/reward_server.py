@@ -21,8 +21,7 @@ from ramet.policy.models.catalogue import find
 from ramet.rewards.video.discriminative import Item, VideoDRM
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.server import RemoteReward, RewardService
-from ramet.runs.build import meta
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import console
 
 

@@ -27,10 +27,9 @@ from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, Sample
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
 from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.models.catalogue import resolve
 from ramet.policy.models.load import load_model
-from ramet.runs.build import meta
-from ramet.runs.show import resolve
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 BATCH = 64

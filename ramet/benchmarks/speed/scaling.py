@@ -25,8 +25,7 @@ from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.speed.cluster_sim import Hardware
 from ramet.policy.training.rows import rows_of
 from ramet.policy.training.runlog import STORED
-from ramet.runs.build import meta
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -21,10 +21,9 @@ from ramet.benchmarks.speed.sampling import Recorder
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
 from ramet.policy.engines.vllm import VLLMPolicy
+from ramet.policy.models.catalogue import resolve
 from ramet.policy.models.load import load_tokenizer
-from ramet.runs.build import meta
-from ramet.runs.show import resolve
-from ramet.storage import write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 IN_FLIGHT = 256

@@ -29,8 +29,7 @@ from ramet.errors import PolicyError, first_line
 from ramet.policy.engines.kv import Memory, PrefixStore, SlotCache, common_prefix
 from ramet.policy.engines.sampler import Row, draw
 from ramet.policy.engines.serving import Serving
-from ramet.policy.models.load import steady_context
-from ramet.policy.training.rows import Inputs
+from ramet.policy.models.load import Inputs, steady_context
 
 PREFILL_TOKENS = 2048
 """Padded prompt tokens of one forward pass at most."""

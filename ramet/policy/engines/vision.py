@@ -27,7 +27,7 @@ from ramet.errors import CheckpointError, ConfigError, PolicyError, TaskError
 from ramet.media.frames import DEVIATION, MEAN, Fit, Frames, content_id, fitted, patches, read_frames
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.sampler import Row
-from ramet.policy.training.rows import Inputs
+from ramet.policy.models.load import Inputs
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 

@@ -158,3 +158,24 @@ def _convert(weights: Path, path: Path) -> None:
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(path)
     tokenizer.save_pretrained(path)
+
+
+def weights_id(path: Path) -> str:
+    """A hash of a model's weights and tokenizer, so that a journal of other weights is not taken for this one's."""
+    digest = hashlib.sha256()
+    for file in sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def resolve(policy: str) -> Path:
+    """A model directory from a name, a directory, or a run folder (its last checkpoint)."""
+    from ramet.policy.models.checkpoint import latest_checkpoint
+
+    path = find(policy)
+    if not (path / "config.json").exists():
+        for folder in (path / "trained" / "checkpoints", path / "checkpoints"):
+            found = latest_checkpoint(folder)
+            if found is not None:
+                return found
+    return path

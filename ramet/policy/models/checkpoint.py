@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ramet.errors import CheckpointError, StorageError
-from ramet.policy.models.load import quiet
 from ramet.policy.models.lora import adapted
-from ramet.policy.training.masters import Masters
+from ramet.policy.models.masters import Masters
+from ramet.terminal import quiet
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"

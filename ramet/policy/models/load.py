@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +11,15 @@ import torch
 
 from ramet.agents.chat import ChatFormat, chat_format
 from ramet.errors import CheckpointError, first_line
+from ramet.terminal import quiet
+
+Inputs = Callable[[torch.nn.Module], Mapping[str, torch.Tensor]]
+"""What a batch gives a model: by the names of its arguments."""
 
 
 def auto_device() -> str:
     """A GPU where torch finds one; an empty CUDA_VISIBLE_DEVICES keeps to the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def steady_context(config: Any) -> int:

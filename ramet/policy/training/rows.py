@@ -7,14 +7,13 @@ little is computed on padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ramet.agents.tree import Segment, Tree
-
-Inputs = Callable[[torch.nn.Module], Mapping[str, torch.Tensor]]
+from ramet.policy.models.load import Inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,9 @@ from torch import Tensor
 from ramet.agents.tree import Segment
 from ramet.errors import CheckpointError
 from ramet.policy.engines.vision import Prompted, VideoReader, model_inputs
-from ramet.policy.models.load import quiet, steady_context
+from ramet.policy.models.load import steady_context
 from ramet.policy.models.lora import adapt, trainable
+from ramet.terminal import quiet
 
 IGNORED = -100
 Report = Callable[[dict[str, float]], None]

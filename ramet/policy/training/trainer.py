@@ -35,9 +35,9 @@ from ramet.errors import ConfigError, PolicyError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.models.lora import adapt
+from ramet.policy.models.masters import Masters
 from ramet.policy.training.identity import identity
 from ramet.policy.training.loss import SUMS
-from ramet.policy.training.masters import Masters
 from ramet.policy.training.rows import Row, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_call, render_results
 from ramet.agents.tree import Message, Status
-from ramet.env.arithmetic import OBJECTIVE, ROW, parse_sum, rows_task, spell
+from ramet.env.arithmetic import OBJECTIVE, ROW, parse_sum, rows_task, spell, statement
 from ramet.env.splits import part_of
 
 WINDOW = 8
@@ -106,11 +106,6 @@ def _operands(count: int, largest: int, rng: random.Random) -> list[int]:
         values = [rng.randint(1, largest) * rng.choice((1, -1)) for _ in range(count)]
         if count == 1 or part_of(spell(values, signed=True)) == "train":
             return values
-
-
-def statement(rows: int) -> str:
-    """What a branch that has the tool writes before it chooses: the number of its rows."""
-    return f"rows: {rows}"
 
 
 def _delegation(stated: str, keys: list[str], rows: list[list[int]], left: int, rng: random.Random) -> list[Piece]:

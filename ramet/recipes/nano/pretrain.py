@@ -10,16 +10,20 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ramet.agents.chat import ControlTokenFormat
+from ramet.display import progress
+from ramet.errors import ConfigError, StorageError
 from ramet.policy.training.rows import batches
 from ramet.recipes.nano.demonstrations import demonstrate, demonstration_texts, encode
 from ramet.recipes.nano.tokenizer import train_tokenizer
+from ramet.runs.jobs import accuracy_by_length
+from ramet.terminal import console
 
 
 @dataclass(frozen=True)
@@ -117,3 +121,31 @@ def save(tokenizer: Any, model: Any, config: PretrainConfig, path: Path) -> None
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     (path / "pretrain.json").write_text(json.dumps(asdict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -> None:
+    """`ramet models train-nano`: the shipped recipe, from a seed."""
+    config = PretrainConfig(seed=seed) if steps is None else replace(PretrainConfig(seed=seed), steps=steps)
+    if (out / "config.json").exists():
+        raise ConfigError(f"{out} holds a model already; choose another --out or remove it")
+    draft = out.with_name(out.name + ".draft")
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {draft}: {error.strerror or error}") from error
+    started = time.perf_counter()
+    with progress.measuring("train-nano", config.steps) as report:
+        last = 0
+
+        def tell(step: int, loss: float, rate: float) -> None:
+            nonlocal last
+            report(step + 1 - last)
+            last = step + 1
+            if not console.moves:
+                console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
+
+        tokenizer, model = pretrain(config, tell)
+    save(tokenizer, model, config, draft)
+    draft.replace(out)
+    console.print(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
+    accuracy_by_length(str(out), 100, seed, json_out)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ramet.policy.models.load import quiet
 from ramet.recipes.nano.tokenizer import train_tokenizer
+from ramet.terminal import quiet
 
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 

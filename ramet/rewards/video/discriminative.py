@@ -31,9 +31,9 @@ from ramet.agents.tree import Message
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.engines.vision import Look, Prompted, VideoReader, model_inputs, shown_id
-from ramet.policy.models.load import quiet
 from ramet.policy.models.lora import merged
 from ramet.rewards.video.pairs import Watched, watched
+from ramet.terminal import quiet
 
 SETTINGS = "video_drm.json"
 TOGETHER = 4096

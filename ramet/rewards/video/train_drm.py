@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ramet.errors import ConfigError, RewardError
-from ramet.policy.models.load import quiet
 from ramet.policy.models.lora import adapt
 from ramet.policy.training.sft import Report, SFTTraining, in_float32, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
 from ramet.rewards.video.pairs import Pair, readable
+from ramet.terminal import quiet
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,48 @@
+"""What a model is told at the end of a question in words: to answer at once, to think, or what the tool is for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+from ramet.agents.tree import Task
+
+DIRECT = "Give only the answer, as short as it can be, in one line: `Answer: ...`."
+COT = "Think step by step, briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
+DELEGATE = (
+    "You may hand parts of this to clones of yourself with the tool: give each an objective, and the documents that it needs "
+    "by their titles as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
+)
+WATCH = (
+    "You may have clones of yourself watch segments with the tool: give each an objective, and the segments that it is to see by their "
+    "keys as context_keys. Give the answer, as short as it can be, in one line: `Answer: ...`."
+)
+DELEGATE_PARTS = (
+    "You may hand parts of this to clones of yourself with the tool: give each an objective that says all it needs. Think step by step, "
+    "briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
+)
+
+
+class Worded(Protocol):
+    """What is asked about an environment: its name, and whether documents are at hand."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def multihop(self) -> bool: ...
+
+
+def instruction(env: Worded, spawn: bool) -> str:
+    """What a model that decides by itself is told: with documents at hand, to answer at once; else to think."""
+    if env.kind == "longvideo":
+        return WATCH if spawn else DIRECT
+    if spawn:
+        return DELEGATE if env.multihop else DELEGATE_PARTS
+    return DIRECT if env.multihop else COT
+
+
+def instructed(task: Task, instruction: str) -> Task:
+    """The task with an instruction at the end of its last message, so that prompts of different methods share their beginning."""
+    *before, last = task.messages
+    return replace(task, messages=(*before, replace(last, content=f"{last.content}\n\n{instruction}")))
