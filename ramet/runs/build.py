@@ -25,7 +25,7 @@ from ramet.policy.models.load import auto_device, load_model, load_tokenizer
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import Draw, Judge, Verdict
+from ramet.policy.training.update import Reward, RewardFunction, TaskSampler
 from ramet.runs.settings import RunConfig, ServerConfig
 
 
@@ -115,7 +115,7 @@ def engine_id(config: RunConfig, model: str | Path) -> str:
     return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
-def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[Draw, Judge]:
+def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[TaskSampler, RewardFunction]:
     """What a training run does, whichever engine runs it: the tasks of an update, and what a tree earns."""
     env = config.env.build(count)
     depth = config.budget.depth if spawn else 0
@@ -136,10 +136,10 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
             for task in tasks
         ]
 
-    def judge(task: Task, tree: Tree) -> Verdict:
+    def judge(task: Task, tree: Tree) -> Reward:
         score = env.grade(task, tree.answer)
         penalties = config.reward.penalties(tree)
-        return Verdict(score, penalties, config.reward.reward(tree, score, penalties))
+        return Reward(score, penalties, config.reward.reward(tree, score, penalties))
 
     return draw, judge
 

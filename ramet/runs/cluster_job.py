@@ -20,7 +20,7 @@ from ramet.errors import CheckpointError, ConfigError, RametError, StorageError,
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import LOST, Setup
-from ramet.policy.training.update import Draw, Judge
+from ramet.policy.training.update import RewardFunction, TaskSampler
 from ramet.runs.build import job_of, recipe
 from ramet.runs.jobs import lock
 from ramet.runs.settings import RunConfig, load
@@ -40,7 +40,7 @@ def setup_of(config: RunConfig, directory: Path, spawn: bool, job: str = "") -> 
     )  # fmt: skip
 
 
-def _recipe(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> tuple[Draw, Judge]:
+def _recipe(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> tuple[TaskSampler, RewardFunction]:
     return recipe(config, count, spawn)
 
 

@@ -33,7 +33,7 @@ from ramet.policy.openrlhf.settings import ClusterConfig, Setup
 from ramet.policy.training.rows import Row
 from ramet.policy.training.runlog import STORED
 from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import Group, TrainConfig, Verdict, advantages_of, minibatches
+from ramet.policy.training.update import Group, Reward, TrainConfig, advantages_of, minibatches
 
 TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl=0.1, temperature=0.7, batch_tokens=700, estimator="standardised")
 
@@ -60,9 +60,9 @@ def groups() -> list[Group]:
     return [(task, [stored[g, n] for n in range(TRAIN.group_size)]) for g, task in enumerate(tasks)]
 
 
-def judge(task: Task, tree: Tree) -> Verdict:
+def judge(task: Task, tree: Tree) -> Reward:
     score = float(tree.answer is not None) - 0.001 * tree.usage.generated
-    return Verdict(score, {}, score)
+    return Reward(score, {}, score)
 
 
 def advantages(groups: list[Group], chat: Any) -> list[list[list[float]]]:

@@ -21,7 +21,7 @@ from ramet.env.arithmetic import RowsEnvironment, parse_sum, spell
 from ramet.env.splits import part_of
 from ramet.policy.training.rows import token_logprobs
 from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import TrainConfig, Verdict, advantages_of, judged, minibatches
+from ramet.policy.training.update import Reward, TrainConfig, advantages_of, judged, minibatches
 from ramet.runs.build import recipe
 from ramet.runs.settings import RunConfig
 
@@ -33,9 +33,9 @@ def draw(update: int) -> list[tuple[Task, Budget]]:
     return [(task, Budget(generated=24, answer_reserve=4, context=200)) for task in tasks]
 
 
-def judge(task: Task, tree: Tree) -> Verdict:
+def judge(task: Task, tree: Tree) -> Reward:
     score = random.Random(tree.seed).random()
-    return Verdict(score, {}, score)
+    return Reward(score, {}, score)
 
 
 def trainer(model, tokenizer, directory: Path, **changed: object) -> Trainer:

@@ -25,18 +25,18 @@ from ramet.policy.models.load import load_model, without_dropout
 from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
 from ramet.policy.training.trainer import Trainer, run_trainer
-from ramet.policy.training.update import Judge, TrainConfig, Verdict, learning_rate
+from ramet.policy.training.update import Reward, RewardFunction, TrainConfig, learning_rate
 from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
 TIMES = ("seconds_sampling", "seconds_training")
 
 
-def judge(task: Task, tree: Tree) -> Verdict:
+def judge(task: Task, tree: Tree) -> Reward:
     """How much of the root's text is digits: something that noise earns, so that there is a gradient."""
     score = sum(15 < i < 60 for turn in tree.root.turns for i in turn.sampled) / max(tree.usage.generated, 1)
     penalties = Prices(generated=0.001).penalties(tree)
-    return Verdict(score, penalties, scored(tree, score, penalties))
+    return Reward(score, penalties, scored(tree, score, penalties))
 
 
 def draw(update: int) -> list[tuple[Task, Budget]]:
@@ -145,12 +145,12 @@ def test_training_moves_the_policy_towards_reward(random_model, nano_tokenizer, 
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        (Verdict(1.0, {}, math.nan), "the reward of task .* is nan, which is no finite number"),
-        (Verdict(math.inf, {}, 1.0), "the score of task .* is inf"),
-        (Verdict(1.0, {"words": -math.inf}, 1.0), "the words of task .* is -inf"),
-        (Verdict(1.0, {}, "0.5"), "the reward of task .* is '0.5'"),
-        (Verdict(1.0, {}, None), "the reward of task .* is None"),
-        (0.5, "the reward of task .* is a float, not a Verdict"),
+        (Reward(1.0, {}, math.nan), "the reward of task .* is nan, which is no finite number"),
+        (Reward(math.inf, {}, 1.0), "the score of task .* is inf"),
+        (Reward(1.0, {"words": -math.inf}, 1.0), "the words of task .* is -inf"),
+        (Reward(1.0, {}, "0.5"), "the reward of task .* is '0.5'"),
+        (Reward(1.0, {}, None), "the reward of task .* is None"),
+        (0.5, "the reward of task .* is a float, not a Reward"),
     ],
 )
 def test_a_reward_that_is_no_number_is_not_blamed_on_the_learning_rate(random_model, nano_tokenizer, tmp_path, verdict, said):
@@ -267,8 +267,8 @@ def test_settings_are_finite(name, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_no_number_stops_the_run(random_model, nano_tokenizer, tmp_path, value):
-    def bad(task: Task, tree: Tree) -> Verdict:
-        return Verdict(value, {}, scored(tree, value, {}))
+    def bad(task: Task, tree: Tree) -> Reward:
+        return Reward(value, {}, scored(tree, value, {}))
 
     with pytest.raises(RewardError, match="fix the reward function"):
         anyio.run(trainer(random_model, nano_tokenizer, tmp_path, judge_=bad).update_in_service, 0)
@@ -290,7 +290,7 @@ def test_the_learning_rate_warms_up_and_decays():
 
 
 def test_a_reward_that_raises_stops_the_run(random_model, nano_tokenizer, tmp_path):
-    def bad(task: Task, tree: Tree) -> Verdict:
+    def bad(task: Task, tree: Tree) -> Reward:
         raise ZeroDivisionError("in the reward")
 
     with pytest.raises(RewardError, match="raised ZeroDivisionError: in the reward; fix the reward function"):
@@ -303,9 +303,9 @@ def test_another_runs_folder_is_refused(random_model, nano_tokenizer, tmp_path):
         trainer(random_model, nano_tokenizer, tmp_path, seed=5).resume()
 
 
-def scaled(factor: float) -> Judge:
-    def judge_(task: Task, tree: Tree) -> Verdict:
-        return Verdict(1.0, {}, factor * tree.usage.generated)
+def scaled(factor: float) -> RewardFunction:
+    def judge_(task: Task, tree: Tree) -> Reward:
+        return Reward(1.0, {}, factor * tree.usage.generated)
 
     return judge_
 
@@ -338,14 +338,14 @@ class Table:
 
 
 def test_what_a_function_depends_on_is_part_of_its_identity(monkeypatch):
-    def counting() -> Judge:
+    def counting() -> RewardFunction:
         calls, count = [], 0
 
-        def judge_(task: Task, tree: Tree) -> Verdict:
+        def judge_(task: Task, tree: Tree) -> Reward:
             nonlocal count
             count += 1
             calls.append(task)
-            return Verdict(0.0, {}, 0.0)
+            return Reward(0.0, {}, 0.0)
 
         return judge_
 

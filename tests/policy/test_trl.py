@@ -18,16 +18,16 @@ from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.trl import TreeRollouts
-from ramet.policy.training.update import TrainConfig, Verdict, advantages_of, minibatches
+from ramet.policy.training.update import Reward, TrainConfig, advantages_of, minibatches
 
 trl: Any = pytest.importorskip("trl", reason="TRL is not installed: pip install 'ramet[reward]'")
 
 CLONES, GROUP, TASKS, LENGTH = 4, 4, 2, 256
 
 
-def judge(task: Task, tree: Tree) -> Verdict:
+def judge(task: Task, tree: Tree) -> Reward:
     score = 0.01 * tree.usage.generated
-    return Verdict(score, {}, score)
+    return Reward(score, {}, score)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.errors import PolicyError
 from ramet.policy.training.runlog import STORED
-from ramet.policy.training.update import AGAIN, Group, Verdict, grouped, grow, jobs_of, summary
+from ramet.policy.training.update import AGAIN, Group, Reward, grouped, grow, jobs_of, summary
 
 DRAWN = [(Task(f"t{i}", (Message("user", f"go {i}"),)), Budget()) for i in range(2)]
 
@@ -60,7 +60,7 @@ def test_a_tree_whose_clone_the_backend_failed_is_grown_anew_and_counted(tmp_pat
     groups, _ = trees(3, tmp_path / "broken")
     grown = [tree for _, of in groups for tree in of]
     assert all(branch.status is Status.ANSWERED for tree in grown for branch in tree.branches)
-    verdicts = [[Verdict(1.0, {}, 1.0)] * 4] * 2
+    verdicts = [[Reward(1.0, {}, 1.0)] * 4] * 2
     none = [[[0.0] * 3] * 4] * 2
     assert 2 <= summary(0, groups, verdicts, none)["regrown"] <= 3
     assert summary(0, calm, verdicts, none)["regrown"] == 0

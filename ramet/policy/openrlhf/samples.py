@@ -15,7 +15,7 @@ from ramet.agents.tree import Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import Setup
 from ramet.policy.training.runlog import STORED
-from ramet.policy.training.update import Draw, Group, Judge, Verdict, grouped, jobs_of, judged
+from ramet.policy.training.update import Group, Reward, RewardFunction, TaskSampler, grouped, jobs_of, judged
 
 
 class TreeSamples(SamplesGenerator):
@@ -32,8 +32,8 @@ class TreeSamples(SamplesGenerator):
         engines: list[Any],
         setup: Setup,
         rollouts: Path,
-        draw: Draw,
-        judge: Judge,
+        draw: TaskSampler,
+        judge: RewardFunction,
         wait: Callable[[list[Any]], dict[Any, Any]],
     ) -> None:
         super().__init__(strategy, None, None, None, engines)
@@ -74,7 +74,7 @@ class TreeSamples(SamplesGenerator):
             self._pending[ref] = (update, (group, number), engine)
             self._loads[engine] += 1
 
-    def collect(self, update: int) -> tuple[list[Group], list[list[Verdict]]]:
+    def collect(self, update: int) -> tuple[list[Group], list[list[Reward]]]:
         """The groups of an update that was begun, and what each tree earned. Raises what the engines or the rewards raise."""
         begun = self._begun[update]
         size = self.setup.train.group_size
@@ -110,4 +110,4 @@ class _Update:
     def __init__(self, drawn: list[Any], journal: Journal) -> None:
         self.drawn, self.journal = drawn, journal
         self.trees: dict[tuple[object, ...], Tree] = {}
-        self.verdicts: dict[tuple[int, int], Future[Verdict]] = {}
+        self.verdicts: dict[tuple[int, int], Future[Reward]] = {}

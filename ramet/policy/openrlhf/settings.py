@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ramet.policy.training.update import Draw, Judge, TrainConfig
+from ramet.policy.training.update import RewardFunction, TaskSampler, TrainConfig
 
 LOST = ("Lost", "EngineLost", "EngineDeadError")
 """Errors, of ours and of vLLM, that say that a part of a run has died."""
@@ -100,4 +100,4 @@ class Setup:
     seed: int
     job: str
     tell_all: bool
-    recipe: Callable[[Callable[[str], int]], tuple[Draw, Judge]]
+    recipe: Callable[[Callable[[str], int]], tuple[TaskSampler, RewardFunction]]

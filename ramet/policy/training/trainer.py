@@ -41,11 +41,11 @@ from ramet.policy.training.loss import SUMS
 from ramet.policy.training.rows import Row, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (
-    Draw,
     Group,
-    Judge,
     Metrics,
+    RewardFunction,
     Targets,
+    TaskSampler,
     TrainConfig,
     advantages_of,
     check_sampled,
@@ -76,8 +76,8 @@ class Trainer:
         model: Any,
         tokenizer: Any,
         chat: ChatFormat,
-        draw: Draw,
-        judge: Judge,
+        draw: TaskSampler,
+        judge: RewardFunction,
         config: TrainConfig,
         directory: Path,
         seed: int = 0,

@@ -30,7 +30,7 @@ from ramet.agents.tree import Branch, Task, Tree
 from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.load import without_dropout
-from ramet.policy.training.update import Judge, grow, judged
+from ramet.policy.training.update import RewardFunction, grow, judged
 
 REWARD = "tree_reward"
 
@@ -46,7 +46,7 @@ class TreeRollouts:
     def __init__(
         self,
         tasks: Sequence[tuple[Task, Budget]],
-        judge: Judge,
+        judge: RewardFunction,
         chat: ChatFormat,
         clones: int,
         *,

@@ -89,7 +89,7 @@ def learning_rate(config: TrainConfig, update: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Reward:
     """What a tree earned: its score in [0, 1], its penalties by name, and the reward that they make."""
 
     score: float
@@ -99,9 +99,9 @@ class Verdict:
 
 AGAIN = 3
 """How often a tree that the backend failed is grown anew."""
-Draw = Callable[[int], Sequence[tuple[Task, Budget]]]
+TaskSampler = Callable[[int], Sequence[tuple[Task, Budget]]]
 """The tasks of an update and the budget of each."""
-Judge = Callable[[Task, Tree], Verdict]
+RewardFunction = Callable[[Task, Tree], Reward]
 Metrics = dict[str, float | int]
 Group = tuple[Task, list[Tree]]
 
@@ -134,7 +134,7 @@ def whole(tree: Tree) -> Tree:
     return tree
 
 
-def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
+def judged(judge: RewardFunction, task: Task, tree: Tree) -> Reward:
     """What `judge` says. Raises `RewardError` for whatever it raises that is not ours, and for what is no number."""
     try:
         verdict = judge(task, tree)
@@ -143,8 +143,8 @@ def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
     except Exception as error:
         said = f"{type(error).__name__}: {first_line(error)}"
         raise RewardError(f"the reward of task {task.id} raised {said}; fix the reward function") from error
-    if not isinstance(verdict, Verdict):
-        raise RewardError(f"the reward of task {task.id} is a {type(verdict).__name__}, not a Verdict; fix the reward function")
+    if not isinstance(verdict, Reward):
+        raise RewardError(f"the reward of task {task.id} is a {type(verdict).__name__}, not a Reward; fix the reward function")
     for name, value in {"reward": verdict.reward, "score": verdict.score, **verdict.penalties}.items():
         if not isinstance(value, Real) or not math.isfinite(value):
             raise RewardError(f"the {name} of task {task.id} is {value!r}, which is no finite number; fix the reward function")
@@ -152,7 +152,7 @@ def judged(judge: Judge, task: Task, tree: Tree) -> Verdict:
 
 
 def advantages_of(
-    groups: Sequence[Group], verdicts: Sequence[Sequence[Verdict]], estimator: str, chat: ChatFormat, clone_scale: float = 1.0
+    groups: Sequence[Group], verdicts: Sequence[Sequence[Reward]], estimator: str, chat: ChatFormat, clone_scale: float = 1.0
 ) -> list[list[list[float]]]:
     """Per group, tree and branch: the advantage. The penalty named `REPAIRS` is the root's alone, for the estimator "reference"."""
     estimate = partial(reference, clone_scale=clone_scale) if estimator == "reference" else ESTIMATORS[estimator]
@@ -247,7 +247,7 @@ def starved(groups: Sequence[Group]) -> list[str]:
 
 
 def summary(
-    update: int, groups: Sequence[Group], judged_: Sequence[Sequence[Verdict]], advantages: Sequence[Sequence[Sequence[float]]]
+    update: int, groups: Sequence[Group], judged_: Sequence[Sequence[Reward]], advantages: Sequence[Sequence[Sequence[float]]]
 ) -> Metrics:
     """What was sampled for an update: means over trees, how many were given up and grown anew, and the groups that teach nothing."""
     trees, verdicts = [tree for _, of in groups for tree in of], [v for of in judged_ for v in of]

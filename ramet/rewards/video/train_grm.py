@@ -21,7 +21,7 @@ from ramet.errors import RewardError, TaskError
 from ramet.policy.engines.vision import VisionPolicy
 from ramet.policy.training.sft import Example, SFTTraining, fine_tune
 from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import TrainConfig, Verdict
+from ramet.policy.training.update import Reward, TrainConfig
 from ramet.rewards.video.generative import VideoGRM, pairwise
 from ramet.rewards.video.judge import Duel, Judge, Shown, compare, parse_choice
 from ramet.rewards.video.pairs import Pair, readable
@@ -120,11 +120,11 @@ def grm_trainer(grm: VideoGRM, pairs: Sequence[Pair], config: TrainConfig, folde
                 tasks.append(Task(f"{update}/{n}/{pair.id}/{forward}", (pairwise(shown(pair, forward)),), reference=1 if forward else 2))
         return [(task, budget) for task in tasks]
 
-    def judge(task: Task, tree: Tree) -> Verdict:
+    def judge(task: Task, tree: Tree) -> Reward:
         sampled = [i for turn in tree.root.turns for i in turn.sampled]
         said = grm.chat.text([i for i in sampled if i not in grm.chat.stop_ids])
         reward = verdict_reward(said, task.reference)
-        return Verdict(float(reward > VALID), {}, reward)
+        return Reward(float(reward > VALID), {}, reward)
 
     return Trainer(
         grm.model, grm.tokenizer, grm.chat, draw, judge, config, folder, seed, fingerprint("grm", job), tell_all=False,

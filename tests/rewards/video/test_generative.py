@@ -16,7 +16,7 @@ from ramet.errors import RewardError, TaskError
 from ramet.policy.engines.vision import Look
 from ramet.policy.training.sft import SFTTraining
 from ramet.policy.training.trainer import run_trainer
-from ramet.policy.training.update import TrainConfig, Verdict
+from ramet.policy.training.update import Reward, TrainConfig
 from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import Item
@@ -110,7 +110,7 @@ def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(gr
 
     def judge(task: Any, tree: Any) -> Any:
         sampled = [i for turn in tree.root.turns for i in turn.sampled if i not in grm.chat.stop_ids]
-        return Verdict(0.0, {}, verdict_reward(grm.chat.text(sampled), 1))
+        return Reward(0.0, {}, verdict_reward(grm.chat.text(sampled), 1))
 
     drawn = trainer.draw(0)
     assert [task.reference for task, _ in drawn] == [1, 2, 1, 2]  # both orders of each pair
