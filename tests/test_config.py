@@ -31,8 +31,8 @@ from ramet.schema import Settings, takes
         ("eval.budgets=48,96", "eval.budgets takes a list in brackets, such as [48, 64, 96], of whole numbers from 1 on (got '48,96')"),
         ("env.operands=[5,2]", "the smaller first"),
         ("env.operands=5", "such as [2, 24], of 2 whole numbers (got 5)"),
-        ("env.fields=3", "a table in braces, such as {name = value} (got 3)"),
-        ("env.graded=maybe", "env.graded takes true or false (got 'maybe')"),
+        ("env={kind='gsm8k', fields=3}", "env.fields takes a table in braces, such as {name = value} (got 3)"),
+        ("env={kind='reference', graded='maybe'}", "env.graded takes true or false (got 'maybe')"),
         ("reward.generated=-0.1", "reward.generated takes a number from 0 on (got -0.1)"),
         ("reward.generated=nan", "reward.generated"),
         ("reward.failure=zero", "reward.failure takes a number of at most 0 or 'priced' (got 'zero')"),
@@ -76,7 +76,7 @@ def test_files(tmp_path):
 
 def test_every_setting_says_what_it_takes_and_its_value_is_of_that_kind():
     values = RunConfig().model_dump(mode="json")
-    for name, schema in Settings(RunConfig):
+    for name, schema in Settings(RunConfig).of(values):
         value = values
         for key in name.split("."):
             value = value[key]

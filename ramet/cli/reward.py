@@ -399,9 +399,9 @@ def serve(
 
     Example: RAMET_REWARD_TOKEN=... ramet reward serve --model runs/drm/drm --videos clips
     """
+    from ramet.env.longvideo import TOKEN
     from ramet.rewards.video.server import serve as run
     from ramet.runs.reward_jobs import open_reward
-    from ramet.runs.settings import TOKEN
 
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     served = open_reward(model, _seen(frames, fps, pixels), {}, "score")

@@ -17,7 +17,8 @@ from ramet.terminal import Table, console
 def show_settings(config: RunConfig, section: str, toml: bool, out: Path | None) -> None:
     """Those whose names begin with `section`. Raises `ConfigError` if there are none."""
     values = config.model_dump(mode="json")
-    found = {name: schema for name, schema in Settings(RunConfig) if f"{name}.".startswith(section and section.rstrip(".") + ".")}
+    begins = section and section.rstrip(".") + "."
+    found = {name: schema for name, schema in Settings(RunConfig).of(values) if f"{name}.".startswith(begins)}
     if not found:
         raise ConfigError(f"no setting begins with {section!r}; there are {', '.join(RunConfig.model_fields)}")
     rows = [(name, _value(values, name), takes(schema)) for name, schema in found.items()]

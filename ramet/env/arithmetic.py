@@ -15,11 +15,15 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
 
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
+from ramet.env.settings import EnvSettings, words
 from ramet.env.splits import drawn, part
 from ramet.errors import ConfigError, TaskError
 from ramet.rewards.exact_match import canonical_integer, graded_integer, integer_match
@@ -84,6 +88,36 @@ class RowsEnvironment:
         return int(task.meta["operands"])
 
 
+class RowsSettings(EnvSettings):
+    """Sums in rows. Ranges are inclusive."""
+
+    kind: Literal["rows"] = "rows"
+    """Which environment."""
+    operands: tuple[int, int] = (2, 24)
+    """Operands of a training or iid task, log-uniform."""
+    ood_operands: tuple[int, int] = (48, 54)
+    """Operands of a task out of distribution."""
+    row: tuple[int, int] = (5, 6)
+    """Operands in a row at most; a task draws one of these."""
+    largest: Annotated[int, Field(ge=1, le=99)] = 9
+    """The largest operand."""
+
+    language: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name in ("operands", "ood_operands", "row"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} must be two lengths from 1 on, the smaller first")
+        if max(self.operands[1] / self.row[0], self.ood_operands[1] / self.row[1]) > len(KEYS):
+            raise ValueError(f"a sum has at most {len(KEYS)} rows; make operands shorter or row longer")
+        return self
+
+    def build(self, count: Callable[[str], int] = words) -> RowsEnvironment:
+        return RowsEnvironment(self.operands, self.ood_operands, self.row, self.largest)
+
+
 def rows_task(values: list[int], task_id: str, first_key: int = 0, row: int = ROW, signed: bool = False) -> Task:
     """The task of adding up `values`, in balanced rows of at most `row`, keyed from letter `first_key` on.
 
@@ -142,6 +176,18 @@ class ReferenceEnvironment:
 
     def size(self, task: Task) -> int:
         return int(task.meta["operands"])
+
+
+class ReferenceSettings(EnvSettings):
+    """The SELFCEST arithmetic tasks."""
+
+    kind: Literal["reference"] = "reference"
+    """Which environment."""
+    graded: bool = True
+    """Partial credit, as the reference gives it."""
+
+    def build(self, count: Callable[[str], int] = words) -> ReferenceEnvironment:
+        return ReferenceEnvironment(self.graded)
 
 
 def reference_expression(rng: random.Random) -> tuple[str, int]:

@@ -10,15 +10,18 @@ A prompt says by its content alone whether it is for training, for tuning or to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count as numbers
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from ramet.agents.actor import seed_of
 from ramet.agents.protocol import extract_answer
 from ramet.agents.tree import Message, Task
+from ramet.env.settings import EnvSettings, words
 from ramet.env.splits import drawn, part
 from ramet.errors import ConfigError, first_line
 
@@ -90,3 +93,23 @@ class GymEnvironment:
 
     def size(self, task: Task) -> int:
         return 0
+
+
+class GymSettings(EnvSettings):
+    """Procedural tasks of reasoning-gym."""
+
+    kind: Literal["gym"] = "gym"
+    """Which environment."""
+    task: str = ""
+    """Its name in reasoning-gym, such as leg_counting."""
+    options: dict[str, Any] = Field(default={})
+    """Options of its generator."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if not self.task:
+            raise ValueError("task names no task of reasoning-gym, such as leg_counting")
+        return self
+
+    def build(self, count: Callable[[str], int] = words) -> GymEnvironment:
+        return GymEnvironment(self.task, self.options)

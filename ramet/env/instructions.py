@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Protocol
 
 from ramet.agents.tree import Task
 
@@ -21,25 +20,6 @@ DELEGATE_PARTS = (
     "You may hand parts of this to clones of yourself with the tool: give each an objective that says all it needs. Think step by step, "
     "briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
 )
-
-
-class Worded(Protocol):
-    """What is asked about an environment: its name, and whether documents are at hand."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def multihop(self) -> bool: ...
-
-
-def instruction(env: Worded, spawn: bool) -> str:
-    """What a model that decides by itself is told: with documents at hand, to answer at once; else to think."""
-    if env.kind == "longvideo":
-        return WATCH if spawn else DIRECT
-    if spawn:
-        return DELEGATE if env.multihop else DELEGATE_PARTS
-    return DIRECT if env.multihop else COT
 
 
 def instructed(task: Task, instruction: str) -> Task:

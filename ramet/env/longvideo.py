@@ -7,23 +7,31 @@ well, which is what a method without clones needs. The reward is exact match, or
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from pydantic import Field
 
 from ramet.agents.tree import Message, Segment, Task
 from ramet.data import Row
+from ramet.env.instructions import DIRECT, WATCH
 from ramet.env.questions import Questions, normalised
+from ramet.env.settings import DataSettings, hashes, words
 from ramet.errors import ConfigError, TaskError
-from ramet.media.frames import content_id, video_seconds
-from ramet.policy.engines.vision import Look
-from ramet.rewards.video.discriminative import SCORES, SETTINGS, Item, VideoDRM
-from ramet.rewards.video.judge import Rewards
 from ramet.rewards.video.questions import VideoQuestion, question_of
 
+if TYPE_CHECKING:
+    from ramet.policy.engines.vision import Look
+    from ramet.rewards.video.discriminative import Item
+    from ramet.rewards.video.judge import Rewards
+
 MOST_SEGMENTS = 512
+TOKEN = "RAMET_REWARD_TOKEN"
+"""The environment variable that holds the bearer token of a reward server."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class LongVideoEnvironment(Questions):
 
     def segments(self, video: Segment) -> dict[str, Segment]:
         """The parts of a video by key, the last perhaps shorter."""
+        from ramet.media.frames import video_seconds
+
         end = video_seconds(Path(video.file)) if video.end is None else video.end
         count = max(math.ceil((end - video.start) / self.seconds - 0.05), 1)  # no second segment of a twentieth and less
         if count > MOST_SEGMENTS or not end > video.start:
@@ -91,6 +101,8 @@ class LongVideoEnvironment(Questions):
             return 0.0
         if (metric or self.metric) == "em":
             return float(question.right(f"Answer: {answer}"))
+        from ramet.rewards.video.discriminative import Item
+
         assert self.reward is not None
         return self.reward(Item(question.shown, question.question, f"Answer: {answer}"))
 
@@ -100,6 +112,56 @@ class LongVideoEnvironment(Questions):
     def size(self, task: Task) -> int:
         """Segments."""
         return int(task.meta["size"])
+
+
+class LongVideoSettings(DataSettings):
+    """Questions about long videos, of which clones watch segments."""
+
+    kind: Literal["longvideo"] = "longvideo"
+    """Which environment."""
+    metric: Literal["em", "reward"] = "em"
+    """What a score is: exact match, or what the reward model says."""
+    videos: str = ""
+    """The folder of the videos; without one, that of the rows."""
+    seconds: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds of a segment."""
+    root_sees: Literal["index", "video"] = "index"
+    """What the root sees: the index of segments, or the segments too."""
+    frames: Annotated[int, Field(ge=1)] = 16
+    """Frames that a model sees of a segment, at most."""
+    pixels: Annotated[int, Field(ge=28 * 28)] = 128 * 28 * 28
+    """Pixels that it sees of a frame, at most."""
+    reward_model: str = ""
+    """The directory of a VideoDRM or of a model that judges, or the address of `ramet reward serve`."""
+    reward_patience: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds for which a reward server that is away is waited for."""
+
+    paths: ClassVar[tuple[str, ...]] = ("data", "train", "ood", "videos", "reward_model")
+
+    def files(self) -> dict[str, str]:
+        if not self.reward_model:
+            return super().files()
+        model = Path(self.reward_model)
+        return super().files() | hashes({f"reward_model/{name}": model / name for name in ("model.safetensors", "video_drm.json")})
+
+    def look(self) -> Look:
+        from ramet.policy.engines.vision import Look
+
+        return Look(frames=self.frames, most=self.pixels)
+
+    def unjudged(self) -> Self:
+        return self.model_copy(update={"metric": "em", "reward_model": ""})
+
+    def instruction(self, spawn: bool) -> str:
+        return WATCH if spawn else DIRECT
+
+    def build(self, count: Callable[[str], int] = words) -> LongVideoEnvironment:
+        videos = Path(self.videos) if self.videos else None
+        token = os.environ.get(TOKEN, "")
+        reward = reward_of(self.reward_model, videos, token, self.look(), self.reward_patience) if self.reward_model else None
+        return LongVideoEnvironment(
+            self.sources, self.fields, self.kind, self.allow_overlap, self.seconds, self.root_sees, self.metric, reward, videos
+        )
 
 
 def _looks(file: str) -> str:
@@ -128,6 +190,9 @@ def _question(task: Task) -> VideoQuestion:
 def reward_of(model: str, videos: Path | None, token: str, look: Look, patience: float = 300.0) -> Callable[[Item], float]:
     """The reward of a VideoDRM or a VideoGRM in a directory, or of a server at an address, which is waited for up to
     `patience` seconds when it is away. A VideoDRM looks as it was trained to."""
+    from ramet.media.frames import content_id
+    from ramet.rewards.video.discriminative import SCORES, SETTINGS, VideoDRM
+
     reward: Rewards
     if model.startswith(("http://", "https://")):
         from ramet.rewards.video.server import RemoteReward

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ramet.agents.protocol import last_boxed
 from ramet.agents.tree import Message, Task
 from ramet.data import Model, Row, Said, parsed
 from ramet.env.questions import Questions, normalised
+from ramet.env.settings import DataSettings, words
 from ramet.errors import TaskError
 from ramet.rewards.maths import canonical, math_match, parse_reference, squeezed
 
@@ -106,6 +107,20 @@ class MathsEnvironment(Questions):
 
     def size(self, task: Task) -> int:
         return int(task.meta["size"])
+
+
+class MathsSettings(DataSettings):
+    """Mathematics with one answer."""
+
+    kind: Literal["gsm8k", "math", "aime", "amc"]
+    """Which data set; it says how rows are read."""
+    levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = ()
+    """Levels of MATH that are wanted (5 is the hard split); empty: all."""
+    last_year: int | None = None
+    """The last year of training, of AIME; later ones are measured. Without one there is no split by year."""
+
+    def build(self, count: Callable[[str], int] = words) -> MathsEnvironment:
+        return MathsEnvironment(self.sources, self.fields, self.kind, self.allow_overlap, self.levels, self.last_year)
 
 
 def _asked(question: str) -> str:

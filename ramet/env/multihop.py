@@ -14,12 +14,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, Field
 
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
 from ramet.data import Flag, Row, Said, listed, load_rows, parsed
+from ramet.env.instructions import DELEGATE, DIRECT
 from ramet.env.questions import Questions, normalised
+from ramet.env.settings import DataSettings, words
 from ramet.errors import TaskError
 from ramet.rewards.f1 import exact_match, f1, normalise, references
 
@@ -62,11 +64,6 @@ class _Asked(_Question):
     answer: Said
     answer_aliases: list[Said] | None = None
     question_decomposition: Annotated[list[Any] | None, BeforeValidator(listed("question", "answer"))] = None
-
-
-def words(text: str) -> int:
-    """Tokens of an English text, roughly; for when no tokenizer is at hand."""
-    return len(text) // 4
 
 
 @dataclass(frozen=True)
@@ -174,6 +171,43 @@ class MultihopEnvironment(Questions):
         """The same question over some of its documents, which are shown: for methods that retrieve."""
         chosen = {key: task.documents[key] for key in keys}
         return replace(task, messages=(Message("user", replace(self, show="documents")._prompt(task.meta["question"], chosen)),))
+
+
+_Tokens = Annotated[int, Field(ge=1)]
+
+
+class MultihopSettings(DataSettings):
+    """Questions whose answer takes several documents."""
+
+    kind: Literal["hotpotqa", "2wikimultihopqa", "musique"]
+    """Which data set; it says how rows are read."""
+    metric: Metric = "em"
+    """What a score is: exact match or F1."""
+    show: Literal["documents", "titles"] = "documents"
+    """What the root reads: every document, or titles only."""
+    only_gold: bool = False
+    """Leave out the documents that do not support the answer."""
+    tokens: _Tokens | None = None
+    """Lengthen contexts to about this many tokens with documents of other questions; without: as they are."""
+    ood_tokens: _Tokens | None = None
+    """The same out of distribution; without `ood`, of the rows of `data`."""
+    gold: Gold = "as is"
+    """Where the supporting documents stand."""
+
+    multihop: ClassVar[bool] = True
+
+    @property
+    def sources(self) -> dict[str, str]:
+        return super().sources | {"ood": self.ood or (self.data if self.ood_tokens else "")}
+
+    def instruction(self, spawn: bool) -> str:
+        return DELEGATE if spawn else DIRECT
+
+    def build(self, count: Callable[[str], int] = words) -> MultihopEnvironment:
+        return MultihopEnvironment(
+            self.sources, self.fields, self.kind, self.allow_overlap, self.metric, self.show, self.only_gold, self.tokens,
+            self.ood_tokens, self.gold, count,
+        )  # fmt: skip
 
 
 def _plain(answer: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.protocol import left_line, render_call
 from ramet.display import plots, progress
-from ramet.env.instructions import instructed, instruction
+from ramet.env.instructions import instructed
 from ramet.env.questions import TUNING
 from ramet.media.clips import COLOURS, make_long_questions
 from ramet.policy.engines.vision import Look
@@ -88,8 +88,8 @@ def _base(folder: Path, config: RunConfig) -> None:
     path, draft = folder / "base", folder / "base.draft"
     if (path / "config.json").exists():
         return
-    blind = config.env.model_copy(update={"metric": "em", "reward_model": ""})
-    tasks = [instructed(task, instruction(blind, True)) for task in blind.build().tasks("train", TRAIN - TRAIN // TUNING, config.seed)]
+    blind = config.env.unjudged()
+    tasks = [instructed(task, blind.instruction(True)) for task in blind.build().tasks("train", TRAIN - TRAIN // TUNING, config.seed)]
     if not (draft / "config.json").exists():
         texts = [task.messages[0].content for task in tasks[:400]]
         texts += 100 * [f"Answer: {word}" for word in COLOURS]

@@ -14,9 +14,9 @@ from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
-from ramet.env.instructions import instructed, instruction
-from ramet.env.multihop import words
+from ramet.env.instructions import instructed
 from ramet.env.questions import Questions
+from ramet.env.settings import words
 from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
@@ -127,7 +127,7 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
         else:
             tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
         if config.env.language:
-            tasks = [instructed(task, instruction(config.env, spawn)) for task in tasks]
+            tasks = [instructed(task, config.env.instruction(spawn)) for task in tasks]
         return [
             (
                 task,

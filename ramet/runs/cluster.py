@@ -101,9 +101,8 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     flags(setup, context)
     if not config.openrlhf.cpu:
         refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, context))
-    if not config.env.reward_model:
-        # What is wrong with the tasks is said now, and not by an actor in a minute.
-        config.env.build().tasks("train", 1, config.seed)
+    # What is wrong with the tasks is said now, and not by an actor in a minute.
+    config.env.unjudged().build().tasks("train", 1, config.seed)
     _claim(directory, config)
     (directory / STOP).unlink(missing_ok=True)
     final = checkpoint_path(directory / "checkpoints", config.train.updates)
@@ -129,12 +128,8 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
 
 def _absolute(config: RunConfig) -> RunConfig:
     """With whole paths: the job and its actors may stand in another folder."""
-    env = {}
-    for name in ("data", "train", "ood", "videos", "reward_model"):
-        if (value := getattr(config.env, name)) and Path(value).exists():
-            env[name] = str(Path(value).resolve())
     model = str(Path(config.model).resolve()) if config.model != "nano" and Path(config.model).exists() else config.model
-    return config.model_copy(update={"model": model, "env": config.env.model_copy(update=env)})
+    return config.model_copy(update={"model": model, "env": config.env.absolute()})
 
 
 def _claim(directory: Path, config: RunConfig) -> None:

@@ -17,7 +17,6 @@ from ramet.benchmarks.evaluation import baselines, methods
 from ramet.benchmarks.evaluation.harness import Entry, Measured, by_size, failures, grouped, measure, point
 from ramet.display import progress
 from ramet.display.plots import LABELS
-from ramet.env import instructions
 from ramet.env.questions import Questions
 from ramet.env.splits import TUNING
 from ramet.errors import ConfigError, PolicyError
@@ -83,7 +82,7 @@ def run_measuring(
     env = config.env.build(count)
     seed = config.eval.seed + config.seed
     # Each task in flight holds a context; a server may be restarted meanwhile.
-    in_flight = 64 if config.env.kind == "rows" else 8 if config.backend == "transformers" else 32
+    in_flight = 64 if not config.env.language else 8 if config.backend == "transformers" else 32
     attempts = 24 if config.url else 4
 
     async def main() -> list[Measured]:
@@ -134,7 +133,7 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
 
 def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
     """The model deciding by itself, with the tool or without; told so where questions are in words."""
-    method = methods.told(instructions.instruction(config.env, spawn)) if config.env.language else baselines.tree
+    method = methods.told(config.env.instruction(spawn)) if config.env.language else baselines.tree
     return Entry(policy, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
 
@@ -149,7 +148,7 @@ def data_records(config: RunConfig, training: bool = False) -> list[dict[str, An
 
     Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
     """
-    env = config.env.model_copy(update={"metric": "em", "reward_model": ""}).build()
+    env = config.env.unjudged().build()
     records: list[dict[str, Any]] = []
     if training and isinstance(env, Questions):
         env.tasks("train", 1, config.seed)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import copy
 import difflib
-import hashlib
-import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
@@ -22,11 +20,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ramet.agents.budget import Budget
-from ramet.env.arithmetic import KEYS, ReferenceEnvironment, RowsEnvironment
-from ramet.env.environment import Environment
-from ramet.env.gym import GymEnvironment
-from ramet.env.maths import MathsEnvironment
-from ramet.env.multihop import MultihopEnvironment, words
+from ramet.env.arithmetic import RowsSettings
+from ramet.env.registry import AnyEnv
 from ramet.errors import ConfigError
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.training.update import TrainConfig
@@ -36,148 +31,6 @@ from ramet.storage import read_text, write_text
 
 _Config = TypeVar("_Config", bound=BaseModel)
 _Tokens = Annotated[int, Field(ge=1)]
-
-
-TOKEN = "RAMET_REWARD_TOKEN"
-"""The environment variable that holds the bearer token of a reward server."""
-_MATHS = ("gsm8k", "math", "aime", "amc")
-_MULTIHOP = ("hotpotqa", "2wikimultihopqa", "musique")
-_FILES = ("data", "train", "ood", "fields", "allow_overlap")
-_OPTIONS: dict[str, tuple[str, ...]] = {
-    "longvideo": (*_FILES, "metric", "videos", "seconds", "root_sees", "frames", "pixels", "reward_model", "reward_patience"),
-    "rows": ("operands", "ood_operands", "row", "largest"),
-    "reference": ("graded",),
-    "gym": ("task", "options"),
-    **dict.fromkeys(_MATHS, (*_FILES, "levels", "last_year")),
-    **dict.fromkeys(_MULTIHOP, (*_FILES, "metric", "show", "only_gold", "tokens", "ood_tokens", "gold")),
-}
-"""The options that belong to each environment."""
-
-
-class EnvConfig(BaseModel):
-    """The environment. Ranges are inclusive.
-
-    rows        operands, ood_operands, row, largest: see `ramet.env.arithmetic`
-    reference   graded
-    gym         task: a name of reasoning-gym; options: of its generator
-    data sets   data, train, ood: a file or hub id for what is measured, trained on, and out of distribution; fields: the field map;
-                allow_overlap: questions may be both trained on and measured
-      gsm8k, math, aime, amc               levels, last_year: see `ramet.env.maths`
-      hotpotqa, 2wikimultihopqa, musique   metric, show, only_gold, tokens, ood_tokens, gold: see `ramet.env.multihop`
-      longvideo   metric, videos, seconds, root_sees: see `ramet.env.longvideo`; frames, pixels: what a model sees of a segment, at most;
-                  reward_model: the directory of a VideoDRM or of a model that judges, or the address of `ramet reward serve`;
-                  reward_patience: seconds for which a server that is away is waited for
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["rows", "reference", "gym", "gsm8k", "math", "aime", "amc", "hotpotqa", "2wikimultihopqa", "musique", "longvideo"] = (
-        "rows"
-    )
-    operands: tuple[int, int] = (2, 24)
-    ood_operands: tuple[int, int] = (48, 54)
-    row: tuple[int, int] = (5, 6)
-    largest: Annotated[int, Field(ge=1, le=99)] = 9
-    graded: bool = True
-    task: str = ""
-    options: dict[str, Any] = {}
-    data: str = ""
-    train: str = ""
-    ood: str = ""
-    fields: dict[str, str] = {}
-    allow_overlap: bool = False
-    levels: tuple[Annotated[int, Field(ge=1, le=5)], ...] = ()
-    last_year: int | None = None
-    metric: Literal["em", "f1", "reward"] = "em"
-    show: Literal["documents", "titles"] = "documents"
-    only_gold: bool = False
-    tokens: _Tokens | None = None
-    ood_tokens: _Tokens | None = None
-    gold: Literal["as is", "start", "middle", "end", "random"] = "as is"
-    videos: str = ""
-    seconds: Annotated[float, Field(gt=0)] = 10.0
-    root_sees: Literal["index", "video"] = "index"
-    frames: _Tokens = 16
-    pixels: Annotated[int, Field(ge=28 * 28)] = 128 * 28 * 28
-    reward_model: str = ""
-    reward_patience: Annotated[float, Field(ge=0)] = 300.0
-
-    @model_validator(mode="after")
-    def _ranges(self) -> EnvConfig:
-        for name in ("operands", "ood_operands", "row"):
-            low, high = getattr(self, name)
-            if not 1 <= low <= high:
-                raise ValueError(f"{name} must be two lengths from 1 on, the smaller first")
-        if max(self.operands[1] / self.row[0], self.ood_operands[1] / self.row[1]) > len(KEYS):
-            raise ValueError(f"a sum has at most {len(KEYS)} rows; make operands shorter or row longer")
-        return self
-
-    @model_validator(mode="after")
-    def _belongs(self) -> EnvConfig:
-        for name, field in type(self).model_fields.items():
-            if name != "kind" and name not in _OPTIONS[self.kind] and getattr(self, name) != field.default:
-                raise ValueError(f"{name} does not belong to the environment {self.kind}, which takes {', '.join(_OPTIONS[self.kind])}")
-        if self.metric not in ("em", "reward" if self.kind == "longvideo" else "f1"):
-            raise ValueError(f"metric {self.metric} does not belong to the environment {self.kind}")
-        if self.kind == "gym" and not self.task:
-            raise ValueError("task names no task of reasoning-gym, such as leg_counting")
-        return self
-
-    @property
-    def measurable(self) -> bool:
-        """Is there anything to be measured on?"""
-        return "data" not in _OPTIONS[self.kind] or bool(self.data or self.ood)
-
-    def check_measurable(self) -> None:
-        """Raises `ConfigError` if there is nothing to be measured on."""
-        if not self.measurable:
-            raise ConfigError("env.data names no file or data set: give --data")
-
-    @property
-    def language(self) -> bool:
-        """Does the environment ask questions in words, so that a method has to say how they are to be answered?"""
-        return self.kind != "rows"
-
-    def files(self) -> dict[str, str]:
-        """SHA-256 of the local files that tasks are made of: a journal of other rows is not this job's."""
-        paths = {name: Path(getattr(self, name)) for name in ("data", "train", "ood") if getattr(self, name)}
-        if self.reward_model:
-            paths |= {f"reward_model/{name}": Path(self.reward_model) / name for name in ("model.safetensors", "video_drm.json")}
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}
-
-    def look(self) -> Any:
-        """How a model that sees looks at videos."""
-        from ramet.policy.engines.vision import Look
-
-        return Look(frames=self.frames, most=self.pixels)
-
-    @property
-    def multihop(self) -> bool:
-        """Are there documents?"""
-        return self.kind in _MULTIHOP
-
-    def build(self, count: Callable[[str], int] = words) -> Environment:
-        """The environment; `count` gives the tokens of a text."""
-        sources = {"iid": self.data, "train": self.train, "ood": self.ood or (self.data if self.ood_tokens else "")}
-        common = (sources, self.fields, self.kind, self.allow_overlap)
-        if self.kind in _MULTIHOP:
-            scored: Any = self.metric
-            return MultihopEnvironment(*common, scored, self.show, self.only_gold, self.tokens, self.ood_tokens, self.gold, count)
-        if self.kind == "longvideo":
-            from ramet.env.longvideo import LongVideoEnvironment, reward_of
-
-            videos = Path(self.videos) if self.videos else None
-            token = os.environ.get(TOKEN, "")
-            reward = reward_of(self.reward_model, videos, token, self.look(), self.reward_patience) if self.reward_model else None
-            metric: Any = self.metric
-            return LongVideoEnvironment(*common, self.seconds, self.root_sees, metric, reward, videos)
-        if self.kind in _MATHS:
-            return MathsEnvironment(*common, self.levels, self.last_year)
-        if self.kind == "gym":
-            return GymEnvironment(self.task, self.options)
-        if self.kind == "reference":
-            return ReferenceEnvironment(self.graded)
-        return RowsEnvironment(self.operands, self.ood_operands, self.row, self.largest)
 
 
 class EvalConfig(BaseModel):
@@ -265,7 +118,7 @@ class RunConfig(BaseModel):
     threads: Annotated[int, Field(ge=1)] | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    env: EnvConfig = EnvConfig()
+    env: AnyEnv = RowsSettings()
     attention: AttentionConfig = AttentionConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
@@ -332,7 +185,8 @@ def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
 
 
 def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
+    """`over` on top of `under`; a section of another kind has other options, and begins from their defaults."""
+    merged = dict(under) if over.get("kind", under.get("kind")) == under.get("kind") else {}
     for key, value in over.items():
         below = merged.get(key)
         merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
@@ -361,11 +215,11 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     given = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
     if problem["type"] == "value_error":
         return f"{where or 'config'}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    if problem["type"] == "union_tag_invalid":
+        key = problem["ctx"]["discriminator"].strip("'")
+        return f"{where}.{key} takes {takes(Settings(kind).at([*problem['loc'], key])[1])} (got {problem['input'][key]!r})"
     if problem["type"] != "extra_forbidden":
-        example = kind().model_dump()
-        for key in where.split("."):
-            example = example.get(key, {}) if isinstance(example, dict) else None
-        return f"{where or 'config'} takes {takes(schema, example)}{given}"
+        return f"{where or 'config'} takes {takes(schema)}{given}"
     unknown, known = problem["loc"][-1], list(schema.get("properties", ()))
     close = difflib.get_close_matches(str(unknown), known, 1)
     whole = ".".join([*([where] if where else []), str(unknown)])

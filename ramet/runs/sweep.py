@@ -90,7 +90,7 @@ def entries(
     sampling = {name: Sampling(temperature=config.eval.temperature or settings[name].temperature) for name in SETTINGS}
     chosen = [Entry(name, made[name], sampling.get(name, plain), 0) for name in names if name in made]
     if "delegate" in names:
-        told = methods.told(instructions.instruction(config.env, True))
+        told = methods.told(config.env.instruction(True))
         for depth in depths or (config.budget.depth,):
             for width in widths or (config.budget.width,):
                 name = "delegate" + (f" depth {depth}" if depths else "") + (f" width {width}" if widths else "")

@@ -11,8 +11,10 @@ import pytest
 
 from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.tree import Segment
-from ramet.env.instructions import instructed, instruction
+from ramet.env.instructions import instructed
 from ramet.env.longvideo import LongVideoEnvironment
+from ramet.env.registry import env_settings
+from ramet.env.settings import EnvSettings
 from ramet.errors import ConfigError, TaskError
 from ramet.media.clips import make_long_questions
 from ramet.policy.engines.vision import Look, VideoReader
@@ -20,7 +22,7 @@ from ramet.recipes import reproduce_longvideo as longvideo
 from ramet.recipes.nano.vision import random_vision_model
 from ramet.recipes.nano.watching import Teacher, demonstrate_watching, examples, needed, scenes_of
 from ramet.rewards.video.discriminative import Item
-from ramet.runs.settings import EnvConfig, RunConfig, load, validate
+from ramet.runs.settings import RunConfig, load, validate
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(folder: Path, **more: Any) -> EnvConfig:
+def config(folder: Path, **more: Any) -> EnvSettings:
     source = str(folder / "questions.jsonl")
-    return EnvConfig(kind="longvideo", data=source, train=source, allow_overlap=True, seconds=1.0, **more)
+    return env_settings(kind="longvideo", data=source, train=source, allow_overlap=True, seconds=1.0, **more)
 
 
 def test_the_root_reads_an_index_and_keys_are_segments(folder: Path) -> None:
@@ -90,8 +92,8 @@ def test_rewards(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"env": {"kind": "longvideo", "metric": "f1"}}, "metric f1 does not belong"),
-        ({"env": {"kind": "hotpotqa", "metric": "reward"}}, "metric reward does not belong"),
+        ({"env": {"kind": "longvideo", "metric": "f1"}}, "env.metric takes one of em, reward"),
+        ({"env": {"kind": "hotpotqa", "metric": "reward"}}, "env.metric takes one of em, f1"),
         ({"env": {"kind": "gsm8k", "seconds": 2.0}}, "seconds does not belong to the environment gsm8k"),
         ({"env": {"kind": "longvideo", "seconds": 0}}, "takes a number above 0"),
         ({"attention": {"method": "spava"}, "backend": "vllm"}, "goes with the backend transformers"),
@@ -107,7 +109,7 @@ def test_what_does_not_belong_together_is_refused(change: dict[str, Any], said: 
 def test_demonstrations_are_whole_trees(folder: Path) -> None:
     """Of four, two guess, one asks for the right segment, one for all; clones see what they were given."""
     env = config(folder)
-    tasks = [instructed(task, instruction(env, True)) for task in env.build().tasks("train", 12, 0)]
+    tasks = [instructed(task, env.instruction(True)) for task in env.build().tasks("train", 12, 0)]
     tokenizer, model = random_vision_model([task.messages[0].content for task in tasks], 0)
     chat = ControlTokenFormat(tokenizer)
     chat.see = VideoReader(model.config, tokenizer, Look(frames=2, most=56 * 56)).ids

@@ -17,9 +17,10 @@ from ramet.data import load_rows
 from ramet.env.gym import GymEnvironment
 from ramet.env.maths import MathsEnvironment, final_answer
 from ramet.env.multihop import MultihopEnvironment, documents, words
+from ramet.env.registry import env_settings
 from ramet.errors import ConfigError, TaskError
 from ramet.runs.build import recipe
-from ramet.runs.settings import EnvConfig, RunConfig, load
+from ramet.runs.settings import RunConfig, load
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -52,7 +53,7 @@ def musique(**more: object) -> dict:
 
 def read(path: Path, kind: str, *rows: object, **options: object) -> list[Task]:
     """The tasks that a configuration makes of the rows, in their order."""
-    tasks = EnvConfig(kind=kind, data=write(path / "rows.jsonl", *rows), **options).build().tasks("iid", 100, 0)
+    tasks = env_settings(kind=kind, data=write(path / "rows.jsonl", *rows), **options).build().tasks("iid", 100, 0)
     return sorted(tasks, key=lambda task: int(task.id.rpartition("-")[2]))
 
 
@@ -156,7 +157,7 @@ def test_a_broken_row_is_one_line_with_file_row_and_column(tmp_path, kind, row, 
 def test_an_answer_of_articles_or_punctuation_is_earned_by_saying_it_and_not_by_silence(tmp_path, gold):
     for row in (musique(answer=gold, answer_aliases=[]), musique(answer="Ann", answer_aliases=[gold])):
         [task] = read(tmp_path, "musique", row)
-        env = EnvConfig(kind="musique").build()
+        env = env_settings(kind="musique").build()
         for metric in ("em", "f1"):
             assert [env.grade(task, said, metric) for said in (gold, gold.lower(), "", " ", ",", None)] == [1, 1, 0, 0, 0, 0]
 
@@ -210,14 +211,14 @@ def test_training_draws_every_row_before_any_again(tmp_path):
 def test_what_is_trained_on_tuned_on_and_measured_differs(tmp_path):
     rows = sums(*range(200))
     train, data = write(tmp_path / "train.jsonl", *rows, *rows[:20]), write(tmp_path / "data.jsonl", *sums(*range(1000, 1050)))
-    env = EnvConfig(kind="gsm8k", train=train, data=data).build()
+    env = env_settings(kind="gsm8k", train=train, data=data).build()
     trained, tuned, measured = (set(asked(env.tasks(split, 500, 0))) for split in ("train", "tune", "iid"))
     assert (len(trained), len(tuned), len(measured)) == (180, 20, 50)
     assert not trained & tuned and not (trained | tuned) & measured
     assert tuned == set(asked(env.tasks("tune", 500, 9))), "whatever the seed"
     shuffled = write(tmp_path / "shuffled.jsonl", *rows[::-1])
-    assert tuned == set(asked(EnvConfig(kind="gsm8k", train=shuffled).build().tasks("tune", 500, 0))), "by content, whatever the order"
-    few = EnvConfig(kind="gsm8k", train=write(tmp_path / "few.jsonl", *rows[:9])).build()
+    assert tuned == set(asked(env_settings(kind="gsm8k", train=shuffled).build().tasks("tune", 500, 0))), "by content, whatever the order"
+    few = env_settings(kind="gsm8k", train=write(tmp_path / "few.jsonl", *rows[:9])).build()
     assert len(set(asked(few.tasks("train", 20, 0)))) == 9
     with pytest.raises(TaskError, match="too few questions"):
         few.tasks("tune", 1, 0)
@@ -225,7 +226,7 @@ def test_what_is_trained_on_tuned_on_and_measured_differs(tmp_path):
 
 def test_tuning_tasks_of_the_longer_split_are_as_long(tmp_path):
     train, data = (write(tmp_path / f"{name}.jsonl", *map(hotpot, numbers)) for name, numbers in (("t", range(60)), ("d", range(60, 80))))
-    env = EnvConfig(kind="hotpotqa", train=train, data=data, ood_tokens=200).build()
+    env = env_settings(kind="hotpotqa", train=train, data=data, ood_tokens=200).build()
     short, long = env.tasks("tune", 9, 0), env.tasks("tune_ood", 9, 0)
     assert {t.meta["question"] for t in short} == {t.meta["question"] for t in long} and len(short) == 6
     assert all(len(b.documents) > len(a.documents) for a in short for b in long)
@@ -248,8 +249,8 @@ def test_a_question_in_both_files_is_refused_unless_it_is_asked_for(tmp_path, ch
         with pytest.raises(
             ConfigError, match=r"10 of the 30 rows of \S+data.jsonl ask .*train.jsonl .* row 1 and row 31 there.*env\.allow_overlap=true"
         ):
-            EnvConfig(kind="gsm8k", train=train, data=data).build().tasks(split, 5, 0)
-    env = EnvConfig(kind="gsm8k", train=train, data=data, allow_overlap=True).build()
+            env_settings(kind="gsm8k", train=train, data=data).build().tasks(split, 5, 0)
+    env = env_settings(kind="gsm8k", train=train, data=data, allow_overlap=True).build()
     assert len(env.tasks("iid", 99, 0)) == 30 and env.found("iid") == {"rows": 30, "duplicates": 0, "trained_on": 10}
     measured = {" ".join(q.split()).casefold().removesuffix("?") for q in asked(env.tasks("iid", 99, 0))}
     assert not measured & {q.casefold().removesuffix("?") for q in asked(env.tasks("tune", 99, 0))}, "what is tuned on is never measured"
@@ -258,9 +259,9 @@ def test_a_question_in_both_files_is_refused_unless_it_is_asked_for(tmp_path, ch
 def test_one_file_is_not_trained_on_and_measured(tmp_path):
     path = write(tmp_path / "h.jsonl", *map(hotpot, range(12)))
     with pytest.raises(ConfigError, match="12 of the 12 rows"):
-        EnvConfig(kind="hotpotqa", train=path, data=path).build().tasks("iid", 5, 0)
+        env_settings(kind="hotpotqa", train=path, data=path).build().tasks("iid", 5, 0)
     years = write(tmp_path / "aime.jsonl", *({"Problem": f"p{y}", "Answer": 1, "Year": y} for y in range(2015, 2025)))
-    split = EnvConfig(kind="aime", train=years, data=years, last_year=2020).build()
+    split = env_settings(kind="aime", train=years, data=years, last_year=2020).build()
     assert set(asked(split.tasks("iid", 20, 0))) == {f"p{y}" for y in range(2021, 2025)}, "but for years that part it"
 
 
@@ -283,9 +284,9 @@ def test_a_row_that_is_there_twice_is_measured_once(tmp_path):
 def test_a_question_is_the_same_however_its_formulas_are_set(tmp_path, asked, again):
     """And its answer, however the number is written: one outcome counts once, and none is trained on and measured."""
     rows = {"question": asked, "answer": "#### 0.5"}, {"question": again, "answer": "#### 1/2"}
-    twice = EnvConfig(kind="gsm8k", data=write(tmp_path / "twice.jsonl", *rows)).build()
+    twice = env_settings(kind="gsm8k", data=write(tmp_path / "twice.jsonl", *rows)).build()
     assert len(twice.tasks("iid", 9, 0)) == 1
-    both = EnvConfig(kind="gsm8k", train=write(tmp_path / "t.jsonl", rows[0]), data=write(tmp_path / "d.jsonl", rows[1])).build()
+    both = env_settings(kind="gsm8k", train=write(tmp_path / "t.jsonl", rows[0]), data=write(tmp_path / "d.jsonl", rows[1])).build()
     with pytest.raises(ConfigError, match="trained on and measured"):
         both.tasks("iid", 9, 0)
 
@@ -347,7 +348,7 @@ def test_the_field_map_holds_for_every_column_and_names_only_those(tmp_path):
 )
 def test_files_are_read_whatever_wrote_them(tmp_path, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-    [task] = EnvConfig(kind="gsm8k", data=str(tmp_path / name)).build().tasks("iid", 5, 0)
+    [task] = env_settings(kind="gsm8k", data=str(tmp_path / name)).build().tasks("iid", 5, 0)
     assert (task.messages[0].content, task.reference) == ("q", "1")
 
 

@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
+from ramet.env.registry import env_settings
+from ramet.env.settings import EnvSettings
 from ramet.errors import RewardError
 from ramet.rewards.penalty import Prices, scored
 from ramet.runs.build import recipe
-from ramet.runs.settings import EnvConfig, RunConfig, load
+from ramet.runs.settings import RunConfig, load
 
 ROWS = {
     "gsm8k": {"question": "How many?", "answer": "12 and 30.\n#### 42"},
@@ -31,12 +33,12 @@ def tree(generated: int = 0) -> Tree:
     return Tree("t", Branch("0", (), (), Status.ANSWERED, "1"), Usage(generated=generated))
 
 
-def environments(folder) -> list[tuple[EnvConfig, str]]:
-    made = [(EnvConfig(kind="rows"), "iid"), (EnvConfig(kind="reference"), "iid"), (EnvConfig(kind="gym", task="leg_counting"), "iid")]
+def environments(folder) -> list[tuple[EnvSettings, str]]:
+    made = [(env_settings("rows"), "iid"), (env_settings("reference"), "iid"), (env_settings("gym", task="leg_counting"), "iid")]
     for kind, row in ROWS.items():
         path = folder / f"{kind}.jsonl"
         path.write_text(json.dumps(row) + "\n")
-        made += [(EnvConfig(kind=kind, data=str(path), **({"metric": "f1"} if kind == "hotpotqa" else {})), "iid")]
+        made += [(env_settings(kind=kind, data=str(path), **({"metric": "f1"} if kind == "hotpotqa" else {})), "iid")]
     return made
 
 
@@ -65,7 +67,7 @@ def test_the_rule(one, other, cost, other_cost, failure):
 def test_a_wrong_number_is_worth_what_no_idea_is_and_not_less(tmp_path):
     """Where a wrong number earns partial credit that its price exceeds."""
     task = Task("t", (), reference=42)
-    env = EnvConfig(kind="reference").build()
+    env = env_settings(kind="reference").build()
     assert 0 < env.grade(task, "7") < env.grade(task, "42") and env.grade(task, "no idea") == 0
     cost = {"generated": 0.25}
     assert scored(tree(), env.grade(task, "7"), cost, 0.0) == scored(tree(), env.grade(task, "no idea"), cost, 0.0) == 0.0
