@@ -211,7 +211,7 @@ def reproduce(
     name: Annotated[str | None, _named("reproduce-nano- and the seed")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
-    """Run a full comparison that the README shows: nano from the shipped base, longvideo from nothing. Run again to resume.
+    """Run a full comparison that the documentation shows: nano from the shipped base, longvideo from nothing. Run again to resume.
 
     Example: ramet reproduce nano --seed 1
     """
