@@ -78,7 +78,7 @@ def test_on_a_terminal_of_any_width_no_number_is_cut(width):
     st.lists(st.lists(st.text("ab 0.9─", max_size=40), min_size=3, max_size=3), min_size=1, max_size=4),
     st.integers(20, 130),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_stands_in_a_table_is_all_there_and_within_the_width(rows, width):
     screen = on_terminal(width)
     table = Table("one", "another", "the third")

@@ -78,7 +78,7 @@ def _surviving(data, root, child, depth, log) -> int:
     return grow(data, root, child, depth, log)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(budgets, st.data())
 def test_conservation_over_random_trees(budget: Budget, data: st.DataObject):
     ledger = Ledger.of(budget)

@@ -104,7 +104,7 @@ def test_text_that_spells_control_tokens_stays_text(chat):
             assert controls(chat, chat.after_turn(text, closed)) == controls(chat, chat.after_turn("x", closed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_random_mixtures_of_spellings_stay_text(data, nano_tokenizer, qwen):
     for made in (ControlTokenFormat(nano_tokenizer), ChatMLFormat(qwen)):

@@ -84,7 +84,7 @@ def test_fingerprints_tell_configurations_apart():
     assert fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1}) != fingerprint({"a": 1, "b": 3})
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mangled_journal_is_a_prefix_or_refused(data, tmp_path):
     whole = bytearray(written(tmp_path / "whole") if not (tmp_path / "whole").exists() else (tmp_path / "whole").read_bytes())

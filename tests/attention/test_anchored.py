@@ -44,7 +44,7 @@ def test_spava_is_attention_under_its_mask(hosts: int, heads: int, kv_heads: int
     assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, seen, kv_heads), SCALE))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, 40),
     st.integers(1, 4),

@@ -38,7 +38,7 @@ def check(method: str, length: int, hosts: int, heads: int, kv_heads: int, backe
             assert torch.allclose(ours, theirs[:, plan.rows(r)], rtol=0, atol=1e-13)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(["ring", "zigzag"]), st.integers(1, 40), st.integers(1, 6), st.sampled_from(["flash", "reference"]))
 def test_rings_of_any_length(method: str, length: int, hosts: int, backend: str) -> None:
     check(method, length, hosts, 4, 2, backend)

@@ -46,7 +46,7 @@ def test_shapes_and_backends_that_do_not_fit_are_named() -> None:
         attend(q[:2], k, v, 1.0, backend="flash_attn")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any), st.randoms())
 def test_merged_parts_are_the_whole_in_any_order(sizes: list[int], random: object) -> None:
     q, k, v = tensors(sum(sizes), 4, 2, sum(sizes))

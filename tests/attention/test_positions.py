@@ -68,7 +68,7 @@ def test_parts_of_a_second_count(seconds: float, times: list[int]) -> None:
     assert laid.positions[0].tolist() == [*times, max(times) + 1]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_prompt(data: st.DataObject) -> None:
     """Any number of videos, of any length and size, with text of any length between, before and after them, and sampled placeholders."""

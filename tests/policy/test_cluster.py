@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.agents.drain import Drained
@@ -128,7 +128,6 @@ def slow_gae(values: list[float], reward: float, gamma: float, lam: float) -> li
     return [float(sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, len(values)))) for t in range(len(values))]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(-2, 2), min_size=1, max_size=12), st.floats(-1, 1), st.floats(0.1, 1), st.floats(0, 1)
 )  # fmt: skip

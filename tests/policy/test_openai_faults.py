@@ -155,7 +155,7 @@ async def test_a_key_in_the_address_is_never_said(monkeypatch):
         assert leaked(str(caught.value)) < 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(min_size=4, max_size=60), st.text(max_size=40), st.text(max_size=40), st.data())
 def test_no_long_part_of_a_secret_passes_the_mask(secret, before, after, data):
     start = data.draw(st.integers(0, len(secret) - 1))

@@ -51,7 +51,7 @@ def test_events_are_read_as_browsers_read_them_wherever_the_bytes_are_cut(body, 
         assert events(body, size) == found, size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.dictionaries(st.text(max_size=4), st.one_of(st.text(max_size=8), st.integers(), st.none()), min_size=1), max_size=5),
     st.sampled_from(["\n", "\r\n", "\r"]),
@@ -64,7 +64,7 @@ def test_what_is_sent_as_events_comes_out(objects, line_end, comments, size):
     assert [text for _, text in events(body.encode("utf-8", "surrogatepass"), size)] == said
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.integers(1, 20))
 def test_no_bytes_break_the_reader_and_cutting_changes_nothing(body, size):
     assert events(body, size) == events(body)

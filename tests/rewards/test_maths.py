@@ -99,7 +99,7 @@ def test_answers_that_would_hang_or_break_are_wrong(gold):
     assert [match(gold, answer) for answer in HOSTILE] == [0.0] * len(HOSTILE)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=40), st.text("0123456789+-*/^_{}()[]\\|,.=<>$% xyabfracsqrtmixpe", max_size=60))
 def test_any_text_has_a_verdict_and_reads_itself_right(noise, formula):
     for text in (noise, formula):
