@@ -2,8 +2,8 @@
 
 A row says what is asked, about which video, and which answer is better, in one of the forms of `FORMATS`; a column is found under
 any of its names in `NAMES`, or where a field map says. Answers and questions are text, messages (`role` and `content`, or `from` and
-`value`) or lists of them, whose last answer counts; contents may be lists of parts. What fits no form is refused with the columns that
-it has.
+`value`) or lists of them, whose last answer counts; contents may be lists of parts. A row may also hold one answer with its rating, beside
+other rows of the same question (`rated`). What fits no form is refused with the columns that it has.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "responses": ("responses", "response", "answers", "candidates", "completions"),
     "rankings": ("rankings", "ranking", "human_ranking", "ranks"),
     "ratings": ("ratings", "scores", "human_ratings", "human_scores"),
+    "response": ("response", "answer", "completion", "candidate", "output", "model_response"),
+    "rating": ("rating", "score", "human_rating", "human_score", "overall", "overall_rating", "overall_score"),
     "a": ("a", "answer_a", "response_a", "output_a", "answer1", "answer_1", "response1", "response_1", "output_1"),
     "b": ("b", "answer_b", "response_b", "output_b", "answer2", "answer_2", "response2", "response_2", "output_2"),
     "rating_a": ("rating_a", "score_a", "rating1", "rating_1", "score1", "score_1"),
@@ -87,18 +89,49 @@ class Format:
 
 def preference(columns: Columns) -> Preference:
     """By the first form whose columns a row has. Raises `TaskError` that lists what it has and what would do."""
-    for form in FORMATS:
-        if all(columns.column(name) is not None for name in form.needs):
-            found = form.read(columns)
-            if len(found.answers) < 2:
-                raise TaskError(f"{columns.where} has one answer; a preference takes two")
-            twice = found.best is not None and found.answers.count(found.answers[found.best]) > 1
-            return Preference(found.answers, None if twice else found.best)
-    accepted = "; ".join(f"{form.name} ({', '.join(NAMES[name][0] for name in form.needs)})" for form in FORMATS)
+    form = _form(columns)
+    if form is not None:
+        found = form.read(columns)
+        if len(found.answers) < 2:
+            raise TaskError(f"{columns.where} has one answer; a preference takes two")
+        twice = found.best is not None and found.answers.count(found.answers[found.best]) > 1
+        return Preference(found.answers, None if twice else found.best)
+    accepted = "; ".join(f"{form.name} ({', '.join(NAMES[name][0] for name in form.needs)})" for form in (*FORMATS, RATED))
     raise TaskError(
         f"{columns.where} is in no form that is known: it has {', '.join(map(str, columns.row))}. Accepted are {accepted}, also under "
         "other usual names; name a column of yours with --field, such as --field chosen=COLUMN"
     )
+
+
+def rated(columns: Columns) -> tuple[str, float] | None:
+    """The one answer of a row, or at the end of its conversation, and its rating, most is best. None: the row is in another form.
+
+    What it is better or worse than stands in other rows. Raises `TaskError` for several answers with one rating, and for what is no number.
+    """
+    form = _form(columns)
+    rating = next((name for name in ("rating", "ratings") if columns.column(name) is not None), None)
+    if rating is None or form not in (None, RATED_TOGETHER):
+        return None
+    if columns.column("response") is not None or columns.column("responses") is not None:
+        said = answers(columns.get("responses" if columns.column("response") is None else "response"), "response", columns.where)
+    else:
+        turns = _turns(columns.get("question", None))
+        said = tuple(text(what, "response", columns.where) for who, what in turns[-1:] if who == "assistant")
+    if not said or (form is not None and len(said) > 1):
+        return None
+    ratings = _numbers(columns.get(rating), "ratings", columns.where)
+    if len(said) != 1 or len(ratings) != 1:
+        raise TaskError(f"{columns.where} has {len(said)} responses and {len(ratings)} ratings or ranks")
+    return said[0], ratings[0]
+
+
+def best_of(rated: Sequence[tuple[str, float]]) -> Preference:
+    """Of answers that differ, with their ratings; several of the highest rating are a tie."""
+    return Preference(tuple(said for said, _ in rated), _highest([rating for _, rating in rated]))
+
+
+def _form(columns: Columns) -> Format | None:
+    return next((form for form in FORMATS if all(columns.column(name) is not None for name in form.needs)), None)
 
 
 def _chosen(columns: Columns) -> Preference:
@@ -168,9 +201,12 @@ def _winner(columns: Columns) -> int | None:
     raise TaskError(f"{columns.where}: its winner is {str(value)[:40]!r}, which is neither A, B, 1, 2, left, right nor a tie")
 
 
+RATED_TOGETHER = Format("rated answers", ("responses", "ratings"), _rated)
+RATED = Format("a row for each rated answer", ("response", "rating"), _rated)
+"""Several rows make a preference: see `rated`."""
 FORMATS = (
     Format("ranked answers", ("responses", "rankings"), _ranked),
-    Format("rated answers", ("responses", "ratings"), _rated),
+    RATED_TOGETHER,
     Format("two answers and a winner", ("a", "b", "winner"), _voted),
     Format("two answers with a rating each", ("a", "b", "rating_a", "rating_b"), _both_rated),
     Format("two videos and a winner", ("left", "right", "winner"), _videos),

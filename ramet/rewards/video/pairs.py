@@ -18,7 +18,7 @@ from ramet.agents.tree import Segment
 from ramet.data import Row, load_rows
 from ramet.errors import TaskError
 from ramet.media.pictures import in_folder
-from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, frames_of, media, preference, question
+from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, Preference, best_of, frames_of, media, preference, question, rated
 
 Watched = Segment | tuple[Segment, ...] | None
 """What a question is about: a video, several, or none, where it is asked blind."""
@@ -60,15 +60,17 @@ class Pairs(list[Pair]):
 def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> Pairs:
     """The pairs of a file. Videos are relative to `videos`, by default to the file's folder. Raises `TaskError`, naming the row.
 
-    A row that names no video is an error, unless the field map says that `video` may be `none`. Different rows of one id are numbered.
+    A row that names no video is an error, unless the field map says that `video` may be `none`. Different pairs of one id are numbered.
+    Rows with one rated answer each are one pair where they ask the same about the same video, in one category: the best against the others.
     """
     names = dict(fields or {})
     if unknown := sorted(set(names) - KNOWN):
         raise TaskError(f"pairs have no field {unknown[0]!r}; their fields are {', '.join(sorted(KNOWN))}")
     root = videos or Path(source).parent
     rows = load_rows(source)
-    found = [_pair(row, names, root, f"{source}, row {n}") for n, row in enumerate(rows, 1)]
-    pairs = [pair for pair in found if pair is not None]
+    questions = _by_question([_read(row, names, root, source, n) for n, row in enumerate(rows, 1)], source)
+    found = [(_together(lines, source), len(lines)) for lines in questions]
+    pairs = [pair for pair, _ in found if pair is not None]
     if not pairs:
         raise TaskError(f"{source} has no pair: all of its {len(rows)} rows are ties")
     seen: dict[str, list[Pair]] = {}
@@ -82,26 +84,91 @@ def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Pat
     for pair in pairs:
         counts[pair.id] += 1
         numbered.append(pair if counts[pair.id] == 1 else replace(pair, id=f"{pair.id}#{counts[pair.id]}"))
-    return Pairs(numbered, len(rows) - len(pairs))
+    return Pairs(numbered, sum(lines for pair, lines in found if pair is None))
 
 
-def _pair(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Pair | None:
-    """None for a tie."""
-    columns = Columns(row, fields, where)
-    said = preference(columns)
+@dataclass(frozen=True)
+class _Line:
+    """What a row says. With a rating the pair is of one answer, and the rest of it stands in other rows."""
+
+    number: int
+    pair: Pair
+    tied: bool = False
+    rating: float | None = None
+    named: bool = False  # its id is its own, and not its number
+
+
+def _read(row: Row, fields: Mapping[str, str], root: Path, source: str, number: int) -> _Line:
+    columns = Columns(row, fields, f"{source}, row {number}")
+    one = rated(columns)
+    said = preference(columns) if one is None else best_of([one])
+    pair = _pair(columns, said, segments(row, fields, root, columns.where))
+    return _Line(number, pair, said.best is None, None if one is None else one[1], columns.column("id") is not None)
+
+
+def _by_question(lines: Sequence[_Line], source: str) -> list[list[_Line]]:
+    """Rated answers to one question together, every other row by itself. Raises `TaskError` for an id that stands for two questions."""
+    together: dict[Any, list[_Line]] = {}
+    named: dict[str, _Line] = {}
+    for line in lines:
+        pair = line.pair
+        together.setdefault(line.number if line.rating is None else (pair.question, pair.video, pair.category), []).append(line)
+        if line.rating is not None and line.named:
+            first = named.setdefault(pair.id, line)
+            if (first.pair.question, first.pair.video) != (pair.question, pair.video):
+                raise TaskError(
+                    f"{source}, row {line.number}: its id {pair.id[:40]!r} is that of row {first.number}, which asks something else or "
+                    "about another video; name the column that tells questions apart with --field id=COLUMN"
+                )
+    return list(together.values())
+
+
+def _together(lines: Sequence[_Line], source: str) -> Pair | None:
+    """The pair of rows about one question; None for a tie. An answer that stands there twice counts once."""
+    first = lines[0]
+    if first.rating is None:
+        return None if first.tied else first.pair
+    ratings: dict[str, _Line] = {}
+    for line in lines:
+        before = ratings.setdefault(line.pair.chosen, line)
+        if before.rating != line.rating:
+            raise TaskError(
+                f"{source}, row {line.number}: it rates an answer {line.rating:g} that row {before.number} rates {before.rating:g}; give "
+                "each answer one rating, such as the mean"
+            )
+    if len(ratings) < 2:
+        raise TaskError(
+            f"{source}, row {first.number} has one answer, and no other row has another one to its question about the same video; a "
+            "preference takes two"
+        )
+    said = best_of([(answer, line.rating) for answer, line in ratings.items() if line.rating is not None])
+    if said.best is None:
+        return None
+    pairs = [line.pair for line in lines]
+    same = {name: len({str(getattr(pair, name)) for pair in pairs}) == 1 for name in ("source", "margin", "meta")}
+    kept = {name: getattr(first.pair, name) if same[name] else empty for name, empty in (("source", ""), ("margin", None), ("meta", {}))}
+    return replace(first.pair, chosen=said.answers[said.best], rejected=_others(said), **kept)
+
+
+def _others(said: Preference) -> tuple[str, ...]:
+    return tuple(answer for n, answer in enumerate(said.answers) if n != said.best)
+
+
+def _pair(columns: Columns, said: Preference, video: Watched) -> Pair:
+    """Of a tie, any answer stands for the better one."""
+    where = columns.where
     margin, meta = columns.get("margin", None), columns.get("meta", {})
-    pair = Pair(
+    return Pair(
         id=str(columns.get("id", where.rpartition(" ")[2])),
-        video=segments(row, fields, root, where),
+        video=video,
         question=question(columns),
         chosen=said.answers[said.best or 0],
-        rejected=tuple(answer for n, answer in enumerate(said.answers) if n != said.best),
+        rejected=_others(said),
         category=str(columns.get("category", "")),
         source=str(columns.get("source", "")),
         margin=None if margin is None else _number(margin, "margin", where),
         meta=meta if isinstance(meta, Mapping) else {"meta": meta},
     )
-    return None if said.best is None else pair
 
 
 def segments(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Watched:

@@ -207,3 +207,83 @@ def test_rows_that_share_an_id_are_told_apart(tmp_path: Path) -> None:
     assert [pair.id for pair in loaded(tmp_path, one, other)] == ["7", "7#2"]
     with pytest.raises(TaskError, match="the pair '7' more than once"):
         loaded(tmp_path, one, one)
+
+
+RATED: dict[str, list[dict[str, Any]]] = {
+    "of one id": [{"id": "7", "response": said, "rating": rating} for said, rating in (("blue", 2), ("red", 4.5))],
+    "each with an id": [{"id": said, "answer": said, "score": rating} for said, rating in (("blue", -1), ("red", 0))],
+    "without ids": [{"completion": said, "overall_score": rating} for said, rating in (("red", 3), ("blue", 2))],
+    "as messages": [{"response": say("assistant", said), "scores": rating} for said, rating in (("red", 0.75), ("blue", 0.25))],
+    "in lists of one": [{"responses": [said], "ratings": [rating]} for said, rating in (("red", 5), ("blue", 1))],
+    "of several models": [
+        {"response": said, "rating": rated, "source": model} for said, rated, model in (("red", 5, "x"), ("blue", 1, "y"), ("red", 5, "z"))
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RATED)
+def test_rows_with_one_rated_answer_each_are_one_pair(tmp_path: Path, name: str) -> None:
+    base = {"video": "v.mp4", "question": ASKED}
+    (pair,) = loaded(tmp_path, *(base | row for row in RATED[name]))
+    assert (pair.video, pair.question, pair.chosen, pair.rejected) == (Segment(str(tmp_path / "v.mp4")), ASKED, "red", ("blue",))
+    assert pair.id == str(RATED[name][0].get("id", 1)) and pair.source == ""
+    assert load_pairs(written(tmp_path, row_of(pair, tmp_path))) == [pair]
+
+
+def test_conversations_that_end_with_a_rated_answer_are_one_pair(tmp_path: Path) -> None:
+    def row(said: str, rating: float) -> dict[str, Any]:
+        return {"videos": ["v.mp4"], "messages": [say("user", f"<video>{ASKED}"), say("assistant", said)], "rating": rating}
+
+    (pair,) = loaded(tmp_path, row("blue", 1), row("red", 2))
+    assert (pair.question, pair.chosen, pair.rejected) == (ASKED, "red", ("blue",))
+
+
+def test_rated_rows_mean_what_one_row_with_all_their_answers_means(tmp_path: Path) -> None:
+    """Several questions whose rows are mixed, with ties of the best and of others: the same pairs, in the order of their first rows."""
+    asked = {"a": {"x": 1, "y": 3, "z": 2}, "b": {"x": 2, "y": 2}, "c": {"x": 5, "y": 1, "z": 1, "w": 0}, "d": {"x": 4, "y": 4, "z": 1}}
+    whole = [{"id": q, "video": "v.mp4", "question": q, "responses": list(r), "ratings": list(r.values())} for q, r in asked.items()]
+    rows = [
+        {"id": q, "video": "v.mp4", "question": q, "response": said, "rating": asked[q][said]}
+        for said in "xyzw" for q in asked if said in asked[q]
+    ]  # fmt: skip
+    apart = loaded(tmp_path, *rows)
+    assert apart == loaded(tmp_path, *whole)
+    assert [pair.id for pair in apart] == ["a", "c"]
+    assert apart.ties == 5 and "5 rows prefer no answer" in faults(apart)[0]
+
+
+def test_answers_are_compared_only_where_question_video_and_category_are_the_same(tmp_path: Path) -> None:
+    row = {"video": "v.mp4", "question": ASKED, "response": "red", "rating": 1}
+    kinds = [row, row | {"video": "w.mp4"}, row | {"question": "Where?"}, row | {"category": "style"}, row | {"start": 1.0, "end": 2.0}]
+    pairs = loaded(tmp_path, *kinds, *(kind | {"response": "blue", "rating": 2} for kind in kinds))
+    assert [(pair.chosen, pair.rejected) for pair in pairs] == [("blue", ("red",))] * 5
+    assert len({(pair.video, pair.question, pair.category) for pair in pairs}) == 5
+    with_pair = loaded(tmp_path, row, FORMS["ours"] | {"score": 3}, row | {"response": "blue", "rating": 0})
+    assert [pair.rejected for pair in with_pair] == [("blue",), ("blue",)]
+
+
+def test_rated_rows_that_make_no_pair_are_refused_by_number(tmp_path: Path) -> None:
+    row = {"id": "7", "video": "v.mp4", "question": ASKED, "response": "red", "rating": 1}
+    other = row | {"response": "blue", "rating": 2}
+    for bad, said in (
+        (row | {"id": "8", "question": "Where?"}, "row 3 has one answer, and no other row has another one to its question"),
+        (row | {"question": "Where?"}, "row 3: its id '7' is that of row 1, which asks something else or about another video"),
+        (row | {"video": "w.mp4"}, "row 3: its id '7' is that of row 1, which asks something else or about another video"),
+        (row | {"rating": 3}, "row 3: it rates an answer 3 that row 1 rates 1; give each answer one rating"),
+        (row | {"rating": "high"}, "row 3: its ratings are high, not numbers"),
+        (row | {"rating": True}, "row 3: its ratings are True, not numbers"),
+        (row | {"rating": float("inf")}, "row 3: its ratings are inf, not numbers"),
+        (row | {"rating": [1, 2]}, "row 3 has 1 responses and 2 ratings"),
+        (row | {"response": ["red", "green"]}, "row 3 has 2 responses and 1 ratings"),
+        (row | {"response": {"a": 1}}, "row 3: its response is .* not text"),
+        (row | {"response": ""}, "row 3"),
+        (row | {"rating": None}, r"row 3 is in no form that is known.* a row for each rated answer \(response, rating\)"),
+        (row | {"response": None}, "row 3 is in no form that is known"),
+        (row | {"video": None}, "row 3 names no video"),
+    ):  # fmt: skip
+        with pytest.raises(TaskError, match=said):
+            loaded(tmp_path, row, other, bad)
+    with pytest.raises(TaskError, match="all of its 2 rows are ties"):
+        loaded(tmp_path, row, other | {"rating": 1})
+    with pytest.raises(TaskError, match=r"row 1 .*'mark'"):
+        loaded(tmp_path, row, other, rating="mark")
