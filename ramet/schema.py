@@ -1,4 +1,4 @@
-"""What the settings of a model take, in words: for the errors of `ramet.runs.settings` and for the list that `ramet config` prints."""
+"""What the settings of a model take, in words: for the errors of `ramet.runs.settings` and for what `ramet config` prints."""
 
 from __future__ import annotations
 
@@ -27,6 +27,24 @@ class Settings:
     def of(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Schema]]:
         """(name, schema) of everything that holds a value in `values`, which say the case of a section that has several."""
         return self._below("", self._root, values)
+
+    def sections(self) -> Iterator[tuple[str, Schema]]:
+        """(name, schema) of the settings of no section, of every section, and of each case of one that has several."""
+        yield "", self._root
+        for name, under in self._root["properties"].items():
+            found = self._resolved(under)
+            if _tag(found):
+                cases = {schema["title"]: schema for schema in (self._case(found, tag) for tag in found["discriminator"]["mapping"])}
+                yield from ((name, case) for case in cases.values())
+            elif "properties" in found:
+                yield name, found
+
+    def values(self, section: Schema) -> Iterator[tuple[str, Schema]]:
+        """(name, schema) of what holds a value in one of the `sections`."""
+        for name, under in section["properties"].items():
+            found = self._resolved(under)
+            if "properties" not in found and not _tag(found):
+                yield name, found
 
     def _below(self, prefix: str, schema: Schema, values: Mapping[str, Any]) -> Iterator[tuple[str, Schema]]:
         for name, under in schema["properties"].items():

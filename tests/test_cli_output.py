@@ -40,26 +40,48 @@ def test_a_shell_completes_commands():
 
 
 def test_the_settings_are_listed_and_as_a_file_read_back(capsys):
-    run("config", "train", "--set", "train.updates=7")
-    shown = capsys.readouterr().out
-    assert "train.updates" in shown and "a whole number from 1 on" in shown and "train.group_size" in shown and "env.kind" not in shown
-    run("config", "--toml", "--set", "train.updates=7", "--set", 'model="a[/b]"')
+    run("config", "reference", "train")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "train.updates" in shown and "Updates of the whole run." in shown and "env.kind" not in shown
+    run("config", "show", "--toml", "--set", "train.updates=7", "--set", 'model="a[/b]"')
     config = validate(RunConfig, tomllib.loads(capsys.readouterr().out))
     assert config.train.updates == 7 and config.model == "a[/b]"
-    run("config", "trian", expect=2)
-    assert "there are model, backend" in " ".join(capsys.readouterr().err.split())
+    for command in (("reference", "trian"), ("show", "--section", "trian")):
+        run("config", *command, expect=2)
+        assert "there are model, backend" in " ".join(capsys.readouterr().err.split())
+
+
+def test_it_is_said_where_each_value_comes_from(tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text('seed = 4\n[env]\nkind = "gsm8k"\nfields = { question = "q" }\n[train]\nupdates = 5\ntasks = 9\n')
+    run("config", "show", path, "--set", "train.tasks=7", "--set", "server={in_flight=3}", "--json", "-")
+    found = {r["name"]: (r["value"], r["from"]) for r in json.loads(capsys.readouterr().out)}
+    assert found["seed"] == (4, str(path)) and found["env.kind"] == ("gsm8k", str(path)) and found["train.updates"] == (5, str(path))
+    assert found["env.fields"] == ({"question": "q"}, str(path)) and found["env.levels"] == ([], "environment gsm8k")
+    assert found["train.tasks"] == (7, "--set") and found["server.in_flight"] == (3, "--set")
+    assert found["train.group_size"][1] == found["server.wait"][1] == "default"
+    run("config", "show", path, "--set", "env={kind='rows'}", "--section", "env", "--json", "-")
+    assert {r["name"]: r["from"] for r in json.loads(capsys.readouterr().out)} == {
+        "env.kind": "--set", **dict.fromkeys(("env.operands", "env.ood_operands", "env.row", "env.largest"), "environment rows"),
+    }  # fmt: skip
+
+
+def test_the_page_of_settings_is_what_the_command_prints_and_every_setting_has_a_meaning():
+    page = Path(__file__).parents[1] / "docs" / "settings.md"
+    assert page.read_text(encoding="utf-8") == settings.page(), "run: ramet config reference --markdown > docs/settings.md"
+    assert not [row.name for _, _, rows in settings.sections() for row in rows if not row.meaning]
 
 
 def test_a_result_on_standard_output_stands_there_alone(capsys):
-    run("config", "seed", "--json", "-")
+    run("config", "show", "--section", "seed", "--json", "-")
     said = capsys.readouterr()
-    assert json.loads(said.out)[-1]["name"] == "seed" and "a whole number" in said.err
+    assert json.loads(said.out)[-1]["name"] == "seed" and "default" in said.err
 
 
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(settings, "show_settings", lambda *_: pytest.fail("it has begun"))
     for path in (tmp_path, Path("/proc/none/x.json")):
-        run("config", "--json", path, expect=1)
+        run("config", "show", "--json", path, expect=1)
         assert "cannot write" in capsys.readouterr().err
 
 
@@ -67,7 +89,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path, ca
 def test_a_signal_gives_its_status_and_one_line(number, status, capsys, monkeypatch):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     monkeypatch.setattr(settings, "show_settings", lambda *_: signal.raise_signal(number))
-    run("config", expect=status)
+    run("config", "show", expect=status)
     assert capsys.readouterr().err.strip() == "interrupted"
     for n, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
         signal.signal(n, handler)

@@ -30,42 +30,39 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from ramet.errors import BudgetExhausted, LedgerError
+from ramet.schema import Section
 
 _Limit = Annotated[int, Field(ge=0, strict=True)]
 
 
-class Budget(BaseModel):
-    """Limits of one tree. `None` (in files: "unlimited") is unlimited; 0 allows nothing.
-
-    generated         sampled tokens, over all branches
-    prefilled         prompt tokens that the backend must compute, over all branches
-    critical_path     sampled tokens one after another along the longest chain
-    clones            clones started, over the whole tree
-    width             clones in one call
-    depth             levels of clones under the root (0: no spawning)
-    turns             sampled turns of one branch
-    branch_generated  sampled tokens of one branch
-    context           tokens in the context of one branch
-    answer_reserve    generated tokens that each branch keeps for stating an answer when all else is spent
-    seconds           wall-clock time of the tree
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Budget(Section):
+    """Limits of one tree. `None` (in files: "unlimited") is unlimited; 0 allows nothing."""
 
     generated: _Limit | None = None
+    """Sampled tokens, over all branches."""
     prefilled: _Limit | None = None
+    """Prompt tokens that the backend must compute, over all branches."""
     critical_path: _Limit | None = None
+    """Sampled tokens one after another along the longest chain."""
     clones: _Limit | None = None
+    """Clones started, over the whole tree."""
     width: _Limit | None = 32
+    """Clones in one call."""
     depth: _Limit | None = 1
+    """Levels of clones under the root; 0: no spawning."""
     turns: _Limit | None = 16
+    """Sampled turns of one branch."""
     branch_generated: _Limit | None = None
+    """Sampled tokens of one branch."""
     context: _Limit | None = None
+    """Tokens in the context of one branch."""
     answer_reserve: _Limit = 0
+    """Generated tokens that each branch keeps for stating an answer when all else is spent."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Wall-clock time of the tree."""
 
     @field_validator("*", mode="before")
     @classmethod

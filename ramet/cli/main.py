@@ -32,9 +32,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
+settings = typer.Typer(help="The settings of runs. Example: ramet config show examples/nano.toml", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
+app.add_typer(settings, name="config")
 app.add_typer(reward, name="reward")
 
 
@@ -55,7 +57,7 @@ def _say_version(asked: bool) -> None:
         raise typer.Exit
 
 
-_Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; `ramet config` lists and prints them.")]
+_Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; `ramet config reference` lists them.")]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
@@ -356,21 +358,39 @@ def doctor(json: Json = None) -> None:
     run_doctor(json)
 
 
-@app.command()
-def config(
-    section: Annotated[str, typer.Argument(help="Settings whose names begin so, such as train; by default all.")] = "",
-    config: _Config = None,
+_Section = Annotated[str, typer.Option("--section", help="Only settings whose names begin so, such as train.")]
+
+
+@settings.command("show")
+def config_show(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; without one, the defaults.")] = None,
     set_: _Set = None,
+    section: _Section = "",
     toml: Annotated[bool, typer.Option("--toml", help="Print them as a file for --config.")] = False,
     json: Json = None,
 ) -> None:
-    """List the settings that --config and --set take, with their values. They are checked as a run would check them.
+    """Print the settings that a run would have, and where each value comes from. They are checked as a run would check them.
 
-    Example: ramet config train --set train.updates=50
+    Example: ramet config show examples/nano.toml --set train.updates=50
     """
     from ramet.cli.settings import show_settings
 
-    show_settings(_run_config(config, set_, None), section, toml, json)
+    show_settings(file, set_ or [], section, toml, json)
+
+
+@settings.command("reference")
+def config_reference(
+    section: Annotated[str, typer.Argument(help="Settings whose names begin so, such as train; by default all.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
+    json: Json = None,
+) -> None:
+    """Print every setting that --config and --set take: what it takes, its default, and what it means.
+
+    Example: ramet config reference train
+    """
+    from ramet.cli.settings import print_reference
+
+    print_reference(section, markdown, json)
 
 
 @app.command()

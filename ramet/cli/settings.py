@@ -1,42 +1,131 @@
-"""`ramet config`: the settings of a run, with what they take and what they are."""
+"""`ramet config`: what a run's settings are and where each comes from; and every setting, with what it takes and means."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.text import Text
 
 from ramet.errors import ConfigError
-from ramet.runs.settings import RunConfig, dumps
-from ramet.schema import Settings, takes
+from ramet.runs.settings import RunConfig, dumps, traced
+from ramet.schema import Schema, Settings, takes
 from ramet.storage import write_json
 from ramet.terminal import Table, console
 
+INTRODUCTION = """\
+# Settings
 
-def show_settings(config: RunConfig, section: str, toml: bool, out: Path | None) -> None:
-    """Those whose names begin with `section`. Raises `ConfigError` if there are none."""
+A run is described by a TOML file (`--config FILE`), whose keys `--set key.sub=value` overrides. This page is what
+`ramet config reference --markdown` prints; `ramet config show FILE` prints the settings that a run of that file would have, and where each
+value comes from. `examples/` holds files to begin with.
+"""
+
+
+def show_settings(path: Path | None, overrides: Sequence[str], section: str, toml: bool, out: Path | None) -> None:
+    """The settings of a run whose names begin with `section`. Raises `ConfigError` if there are none."""
+    config, origins = traced(path, overrides)
     values = config.model_dump(mode="json")
-    begins = section and section.rstrip(".") + "."
-    found = {name: schema for name, schema in Settings(RunConfig).of(values) if f"{name}.".startswith(begins)}
-    if not found:
+    rows = [(name, _value(values, name), origin) for name, origin in origins.items() if _begins(name, section)]
+    if not rows:
         raise ConfigError(f"no setting begins with {section!r}; there are {', '.join(RunConfig.model_fields)}")
-    rows = [(name, _value(values, name), takes(schema)) for name, schema in found.items()]
     if out is not None:
-        write_json(out, [{"record": "setting", "name": name, "value": value, "takes": taken} for name, value, taken in rows])
+        write_json(out, [{"record": "setting", "name": name, "value": value, "from": origin} for name, value, origin in rows])
     if toml:
         console.print(Text(dumps(config)), soft_wrap=True, end="")
         return
-    table = Table("setting", "value", "takes")
-    for name, value, taken in rows:
-        table.add_row(name, "" if value is None else str(value), taken)
+    table = Table("setting", "value", "from")
+    for name, value, origin in rows:
+        table.add_row(name, written(value), origin)
     console.print(table)
-    about = {"": RunConfig}.get(section) or RunConfig.model_fields[section.partition(".")[0]].annotation
-    if about is not None and about.__doc__ and hasattr(about, "model_fields"):
-        console.print(Text(about.__doc__.strip()))
+
+
+def _begins(name: str, section: str) -> bool:
+    return not section or f"{name}.".startswith(section.rstrip(".") + ".")
 
 
 def _value(values: Any, name: str) -> Any:
     for key in name.split("."):
         values = values[key]
     return values
+
+
+def written(value: Any) -> str:
+    """As a file says it; nothing for what no file can say."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {written(below)}" for key, below in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(written, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the reference. `kinds`: the environments that it belongs to; empty outside `[env]`."""
+
+    name: str
+    kinds: tuple[str, ...]
+    takes: str
+    default: str
+    meaning: str
+
+
+def sections() -> Iterator[tuple[str, str, list[Setting]]]:
+    """(title, what it is, its settings) of every section, as they stand in a file."""
+    defaults = RunConfig().model_dump(mode="json")
+    schemas = Settings(RunConfig)
+    for name, schema in schemas.sections():
+        kinds = _kinds(schema["properties"]["kind"]) if name == "env" else ()
+        title = f"[{name}] kind = {', '.join(kinds)}" if kinds else f"[{name}]" if name else "At the top"
+        rows = [
+            Setting(
+                f"{name}.{key}" if name else key, kinds, takes(below),
+                written(below.get("default") if kinds else (defaults[name] if name else defaults)[key]) or _absent(name),
+                " ".join(below.get("description", "").split()),
+            )
+            for key, below in schemas.values(schema)
+        ]  # fmt: skip
+        yield title, schema["description"], rows
+
+
+def _kinds(schema: Schema) -> tuple[str, ...]:
+    return (schema["const"],) if "const" in schema else tuple(schema["enum"])
+
+
+def _absent(section: str) -> str:
+    return '"unlimited"' if section == "budget" else ""
+
+
+def print_reference(section: str, markdown: bool, out: Path | None) -> None:
+    """Every setting whose name begins with `section`. Raises `ConfigError` if there are none."""
+    found = [(title, about, chosen) for title, about, rows in sections() if (chosen := [r for r in rows if _begins(r.name, section)])]
+    if not found:
+        raise ConfigError(f"no setting begins with {section!r}; there are {', '.join(RunConfig.model_fields)}")
+    if out is not None:
+        write_json(out, [{"record": "setting", **asdict(row)} for _, _, rows in found for row in rows])
+    if markdown:
+        console.print(Text(page()), soft_wrap=True, end="")
+        return
+    for title, about, rows in found:
+        table = Table("setting", "takes", "default", "meaning", title=title, caption=about)
+        for row in rows:
+            table.add_row(row.name, row.takes, row.default, row.meaning)
+        console.print(table)
+
+
+def page() -> str:
+    """All of it as `docs/settings.md`."""
+    parts = [INTRODUCTION]
+    for title, about, rows in sections():
+        cells = [("key", "takes", "default", "meaning"), ("---",) * 4]
+        cells += [(f"`{row.name}`", row.takes, f"`{row.default}`" if row.default else "", row.meaning) for row in rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells)
+        heading = f"`{title}`" if title.startswith("[") else title
+        parts.append(f"## {heading}\n\n{about}\n\n{table}\n")
+    return "\n".join(parts)

@@ -82,9 +82,9 @@ class DataSettings(EnvSettings):
     data: str = ""
     """File (.jsonl, .json, .parquet) or hub id of what is measured."""
     train: str = ""
-    """The same of what is trained on."""
+    """File or hub id of what is trained on."""
     ood: str = ""
-    """The same of what is measured out of distribution."""
+    """File or hub id of what is measured out of distribution."""
     fields: dict[str, str] = Field(default={})
     """Which column holds what, where a data set calls it otherwise, such as { question = "problem" }."""
     allow_overlap: bool = False

@@ -15,32 +15,33 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ramet.agents.tree import Branch, Tree
 from ramet.errors import RewardError
+from ramet.schema import Section
 
 PRICED = ("generated", "critical_path", "prefilled", "clones")
 _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class Prices(BaseModel):
-    """Reward units per token (or clone) of a tree's `Usage`.
-
-    preset     none: what `scored` says. reference: the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t, which
-               can be negative; reference_maths: for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off that
-    failure    the reward of a tree that scored 0, whatever it cost. "priced": it pays as any other, so where nothing
-               succeeds, failing cheaply is what is learned
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Prices(Section):
+    """Reward units per token (or clone) of a tree's `Usage`."""
 
     preset: Literal["none", "reference", "reference_maths"] = "none"
+    """none: the score less the prices. reference: the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t, which
+    can be negative. reference_maths: its reward for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off these too."""
     generated: _Price = 0.0
+    """Price of a generated token, over all branches."""
     critical_path: _Price = 0.0
+    """Price of a generated token on the longest chain."""
     prefilled: _Price = 0.0
+    """Price of a prompt token that the backend computes."""
     clones: _Price = 0.0
+    """Price of a clone."""
     failure: Annotated[float, Field(le=0, allow_inf_nan=False)] | Literal["priced"] = "priced"
+    """The reward of a tree that scored 0, whatever it cost. "priced": it pays as any other, so where nothing succeeds, failing
+    cheaply is what is learned."""
 
     @model_validator(mode="after")
     def _release_prices_failures(self) -> Prices:

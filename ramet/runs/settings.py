@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ramet.agents.budget import Budget
 from ramet.env.arithmetic import RowsSettings
@@ -26,106 +26,99 @@ from ramet.errors import ConfigError
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.training.update import TrainConfig
 from ramet.rewards.penalty import Prices
-from ramet.schema import Settings, takes
+from ramet.schema import Section, Settings, takes
 from ramet.storage import read_text, write_text
 
 _Config = TypeVar("_Config", bound=BaseModel)
 _Tokens = Annotated[int, Field(ge=1)]
 
 
-class EvalConfig(BaseModel):
-    """What `ramet eval` and the reports measure.
-
-    repeats  times that every task is sampled, each time with seeds of its own
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class EvalConfig(Section):
+    """What `ramet eval` and the reports measure."""
 
     tasks: _Tokens = 300
+    """Tasks of each split."""
     budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (48, 64, 96, 128, 160, 192, 256)
+    """Limits on generated tokens for the tasks as trained."""
     ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (256, 320, 384, 448, 512, 640, 768)
+    """The same for tasks out of distribution."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Sampling temperature; 0 is greedy."""
     repeats: _Tokens = 1
+    """Times that every task is sampled, each time with seeds of its own."""
     seed: int = 1_000_003
+    """Added to `seed` to draw the tasks that are measured."""
 
 
-class AttentionConfig(BaseModel):
-    """How long contexts are read when a policy is measured: sequence-parallel on several worker processes of this machine.
-
-    method     dense: by one process, exactly
-    hosts      worker processes
-    threshold  prompts of more tokens are read with the method, others exactly
-    anchor, passing  rows that every block sees and that a block passes on; None: shares of the context
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class AttentionConfig(Section):
+    """How long contexts are read when a policy is measured: sequence-parallel on several worker processes of this machine."""
 
     method: Literal["dense", "spava", "apb", "star"] = "dense"
+    """dense: by one process, exactly; others by the workers together."""
     hosts: Annotated[int, Field(ge=1)] = 2
+    """Worker processes."""
     threshold: Annotated[int, Field(ge=0)] = 4096
+    """Prompts of more tokens are read with the method, others exactly."""
     anchor: Annotated[int, Field(ge=0)] | None = None
+    """Rows that every block sees; by default a share of the context."""
     passing: Annotated[int, Field(ge=0)] | None = None
+    """Rows that a block passes on; by default a share of the context."""
 
 
-class ServerConfig(BaseModel):
-    """How the server at `url` is spoken to. A run may go on at another address, with other limits on requests and waiting.
-
-    model        its name for what it serves; by default the policy's name (chat), or its only model (completions)
-    in_flight    requests at a time; 1 for servers that drop a stream when another request comes
-    seconds      longest silence before a request counts as failed
-    wait         seconds that a server which is not up yet is waited for
-    names        its names for fields that it calls otherwise, such as { max_tokens = "max_completion_tokens" }; "" leaves a field out
-    extra        fields to send besides, such as { reasoning_effort = "low" }
-    fold_system  the system message goes into the first message of the user
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ServerConfig(Section):
+    """How the server at `url` is spoken to. A run may go on at another address, with other limits on requests and waiting."""
 
     model: str = ""
+    """Its name for what it serves; by default the policy's name (chat), or its only model (completions)."""
     in_flight: _Tokens = 64
+    """Requests at a time; 1 for servers that drop a stream when another request comes."""
     seconds: Annotated[float, Field(gt=0)] = 300.0
+    """Longest silence before a request counts as failed."""
     wait: Annotated[float, Field(ge=0)] = 180.0
-    names: dict[str, str] = {}
-    extra: dict[str, Any] = {}
+    """Seconds that a server which is not up yet is waited for."""
+    names: dict[str, str] = Field(default={})
+    """Its names for fields that it calls otherwise, such as { max_tokens = "max_completion_tokens" }; "" leaves a field out."""
+    extra: dict[str, Any] = Field(default={})
+    """Fields to send besides, such as { reasoning_effort = "low" }."""
     fold_system: bool = False
+    """The system message goes into the first message of the user."""
 
 
 _SECRET = re.compile(r"key|token|secret|password|passwd|^pwd$|^sig|auth", re.IGNORECASE)
 """Parameters of an address that are nobody else's business."""
 
 
-class RunConfig(BaseModel):
-    """One run: what learns, on what, under which budgets.
-
-    model          "nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name
-    backend        what samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)
-    url            of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; no place for a key, since it is written down
-    budget         limits of every tree; `budget.generated` is drawn from `budgets` where these are given
-    budgets        limits on generated tokens that training tasks are drawn with
-    reward         what usage costs, in units of the score
-    tell_budget    who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line
-                   for part of the question. Methods are then compared fairly only with others that hold the tool
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class RunConfig(Section):
+    """One run: what learns, on what, under which budgets."""
 
     model: str = "nano"
+    """"nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name."""
     backend: Literal["transformers", "vllm", "completions", "chat"] = "transformers"
+    """What samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)."""
     url: str = ""
+    """Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1. It is written down: no place for a key."""
     server: ServerConfig = ServerConfig()
     chat: Literal["auto", "nano", "chatml", "template"] = "auto"
+    """How messages become tokens: the model's own template, or one by name; auto chooses."""
     seed: int = 0
+    """Seeds everything that is drawn at random."""
     threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of torch; by default as many as torch chooses."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs; auto: CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of the weights."""
     env: AnyEnv = RowsSettings()
     attention: AttentionConfig = AttentionConfig()
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
+    """Limits on generated tokens; each training task draws its `budget.generated` from these, where there are any."""
     reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
     train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="standardised")
     openrlhf: ClusterConfig = ClusterConfig()
     tell_budget: Literal["all", "holders"] = "all"
+    """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
+    of the question. Methods are then compared fairly only with others that hold the tool."""
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
@@ -162,17 +155,46 @@ LANGUAGE: dict[str, Any] = {
 
 def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> _Config:
     """Read `path` (without one, `defaults`), apply `key.sub=value` overrides in order, validate."""
-    data: dict[str, Any] = copy.deepcopy(dict(defaults or {}))
-    if path is not None:
-        try:
-            data = tomllib.loads(read_text(path))
-        except OSError as error:
-            raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path} is not valid TOML: {error}") from error
+    data = copy.deepcopy(dict(defaults or {})) if path is None else _read(path)
     for override in overrides:
         _apply(data, override)
     return validate(kind, data)
+
+
+def traced(path: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, str]]:
+    """What `load` gives, and where the value of each setting comes from: an override, the file, the environment, or no place of its own."""
+    config = load(RunConfig, path, overrides)
+    given = {} if path is None else dict.fromkeys(_leaves(_read(path)), str(path))
+    for override in overrides:
+        data: dict[str, Any] = {}
+        at = _apply(data, override)
+        given = {name: source for name, source in given.items() if not _within(name, at)} | dict.fromkeys(_leaves(data), "--set")
+    origins = {}
+    for name, _ in Settings(RunConfig).of(config.model_dump(mode="json")):
+        default = f"environment {config.env.kind}" if name.startswith("env.") and name != "env.kind" else "default"
+        origins[name] = next((source for key, source in reversed(given.items()) if _within(key, name)), default)
+    return config, origins
+
+
+def _within(name: str, section: str) -> bool:
+    return f"{name}.".startswith(f"{section}.")
+
+
+def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of what holds a value; an empty table is one."""
+    found: list[str] = []
+    for key, value in data.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [prefix + key]
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not valid TOML: {error}") from error
 
 
 def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
@@ -193,7 +215,8 @@ def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(data: dict[str, Any], override: str) -> str:
+    """Sets in `data` what the override says; returns the name that it sets."""
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -208,6 +231,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         if not isinstance(at, dict):
             raise ConfigError(f"override {override!r}: {key} is a value, not a section")
     at[keys[-1]] = value
+    return ".".join(keys)
 
 
 def _explain(kind: type[BaseModel], problem: Any) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ramet.policy.training.update import RewardFunction, TaskSampler, TrainConfig
+from ramet.schema import Section
 
 LOST = ("Lost", "EngineLost", "EngineDeadError")
 """Errors, of ours and of vLLM, that say that a part of a run has died."""
@@ -18,49 +19,49 @@ FREE = ("address", "restarts", "judges", "gpu_memory")
 _Count = Annotated[int, Field(ge=1)]
 
 
-class ClusterConfig(BaseModel):
-    """Where the parts of a run stand, and how they keep step.
-
-    trainers        GPUs that train, each with a shard of the optimiser
-    engines         vLLM engines that sample; engine_gpus: GPUs of each
-    gpus_per_node   of every node
-    gpu_memory      GiB of one GPU, for `--plan`
-    memory_share    of a GPU that an engine takes
-    zero_stage      of DeepSpeed: 2 shards gradients and optimiser, 3 the weights too; offload: the optimiser's state to the host
-    recompute       activations in the backward pass, instead of keeping them
-    attention       of training, as transformers calls it
-    staleness       updates that sampling may be ahead of the weights; 0: sample, train, sample
-    critic          PPO with a critic and GAE instead of `train.estimator`
-    gamma, lam      of GAE
-    value_clip      of the critic's loss
-    judges          trees whose rewards are computed at the same time; more than one for a reward server
-    address         of a Ray cluster's job server, such as http://head:8265; without one, Ray is started on this machine
-    restarts        times that a run begins again from its last checkpoint after a part of it was lost
-    cpu             without CUDA, for development; see `ramet.policy.openrlhf.cpu`
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ClusterConfig(Section):
+    """Where the parts of a run stand, and how they keep step."""
 
     trainers: _Count = 4
+    """GPUs that train, each with a shard of the optimiser."""
     engines: _Count = 4
+    """vLLM engines that sample."""
     engine_gpus: _Count = 1
+    """GPUs of each engine."""
     gpus_per_node: _Count = 8
+    """GPUs of every node."""
     gpu_memory: Annotated[float, Field(gt=0)] = 80.0
+    """GiB of one GPU, for `--plan`."""
     memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    """Share of a GPU's memory that an engine takes."""
     zero_stage: Literal[2, 3] = 3
+    """ZeRO stage of DeepSpeed: 2 shards gradients and optimiser, 3 the weights too."""
     offload: bool = False
+    """Keep the optimiser's state in the host's memory."""
     recompute: bool = True
+    """Compute activations again in the backward pass, instead of keeping them."""
     attention: Literal["flash_attention_2", "sdpa", "eager"] = "flash_attention_2"
+    """Attention implementation in training, by its name in transformers."""
     staleness: Annotated[int, Field(ge=0)] = 0
+    """Updates that sampling may be ahead of the weights; 0: sample, train, sample."""
     critic: bool = False
+    """PPO with a critic and GAE instead of `train.estimator`."""
     critic_learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    """Learning rate of the critic."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount of GAE."""
     lam: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Lambda of GAE."""
     value_clip: Annotated[float, Field(gt=0)] = 0.5
+    """Clip of the critic's loss."""
     judges: _Count = 1
+    """Trees whose rewards are computed at the same time; more than one for a reward server."""
     address: str = ""
+    """Address of a Ray cluster's job server, such as http://head:8265; without one, Ray is started on this machine."""
     restarts: Annotated[int, Field(ge=0)] = 2
+    """Times that a run begins again from its last checkpoint after a part of it was lost."""
     cpu: bool = False
+    """Without CUDA, for development."""
 
     @model_validator(mode="after")
     def _fits_nodes(self) -> ClusterConfig:

@@ -14,7 +14,7 @@ from numbers import Real
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
@@ -25,48 +25,60 @@ from ramet.errors import ConfigError, PolicyError, RametError, RewardError, firs
 from ramet.policy.training.advantages import ESTIMATORS, REPAIRS, ScoredTree, reference
 from ramet.policy.training.loss import LossSums, policy_loss
 from ramet.policy.training.rows import Batch, Row, rows_of
+from ramet.schema import Section
 
 _Count = Annotated[int, Field(ge=1)]
 
 
-class TrainConfig(BaseModel):
-    """One training run. Tokens are counted as sampled or fed, without padding.
+class TrainConfig(Section):
+    """One training run. Tokens are counted as sampled or fed, without padding."""
 
-    tasks           groups per update
-    group_size      trees per task
-    minibatches     optimiser steps per epoch of an update
-    decay           share of the learning rate that is lost, linearly, between the warm-up and the last update
-    lora_rank       0: all weights are trained; else adapters of this rank
-    dual_clip       bound on the ratio where the advantage is negative (see `loss`); None: none
-    clone_scale     of the estimator "reference": a clone's reward in units of its root's
-    length_scale    tokens; divides the summed loss of a tree. A constant, so it sets the size of the
-                    gradient before clipping and nothing else
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     updates: _Count = 100
+    """Updates of the whole run."""
     tasks: Annotated[int, Field(ge=1)] = 32
+    """Groups per update, each of one task."""
     group_size: Annotated[int, Field(ge=2)] = 8
+    """Trees per task."""
     minibatches: _Count = 2
+    """Optimiser steps per epoch of an update."""
     epochs: _Count = 1
+    """Passes over the trees of an update."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate of AdamW at the end of the warm-up."""
     warmup: Annotated[int, Field(ge=0)] = 10
+    """Updates during which the learning rate rises linearly."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the learning rate that is lost, linearly, between the warm-up and the last update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay of AdamW."""
     gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    """Largest norm of the gradient."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
+    """The probability ratio counts from 1 - clip_low."""
     clip_high: Annotated[float, Field(gt=0)] = 0.2
+    """The probability ratio counts to 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on the probability ratio where the advantage is negative; by default none."""
     kl: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of the KL divergence from the initial weights, per token."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature in training."""
     estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
+    """How a tree's reward becomes the advantage of its tokens; docs/learning.md gives the formulas."""
     clone_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Of the estimator `reference`: a clone's reward in units of its root's."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
+    """0: all weights are trained; else adapters of this rank."""
     length_scale: _Count = 64
+    """Tokens; divides the summed loss of a tree. A constant, so it sets the size of the gradient before clipping and nothing else."""
     batch_tokens: _Count = 1024
+    """Tokens of a forward pass in training, at most; longer trees go alone."""
     checkpoint_every: _Count = 20
+    """Updates between checkpoints."""
     max_batch: _Count = 128
+    """Samples that the backend decodes at the same time, at most."""
 
     @model_validator(mode="after")
     def _steps_have_groups(self) -> TrainConfig:
