@@ -75,7 +75,8 @@ class Settings:
 
     def at(self, where: Sequence[str | int]) -> tuple[str, Schema]:
         """(name, schema) of the place that pydantic names; what it adds to tell the cases of a type apart is left out."""
-        schema, known = self._root, []
+        schema: Schema = self._root
+        known: list[str | int] = []
         for step in where:
             if step in schema.get("discriminator", {}).get("mapping", ()):
                 schema = self._case(schema, str(step))
