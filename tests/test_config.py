@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
 from ramet.errors import ConfigError
-from ramet.runs.settings import RunConfig, load, write
+from ramet.runs.settings import RunConfig, load, traced, write
 from ramet.schema import Settings, takes
 
 
@@ -72,6 +73,17 @@ def test_files(tmp_path):
     assert load(RunConfig, tmp_path / "good.toml").budget.width is None
     (tmp_path / "marked.toml").write_text('\ufeffmodel = "modèle"\n', encoding="utf-8")
     assert load(RunConfig, tmp_path / "marked.toml").model == "modèle"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_an_example_says_itself_what_the_recipe_of_the_nano_model_would_say_else(path):
+    default = RunConfig()
+    own = ["model", "budgets", "eval.tasks", "eval.budgets", "eval.ood_budgets"]
+    for section in ("budget", "reward", "train"):
+        chosen = getattr(default, section)
+        own += [f"{section}.{name}" for name, value in chosen if value != type(chosen).model_fields[name].default]
+    _, origins = traced(path)
+    assert "train.temperature" in own and not [name for name in own if origins[name] == "default"]
 
 
 def test_every_setting_says_what_it_takes_and_its_value_is_of_that_kind():
