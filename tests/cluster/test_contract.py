@@ -18,7 +18,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from openrlhf.trainer.ray.launcher import RayActorGroup
-from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
+from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer, PolicyModelActor
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
 from openrlhf.trainer.ray.vllm_worker_wrap import WorkerWrap
@@ -76,8 +76,7 @@ TAKEN: list[tuple[Any, str, str]] = [
     ),
     (ValueLoss, "forward", "self values old_values returns action_mask dp_size batch_num_tokens global_batch_size"),
     (DeepspeedStrategy, "get_ds_eval_config", "self offload"),
-    (WorkerWrap, "update_weight", "self name dtype shape empty_cache"),
-    (CPUWorker, "update_weight", "self name dtype shape empty_cache"),
+    (ENGINE, "reset_prefix_cache", "self"),
     (WorkerWrap, "init_process_group", "self master_address master_port rank_offset world_size group_name backend use_ray"),
     (CPUWorker, "init_process_group", "self master_address master_port rank_offset world_size group_name backend use_ray"),
 ]
@@ -108,6 +107,11 @@ def test_the_entry_point_takes_the_classes_where_they_are_replaced():
     top = imported(tree.body)
     assert ("openrlhf.trainer.ray.ppo_actor", "PolicyModelActor") in top and ("openrlhf.trainer.ray.ppo_critic", "CriticModelActor") in top
     assert "RolloutRayActor.options(" in Path(inspect.getfile(ENGINE)).read_text(), "engines are made of the replaced class"
+
+
+def test_the_first_trainer_and_the_workers_are_connected_where_buckets_are_sent():
+    for owner in (ActorPPOTrainer._init_vllm_sync_group, WorkerWrap.init_process_group):
+        assert "self._model_update_group = stateless_init_process_group(" in inspect.getsource(owner)
 
 
 def test_this_release_is_the_supported_one():

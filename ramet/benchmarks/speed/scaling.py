@@ -3,14 +3,15 @@
 What a GPU does is computed from its data sheet. What the controller does is measured on this machine, on trees of the assumed
 size: bytes and seconds of pickling a tree (which is how Ray carries it), of its journal record, of its rows.
 
-New weights cost more than their bytes: OpenRLHF sends them tensor by tensor, for each tensor calls every engine, one after another, and
-waits for all before the next. So there is a time a tensor, and a time a tensor and engine (`Sending`), measured where Ray is
-installed.
+New weights cost more than their bytes: for each piece that is sent every engine is called and all are awaited before the next. So
+there is a time a piece, and a time a piece and engine (`Sending`), measured where Ray is installed, by what a run sends them with
+(`ramet.policy.openrlhf.weights`): in buckets, and tensor by tensor, as OpenRLHF does by itself.
 """
 
 from __future__ import annotations
 
 import pickle
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.speed.cluster_sim import Hardware
+from ramet.policy.openrlhf.cpu import Gloo
+from ramet.policy.openrlhf.weights import Named, buckets, receive, send
 from ramet.policy.training.rows import rows_of
 from ramet.policy.training.runlog import STORED
 from ramet.storage import meta, write_json
@@ -40,7 +44,7 @@ class Assumed:
     prompt, tokens, clones   of a tree: tokens of a branch's prompt, sampled tokens of a branch, clones
     longest      sampled tokens of an update's longest chain
     micro_batch  tokens of a trainer's batch
-    tensors      of the model, each sent by itself; bucket: bytes, were they sent in pieces of that size
+    tensors      of the model; buckets: in which they are sent
     """
 
     parameters: float = 4.02e9
@@ -54,7 +58,7 @@ class Assumed:
     longest: int = 2048
     micro_batch: int = 8192
     tensors: int = 398
-    bucket: float = 2**28
+    buckets: int = 30
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,17 @@ class Sending:
 
     piece: float = 0.0003
     engine: float = 0.0008
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Weights of so many bytes to so many engines, by gloo on this machine: pieces, and seconds of the median of several times."""
+
+    engines: int
+    tensors: int
+    bytes: int
+    pieces: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -78,6 +93,7 @@ class Measured:
     journal_seconds: float
     rows_seconds: float
     sending: Sending = Sending()
+    sent: tuple[Sent, ...] = ()
 
     @property
     def controller_seconds(self) -> float:
@@ -105,6 +121,7 @@ def tree_of(assumed: Assumed, seed: int) -> Tree:
 def measure(assumed: Assumed, seed: int, count: int = 40) -> Measured:
     """The median over `count` trees."""
     trees = [tree_of(assumed, seed + n) for n in range(count)]
+    sent = tuple(_sent())
     pickled = [pickle.dumps(tree, protocol=5) for tree in trees]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl", "job") as journal:
 
@@ -115,7 +132,7 @@ def measure(assumed: Assumed, seed: int, count: int = 40) -> Measured:
         size = journal.path.stat().st_size // count
     return Measured(
         int(np.median([len(p) for p in pickled])), size, _carried(trees) or _median(pickle.loads, pickled), journal_seconds,
-        _median(lambda tree: rows_of(tree, [0.1] * len(tree.branches), 1.0), trees), _sent() or Sending(),
+        _median(lambda tree: rows_of(tree, [0.1] * len(tree.branches), 1.0), trees), sending_of(sent) if sent else Sending(), sent,
     )  # fmt: skip
 
 
@@ -142,30 +159,63 @@ def _carried(trees: list[Tree]) -> float | None:
         ray.shutdown()
 
 
-def _sent(engines: Sequence[int] = (1, 2, 4, 8), count: int = 50) -> Sending | None:
-    """From calls to so many of Ray's actors at once, each awaited before the next, as OpenRLHF does for a tensor; None without Ray."""
+def _sent(engines: Sequence[int] = (1, 2, 4), tensors: int = 256, numel: int = 2**16, count: int = 5) -> list[Sent]:
+    """Weights to so many of Ray's actors, tensor by tensor and in buckets; nothing without Ray."""
     try:
         import ray
     except ImportError:
-        return None
-
-    class Engine:
-        def update_weight(self, name: str, shape: tuple[int, ...]) -> None:
-            pass
-
+        return []
+    weights = [(f"model.layers.{n}.mlp.up_proj.weight", torch.rand(numel)) for n in range(tensors)]
+    total = tensors * numel * 4
+    # So that 64 MiB are a few buckets, as a model of 8 GB is.
+    cut = {size: buckets(weights, size) for size in (0, total // 4)}
     ray.init(num_cpus=max(engines), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        actors = [ray.remote(Engine).remote() for _ in range(max(engines))]
+        found = []
+        for number in engines:
+            actors, group = _receivers(number)
 
-        def send(number: int) -> None:
-            ray.get([actor.update_weight.remote("model.layers.0.mlp.up_proj.weight", (4, 4)) for actor in actors[:number]])
+            def update(parts: list[Named], group: Gloo = group, actors: list[Any] = actors) -> None:
+                for index, part in enumerate(parts, 1):
+                    send(part, index == len(parts), group, actors)
 
-        send(max(engines))
-        seconds = [_median(send, [number] * count) for number in engines]
+            update(cut[0])
+            found += [Sent(number, tensors, total, len(parts), _median(update, [parts] * count)) for parts in cut.values()]
+            for actor in actors:
+                ray.kill(actor)
+        return found
     finally:
         ray.shutdown()
-    slope, start = np.polyfit(engines, seconds, 1)
-    return Sending(max(float(start), 0.0), float(slope))
+
+
+def _receivers(number: int) -> tuple[list[Any], Gloo]:
+    """Actors that take weights as an engine's worker does, but have no model to put them into; and the group with them."""
+    import ray
+
+    class Receiver:
+        def connect(self, port: int, rank: int, world: int) -> None:
+            self._group = Gloo("127.0.0.1", port, rank, world)
+
+        def update_bucket(self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, last: bool) -> None:
+            receive(names, shapes, dtype, self._group, "cpu")
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    actors = [ray.remote(Receiver).remote() for _ in range(number)]
+    refs = [actor.connect.remote(port, rank, number + 1) for rank, actor in enumerate(actors, 1)]
+    group = Gloo("127.0.0.1", port, 0, number + 1)
+    ray.get(refs)
+    return actors, group
+
+
+def sending_of(sent: Sequence[Sent]) -> Sending:
+    """What a piece costs besides its bytes: from the same bytes in many pieces and in few, by a line through the numbers of engines."""
+    by = {(s.engines, s.pieces): s for s in sent}
+    many, few = max(s.pieces for s in sent), min(s.pieces for s in sent)
+    engines = sorted({s.engines for s in sent})
+    slope, start = np.polyfit(engines, [(by[n, many].seconds - by[n, few].seconds) / (many - few) for n in engines], 1)
+    return Sending(max(float(start), 0.0), max(float(slope), 0.0))
 
 
 def _median(call: Callable[[Any], object], arguments: list[Any]) -> float:
@@ -182,7 +232,7 @@ class Point:
     """An update on so many GPUs. `limit` names what takes longest.
 
     staleness  0: sample, train, sample, which is the default of a run; 1: the next update is sampled meanwhile
-    syncing    seconds of sending the weights tensor by tensor; bucketed: in pieces of `Assumed.bucket` bytes, which is not implemented
+    syncing    seconds of sending the weights in buckets; unbucketed: of sending them tensor by tensor, which is what OpenRLHF does
     """
 
     gpus: int
@@ -193,7 +243,7 @@ class Point:
     sampling: float
     training: float
     syncing: float
-    bucketed: float
+    unbucketed: float
     controller: float
     limit: str
 
@@ -227,10 +277,10 @@ def _split(gpus: int, engines: int, trees: int, staleness: int, a: Assumed, hard
     exchange = 3 * 2 * a.parameters / wire * max(1.0, trained / trainers / a.micro_batch)
     training = max(compute, exchange)
     controller = trees * measured.controller_seconds
-    syncing, bucketed = (sending(pieces, engines, gpus, a, measured.sending) for pieces in (a.tensors, -int(-2 * a.parameters // a.bucket)))
+    syncing, unbucketed = (sending(pieces, engines, gpus, a, measured.sending) for pieces in (a.buckets, a.tensors))
     limits = {"sample": sampling, "train": compute, "exchange": exchange, "control": controller, "weights": syncing}
     limit = max(limits, key=lambda name: limits[name])
-    return Point(gpus, engines, trainers, trees, staleness, sampling, training, syncing, bucketed, controller, limit)
+    return Point(gpus, engines, trainers, trees, staleness, sampling, training, syncing, unbucketed, controller, limit)
 
 
 def sending(pieces: int, engines: int, gpus: int, a: Assumed, cost: Sending) -> float:
@@ -248,13 +298,17 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         f"measured here, of a tree of {branches} branches of {assumed.prompt} and {assumed.tokens} tokens: "
         f"{measured.carried / 1024:.0f} KiB by Ray, {measured.journal / 1024:.0f} KiB of journal; controller "
         f"{1000 * measured.carry_seconds:.2f} ms to receive, {1000 * measured.journal_seconds:.2f} ms to journal, "
-        f"{1000 * measured.rows_seconds:.2f} ms for rows; a tensor of weights {1000 * measured.sending.piece:.2f} ms and "
+        f"{1000 * measured.rows_seconds:.2f} ms for rows; a piece of the weights {1000 * measured.sending.piece:.2f} ms and "
         f"{1000 * measured.sending.engine:.2f} ms for each engine"
     )
+    for found in measured.sent:
+        console.print(
+            f"measured here: {found.bytes / 2**20:.0f} MiB as {found.pieces} pieces to {found.engines} engines: {found.seconds:.3f} s"
+        )
     points = [
         point(gpus, trees if fixed else trees * gpus // 8, assumed, hardware, measured, staleness) for staleness in (0, 1) for gpus in GPUS
     ]
-    title = "seconds of an update, by openrlhf.staleness; engines + trainers; weights tensor by tensor (in buckets)"
+    title = "seconds of an update, by openrlhf.staleness; engines + trainers; weights in buckets (tensor by tensor)"
     shown = Table(
         "staleness", "GPUs", "split", "trees", "sample", "train", "control", "weights", "update", "tokens/s", "limit", title=title
     )
@@ -265,13 +319,14 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         rate = p.trees * branches * assumed.tokens / p.seconds
         shown.add_row(
             str(p.staleness), str(p.gpus), f"{p.engines}+{p.trainers}", f"{p.trees:,}", f"{p.sampling:.1f}", f"{p.training:.1f}",
-            f"{p.controller:.1f}", f"{p.syncing:.1f} ({p.bucketed:.1f})", f"{p.seconds:.1f}", f"{rate:,.0f}", p.limit,
+            f"{p.controller:.1f}", f"{p.syncing:.1f} ({p.unbucketed:.1f})", f"{p.seconds:.1f}", f"{rate:,.0f}", p.limit,
         )  # fmt: skip
         traffic = {"ray_bytes": p.trees * measured.carried, "journal_bytes_per_second": p.trees * measured.journal / p.seconds}
         records.append({"record": "scaling", **asdict(p), "seconds": p.seconds, "tokens_per_second": rate, **traffic})
     if out is not None:
         sending_ = {f"sending_{name}_seconds": value for name, value in asdict(measured.sending).items()}
-        carried = {name: value for name, value in asdict(measured).items() if name != "sending"}
+        carried = {name: value for name, value in asdict(measured).items() if name not in ("sending", "sent")}
         inputs = {"record": "inputs", **asdict(assumed), **asdict(hardware), **carried, **sending_}
-        write_json(out, [meta("bench scaling", seed, time.perf_counter() - started), inputs, *records])
+        sent = [{"record": "sent", **asdict(found)} for found in measured.sent]
+        write_json(out, [meta("bench scaling", seed, time.perf_counter() - started), inputs, *sent, *records])
     console.print(shown)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import deepspeed
+import ray
 import torch
 from openrlhf.models import Actor
 from openrlhf.models.utils import compute_entropy
@@ -12,6 +15,7 @@ from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray.ppo_actor import PolicyModelActor
 from openrlhf.trainer.ray.ppo_critic import CriticModelActor
 from openrlhf.trainer.ray.vllm_engine import RolloutRayActor
+from openrlhf.utils.distributed_util import torch_dist_barrier_and_cuda_sync
 
 from ramet.errors import PolicyError
 from ramet.policy.engines.vllm import cpu_settings
@@ -19,10 +23,14 @@ from ramet.policy.models.load import without_dropout
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import targets_of
 from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.openrlhf.weights import BUCKET, buckets, send
 from ramet.policy.training.loss import SUMS, LossSums
 from ramet.policy.training.update import TrainConfig, update_loss
 
 cpu.activate()
+
+WORKER = "ramet.policy.openrlhf.worker.BucketWorker"
+"""By name: an engine's worker imports it, a process that has vLLM and must not load DeepSpeed."""
 
 
 def undecorated(actor: Any) -> Any:
@@ -36,7 +44,7 @@ class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
     setup: ClassVar[Setup]
 
     async def __init__(self, *args: Any, **named: Any) -> None:  # type: ignore[misc]
-        named["dtype"] = self.setup.dtype
+        named |= {"dtype": self.setup.dtype, "worker_extension_cls": WORKER}
         if self.setup.cluster.cpu:
             named |= {**cpu_settings(2**30), "worker_extension_cls": f"{cpu.__name__}.{cpu.CPUWorker.__name__}"}
             del named["gpu_memory_utilization"]
@@ -45,6 +53,9 @@ class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
 
     async def pause_generation(self) -> None:
         await self._policy.pause()
+
+    async def update_bucket(self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, last: bool) -> None:
+        await self.llm.collective_rpc("update_bucket", args=(names, shapes, dtype, last))
 
     async def resume_generation(self, version: int = 0) -> int:
         """Go on with weights of this version. Returns the tokens computed again for changes of weights since the start."""
@@ -134,6 +145,24 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
         norms = self._optimise(self.actor.model, loss_of, steps, self.setup.train.epochs, rate)
         self.actor.eval()
         return {**sums, "gradient_norm": sum(norms) / len(norms)}
+
+    def broadcast_to_vllm(self) -> None:
+        """Give the engines the weights, bucket by bucket. All trainers take part: each has its shards."""
+        engines = self.vllm_engines if torch.distributed.get_rank() == 0 else []
+        resets = [engine.reset_prefix_cache.remote() for engine in engines]
+        torch.cuda.empty_cache()
+        frozen = getattr(self.actor, "is_vlm", False)  # a vision encoder is not trained
+        parameters = [(name, p) for name, p in self.actor.model.module.named_parameters() if p.requires_grad or not frozen]
+        parts = buckets(parameters, BUCKET)
+        for number, part in enumerate(parts, 1):
+            with deepspeed.zero.GatheredParameters([parameter for _, parameter in part]):
+                if engines:
+                    send(part, number == len(parts), self.trainer._model_update_group, engines)
+                # What is gathered may not be let go while it is sent.
+                torch.cuda.synchronize()
+        ray.get(resets)
+        torch.cuda.empty_cache()
+        torch_dist_barrier_and_cuda_sync()
 
     def export(self, path: str) -> None:
         """Write the weights as a model directory."""

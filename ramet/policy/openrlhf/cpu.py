@@ -7,7 +7,7 @@ Nothing of it is active unless a run asks for it (`openrlhf.cpu`), which sets `A
 | `torch.cuda` devices, streams, synchronisation | the CPU; nothing to wait for |
 | a mesh of CUDA devices | of CPUs |
 | weights broadcast by NCCL | by gloo |
-| an engine that takes weights one by one | all at once: the CPU engine packs them for its kernels when they are loaded |
+| an engine that takes weights bucket by bucket | all at once: the CPU engine packs them for its kernels when they are loaded |
 | bfloat16 or float16 | float32 as well, which CPUs compute faster |
 | flash-attn, imported whether it is used or not | nothing of it; packing and ring attention, which call it, do not work |
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from ramet.policy.engines.vllm import repack
+from ramet.policy.openrlhf.weights import receive
 
 ASKED = "RAMET_OPENRLHF_CPU"
 ENVIRONMENT = {ASKED: "1", "DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -107,12 +109,10 @@ class CPUWorker:
         self._weights: list[tuple[str, torch.Tensor]] = []
         self._weights_group = Gloo(master_address, master_port, torch.distributed.get_rank() + rank_offset, world_size)
 
-    def update_weight(self, name: str, dtype: torch.dtype, shape: Any, empty_cache: bool = False) -> None:
-        """One parameter; the last one (`empty_cache`) makes them all take effect."""
-        weight = torch.empty(shape, dtype=dtype)
-        self._weights_group.broadcast(weight)
-        self._weights.append((name, weight))
-        if empty_cache:
+    def update_bucket(self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, last: bool) -> None:
+        """One bucket; the last one makes them all take effect."""
+        self._weights += receive(names, shapes, dtype, self._weights_group, "cpu")
+        if last:
             self.model_runner.reload_weights(weights_iterator=iter(self._weights))
             repack(self.model_runner.model)
             self._weights = []
