@@ -273,12 +273,47 @@ def test_a_turn_without_text_is_no_message():
     ]
 
 
-@pytest.mark.parametrize("owner, sent", [("vllm", "repetition_penalty"), ("llamacpp", "repeat_penalty"), ("openai", "")])
-async def test_defaults_of_the_server_do_not_change_the_sampling(owner, sent):
+NEUTRAL_FIELDS = ("top_k", "min_p", "repetition_penalty", "repeat_penalty")
+
+
+@pytest.mark.parametrize(
+    "owner, off, penalties",
+    [("vllm", -1, {"repetition_penalty"}), ("llamacpp", -1, {"repeat_penalty"}), ("me", 0, {"repeat_penalty"}), ("openai", None, set()),
+     ("library", None, set()), (None, -1, {"repetition_penalty", "repeat_penalty"}),
+     ("acme", -1, {"repetition_penalty", "repeat_penalty"})],
+)  # fmt: skip
+async def test_defaults_of_the_server_do_not_change_the_sampling(owner, off, penalties):
     with serve(GOOD, {"data": [{"id": "m", "owned_by": owner}]}) as (url, asked):
         await ask(url)
-    neutral = {name: asked[0][name] for name in ("top_k", "min_p", "repetition_penalty", "repeat_penalty") if name in asked[0]}
-    assert neutral == ({"top_k": -1, "min_p": 0.0, sent: 1.0} if sent else {})
+    neutral = {name: asked[0][name] for name in NEUTRAL_FIELDS if name in asked[0]}
+    assert neutral == ({"top_k": off, "min_p": 0.0, **dict.fromkeys(penalties, 1.0)} if penalties else {})
+
+
+@pytest.mark.parametrize(
+    "status, said",
+    [
+        ("400 Bad Request", "Unrecognized request argument supplied: {}"), ("422 Unprocessable Entity", "body.{}: out of range"),
+        ("400 Bad Request", "invalid body"), ("500 Internal Server Error", "unmarshal"),
+    ],
+)  # fmt: skip
+async def test_what_is_guessed_of_a_server_keeps_no_request_from_it_and_is_said_once(status, said, caplog):
+    def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
+        found = next((name for name in NEUTRAL_FIELDS if name in body), None)
+        connection.sendall(failed(status, said.format(found)) if found else GOOD)
+
+    with serve(answer) as (url, asked):
+        async with ChatPolicy(url, WIRE) as policy:
+            for _ in range(3):
+                await policy.sample(SampleRequest(PROMPT, 100, WIRE.stop_ids, 7), Partial())
+    assert len(asked) == (3 + 4 if "{}" in said else 3 + 1)
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == len(asked) - 3 and all("left out" in line for line in lines) and all(f in "".join(lines) for f in NEUTRAL_FIELDS)
+
+
+async def test_a_prompt_that_is_too_long_is_no_reason_to_leave_a_guess_out():
+    with serve(failed("400 Bad Request", "maximum context length is 10 tokens")) as (url, asked), pytest.raises(RefusedRequest):
+        await ask(url)
+    assert len(asked) == 1 and asked[0]["min_p"] == 0.0
 
 
 @pytest.mark.parametrize("listed", [["llama3.2:latest"], ["/models/q.gguf"], ["a/b", "c"], ["openai/*"], []])

@@ -9,6 +9,9 @@ from ramet.policy.engines.openai.server import Server
 from ramet.policy.engines.openai.tally import Tally
 from ramet.policy.engines.openai.wire import WireFormat
 
+GUESSED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
+"""Values that change nothing, for the fields of all servers; taken back if the first request is refused without naming a field."""
+
 
 class ChatPolicy(Server):
     """Any chat server. A sample has an id for every token that is charged (`Tally`); together they carry its text.
@@ -18,6 +21,7 @@ class ChatPolicy(Server):
 
     path = "chat/completions"
     optional = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options", "stream")
+    guessed = GUESSED
 
     def __init__(self, url: str, chat: WireFormat, model: str | None = None, **options: Any) -> None:
         super().__init__(url, model, **options)

@@ -67,6 +67,11 @@ class Fields:
         return ""
 
 
+def names_field(said: str, param: Any, sent: Mapping[str, Any]) -> bool:
+    """Is a refusal about a field of what was sent?"""
+    return any(_place(name, said, param) is not None for name in sent)
+
+
 def _place(name: str, said: str, param: Any) -> int | None:
     """Where the text names a field; before everything if the error is about it."""
     if name == param:

@@ -19,10 +19,10 @@ from ramet.agents import drain
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import StopReason
-from ramet.errors import PolicyError, TransientPolicyError, first_line
+from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError, first_line
 from ramet.policy.engines.openai.client import Address, connected
 from ramet.policy.engines.openai.faults import Masker, error_in, failure, is_page, one_line, passes, said_by, wait_of
-from ramet.policy.engines.openai.fields import Fields
+from ramet.policy.engines.openai.fields import Fields, names_field
 from ramet.policy.engines.openai.said import Said, Usage, read, stop_of
 from ramet.policy.engines.openai.stream import Event, EventReader, TooLong
 
@@ -44,8 +44,13 @@ NEUTRAL = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
     "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
     "llamacpp": {"top_k": -1, "min_p": 0.0, "repeat_penalty": 1.0},
-}
-"""By owner of the model in the server's list: what keeps its own defaults, or the model's `generation_config`, out of the sampling."""
+    "me": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+    "openai": {}, "openai-internal": {}, "system": {}, "library": {},
+}  # fmt: skip
+"""By owner of the model in the server's list: what keeps its own defaults, or the model's `generation_config`, out of the sampling.
+
+"me" is llama-cpp-python; "library" Ollama.
+"""
 
 
 class Hearing(Protocol):
@@ -77,6 +82,8 @@ class Server(ABC):
     path: str
     optional: tuple[str, ...] = ()
     """Fields that can be left out if the server refuses them, or called otherwise."""
+    guessed: Mapping[str, Any] = {}
+    """What a server of which nothing is known is sent besides, to keep its own defaults out of the sampling."""
 
     def __init__(
         self, url: str, model: str | None = None, *, concurrency: int = 64, seconds: float = 300.0, context: int | None = None,
@@ -95,7 +102,7 @@ class Server(ABC):
         self._key = key
         self._fields = Fields(names or {}, extra or {}, self.optional)
         self._fields.fold_system = fold_system
-        self._neutral: dict[str, Any] = {}
+        self._neutral: Mapping[str, Any] = self.guessed
         self._mask = Masker(())
         self._slots, self._concurrency = Slots(concurrency), concurrency
         self._client: httpx.AsyncClient | None = None
@@ -174,7 +181,7 @@ class Server(ABC):
         self.model = self.model or self._chosen()
         entry = listed.get(self.model, {})
         owner = str(entry.get("owned_by") or next(iter(listed.values())).get("owned_by"))
-        self._neutral = NEUTRAL.get(owner, {})
+        self._neutral = NEUTRAL.get(owner, self.guessed)
         length = entry.get("max_model_len")
         self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
 
@@ -207,7 +214,8 @@ class Server(ABC):
             try:
                 return await exchange.run(body)
             except PolicyError as error:
-                if partial.ids or not exchange.refused or not self._adapted(exchange, body, request):
+                too_long = isinstance(error, RefusedRequest)
+                if partial.ids or too_long or not exchange.refused or not self._adapted(exchange, body, request):
                     raise await self._explained(error, exchange) from error.__cause__
 
     def _whole(self, request: SampleRequest) -> dict[str, Any]:
@@ -219,6 +227,10 @@ class Server(ABC):
         if self._whole(request) != sent:
             return True  # another request has been refused before
         change = self._fields.adapt(exchange.refused, exchange.param, sent, (*self.optional, *self._neutral))
+        guesses = self.guessed.keys() & sent.keys() if self._neutral is self.guessed else set()
+        if not change and guesses and not self._served and not names_field(exchange.refused, exchange.param, sent):
+            self._neutral = {}
+            change = f"refuses a request: {', '.join(sorted(guesses))} are left out, and its own defaults hold"
         if change:
             log.warning("%s %s", self._url, change)
         return bool(change)
