@@ -246,6 +246,7 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
 
     weights, _, chat = load_model(resolve(model))
     lengths = (3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 32, 48)
+    ways = (("alone", 0, 0.0), ("alone_sampled", 0, 1.0), ("offered", 1, 1.0))
 
     async def main() -> list[dict[str, Any]]:
         records = []
@@ -253,12 +254,13 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
             for length in lengths:
                 record: dict[str, Any] = {"record": "length", "operands": length, "n": tasks}
                 drawn = RowsEnvironment((length, length)).tasks("iid", tasks, seed)
-                for name, depth, temperature in (("alone", 0, 0.0), ("alone_sampled", 0, 1.0), ("offered", 1, 1.0)):
+                for name, depth, temperature in ways:
                     budget = Budget(generated=640, depth=depth, answer_reserve=8, context=weights.config.max_position_embeddings)
                     runtime = Runtime(policy, chat, Sampling(temperature=temperature))
                     right = spawned = right_spawned = 0
                     async with runtime.run_many([Job(task, budget, i) for i, task in enumerate(drawn)]) as trees:
                         async for job, tree in trees:
+                            report(1)
                             good = integer_match(job.task, tree.answer) == 1.0
                             right += good
                             spawned += tree.spawned
@@ -270,7 +272,8 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
                 records.append(record)
         return records
 
-    records = drain.run(main)
+    with progress.measuring("accuracy", len(lengths) * len(ways) * tasks) as report:
+        records = drain.run(main)
     shown = Table(
         "operands",
         "alone, greedy",
