@@ -16,14 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ramet.errors import ConfigError, TaskError
 from ramet.media.containers import Clip, told
 from ramet.media.pictures import Pictures, in_folder, one
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -187,6 +189,8 @@ def patches(
     Frames are resized bicubically; an odd last frame is doubled. Rows are ordered by time, then by merged square, so that
     the rows of one step in time stand together.
     """
+    import torch
+
     height, width = fitted(pixels.shape[1], pixels.shape[2], patch * merge, least, most)
     frames = (
         torch.from_numpy(np.stack([resized(frame, height, width) for frame in pixels])).float() / 255 - torch.tensor(mean)

@@ -1,13 +1,14 @@
-"""From a `RunConfig` to things that run: model, trainer, entries to measure."""
+"""From a `RunConfig` to things that run: model, trainer, entries to measure.
+
+What needs torch is imported where it is made: a server is measured without it.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
@@ -18,19 +19,24 @@ from ramet.env.instructions import instructed
 from ramet.env.questions import Questions
 from ramet.env.settings import words
 from ramet.errors import ConfigError
-from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.models.catalogue import find, weights_id
-from ramet.policy.models.load import auto_device, load_model, load_tokenizer
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.runlog import RunLog
-from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.update import Reward, RewardFunction, TaskSampler
 from ramet.runs.settings import RunConfig, ServerConfig
+
+if TYPE_CHECKING:
+    from ramet.policy.engines.hf import HFPolicy
+    from ramet.policy.training.trainer import Trainer
 
 
 def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, ChatFormat]:
     """The configured model (or the one at `path`), with the configured number of threads."""
+    import torch
+
+    from ramet.policy.models.load import auto_device, load_model
+
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = config.device
@@ -47,6 +53,8 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     if config.backend == "chat":
         wire = WireFormat()
         return ChatPolicy(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
+    from ramet.policy.models.load import load_tokenizer
+
     path = find(str(model))
     if config.attention.method != "dense":
         return _shared_engine(config, path)
@@ -80,6 +88,7 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
     from ramet.attention.methods import Method
     from ramet.policy.engines.sequence_parallel import SequenceParallelPolicy
     from ramet.policy.engines.vision import VideoReader
+    from ramet.policy.models.load import load_tokenizer
 
     tokenizer, chat = load_tokenizer(path, config.chat)
     model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
@@ -95,6 +104,8 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
 
 def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, **options: Any) -> HFPolicy:
     """The transformers backend of a model; one that sees, for a model with a vision tower."""
+    from ramet.policy.engines.hf import HFPolicy
+
     options["max_batch"] = config.train.max_batch
     if not hasattr(model.config, "vision_config"):
         return HFPolicy(model, **options)
@@ -153,6 +164,8 @@ def job_of(config: RunConfig, spawn: bool) -> str:
 
 def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
     """A trainer of the configured model; without `spawn` the tool is never offered."""
+    from ramet.policy.training.trainer import Trainer
+
     if config.backend != "transformers":
         raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
     if config.attention.method != "dense":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -20,15 +20,16 @@ from ramet.display.plots import LABELS
 from ramet.env.questions import Questions
 from ramet.env.splits import TUNING
 from ramet.errors import ConfigError, PolicyError
-from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
-from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.update import nothing_sampled
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model
 from ramet.runs.settings import RunConfig, dumps, load, validate, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
 from ramet.terminal import Table, console
+
+if TYPE_CHECKING:
+    from ramet.policy.training.trainer import Trainer
 
 
 def claim_folder(directory: Path, config: BaseModel) -> None:
@@ -241,6 +242,7 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
     from ramet.agents.budget import Budget
     from ramet.agents.runtime import Job, Runtime
     from ramet.env.arithmetic import RowsEnvironment
+    from ramet.policy.engines.hf import HFPolicy
     from ramet.policy.models.load import load_model
     from ramet.rewards.exact_match import integer_match
 
@@ -302,6 +304,8 @@ SMALL: dict[str, Any] = {
 
 def small_jobs(seed: int) -> dict[str, Callable[[Path], None]]:
     """An evaluation and a training of seconds, for `ramet bench kills`. Imports all that they need, so that a fork begins at once."""
+    import ramet.policy.training.trainer  # noqa: F401
+
     config = validate(RunConfig, {"seed": seed, **SMALL})
     open_model(config)
     return {

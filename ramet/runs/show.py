@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import anyio
 from rich.console import Group
@@ -24,13 +25,13 @@ from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Status, Task, Tree
 from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.errors import ConfigError, PolicyError
-from ramet.policy.engines.hf import HFPolicy
-from ramet.policy.engines.sequence_parallel import Sharing
 from ramet.policy.models.catalogue import resolve, weights_id
-from ramet.policy.models.load import load_model
 from ramet.rewards.exact_match import integer_match
 from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
+
+if TYPE_CHECKING:
+    from ramet.policy.engines.sequence_parallel import Sharing
 
 _COLOURS = {Status.ANSWERED: "green", Status.EMPTY: "yellow", Status.OUT_OF_BUDGET: "yellow", Status.CANCELLED: "red"}
 
@@ -139,6 +140,9 @@ def run_one(
     Samples are kept in `kept` and taken from there. With `sharing`, several workers read what is long; under torchrun the
     ranks but the first serve, and print nothing.
     """
+    from ramet.policy.engines.hf import HFPolicy
+    from ramet.policy.models.load import load_model
+
     if generated < 1:
         raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
     values = parse_sum(expression)

@@ -27,7 +27,6 @@ from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import resolve, weights_id
-from ramet.rewards.preference import PreferenceModel
 from ramet.runs.build import engine_id
 from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry
 from ramet.runs.settings import RunConfig
@@ -203,6 +202,8 @@ def choice_records(weights: str, settings: Mapping[str, Setting]) -> list[dict[s
 
 def preference(path: Path) -> methods.Score:
     """The score of a reward model: what the task asks, and what the root said last."""
+    from ramet.rewards.preference import PreferenceModel
+
     model = PreferenceModel(path)
     return lambda task, tree, said: model.score(task.messages[-1].content, said)
 

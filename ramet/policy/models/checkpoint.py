@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any
 
 from ramet.errors import CheckpointError, StorageError
-from ramet.policy.models.lora import adapted
-from ramet.policy.models.masters import Masters
 from ramet.terminal import quiet
+
+if TYPE_CHECKING:
+    import torch
+
+    from ramet.policy.models.masters import Masters
 
 ADAPTERS = "adapters.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -34,6 +34,10 @@ def save_checkpoint(
     directory: Path, step: int, masters: Masters, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
     """Write `directory/step-NNNNNN`. Raises `StorageError` if the disk refuses; older checkpoints stay."""
+    from safetensors.torch import save_file
+
+    from ramet.policy.models.lora import adapted
+
     target = checkpoint_path(directory, step)
     draft = directory / f".{target.name}.draft"
     try:
@@ -72,6 +76,9 @@ def prune_checkpoints(directory: Path, keep: int) -> None:
 
 def load_checkpoint(path: Path, masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load weights, optimiser and RNG in place; returns the saved state. Raises `CheckpointError`."""
+    import torch
+    from safetensors.torch import load_file
+
     named = masters.weights
     try:
         state: dict[str, Any] = json.loads((path / TRAINER).read_text(encoding="utf-8"))
@@ -103,6 +110,8 @@ def load_checkpoint(path: Path, masters: Masters, optimizer: torch.optim.Optimiz
 
 
 def _flatten(masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    import torch
+
     flat = {"rng_state": torch.get_rng_state()}
     for name, parameter in masters.weights.items():
         for slot, value in optimizer.state.get(parameter, {}).items():

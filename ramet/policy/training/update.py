@@ -1,7 +1,7 @@
 """One update, whichever trainer makes it: its settings, its rewards and credit, its minibatches of rows, its loss.
 
 The local trainer and the cluster trainer differ in who samples and who holds the weights. What an update is stands
-here, once.
+here, once. torch is imported where it computes: the settings and rewards of an update are read without it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import ConfigDict, Field, model_validator
 
 from ramet.agents.actor import seed_of
@@ -23,9 +22,13 @@ from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
 from ramet.errors import ConfigError, PolicyError, RametError, RewardError, first_line
 from ramet.policy.training.advantages import ESTIMATORS, REPAIRS, ScoredTree, reference
-from ramet.policy.training.loss import LossSums, policy_loss
-from ramet.policy.training.rows import Batch, Row, rows_of
 from ramet.schema import Section
+
+if TYPE_CHECKING:
+    import torch
+
+    from ramet.policy.training.loss import LossSums
+    from ramet.policy.training.rows import Batch, Row
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -182,6 +185,8 @@ def advantages_of(
 
 def minibatches(groups: Sequence[Group], advantages: Sequence[Sequence[Sequence[float]]], config: TrainConfig) -> list[list[Row]]:
     """The rows of each optimiser step: whole groups, dealt out in turn. A tree's weight is 1/trees, whatever its fan-out."""
+    from ramet.policy.training.rows import rows_of
+
     made = []
     for part in range(config.minibatches):
         chosen = range(part, len(groups), config.minibatches)
@@ -207,6 +212,8 @@ class Targets:
     @classmethod
     def of(cls, batch: Batch, rows: Sequence[Row]) -> Targets:
         """Of the rows that `batch` was made from."""
+        import torch
+
         chosen = [rows[i] for i in batch.members]
         mask = batch.spread([row.mask for row in rows], torch.bool)
 
@@ -219,6 +226,8 @@ class Targets:
 
 def update_loss(logprobs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor, targets: Targets, config: TrainConfig) -> LossSums:
     """The loss of a batch; the model's side (B, T) as `rows.token_logprobs` gives it."""
+    from ramet.policy.training.loss import policy_loss
+
     t = targets
     clip = (config.clip_low, config.clip_high)
     return policy_loss(logprobs, t.behaviour, t.advantages, t.weights, t.mask, entropy, kl, clip, config.kl, config.dual_clip)
