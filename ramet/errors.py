@@ -87,6 +87,16 @@ class StorageError(RametError):
     """The disk refused a write. What was written before is intact."""
 
 
+TRAIN = frozenset(("accelerate", "safetensors", "tensorboard", "torch", "transformers"))
+"""Packages that the extra `train` brings."""
+
+
+def missing_extra(error: BaseException) -> str:
+    """One line for an import that failed because `ramet[train]` is not installed; empty for any other error."""
+    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    return f"this needs {package}, which is not installed: pip install 'ramet[train]'" if package in TRAIN else ""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of somebody else's says, on one line."""
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -14,11 +14,11 @@ from ramet.errors import RametError
 from ramet.terminal import Table, console
 
 PARTS = (
-    ("torch", "torch", "sampling and training", "pip install torch==2.13.0"),
-    ("transformers", "transformers", "models and tokenizers", "pip install 'transformers>=5.15,<5.24'"),
+    ("torch", "torch", "sampling and training", "pip install 'ramet[train]'"),
+    ("transformers", "transformers", "models and tokenizers", "pip install 'ramet[train]'"),
     ("anyio", "anyio", "the runtime", "pip install anyio"),
     ("trio", "trio", "the runtime's second backend, and tests", "pip install 'ramet[dev]'"),
-    ("tensorboard", "tensorboard", "learning curves in TensorBoard", "pip install tensorboard"),
+    ("tensorboard", "tensorboard", "learning curves in TensorBoard", "pip install 'ramet[train]'"),
     ("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
     ("av", "av", "frames of videos", "pip install 'ramet[video]'"),
     ("datasets", "datasets", "questions from Parquet files and hubs", "pip install 'ramet[data]'"),

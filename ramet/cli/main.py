@@ -21,7 +21,7 @@ from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
 from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of
 from ramet.cli.reward import reward
-from ramet.errors import ConfigError, RametError
+from ramet.errors import ConfigError, RametError, missing_extra
 from ramet.terminal import console, messages, one_line, tagged, tolerate
 
 app = typer.Typer(
@@ -438,6 +438,8 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, RametError):
         return _say("error:", one_line(str(error)), error.exit_code)
+    if missing := missing_extra(error):
+        return _say("error:", missing, ConfigError.exit_code)
     show = getattr(error, "show", None)
     if show is not None:  # a usage error of the command line parser
         show()
