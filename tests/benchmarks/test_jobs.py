@@ -22,7 +22,7 @@ SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets":
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     """From another process: refused while it is held, free when its holder is gone, however it went."""
-    hold = "import pathlib, sys, time; from ramet.benchmarks import jobs; jobs.lock(pathlib.Path(sys.argv[1]));"
+    hold = "import pathlib, sys, time; from ramet.runs import jobs; jobs.lock(pathlib.Path(sys.argv[1]));"
     hold += "print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
