@@ -2,12 +2,13 @@ r"""The answer that a turn states, read by grammar: where a model says "this is 
 
 Thoughts are not read, closed or not. Then, the first of these that says something:
 
-1. the last `Answer: ...` at the beginning of a line, or `<answer>...</answer>`. Emphasis, headings and quotes around it, `The` and
+1. the last `Answer: ...` at the beginning of a line, or `<answer>...</answer>`, also spelled
+   `<final_answer>`, `[ANSWER]` and `答案:`. Emphasis, headings and quotes around it, `The` and
    `Final` before it and a full-width colon are all the same. The value may stand on the next lines: bare, in display maths, in a
    code block, in tags. One that points elsewhere (`Answer: see above`) says nothing where there is a box;
 2. the last box;
-3. of a finished turn, its last line that is not empty, less the signs of a heading (`#### 72`), or the display maths or code block that
-   it ends with.
+3. of a finished turn, its last line that is not empty, less the signs of a heading (`#### 72`) or an `A:` that replies to a `Q:`, or the
+   display maths or code block that it ends with.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ LONGEST = 65_536
 """Characters of a stated answer that are looked at."""
 _LOOSE = r"(?:[ \t*_]|`(?!``))*"
 _MARKER = re.compile(
-    rf"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?{_LOOSE}(?:(?P<colon>[:\uff1a]){_LOOSE}|$)|(?P<tag><answer>)",
+    rf"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?{_LOOSE}(?:(?P<colon>[:\uff1a]){_LOOSE}|$)"
+    rf"|^[ \t>#*_`]*(?:最终|最後)?答案(?:是|为|為)?{_LOOSE}(?P<han>[:\uff1a]){_LOOSE}|(?P<tag><(?:final_)?answer>|\[answer\])",
     re.IGNORECASE | re.MULTILINE,
 )
-_CLOSING_TAG = re.compile(r"</answer>", re.IGNORECASE)
+_CLOSING_TAG = re.compile(r"</(?:final_)?answer>|\[/answer\]", re.IGNORECASE)
 _SENTENCE = re.compile(
     r"(?:(?:so|thus|hence|therefore|then)\b,?[ \t]*)?the[ \t]+(?:(?:final|correct|right)[ \t]+)?answer[ \t]+is[ \t]+(?=\S)", re.IGNORECASE
 )
 _ELSEWHERE = re.compile(r"[^\d\\$]{0,60}\b(?:above|boxed|earlier|previously|box)\b[^\d\\$]{0,60}", re.IGNORECASE)
+_QUESTION = re.compile(r"^[ \t*]*Q[* \t]*[:\uff1a]", re.MULTILINE)
+_REPLY = re.compile(r"^\**A\**[:\uff1a]\**[ \t]*(?=\S)")
 _BLOCKS = (("```", "```"), ("\\[", "\\]"), ("$$", "$$"))
 _BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox|framebox)[ \t]*)?\{|\}")
 _BARE_BOX = re.compile(
@@ -48,7 +52,7 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
         said = _CLOSING_TAG.split(after, maxsplit=1)[0].strip() if mark["tag"] else _value(after)
         if said and not (boxed and _ELSEWHERE.fullmatch(said)):
             return said
-        if boxed is None and mark["colon"]:
+        if boxed is None and (mark["colon"] or mark["han"]):
             return None
     return boxed or (_ending(text) if finished else None)
 
@@ -152,6 +156,8 @@ def _ending(text: str) -> str | None:
             block = text[start + len(opening) : -len(closing)].strip()
             return (_without_language(block) if opening == "```" else block) or None
     line = re.sub(r"^#+[ \t]+", "", text.rpartition("\n")[2].strip())  # `#### 72`, as GSM8K ends
+    if _QUESTION.search(text):
+        line = _REPLY.sub("", line)  # without a `Q:` it may name a choice
     sentence = _SENTENCE.match(line)
     said = line[sentence.end() :] if sentence else line
     box = next((match for match in _BRACE.finditer(said) if match["box"]), None)

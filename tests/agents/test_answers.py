@@ -23,6 +23,10 @@ from ramet.agents.answers import extract_answer, last_boxed
         ("Thus \\boxed{72}.\nAnswer:", "72"), ("So\n\\[\n72\n\\]", "72"), ("So\n$$\n72\n$$", "72"), ("So\n```\n72\n```", "72"),
         ("So the answer is 72.", "72."), ("The final answer is $72$", "$72$"), ("she gives her\nanswer", "answer"), ("so \\boxed{72", "72"),
         ("48+24 = <<48+24=72>>72 clips.\n#### 72", "72"), ("#### $1,200", "$1,200"), ("So the correct answer is Paris", "Paris"),
+        ("<final_answer>72</final_answer>", "72"), ("So [ANSWER]72[/ANSWER]. Bye", "72"), ("[answer]\n72\n[/answer]", "72"),
+        ("答案\uff1a72", "72"), ("最终答案是: **72**\nbye", "72"), ("Q: How many?\nA: 72", "72"), ("**Q:** x?\n**A:** 72", "72"),
+        ("A: Paris", "A: Paris"),
+        ("A: 5\nB: 6\n\nThe answer is B", "B"), ("A: 5\nB: 6\nAnswer: 6", "6"), ("A: 5\n\\boxed{6}", "6"),
         ("The answer\nis hard to find\nAnswer: 3", "3"),
     ],
 )  # fmt: skip
