@@ -34,6 +34,21 @@ def value(made: list[str], flag: str) -> str:
     return made[made.index(f"--{flag}") + 1]
 
 
+def test_a_run_with_other_tasks_or_rewards_is_another_run(tmp_path):
+    """As in the local trainer; what the recipe makes again in another process is the same."""
+
+    def draw(update: int) -> list:
+        return [update]
+
+    def judge(worth: float):
+        return lambda task, tree: worth
+
+    made = setup(tmp_path)
+    job = made.of(draw, judge(1.0)).job
+    assert job == made.of(draw, judge(1.0)).job != made.job
+    assert len({job, made.of(draw, judge(2.0)).job, made.of(lambda update: [], judge(1.0)).job}) == 3
+
+
 def test_one_configuration_becomes_flags(tmp_path):
     made = flags(setup(tmp_path, trainers=16, engines=2, engine_gpus=4, critic=True, gamma=0.9), 4096)
     assert (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ramet.agents.journal import fingerprint
+from ramet.policy.training.identity import identity
 from ramet.policy.training.update import RewardFunction, TaskSampler, TrainConfig
 from ramet.schema import Section
 
@@ -102,3 +104,7 @@ class Setup:
     job: str
     tell_all: bool
     recipe: Callable[[Callable[[str], int]], tuple[TaskSampler, RewardFunction]]
+
+    def of(self, draw: TaskSampler, judge: RewardFunction) -> Setup:
+        """The setup whose job tells runs apart by their tasks and rewards too, which the recipe has given."""
+        return replace(self, job=fingerprint(self.job, identity(draw), identity(judge)))

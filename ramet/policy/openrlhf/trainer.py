@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -37,7 +37,7 @@ class Lost(RuntimeError):
 class TreeTrainer(BasePPOTrainer):
     """Runs the updates. While one is trained, the trees of the next `staleness` ones may already grow."""
 
-    setup: ClassVar[Setup]
+    setup: Setup
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class TreeTrainer(BasePPOTrainer):
         self.tokenizer = tokenizer
         self.experience_maker = TreeExperience(setup.cluster, setup.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
         draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+        self.setup = setup = setup.of(draw, judge)
         self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, setup, self.log.rollouts, draw, judge, self._some)
         # An engine that does not start would leave the trainers waiting for it.
         self._all([engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines])
@@ -183,7 +184,8 @@ class TreeTrainer(BasePPOTrainer):
         """The update to go on with: that of DeepSpeed's last whole state."""
         states = self._all(self.actor_model_group.async_run_method("get_checkpoint_states"))[0]
         if states and states["job"] != self.setup.job:
-            raise ConfigError(f"{self.setup.directory} holds a run with another seed or configuration; choose another --name or remove it")
+            said = "another seed, configuration, tasks or reward function"
+            raise ConfigError(f"{self.setup.directory} holds a run with {said}; choose another --name or remove it")
         return int(states["step"]) if states else 0
 
     def _some(self, refs: list[Any]) -> dict[Any, Any]:
