@@ -63,7 +63,7 @@ def test_nothing_that_is_printed_names_a_file_that_only_a_clone_has():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         statements = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
         # The docstring of a command is its help.
-        comments = set() if path.name.startswith("cli") else set(map(id, statements))
+        comments = set() if path.parent.name == "cli" else set(map(id, statements))
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in comments:
                 named += [f"{path.name}: {node.value[:60]}"] if "docs/" in node.value or "examples/" in node.value else []

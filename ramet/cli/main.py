@@ -32,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
-settings = typer.Typer(help="The settings of runs. Example: ramet config show examples/nano.toml", no_args_is_help=True)
+settings = typer.Typer(help="The settings of runs. Example: ramet config show run.toml", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
@@ -371,7 +371,7 @@ def config_show(
 ) -> None:
     """Print the settings that a run would have, and where each value comes from. They are checked as a run would check them.
 
-    Example: ramet config show examples/nano.toml --set train.updates=50
+    Example: ramet config show run.toml --set train.updates=50
     """
     from ramet.cli.settings import show_settings
 
@@ -381,7 +381,7 @@ def config_show(
 @settings.command("reference")
 def config_reference(
     section: Annotated[str, typer.Argument(help="Settings whose names begin so, such as train; by default all.")] = "",
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the page docs/settings.md.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False,
     json: Json = None,
 ) -> None:
     """Print every setting that --config and --set take: what it takes, its default, and what it means.

@@ -20,7 +20,7 @@ INTRODUCTION = """\
 
 A run is described by a TOML file (`--config FILE`), whose keys `--set key.sub=value` overrides. This page is what
 `ramet config reference --markdown` prints; `ramet config show FILE` prints the settings that a run of that file would have, and where each
-value comes from. `examples/` holds files to begin with.
+value comes from.
 """
 
 
@@ -120,7 +120,7 @@ def print_reference(section: str, markdown: bool, out: Path | None) -> None:
 
 
 def page() -> str:
-    """All of it as `docs/settings.md`."""
+    """All of it as a page of Markdown."""
     parts = [INTRODUCTION]
     for title, about, rows in sections():
         cells = [("key", "takes", "default", "meaning"), ("---",) * 4]

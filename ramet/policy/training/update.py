@@ -69,7 +69,7 @@ class TrainConfig(Section):
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature in training."""
     estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
-    """How a tree's reward becomes the advantage of its tokens; docs/learning.md gives the formulas."""
+    """How a tree's reward becomes the advantage of its tokens."""
     clone_scale: Annotated[float, Field(gt=0)] = 1.0
     """Of the estimator `reference`: a clone's reward in units of its root's."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
