@@ -36,20 +36,26 @@ if TYPE_CHECKING:
 _COLOURS = {Status.ANSWERED: "green", Status.EMPTY: "yellow", Status.OUT_OF_BUDGET: "yellow", Status.CANCELLED: "red"}
 
 
-def branch_view(branch: Branch, chat: ChatFormat, parent: View | None = None) -> View:
-    """What a branch said, turn by turn, its clones under the turn that started them."""
+def branch_view(root: Branch, chat: ChatFormat) -> View:
+    """What each branch said, turn by turn, its clones under the turn that started them. A chain may be deeper than Python's stack."""
+    top = View(_label(root))
+    waiting = [(root, top)]
+    while waiting:
+        branch, view = waiting.pop()
+        for turn in branch.turns:
+            if turn.sampled:
+                view.add(Text(_clean(chat.text(turn.sampled))))
+            waiting += [(clone, view.add(_label(clone))) for clone in turn.clones]
+    return top
+
+
+def _label(branch: Branch) -> Text:
     colour = _COLOURS.get(branch.status, "red")
     title = "root" if "." not in branch.id else f"clone {branch.id.partition('.')[2]}"
     label = Text.assemble((title, "bold cyan"), (f" {branch.generated} tokens", "dim"), " → ", (branch.status.value, colour))
     if branch.answer is not None:
         label.append(f" {branch.answer}", "bold")
-    view = View(label) if parent is None else parent.add(label)
-    for turn in branch.turns:
-        if turn.sampled:
-            view.add(Text(_clean(chat.text(turn.sampled))))
-        for clone in turn.clones:
-            branch_view(clone, chat, view)
-    return view
+    return label
 
 
 def _clean(text: str) -> str:
@@ -68,19 +74,21 @@ def growth_view(root: Growth, chat: ChatFormat, task: Task, limit: int | None) -
     return Group(view, Text.assemble("budget ", (f"{bar:<40}", "green"), f" {left} of {limit} tokens left"))
 
 
-def _add_growth(view: View, growth: Growth, chat: ChatFormat) -> None:
+def _add_growth(view: View, root: Growth, chat: ChatFormat) -> None:
+    waiting = [(root, view.add(_state(root)))]
+    while waiting:
+        growth, node = waiting.pop()
+        for turn in growth.turns:
+            node.add(Text(_clean(chat.text(turn.sampled)), style="dim"))
+            for branch in turn.clones:
+                node.add(Text(f"{branch.id} → {branch.answer or branch.status.value}", style="green"))
+        waiting += [(clone, node.add(_state(clone))) for clone in growth.clones]
+
+
+def _state(growth: Growth) -> Text:
     state = growth.status.value if growth.status else "…"
-    node = view.add(
-        Text.assemble(
-            (growth.id, "cyan"), (f" {growth.ledger.total('generated')} tokens", "dim"), f" {state} ", (growth.answer or "", "bold")
-        )
-    )
-    for turn in growth.turns:
-        node.add(Text(_clean(chat.text(turn.sampled)), style="dim"))
-        for branch in turn.clones:
-            node.add(Text(f"{branch.id} → {branch.answer or branch.status.value}", style="green"))
-    for clone in growth.clones:
-        _add_growth(node, clone, chat)
+    spent = growth.ledger.total("generated")
+    return Text.assemble((growth.id, "cyan"), (f" {spent} tokens", "dim"), f" {state} ", (growth.answer or "", "bold"))
 
 
 def bill(tree: Tree, budget: Budget) -> Table:
