@@ -55,7 +55,7 @@ GRIDS = {
 }
 """From what settings are chosen where there are tasks for it, over all budgets."""
 PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, methods.LEAST]
-PROTOCOL += [instructions.DIRECT, instructions.COT, instructions.DELEGATE, instructions.DELEGATE_PARTS, methods.NOTE]
+PROTOCOL += [instructions.DIRECT, instructions.COT, instructions.DELEGATE, instructions.DELEGATE_PARTS, instructions.WATCH, methods.NOTE]
 """What outcomes depend on besides the configuration."""
 
 
@@ -124,7 +124,8 @@ def frontier_job(
     measured: list[Measured] = []
     choices: list[dict[str, Any]] = []
     models: dict[str, str] = {}
-    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL, tune]
+    tried = {name: [asdict(setting) for setting in grid] for name, grid in GRIDS.items()} if tune else {}
+    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL, tune, tried]
     job += [None if reward_model is None else weights_id(reward_model)]
     with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
         settings = tuned([name for name in names if name in SETTINGS], config, env, model, tune, score, journal, policy)
