@@ -29,8 +29,8 @@ class Prices(Section):
     """Reward units per token (or clone) of a tree's `Usage`."""
 
     preset: Literal["none", "reference", "reference_maths"] = "none"
-    """none: the score less the prices. reference: the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t, which
-    can be negative. reference_maths: its reward for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off these too."""
+    """none: the score less the prices. reference: after the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t,
+    which can be negative. reference_maths: its reward for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off these too."""
     generated: _Price = 0.0
     """Price of a generated token, over all branches."""
     critical_path: _Price = 0.0
