@@ -192,6 +192,7 @@ def reward_of(model: str, videos: Path | None, token: str, look: Look, patience:
     `patience` seconds when it is away. A VideoDRM looks as it was trained to."""
     from ramet.media.frames import content_id
     from ramet.rewards.video.discriminative import SCORES, SETTINGS, VideoDRM
+    from ramet.rewards.video.pairs import watched
 
     reward: Rewards
     if model.startswith(("http://", "https://")):
@@ -206,10 +207,10 @@ def reward_of(model: str, videos: Path | None, token: str, look: Look, patience:
         from ramet.rewards.video.generative import GRMSettings, VideoGRM
 
         reward = VideoGRM.load(Path(model), GRMSettings(look))
-    known: dict[tuple[Item, str], float] = {}
+    known: dict[tuple[Item, tuple[str, ...]], float] = {}
 
     def probability(item: Item) -> float:
-        key = (item, "" if item.video is None else content_id(Path(item.video.file)))
+        key = (item, tuple(content_id(Path(part.file)) for part in watched(item.video)))
         if key not in known:
             while len(known) >= SCORES:
                 del known[next(iter(known))]

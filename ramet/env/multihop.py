@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, Field
 
 from ramet.agents.context import ContextStore
-from ramet.agents.tree import Message, Task
+from ramet.agents.tree import Message, Segment, Task
 from ramet.data import Flag, Row, Said, listed, load_rows, parsed
 from ramet.env.instructions import DELEGATE, DIRECT
 from ramet.env.questions import Questions, normalised
@@ -145,7 +145,7 @@ class MultihopEnvironment(Questions):
         for index in rng.sample(range(len(rows)), len(rows)):
             yield from documents(rows[index], self.fields, f"{self.source(split)}, row {index + 1}")[0].items()
 
-    def _prompt(self, question: str, chosen: Mapping[str, str]) -> str:
+    def _prompt(self, question: str, chosen: Mapping[str, str | Segment]) -> str:
         if self.show == "titles":
             return "Documents, by title:\n" + "\n".join(f"- {key}" for key in chosen) + f"\n\nQuestion: {question}"
         return f"Documents:\n{ContextStore(chosen).render(chosen)}\n\nQuestion: {question}"
