@@ -6,6 +6,11 @@ The nano model adds up sums in rows. It may add them itself, token after token, 
 side. Nobody tells it which: a tree of clones earns one reward, and every token that any of its branches sampled is made more
 or less likely by that reward.
 
+Seen with `--updates 29 --seed 0` (one run, 135 s of processor time on one core, other jobs beside it): the share of trees that spawn
+went from 0.55 to 0.95, the mean reward from 0.747 over the first ten updates to 0.857 over the last ten. An update's own figure says
+little, since its tasks are new: those of ten neighbouring updates have a standard deviation of 0.04 to 0.07. So few updates teach that
+long sums want clones, and not yet that short ones are a little cheaper without.
+
 What `ramet train` has besides, and this leaves out: settings files, checkpoints and resuming, journals, a KL term, several
 steps from one batch of trees, warm-up and decay of the learning rate, weights in bfloat16, adapters, metrics.
 """
@@ -36,7 +41,8 @@ from ramet.policy.training.update import Group, Reward, Targets, grouped, grow, 
 from ramet.rewards.penalty import Prices
 
 ENVIRONMENT = RowsEnvironment(operands=(6, 24))
-# Short sums are cheapest alone and long ones do not fit alone, so neither "always delegate" nor "never" is the best policy.
+# Up to about a dozen operands a sum is a little cheaper alone; of longer ones the model alone gets few right. The limit leaves room for
+# clones on every sum, so what decides is what pays.
 BUDGET = Budget(generated=256, depth=1, width=16, turns=8, context=768, answer_reserve=8)
 # Tokens cost, and those that have to be waited for cost more: without a price there would be nothing to learn on sums that come out
 # right either way. A wrong answer earns 0 whatever it cost, or failing cheaply would be learned where nothing succeeds.
