@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ramet.attention.comm import Group, Work
+from ramet.attention.comm import RankGroup, Work
 from ramet.attention.kernels import attend
-from ramet.attention.merge import Partial, merge
-from ramet.attention.plan import Plan
+from ramet.attention.merge import PartialAttention, merge
+from ramet.attention.plan import BlockPlan
 from ramet.attention.select import Scorer, mean_scores, pooled, rows_at, top
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalRows:
     """The local rows of one sequence in one layer: q [Hq, T, D], k and v [Hk, T, D], rotated; T as `plan.slices` says."""
 
     q: Tensor
@@ -42,7 +42,9 @@ class Selections:
     rows: dict[int, Tensor] = field(default_factory=dict)
 
 
-def send_selected(plan: Plan, group: Group, x: Local, score: Callable[[slice], Tensor], seen: Selections | None = None) -> list[Work]:
+def send_selected(
+    plan: BlockPlan, group: RankGroup, x: LocalRows, score: Callable[[slice], Tensor], seen: Selections | None = None
+) -> list[Work]:
     """Select in each own block and start to pass it on; the gathers in the order of the rank's blocks.
 
     `score` gives [Hk, T] for a slice of local rows. A buffer is [2, Hk, widest, D], keys and values, padded with zeros.
@@ -64,7 +66,7 @@ def send_selected(plan: Plan, group: Group, x: Local, score: Callable[[slice], T
     return works
 
 
-def query_on_cache(plan: Plan, group: Group, x: Local, scale: float, backend: str) -> Partial:
+def query_on_cache(plan: BlockPlan, group: RankGroup, x: LocalRows, scale: float, backend: str) -> PartialAttention:
     """The query on the keys that this rank keeps: its share of the anchor, its blocks, and on their owner itself."""
     query, own = plan.slices(group.rank)[2], plan.query_rows(group.rank)
     parts = [attend(x.q[:, query], x.k[:, where], x.v[:, where], scale, backend=backend) for where in plan.cached_rows(group.rank)]
@@ -73,19 +75,19 @@ def query_on_cache(plan: Plan, group: Group, x: Local, scale: float, backend: st
     return merge(parts)
 
 
-def gather_partial(group: Group, part: Partial) -> Callable[[], Tensor]:
+def gather_partial(group: RankGroup, part: PartialAttention) -> Callable[[], Tensor]:
     """Start to share a partial attention; the function that is returned waits and merges all ranks' to out [Hq, T, D]."""
     wide = torch.cat([part.out.to(part.lse.dtype), part.lse[..., None]], -1)
     work = group.gather(wide)
 
     def finish() -> Tensor:
         gathered = work.wait()
-        return merge([Partial(g[..., :-1], g[..., -1]) for g in gathered]).out.to(part.out.dtype)
+        return merge([PartialAttention(g[..., :-1], g[..., -1]) for g in gathered]).out.to(part.out.dtype)
 
     return finish
 
 
-def passed(plan: Plan, virtual: int, gathered: list[Tensor]) -> tuple[Tensor, Tensor]:
+def passed(plan: BlockPlan, virtual: int, gathered: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Keys and values [Hk, sum of kept, D] that `virtual` attends to, out of the gathered buffers [ranks, 2, Hk, widest, D]."""
     rounds = {v: r for rank in range(plan.hosts) for r, v in enumerate(plan.owned(rank))}
     pieces = [gathered[rounds[v]][plan.owners[v], :, :, : plan.kept(v)] for v in plan.before(virtual)]
@@ -94,9 +96,9 @@ def passed(plan: Plan, virtual: int, gathered: list[Tensor]) -> tuple[Tensor, Te
 
 
 def anchored(
-    plan: Plan,
-    group: Group,
-    x: Local,
+    plan: BlockPlan,
+    group: RankGroup,
+    x: LocalRows,
     scale: float,
     scorer: Scorer = mean_scores,
     scores: Tensor | None = None,
@@ -139,6 +141,6 @@ def anchored(
     return out
 
 
-def rank_round(plan: Plan, virtual: int) -> int:
+def rank_round(plan: BlockPlan, virtual: int) -> int:
     """In which round `virtual` is passed on: its place among its owner's blocks."""
     return plan.owned(plan.owners[virtual]).index(virtual)

@@ -1,6 +1,6 @@
 """Keys and values of sequences whose rows lie on several ranks.
 
-A `Sequence` is one rank's share of one sequence: per layer a part that no longer changes, which forks share, and a tail
+A `SequenceShard` is one rank's share of one sequence: per layer a part that no longer changes, which forks share, and a tail
 that grows on the rank that owns what is generated. Other ranks keep no tail. `ShardedCache` is the transformers `Cache`
 through which a model's layers fill the sequences of one forward pass, packed one after another.
 """
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from ramet.attention.plan import Plan, Sharded
+from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.errors import ConfigError
 
 
-class Kept:
+class LayerCache:
     """One layer's keys and values [Hk, T, D], and their tail."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -40,9 +40,9 @@ class Kept:
     def tail(self) -> tuple[Tensor, Tensor]:
         return self._tail[0, :, : self._length], self._tail[1, :, : self._length]
 
-    def fork(self, tail: int) -> Kept:
+    def fork(self, tail: int) -> LayerCache:
         """The same keys with the first `tail` rows of the tail; what either appends the other does not see."""
-        forked = Kept(self.keys, self.values)
+        forked = LayerCache(self.keys, self.values)
         forked._length = min(tail, self._length)
         forked._tail = self._tail[:, :, : forked._length].clone()
         return forked
@@ -53,29 +53,29 @@ class Kept:
 
 
 @dataclass
-class Sequence:
+class SequenceShard:
     """One rank's share of one sequence.
 
     `length` counts the rows of the whole sequence, `next_position` numbers the next. The context's rows lie on all ranks
     and do not change; later rows are the tail. `after` says of rows whose positions are not their places what the next one's would be.
     """
 
-    plan: Plan | Sharded
+    plan: BlockPlan | ShardedPlan
     length: int
     next_position: int
-    layers: list[Kept] = field(default_factory=list)
+    layers: list[LayerCache] = field(default_factory=list)
     after: Tensor | None = None
 
-    def fork(self, length: int | None = None) -> Sequence:
+    def fork(self, length: int | None = None) -> SequenceShard:
         """A sequence that shares the context, cut to its first `length` rows, which must hold the whole context."""
         length = self.length if length is None else length
         if not self.plan.context <= length <= self.length:
             raise ConfigError(f"a sequence of {self.length} rows with {self.plan.context} of context cannot be cut to {length}")
         layers = [layer.fork(length - self.plan.context) for layer in self.layers]
         if self.after is None or length > len(self.after):
-            return Sequence(self.plan, length, self.next_position - (self.length - length), layers, self.after)
+            return SequenceShard(self.plan, length, self.next_position - (self.length - length), layers, self.after)
         after = self.after[:length]  # what is cut may hold a video, whose positions are no matter of counting
-        return Sequence(self.plan, length, int(after[-1]) if length else 0, layers, after)
+        return SequenceShard(self.plan, length, int(after[-1]) if length else 0, layers, after)
 
 
 class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -96,7 +96,7 @@ class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]
             keys, values = key_states[0, :, where], value_states[0, :, where]
             if self.cache.filling:
                 rows, query = sequence.plan.cached_rows(rank), sequence.plan.query_rows(rank)
-                kept = Kept(*(torch.cat([x[:, r] for r in rows], 1) for x in (keys, values)))
+                kept = LayerCache(*(torch.cat([x[:, r] for r in rows], 1) for x in (keys, values)))
                 kept.append(keys[:, query], values[:, query])
                 sequence.layers.append(kept)
             elif rank == sequence.plan.query_owner:
@@ -121,6 +121,6 @@ class ShardedLayer(CacheLayerMixin):  # type: ignore[misc]
 class ShardedCache(Cache):  # type: ignore[misc]
     """The cache of one forward pass over packed sequences; `slices` says which of the pass's rows are whose."""
 
-    def __init__(self, sequences: list[Sequence], slices: list[slice], rank: int, layers: int, filling: bool):
+    def __init__(self, sequences: list[SequenceShard], slices: list[slice], rank: int, layers: int, filling: bool):
         self.sequences, self.slices, self.rank, self.filling = sequences, slices, rank, filling
         super().__init__(layers=[ShardedLayer(self, index) for index in range(layers)])

@@ -4,7 +4,7 @@
     work = group.shift(x)       # rank r gets the x of rank r - 1
     work = group.exchange(xs)   # one tensor per rank, sent to it -> the tensors that were meant for this one
 
-Two implementations: `Distributed` over a torch.distributed process group (gloo or NCCL, usually one dimension of a
+Two implementations: `DistributedGroup` over a torch.distributed process group (gloo or NCCL, usually one dimension of a
 DeviceMesh), and `simulated`, which runs the ranks as threads of one process, one at a time. In a simulation a rank's own
 work is timed alone (`Traffic.seconds`), as if on a machine of its own; what its bytes would cost is for the caller to say.
 """
@@ -42,7 +42,7 @@ class Work(Protocol):
     def wait(self) -> Any: ...
 
 
-class Group(Protocol):
+class RankGroup(Protocol):
     """One rank's view of the ranks that share a sequence."""
 
     rank: int
@@ -63,7 +63,7 @@ class Group(Protocol):
 
 
 @dataclass
-class Done:
+class CompletedWork:
     """A collective that has its result already."""
 
     result: Any
@@ -73,7 +73,7 @@ class Done:
 
 
 @dataclass
-class Alone:
+class SingleRank:
     """A group of one."""
 
     rank: int = 0
@@ -81,17 +81,17 @@ class Alone:
     traffic: Traffic = field(default_factory=Traffic)
 
     def gather(self, x: Tensor) -> Work:
-        return Done(x[None])
+        return CompletedWork(x[None])
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
-        return Done(x)
+        return CompletedWork(x)
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
-        return Done(list(parts))
+        return CompletedWork(list(parts))
 
 
-class Distributed:
-    """A torch.distributed process group. `Distributed(mesh.get_group("sequence"))`, or without one the default group."""
+class DistributedGroup:
+    """A torch.distributed process group. `DistributedGroup(mesh.get_group("sequence"))`, or without one the default group."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -107,7 +107,7 @@ class Distributed:
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
         if self.size == 1:
-            return Done(x)
+            return CompletedWork(x)
         x, out = x.contiguous(), torch.empty_like(like)
         self._count(out.nbytes)
         peer = [dist.get_global_rank(self._group, r % self.size) if self._group else r % self.size for r in (self.rank + 1, self.rank - 1)]
@@ -221,7 +221,7 @@ class _Aborted(RametError):
     """Another simulated rank has failed."""
 
 
-def simulated(size: int, function: Callable[[Group], _T]) -> list[_T]:
+def simulated(size: int, function: Callable[[RankGroup], _T]) -> list[_T]:
     """Run `function(group)` for each rank as a thread of this process, one at a time; results in rank order.
 
     The first exception of any rank stops the others and is raised. The caller's gradient mode and context variables

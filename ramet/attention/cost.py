@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ramet.attention.methods import Method
-from ramet.attention.plan import Plan, Sharded
+from ramet.attention.plan import BlockPlan, ShardedPlan
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """A decoder layer: hidden size d, query heads, KV heads, head size, width of the feed-forward network."""
 
     hidden: int
@@ -25,13 +25,13 @@ class Shape:
         return 4.0 * self.hidden * inner + 4.0 * self.hidden * self.kv_heads * self.head + 6.0 * self.hidden * self.feed_forward
 
 
-QWEN_3B = Shape(2048, 16, 2, 128, 11008)
+QWEN_3B = LayerShape(2048, 16, 2, 128, 11008)
 """Qwen2.5-3B, and the language model of Qwen2.5-VL-3B."""
 
 
-def pairs(plan: Plan | Sharded, rank: int) -> float:
+def pairs(plan: BlockPlan | ShardedPlan, rank: int) -> float:
     """Query-key pairs that a rank attends to in a layer; half of a causal square and its diagonal."""
-    if isinstance(plan, Sharded):
+    if isinstance(plan, ShardedPlan):
         return sum((start + stop + 1) * (stop - start) / 2 for start, stop in plan.blocks(rank))
     anchor = plan.anchor_size(rank)
     total = anchor * (anchor + 1) / 2
@@ -43,19 +43,19 @@ def pairs(plan: Plan | Sharded, rank: int) -> float:
     return total + (plan.query * (plan.query + 1) / 2 if rank == plan.query_owner else 0)
 
 
-def attention_flops(method: Method, plan: Plan | Sharded, rank: int, shape: Shape) -> float:
+def attention_flops(method: Method, plan: BlockPlan | ShardedPlan, rank: int, shape: LayerShape) -> float:
     """4 operations per pair, query head and head dimension, and Spava's scores. Ulysses has all pairs for some heads."""
     seen = sum(pairs(plan, r) for r in range(plan.hosts)) / plan.hosts if method.name == "ulysses" else pairs(plan, rank)
     flops = 4.0 * shape.heads * shape.head * seen
-    if isinstance(plan, Plan) and plan.passing:
+    if isinstance(plan, BlockPlan) and plan.passing:
         flops += 2.0 * shape.kv_heads * shape.head * sum(plan.size(v) for v in plan.owned(rank))
     return flops
 
 
-def received(method: Method, plan: Plan | Sharded, rank: int, shape: Shape, width: int = 4) -> float:
+def received(method: Method, plan: BlockPlan | ShardedPlan, rank: int, shape: LayerShape, width: int = 4) -> float:
     """Bytes that a rank receives in a layer's prefill, with `width` bytes an element."""
     others = plan.hosts - 1
-    if isinstance(plan, Plan):
+    if isinstance(plan, BlockPlan):
         passing = 2 * plan.widest * shape.kv_heads * shape.head * plan.rounds
         return float(width * others * (passing + plan.query * shape.heads * (shape.head + 1)))
     rows = plan.length - plan.size(rank)

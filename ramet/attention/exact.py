@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ramet.attention.comm import Group
+from ramet.attention.comm import RankGroup
 from ramet.attention.kernels import attend, attend_backward, wide
-from ramet.attention.merge import Partial, merge
-from ramet.attention.plan import Sharded
+from ramet.attention.merge import PartialAttention, merge
+from ramet.attention.plan import ShardedPlan
 from ramet.errors import ConfigError
 
 
-def ring(plan: Sharded, group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> Tensor:
+def ring(plan: ShardedPlan, group: RankGroup, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> Tensor:
     """Causal attention [Hq, T, D] of the local rows; q [Hq, T, D], k and v [Hk, T, D], rows as `plan.rows(rank)`."""
     out: Tensor = _Ring.apply(q, k, v, plan, group, scale, backend)  # type: ignore[no-untyped-call]
     return out
 
 
-def visible(plan: Sharded, rank: int, source: int) -> list[tuple[slice, int]]:
+def visible(plan: ShardedPlan, rank: int, source: int) -> list[tuple[slice, int]]:
     """Local rows of `rank`, and how many of the first rows of `source` they see in full.
 
     Runs that see as much are one slice; runs that see nothing are left out. The causal squares of a rank's own runs are
@@ -43,7 +43,7 @@ def visible(plan: Sharded, rank: int, source: int) -> list[tuple[slice, int]]:
     return [(rows, count) for rows, count in seen if count]
 
 
-def _squares(plan: Sharded, rank: int) -> list[slice]:
+def _squares(plan: ShardedPlan, rank: int) -> list[slice]:
     """The rank's own runs among its local rows."""
     squares, at = [], 0
     for start, stop in plan.blocks(rank):
@@ -54,7 +54,7 @@ def _squares(plan: Sharded, rank: int) -> list[slice]:
 
 class _Ring(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Sharded, group: Group, scale: float, backend: str) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ShardedPlan, group: RankGroup, scale: float, backend: str) -> Tensor:
         rank, size = group.rank, group.size
         squares = [attend(q[:, s], k[:, s], v[:, s], scale, True, backend) for s in _squares(plan, rank)]
         out = torch.cat([part.out for part in squares], 1).to(squares[0].lse.dtype)
@@ -65,7 +65,7 @@ class _Ring(Function):
             work = group.shift(kv, _like(kv, plan, source - 1)) if step + 1 < size else None
             for rows, count in visible(plan, rank, source):
                 part = attend(q[:, rows], kv[0, :, :count], kv[1, :, :count], scale, backend=backend)
-                out[:, rows], lse[:, rows] = merge([Partial(out[:, rows], lse[:, rows]), part])
+                out[:, rows], lse[:, rows] = merge([PartialAttention(out[:, rows], lse[:, rows]), part])
             if work is not None:
                 kv = work.wait()
         out = out.to(q.dtype)
@@ -80,7 +80,7 @@ class _Ring(Function):
         rank, size = group.rank, group.size
 
         def part(rows: slice, keys: Tensor, values: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-            whole = Partial(out[:, rows], lse[:, rows])
+            whole = PartialAttention(out[:, rows], lse[:, rows])
             return attend_backward(grad[:, rows], q[:, rows], keys, values, whole, ctx.scale, causal, ctx.backend)
 
         dq, kv = torch.zeros_like(q, dtype=wide(q)), torch.stack([k, v])
@@ -101,12 +101,12 @@ class _Ring(Function):
         return dq.to(q.dtype), *d_kv.to(q.dtype), None, None, None, None
 
 
-def _like(kv: Tensor, plan: Sharded, source: int) -> Tensor:
+def _like(kv: Tensor, plan: ShardedPlan, source: int) -> Tensor:
     """An empty buffer for the keys and values of rank `source`."""
     return kv.new_empty((2, kv.shape[1], plan.size(source % plan.hosts), kv.shape[3]))
 
 
-def ulysses(plan: Sharded, group: Group, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> Tensor:
+def ulysses(plan: ShardedPlan, group: RankGroup, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> Tensor:
     """As `ring`. Query heads must be a multiple of the ranks, KV heads a multiple or a divisor (then they are repeated)."""
     size, heads, kv_heads = group.size, q.shape[0], k.shape[0]
     if heads % size or (kv_heads % size and size % kv_heads):
@@ -124,19 +124,19 @@ def _heads(rank: int, size: int, heads: int) -> slice:
     return slice(rank * heads // size, max((rank + 1) * heads // size, rank * heads // size + 1))
 
 
-def _to_heads(plan: Sharded, group: Group, x: Tensor, share: list[slice]) -> Tensor:
+def _to_heads(plan: ShardedPlan, group: RankGroup, x: Tensor, share: list[slice]) -> Tensor:
     own = share[group.rank]
     like = [(own.stop - own.start, plan.size(r), x.shape[2]) for r in range(group.size)]
     return torch.cat(_exchange(group, [x[s] for s in share], like), 1)
 
 
-def _exchange(group: Group, parts: list[Tensor], like: Sequence[tuple[int, ...]]) -> list[Tensor]:
+def _exchange(group: RankGroup, parts: list[Tensor], like: Sequence[tuple[int, ...]]) -> list[Tensor]:
     return list(_Exchange.apply(group, like, *parts))  # type: ignore[no-untyped-call]
 
 
 class _Exchange(Function):
     @staticmethod
-    def forward(ctx: Any, group: Group, like: Sequence[tuple[int, ...]], *parts: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: RankGroup, like: Sequence[tuple[int, ...]], *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.like = group, [tuple(part.shape) for part in parts]
         return tuple(x.clone() for x in group.exchange(parts, like).wait())
 
@@ -156,5 +156,5 @@ class _Attend(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = attend_backward(grad, q, k, v, Partial(out, lse), ctx.scale, True, ctx.backend)
+        grads = attend_backward(grad, q, k, v, PartialAttention(out, lse), ctx.scale, True, ctx.backend)
         return *(x.to(q.dtype) for x in grads), None, None

@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ramet.attention.anchored import Selections, gather_partial
-from ramet.attention.cache import Sequence, ShardedCache
-from ramet.attention.comm import Alone, Group, simulated
+from ramet.attention.cache import SequenceShard, ShardedCache
+from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.kernels import attend
 from ramet.attention.merge import merge
 from ramet.attention.methods import Method
-from ramet.attention.plan import Plan, Sharded
+from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.attention.retaining import RetainingHeads, unrotated
 from ramet.errors import ConfigError, first_line
 from ramet.terminal import quiet
@@ -40,16 +40,16 @@ NAME = "ramet"
 
 
 @dataclass
-class Pass:
+class ForwardPass:
     """One forward pass on one rank: whose rows are where, and what attends to what.
 
     last    position of each whole sequence's last row, on whichever rank it is
     layers  those that have attended
     """
 
-    group: Group
+    group: RankGroup
     method: Method
-    plans: list[Plan | Sharded]
+    plans: list[BlockPlan | ShardedPlan]
     slices: list[slice]
     last: list[int]
     cache: ShardedCache | None
@@ -60,11 +60,11 @@ class Pass:
     layers: list[int] = field(default_factory=list)
 
 
-_PASS: ContextVar[Pass | None] = ContextVar("attention_pass", default=None)
+_PASS: ContextVar[ForwardPass | None] = ContextVar("attention_pass", default=None)
 
 
 @contextmanager
-def running(this: Pass) -> Iterator[None]:
+def running(this: ForwardPass) -> Iterator[None]:
     token = _PASS.set(this)
     try:
         yield
@@ -118,7 +118,7 @@ def _plain_ids(*configs: Any) -> list[int]:
 def _probe(model: Any, ids: list[int], expected: Tensor) -> None:
     """Raise `ConfigError` unless two ranks, by a ring, come to the expected logits after the fifth and the last of eight rows."""
 
-    def rank(group: Group) -> Tensor:
+    def rank(group: RankGroup) -> Tensor:
         sequences, read = prefill(model, group, Method("ring"), [ids[:5]], [1])
         return torch.cat([read, extend(model, group, sequences, [ids[5:]])]).float()
 
@@ -192,7 +192,7 @@ def _attention(
     return torch.cat([out, idle], 1).transpose(0, 1)[None], None
 
 
-def _prefill_one(this: Pass, index: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _prefill_one(this: ForwardPass, index: int, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     where = this.slices[index]
     if this.record is not None:
         this.record.append((q[:, where], k[:, where], v[:, where]))
@@ -205,7 +205,7 @@ def _prefill_one(this: Pass, index: int, layer: int, q: Tensor, k: Tensor, v: Te
     return this.method.attend(this.plans[index], this.group, q[:, where], k[:, where], v[:, where], scale, scores, seen)
 
 
-def _extend_all(this: Pass, layer: int, q: Tensor, scale: float) -> Tensor:
+def _extend_all(this: ForwardPass, layer: int, q: Tensor, scale: float) -> Tensor:
     """New rows on all that came before, wherever it lies, and on themselves causally: exact over what is cached."""
     assert this.cache is not None
     parts = []
@@ -225,7 +225,7 @@ def _inputs(model: Any, name: str, rows: Tensor, positions: Tensor) -> dict[str,
     return {name: rows[None].to(model.device), "position_ids": positions.to(model.device)}
 
 
-def _forward(model: Any, this: Pass, **inputs: Any) -> Tensor:
+def _forward(model: Any, this: ForwardPass, **inputs: Any) -> Tensor:
     """Logits [rows, vocabulary]. Raises `ConfigError` where a layer has not attended through `_attention`, once."""
     with running(this):
         logits: Tensor = model(**inputs).logits[0]
@@ -241,7 +241,7 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 @torch.no_grad()
 def prefill(
     model: Any,
-    group: Group,
+    group: RankGroup,
     method: Method,
     ids: list[list[int]],
     query: list[int],
@@ -249,7 +249,7 @@ def prefill(
     positions: list[Tensor] | None = None,
     seen: list[list[Selections]] | None = None,
     heads: RetainingHeads | None = None,
-) -> tuple[list[Sequence], Tensor]:
+) -> tuple[list[SequenceShard], Tensor]:
     """Read sequences in parallel. Returns this rank's share of each, and logits [sequences, vocabulary] after the last row.
 
     ids        each sequence's token ids
@@ -263,17 +263,17 @@ def prefill(
     rows = [torch.tensor(plan.rows(group.rank), dtype=torch.long) for plan in plans]
     slices = _slices([len(r) for r in rows])
     if positions is None:
-        sequences = [Sequence(plan, len(i), len(i)) for plan, i in zip(plans, ids, strict=True)]
+        sequences = [SequenceShard(plan, len(i), len(i)) for plan, i in zip(plans, ids, strict=True)]
     else:
         after = [p.reshape(-1, p.shape[-1]).amax(0).cummax(0).values + 1 for p in positions]
-        sequences = [Sequence(plan, len(a), int(a[-1]), after=a) for plan, a in zip(plans, after, strict=True)]
+        sequences = [SequenceShard(plan, len(a), int(a[-1]), after=a) for plan, a in zip(plans, after, strict=True)]
     cache = ShardedCache(sequences, slices, group.rank, model.config.get_text_config().num_hidden_layers, filling=True)
     name, given = ("input_ids", [torch.tensor(i) for i in ids]) if embeds is None else ("inputs_embeds", embeds)
     own = torch.cat([x[r] for x, r in zip(given, rows, strict=True)])
     inputs = _inputs(model, name, own, _positions(plans, group.rank, rows, positions))
     ends = [max(s.stop - 1, 0) for s in slices]
     last = [s.next_position - 1 for s in sequences]
-    this = Pass(group, method, plans, slices, last, cache, seen, heads)
+    this = ForwardPass(group, method, plans, slices, last, cache, seen, heads)
     if heads is not None:
         with running(this):
             this.rotary = _rotary(model, inputs["position_ids"])
@@ -285,7 +285,7 @@ def prefill(
 
 
 @torch.no_grad()
-def extend(model: Any, group: Group, sequences: list[Sequence], ids: list[list[int]], method: Method | None = None) -> Tensor:
+def extend(model: Any, group: RankGroup, sequences: list[SequenceShard], ids: list[list[int]], method: Method | None = None) -> Tensor:
     """Add rows to sequences, at least one each. Returns logits [sequences, vocabulary] after the last; equal on all ranks."""
     method = method or Method()
     slices = _slices([len(i) for i in ids])
@@ -294,7 +294,7 @@ def extend(model: Any, group: Group, sequences: list[Sequence], ids: list[list[i
     inputs = _inputs(model, "input_ids", torch.tensor([token for i in ids for token in i]), positions[None])
     last = torch.tensor([s.stop - 1 for s in slices], device=model.device)
     ends = [s.next_position + len(i) - 1 for s, i in zip(sequences, ids, strict=True)]
-    this = Pass(group, method, [s.plan for s in sequences], slices, ends, cache)
+    this = ForwardPass(group, method, [s.plan for s in sequences], slices, ends, cache)
     logits = _forward(model, this, **inputs, past_key_values=cache, use_cache=True, logits_to_keep=last)
     for sequence, new in zip(sequences, ids, strict=True):
         sequence.length += len(new)
@@ -308,7 +308,7 @@ def recorded(model: Any, ids: list[int]) -> tuple[list[tuple[Tensor, Tensor, Ten
     record: list[tuple[Tensor, Tensor, Tensor]] = []
     plan = Method("dense").plan(len(ids), 0, 1)
     positions = torch.arange(len(ids), device=model.device)[None]
-    this = Pass(Alone(), Method("dense"), [plan], [slice(0, len(ids))], [len(ids) - 1], None, record=record)
+    this = ForwardPass(SingleRank(), Method("dense"), [plan], [slice(0, len(ids))], [len(ids) - 1], None, record=record)
     _forward(model, this, input_ids=torch.tensor([ids], device=model.device), position_ids=positions, use_cache=False, logits_to_keep=1)
     with running(this):
         return record, _rotary(model, positions)
@@ -322,12 +322,12 @@ def _rotary(model: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     return cos[0], sin[0]
 
 
-def local_logits(model: Any, group: Group, method: Method, ids: list[int]) -> Tensor:
+def local_logits(model: Any, group: RankGroup, method: Method, ids: list[int]) -> Tensor:
     """Logits [T, vocabulary] of the rows `method.plan(len(ids) - 1, 1, ranks).rows(rank)`, with gradients for exact methods."""
     plan = method.plan(len(ids) - 1, 1, group.size)
     rows = torch.tensor(plan.rows(group.rank), dtype=torch.long)
     inputs = _inputs(model, "input_ids", torch.tensor(ids)[rows], _positions([plan], group.rank, [rows], None))
-    this = Pass(group, method, [plan], [slice(0, len(rows))], [len(ids) - 1], None)
+    this = ForwardPass(group, method, [plan], [slice(0, len(rows))], [len(ids) - 1], None)
     return _forward(model, this, **inputs, use_cache=False)[: len(rows)]
 
 
@@ -336,11 +336,11 @@ def _slices(sizes: list[int]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
-def _positions(plans: list[Plan | Sharded], rank: int, rows: list[Tensor], positions: list[Tensor] | None) -> Tensor:
+def _positions(plans: list[BlockPlan | ShardedPlan], rank: int, rows: list[Tensor], positions: list[Tensor] | None) -> Tensor:
     """(1, T), or (axes, 1, T) for M-RoPE."""
     if positions is None:
         return torch.cat([torch.tensor(plan.positions(rank), dtype=torch.long) for plan in plans])[None]
-    if any(isinstance(plan, Plan) and plan.fresh_anchor for plan in plans):
+    if any(isinstance(plan, BlockPlan) and plan.fresh_anchor for plan in plans):
         raise ConfigError("apb numbers its anchors from 0 and takes no positions of its own; use spava for video")
     local = torch.cat([p[..., r] for p, r in zip(positions, rows, strict=True)], -1)
     return local[None] if local.dim() == 1 else local[:, None]

@@ -1,6 +1,6 @@
 """Exact attention of some queries on some keys, with the log-sum-exp that merging needs.
 
-    attend(q, k, v, scale, causal) -> Partial(out [Hq, Tq, D] in q's type, lse [Hq, Tq] in float32 or better)
+    attend(q, k, v, scale, causal) -> PartialAttention(out [Hq, Tq, D] in q's type, lse [Hq, Tq] in float32 or better)
 
 q is [Hq, Tq, D], k and v are [Hk, Tk, D]; each KV head serves Hq / Hk consecutive query heads and is never copied for
 them. `causal` aligns the last query with the last key (lower right). No keys give out 0 and lse -inf, which `merge` ignores.
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ramet.attention.merge import Partial, merge
+from ramet.attention.merge import PartialAttention, merge
 from ramet.errors import ConfigError
 
 
@@ -50,7 +50,7 @@ def metered() -> Iterator[Meter]:
         _METER.reset(token)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, backend: str = "auto") -> Partial:
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, backend: str = "auto") -> PartialAttention:
     """See the module. Raises `ConfigError` for an unknown backend or shapes that do not fit."""
     (heads, rows, _), (kv_heads, keys, _) = q.shape, k.shape
     if heads % kv_heads or k.shape != v.shape:
@@ -58,7 +58,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, 
     if causal and rows > keys:
         raise ConfigError(f"causal attention needs a key for each of the {rows} queries, there are {keys}")
     if not rows or not keys:
-        return Partial(torch.zeros_like(q), q.new_full((heads, rows), -torch.inf, dtype=wide(q)))
+        return PartialAttention(torch.zeros_like(q), q.new_full((heads, rows), -torch.inf, dtype=wide(q)))
     if causal and rows == 1:
         causal = False
     if causal and rows < keys:
@@ -71,7 +71,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, 
 
 
 def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: Partial, scale: float, causal: bool, backend: str = "auto"
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: PartialAttention, scale: float, causal: bool, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for q, k and v of attention on *a part* of the keys, given the output and lse on *all* of them.
 
@@ -107,7 +107,7 @@ def attend_backward(
 
 
 _ROWS = 512
-_Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], Partial]
+_Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], PartialAttention]
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -133,20 +133,20 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.reshape(k.shape[0], group, *q.shape[1:]), k[:, None].expand(shape), v[:, None].expand(shape)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> PartialAttention:
     if q.is_cuda:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*_grouped(q, k, v), 0.0, causal, scale=scale)
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_grouped(q, k, v), 0.0, causal, scale=scale)
-    return Partial(out.reshape(q.shape), lse.reshape(q.shape[:2]))
+    return PartialAttention(out.reshape(q.shape), lse.reshape(q.shape[:2]))
 
 
-def _flash_package(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+def _flash_package(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> PartialAttention:
     function = _flash_attn()
     if function is None:
         raise ConfigError("attention backend flash_attn needs the flash-attn package and a GPU; use backend auto")
     out, lse, _ = function(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale=scale, causal=causal, return_attn_probs=True)
-    return Partial(out[0].transpose(0, 1), lse[0])
+    return PartialAttention(out[0].transpose(0, 1), lse[0])
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def _flash_attn() -> Callable[..., tuple[Tensor, Tensor, Tensor]] | None:
     return flash_attn_func  # type: ignore[no-any-return, unused-ignore]
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> PartialAttention:
     from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
     mask = None
@@ -168,16 +168,16 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partia
         q[None], k[None], v[None], scale=scale, block_mask=mask, enable_gqa=q.shape[0] != k.shape[0], return_aux=AuxRequest(lse=True)
     )
     assert aux.lse is not None
-    return Partial(out[0], aux.lse[0])
+    return PartialAttention(out[0], aux.lse[0])
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> PartialAttention:
     wide_q, wide_k, wide_v = (x.double() for x in _grouped(q, k, v))
     scores = wide_q @ wide_k.transpose(-1, -2) * scale
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), -torch.inf)
     out = scores.softmax(-1) @ wide_v
-    return Partial(out.reshape(q.shape).to(q.dtype), scores.logsumexp(-1).reshape(q.shape[:2]).to(wide(q)))
+    return PartialAttention(out.reshape(q.shape).to(q.dtype), scores.logsumexp(-1).reshape(q.shape[:2]).to(wide(q)))
 
 
 KERNELS: dict[str, _Kernel] = {"flash": _flash, "flash_attn": _flash_package, "flex": _flex, "reference": _reference}

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 
-class Partial(NamedTuple):
+class PartialAttention(NamedTuple):
     """Attention on a part of the keys: its output and the log of the sum of exponentials that normalised it."""
 
     out: Tensor
     lse: Tensor
 
 
-def merge(parts: Sequence[Partial]) -> Partial:
+def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
     """Attention on the union of the parts' keys; the parts' keys must be disjoint.
 
     Computed in float32 (float64 for float64 parts) and in the order given, so that equal parts merge to equal bits on
@@ -29,4 +29,4 @@ def merge(parts: Sequence[Partial]) -> Partial:
     out = weights[0] * parts[0].out
     for weight, part in zip(weights[1:], parts[1:], strict=True):
         out = out.addcmul_(weight, part.out.to(out.dtype))
-    return Partial(out.to(parts[0].out.dtype), lse.logsumexp(0))
+    return PartialAttention(out.to(parts[0].out.dtype), lse.logsumexp(0))

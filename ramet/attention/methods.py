@@ -13,10 +13,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from ramet.attention import plan as plans
-from ramet.attention.anchored import Local, Selections, anchored
-from ramet.attention.comm import Group
+from ramet.attention.anchored import LocalRows, Selections, anchored
+from ramet.attention.comm import RankGroup
 from ramet.attention.exact import ring, ulysses
-from ramet.attention.plan import Plan, Sharded
+from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.attention.select import scorer
 from ramet.errors import ConfigError
 
@@ -48,12 +48,12 @@ class Method:
     def exact(self) -> bool:
         return self.name in ("dense", "ring", "zigzag", "ulysses")
 
-    def plan(self, context: int, query: int, hosts: int) -> Plan | Sharded:
+    def plan(self, context: int, query: int, hosts: int) -> BlockPlan | ShardedPlan:
         """Lay out a sequence. One host takes the dense path whatever the method; lengths beyond the context are cut to it."""
         if self.name == "dense" and hosts > 1:
             raise ConfigError("dense attention runs on one host; use ring, zigzag or ulysses to share it exactly")
         if hosts == 1 or self.exact:
-            return Sharded(context + query, hosts, zigzag=self.name == "zigzag")
+            return ShardedPlan(context + query, hosts, zigzag=self.name == "zigzag")
         anchor = None if self.anchor is None else min(self.anchor, context)
         if self.name == "star":
             return plans.star(context, query, hosts)
@@ -61,8 +61,8 @@ class Method:
 
     def attend(
         self,
-        plan: Plan | Sharded,
-        group: Group,
+        plan: BlockPlan | ShardedPlan,
+        group: RankGroup,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -71,6 +71,6 @@ class Method:
         seen: Selections | None = None,
     ) -> Tensor:
         """One layer on one rank: [Hq, T, D] for local rows q [Hq, T, D], k and v [Hk, T, D]."""
-        if isinstance(plan, Plan):
-            return anchored(plan, group, Local(q, k, v), scale, scorer(self.scorer), scores, self.backend, seen)
+        if isinstance(plan, BlockPlan):
+            return anchored(plan, group, LocalRows(q, k, v), scale, scorer(self.scorer), scores, self.backend, seen)
         return (ulysses if self.name == "ulysses" else ring)(plan, group, q, k, v, scale, self.backend)

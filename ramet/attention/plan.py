@@ -1,6 +1,6 @@
 """Who holds which rows, and who attends to what: pure data, the same on every rank.
 
-A sequence is `context` rows and then `query` rows (the question, last). A `Plan` cuts the context after an anchor into
+A sequence is `context` rows and then `query` rows (the question, last). A `BlockPlan` cuts the context after an anchor into
 one block per virtual host and gives the virtual hosts to ranks; every length that is ever sent follows from it, so no
 rank asks another for sizes. Three layouts share it:
 
@@ -8,7 +8,7 @@ rank asks another for sizes. Three layouts share it:
     star(...)    one block a rank; the anchor is the first of them; nothing is passed on
     apb(...)     one block a rank; the anchor copy is the query and the first rows, renumbered, on all ranks but the first
 
-and `Sharded` shards the whole sequence, query included, for ring, zigzag ring and Ulysses.
+and `ShardedPlan` shards the whole sequence, query included, for ring, zigzag ring and Ulysses.
 
 Local row order on a rank: anchor copy, its blocks in order, query. Source: specification, sections 1.3, 1.4, 1.12, 8.2.
 """
@@ -43,7 +43,7 @@ def default_passing(context: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BlockPlan:
     """One sequence on `hosts` ranks.
 
     anchor        rows [0, anchor) that every block sees
@@ -165,29 +165,29 @@ def zigzag_owners(hosts: int) -> tuple[int, ...]:
     return (*range(hosts), *reversed(range(hosts)))
 
 
-def spava(context: int, query: int, hosts: int, anchor: int | None = None, passing: int | None = None) -> Plan:
+def spava(context: int, query: int, hosts: int, anchor: int | None = None, passing: int | None = None) -> BlockPlan:
     """Spava's plan. Without lengths, the published ones."""
     anchor = default_anchor(context) if anchor is None else anchor
     passing = default_passing(context) if passing is None else passing
     blocks = balanced(min(anchor, context), context, 2 * hosts)
-    return Plan(context, query, hosts, anchor, passing, blocks, zigzag_owners(hosts))
+    return BlockPlan(context, query, hosts, anchor, passing, blocks, zigzag_owners(hosts))
 
 
-def star(context: int, query: int, hosts: int) -> Plan:
+def star(context: int, query: int, hosts: int) -> BlockPlan:
     """Star attention: the first of `hosts` equal blocks is everybody's anchor."""
     first, *rest = balanced(0, context, hosts)
-    return Plan(context, query, hosts, first[1], 0, ((first[1], first[1]), *rest), tuple(range(hosts)))
+    return BlockPlan(context, query, hosts, first[1], 0, ((first[1], first[1]), *rest), tuple(range(hosts)))
 
 
-def apb(context: int, query: int, hosts: int, anchor: int | None = None, passing: int | None = None) -> Plan:
+def apb(context: int, query: int, hosts: int, anchor: int | None = None, passing: int | None = None) -> BlockPlan:
     """APB with an anchor of `anchor` rows beside the query's; by default n/64 rows of both, the published equal compute."""
     anchor = default_anchor(context) if anchor is None else anchor
     passing = default_anchor(context) if passing is None else passing
-    return Plan(context, query, hosts, anchor, passing, balanced(0, context, hosts), tuple(range(hosts)), fresh_anchor=True)
+    return BlockPlan(context, query, hosts, anchor, passing, balanced(0, context, hosts), tuple(range(hosts)), fresh_anchor=True)
 
 
 @dataclass(frozen=True)
-class Sharded:
+class ShardedPlan:
     """A whole sequence, query included, on `hosts` ranks: one run of rows a rank or, in zigzag, two that balance the
     causal triangle. For ring, zigzag ring and Ulysses, which are exact."""
 

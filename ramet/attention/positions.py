@@ -26,7 +26,7 @@ RULE = 1
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoPatches:
     """What a processor makes of a clip: rows of patches [t h w, ...], the grid (t, h, w), seconds between two steps of time."""
 
     rows: Tensor
@@ -48,7 +48,7 @@ class Layout:
     after: int
 
 
-def layout(config: Any, ids: Sequence[int], videos: Sequence[Video]) -> Layout:
+def layout(config: Any, ids: Sequence[int], videos: Sequence[VideoPatches]) -> Layout:
     """Of the ids of a sequence for a model of `config`: its first placeholders stand for the videos, others were sampled and are text.
 
     Raises `ConfigError` where there are too few, or where other tokens stand among a video's.
@@ -72,7 +72,7 @@ def layout(config: Any, ids: Sequence[int], videos: Sequence[Video]) -> Layout:
     return Layout(places, positions, following - at)
 
 
-def _blocks(config: Any, video: Video) -> list[Tensor]:
+def _blocks(config: Any, video: VideoPatches) -> list[Tensor]:
     """Positions (3, n) of each run of a video's placeholders, from 0 on."""
     steps, *sides = video.grid
     rows, columns = (torch.arange(side // config.vision_config.spatial_merge_size) for side in sides)

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramet.attention.cache import Sequence
-from ramet.attention.comm import Group
+from ramet.attention.cache import SequenceShard
+from ramet.attention.comm import RankGroup
 from ramet.attention.hf import prefill
 from ramet.attention.methods import Method
 from ramet.attention.plan import balanced
-from ramet.attention.positions import Video, layout
+from ramet.attention.positions import VideoPatches, layout
 
 
 @torch.no_grad()
-def encode(tower: Any, group: Group, videos: list[Video]) -> list[Tensor]:
+def encode(tower: Any, group: RankGroup, videos: list[VideoPatches]) -> list[Tensor]:
     """Features [t h w / merge^2, d] of each video, the same on every rank; each rank runs the tower on its steps of time."""
     steps = [(index, step) for index, video in enumerate(videos) for step in range(video.grid[0])]
     shares = balanced(0, len(steps), group.size)
@@ -45,7 +45,9 @@ def encode(tower: Any, group: Group, videos: list[Video]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def prefill_video(model: Any, group: Group, method: Method, ids: list[int], query: int, videos: list[Video]) -> tuple[Sequence, Tensor]:
+def prefill_video(
+    model: Any, group: RankGroup, method: Method, ids: list[int], query: int, videos: list[VideoPatches]
+) -> tuple[SequenceShard, Tensor]:
     """Read a prompt with videos on all ranks. Returns this rank's share and logits [1, vocabulary].
 
     `ids` hold one video token per feature; further ones were sampled and stand for nothing (see `positions`). Go on with

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ramet.attention.anchored import Selections
-from ramet.attention.plan import Plan
+from ramet.attention.plan import BlockPlan
 
 
 def tensors(seed: int, heads: int, kv_heads: int, rows: int, dim: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -26,7 +26,7 @@ def causal(rows: int) -> Tensor:
     return torch.ones(rows, rows, dtype=torch.bool).tril()
 
 
-def spava_mask(plan: Plan, selections: Selections, kv_heads: int) -> Tensor:
+def spava_mask(plan: BlockPlan, selections: Selections, kv_heads: int) -> Tensor:
     """[Hk, N, N] of section 1.8, for plans whose anchor is part of the sequence."""
     n, total = plan.context, plan.length
     mask = torch.zeros(kv_heads, total, total, dtype=torch.bool)

@@ -9,26 +9,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ramet.attention import select
-from ramet.attention.anchored import Local, Selections, anchored
-from ramet.attention.comm import Group, simulated
-from ramet.attention.plan import Plan, apb, spava, star
+from ramet.attention.anchored import LocalRows, Selections, anchored
+from ramet.attention.comm import RankGroup, simulated
+from ramet.attention.plan import BlockPlan, apb, spava, star
 from tests.attention.oracle import causal, masked, spava_mask, tensors
 
 SCALE = 0.3
 
 
-def run(plan: Plan, q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[list[Tensor], Selections]:
+def run(plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[list[Tensor], Selections]:
     """Each rank's output, and all that was passed on."""
     seen = Selections()
 
-    def rank(group: Group) -> Tensor:
+    def rank(group: RankGroup) -> Tensor:
         rows = plan.rows(group.rank)
-        return anchored(plan, group, Local(q[:, rows], k[:, rows], v[:, rows]), SCALE, seen=seen, **options)  # type: ignore[arg-type]
+        return anchored(plan, group, LocalRows(q[:, rows], k[:, rows], v[:, rows]), SCALE, seen=seen, **options)  # type: ignore[arg-type]
 
     return simulated(plan.hosts, rank), seen
 
 
-def assert_equal_rows(plan: Plan, outs: list[Tensor], expected: Tensor) -> None:
+def assert_equal_rows(plan: BlockPlan, outs: list[Tensor], expected: Tensor) -> None:
     for rank, out in enumerate(outs):
         assert (out - expected[:, plan.rows(rank)]).abs().amax() < 1e-14
 
@@ -102,8 +102,8 @@ def test_apb_is_attention_under_its_mask(hosts: int) -> None:
         q_, k_, v_ = (torch.cat([copy, x[:, rows]], 1) for copy, x in zip(copies[rank], (q, k, v), strict=True))
         return q_, k_, v_
 
-    def rank(group: Group) -> Tensor:
-        return anchored(plan, group, Local(*local(group.rank)), SCALE, scores=scores[:, plan.rows(group.rank)], seen=seen)
+    def rank(group: RankGroup) -> Tensor:
+        return anchored(plan, group, LocalRows(*local(group.rank)), SCALE, scores=scores[:, plan.rows(group.rank)], seen=seen)
 
     for r, out in enumerate(simulated(hosts, rank)):
         copied = len(plan.anchor_rows(r))
@@ -142,10 +142,10 @@ def test_the_load_is_the_same_on_all_hosts_and_as_computed() -> None:
     q, k, v = tensors(12, heads, 2, plan.length, dim)
     traffic = []
 
-    def rank(group: Group) -> float:
+    def rank(group: RankGroup) -> float:
         rows = plan.rows(group.rank)
         with metered() as meter:
-            anchored(plan, group, Local(q[:, rows], k[:, rows], v[:, rows]), SCALE)
+            anchored(plan, group, LocalRows(q[:, rows], k[:, rows], v[:, rows]), SCALE)
         traffic.append(group.traffic.received)
         return meter.flops
 

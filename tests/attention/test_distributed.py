@@ -12,23 +12,23 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from ramet.attention.comm import Distributed, Group, simulated
+from ramet.attention.comm import DistributedGroup, RankGroup, simulated
 from ramet.attention.exact import ring, ulysses
 from ramet.attention.hf import attach, extend, prefill
 from ramet.attention.methods import Method
-from ramet.attention.plan import Sharded
+from ramet.attention.plan import ShardedPlan
 from tests.attention.oracle import tensors
 from tests.attention.test_hf import ids, tiny
 
 HOSTS = 4
 
 
-def job(group: Group) -> list[Tensor]:
+def job(group: RankGroup) -> list[Tensor]:
     """Everything that communicates, once."""
     q, k, v = tensors(1, 4, 4, 37)
     results = []
     for function, zigzag in ((ring, False), (ring, True), (ulysses, False)):
-        plan = Sharded(37, group.size, zigzag)
+        plan = ShardedPlan(37, group.size, zigzag)
         rows = plan.rows(group.rank)
         local = [x[:, rows].requires_grad_() for x in (q, k, v)]
         out = function(plan, group, *local, 0.3)
@@ -46,7 +46,7 @@ def process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=HOSTS, timeout=timedelta(seconds=120))
     mesh = init_device_mesh("cpu", (HOSTS,), mesh_dim_names=("sequence",))
-    torch.save(job(Distributed(mesh.get_group("sequence"))), f"{folder}/{rank}.pt")
+    torch.save(job(DistributedGroup(mesh.get_group("sequence"))), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

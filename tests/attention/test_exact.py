@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ramet.attention.comm import Group, simulated
+from ramet.attention.comm import RankGroup, simulated
 from ramet.attention.exact import ring, ulysses
 from ramet.attention.kernels import metered
-from ramet.attention.plan import Sharded
+from ramet.attention.plan import ShardedPlan
 from ramet.errors import ConfigError
 from tests.attention.oracle import causal, masked, tensors
 
@@ -21,13 +21,13 @@ METHODS = {"ring": (ring, False), "zigzag": (ring, True), "ulysses": (ulysses, F
 
 def check(method: str, length: int, hosts: int, heads: int, kv_heads: int, backend: str = "auto") -> None:
     function, zigzag = METHODS[method]
-    plan = Sharded(length, hosts, zigzag)
+    plan = ShardedPlan(length, hosts, zigzag)
     q, k, v = (x.requires_grad_() for x in tensors(length, heads, kv_heads, length))
     grad = tensors(length + 1, heads, kv_heads, length)[0]
     expected = masked(q, k, v, causal(length).expand(kv_heads, -1, -1), SCALE)
     grads = torch.autograd.grad(expected, (q, k, v), grad)
 
-    def rank(group: Group) -> tuple[Tensor, ...]:
+    def rank(group: RankGroup) -> tuple[Tensor, ...]:
         rows = plan.rows(group.rank)
         local = [x.detach()[:, rows].requires_grad_() for x in (q, k, v)]
         out = function(plan, group, *local, SCALE, backend)
@@ -58,13 +58,13 @@ def test_gradients_of_bfloat16_are_summed_in_float32(method: str, backend: str) 
     Scores formed in bfloat16 make 3% to 4% of it. `reference` takes the path that CUDA takes.
     """
     function, zigzag = METHODS[method]
-    plan = Sharded(600, 2, zigzag)
+    plan = ShardedPlan(600, 2, zigzag)
     q, k, v = (x.bfloat16().double().requires_grad_() for x in tensors(0, 4, 2, 600))
     grad = tensors(1, 4, 2, 600)[0].bfloat16().double()
     expected = masked(q, k, v, causal(600).expand(2, -1, -1), 2.0)
     grads = torch.autograd.grad(expected, (q, k, v), grad)
 
-    def rank(group: Group) -> tuple[Tensor, ...]:
+    def rank(group: RankGroup) -> tuple[Tensor, ...]:
         rows = plan.rows(group.rank)
         local = [x.detach()[:, rows].bfloat16().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(function(plan, group, *local, 2.0, backend), local, grad[:, rows].bfloat16())
@@ -83,10 +83,10 @@ def test_ulysses_refuses_heads_that_cannot_be_shared() -> None:
 
 def test_zigzag_balances_what_ring_does_not() -> None:
     def flops(zigzag: bool) -> list[float]:
-        plan = Sharded(64, 4, zigzag)
+        plan = ShardedPlan(64, 4, zigzag)
         q, k, v = tensors(0, 4, 2, 64)
 
-        def rank(group: Group) -> float:
+        def rank(group: RankGroup) -> float:
             rows = plan.rows(group.rank)
             with metered() as meter:
                 ring(plan, group, q[:, rows], k[:, rows], v[:, rows], SCALE)
@@ -101,7 +101,7 @@ def test_zigzag_balances_what_ring_does_not() -> None:
 
 
 def test_a_rank_that_fails_stops_all() -> None:
-    def rank(group: Group) -> None:
+    def rank(group: RankGroup) -> None:
         if group.rank == 2:
             raise ValueError("rank 2 is broken")
         group.gather(torch.zeros(1)).wait()

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ramet.attention.anchored import Selections
-from ramet.attention.comm import Group, simulated
+from ramet.attention.comm import RankGroup, simulated
 from ramet.attention.hf import attach, extend, local_logits, prefill
 from ramet.attention.methods import NAMES, Method
 from ramet.errors import ConfigError
@@ -57,7 +57,7 @@ def run(
     """Each rank's logits after the prompts and after each round of further tokens."""
     attach(model)
 
-    def rank(group: Group) -> list[Tensor]:
+    def rank(group: RankGroup) -> list[Tensor]:
         sequences, logits = prefill(model, group, method, prompts, query)
         return [logits, *(extend(model, group, sequences, new, method) for new in more)]
 
@@ -107,7 +107,7 @@ def test_long_rows_can_be_trained(name: str) -> None:
     attach(model)
     method = Method(name)  # type: ignore[arg-type]
 
-    def rank(group: Group) -> list[Tensor]:
+    def rank(group: RankGroup) -> list[Tensor]:
         rows = method.plan(20, 1, group.size).rows(group.rank)
         loss = torch.nn.functional.cross_entropy(local_logits(model, group, method, sequence), targets[rows], reduction="sum")
         return list(torch.autograd.grad(loss, list(model.parameters())))
@@ -131,7 +131,7 @@ def test_cached_rows_sum_to_the_sequence_and_forks_share_it() -> None:
     attach(model)
     method = Method("spava", 4, 3)
 
-    def rank(group: Group) -> tuple[int, int, Tensor, Tensor, bool]:
+    def rank(group: RankGroup) -> tuple[int, int, Tensor, Tensor, bool]:
         sequences, _ = prefill(model, group, method, [prompt], [4])
         extend(model, group, sequences, [[9, 8, 7]])
         fork = sequences[0].fork(50)
@@ -260,7 +260,7 @@ def test_gradients_of_fewer_rows_than_hosts(name: str) -> None:
     expected = torch.autograd.grad(model(input_ids=torch.tensor([sequence])).logits.square().sum(), parameters)
     attach(model)
 
-    def rank(group: Group) -> list[Tensor]:
+    def rank(group: RankGroup) -> list[Tensor]:
         return list(torch.autograd.grad(local_logits(model, group, method, sequence).square().sum(), parameters))
 
     for grads, theirs in zip(zip(*simulated(4, rank), strict=True), expected, strict=True):

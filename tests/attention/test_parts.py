@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ramet.attention import select
 from ramet.attention.kernels import attend
-from ramet.attention.merge import Partial, merge
+from ramet.attention.merge import PartialAttention, merge
 from ramet.errors import ConfigError
 from tests.attention.oracle import tensors
 
@@ -62,10 +62,10 @@ def test_merged_parts_are_the_whole_in_any_order(sizes: list[int], random: objec
 
 
 def test_parts_without_keys_merge_to_nothing_and_huge_scores_do_not_overflow() -> None:
-    empty = Partial(torch.zeros(1, 2, 3), torch.full((1, 2), -torch.inf))
+    empty = PartialAttention(torch.zeros(1, 2, 3), torch.full((1, 2), -torch.inf))
     assert torch.equal(merge([empty, empty]).out, torch.zeros(1, 2, 3))
     assert torch.equal(merge([empty, empty]).lse, empty.lse)
-    huge = Partial(torch.ones(1, 2, 3), torch.full((1, 2), 1e4))
+    huge = PartialAttention(torch.ones(1, 2, 3), torch.full((1, 2), 1e4))
     assert torch.equal(merge([huge, empty, huge]).out, torch.ones(1, 2, 3))
 
 

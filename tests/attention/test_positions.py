@@ -13,13 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ramet.attention.positions import Video, layout
+from ramet.attention.positions import VideoPatches, layout
 from ramet.errors import ConfigError
 
 VIDEO = 9
 
 
-def slow_positions(config: Any, ids: Sequence[int], videos: Sequence[Video], more: int = 0) -> torch.Tensor:
+def slow_positions(config: Any, ids: Sequence[int], videos: Sequence[VideoPatches], more: int = 0) -> torch.Tensor:
     """(3, T + more) of ids and of text after them: each token after the largest number so far, a video's relative to where it starts.
 
     The n-th step of time stands floor(n * seconds * tokens_per_second) after the first, in exact arithmetic.
@@ -52,7 +52,7 @@ def config(kind: str = "qwen2_5_vl", rate: int = 2) -> Any:
 def test_the_published_example() -> None:
     """Two steps a second and a half apart at two tokens a second, 4 x 6 patches; text goes on after the largest number of any axis."""
     ids = [1, 2, *[VIDEO] * 12, 3, 4]
-    laid = layout(config(), ids, [Video(torch.empty(0), (2, 4, 6), 1.5)])
+    laid = layout(config(), ids, [VideoPatches(torch.empty(0), (2, 4, 6), 1.5)])
     assert laid.positions[:, :2].tolist() == [[0, 1]] * 3
     assert laid.positions[0, 2:14].tolist() == [2] * 6 + [5] * 6
     assert laid.positions[1, 2:14].tolist() == [2, 2, 2, 3, 3, 3] * 2
@@ -64,7 +64,7 @@ def test_the_published_example() -> None:
 
 @pytest.mark.parametrize(("seconds", "times"), [(0.5, [0, 1, 2, 3]), (0.25, [0, 0, 1, 1]), (0.75, [0, 1, 3, 4]), (30.0, [0, 60, 120, 180])])
 def test_parts_of_a_second_count(seconds: float, times: list[int]) -> None:
-    laid = layout(config(), [VIDEO] * 4 + [1], [Video(torch.empty(0), (4, 2, 2), seconds)])
+    laid = layout(config(), [VIDEO] * 4 + [1], [VideoPatches(torch.empty(0), (4, 2, 2), seconds)])
     assert laid.positions[0].tolist() == [*times, max(times) + 1]
 
 
@@ -78,7 +78,7 @@ def test_any_prompt(data: st.DataObject) -> None:
     ids, videos = data.draw(text), []
     for _ in range(data.draw(st.integers(0, 3))):
         grid = (data.draw(st.integers(1, 6)), 2 * data.draw(st.integers(1, 4)), 2 * data.draw(st.integers(1, 4)))
-        videos.append(Video(torch.empty(0), grid, data.draw(st.integers(1, 400)) / 8))
+        videos.append(VideoPatches(torch.empty(0), grid, data.draw(st.integers(1, 400)) / 8))
         steps, area = (grid[0], grid[1] * grid[2] // 4)
         for _ in range(steps if kind == "qwen3_vl" else 1):
             ids = [*ids, *[VIDEO] * (area if kind == "qwen3_vl" else area * steps), *data.draw(text)]
@@ -91,7 +91,7 @@ def test_any_prompt(data: st.DataObject) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    clip = Video(torch.empty(0), (2, 4, 4), 1.0)
+    clip = VideoPatches(torch.empty(0), (2, 4, 4), 1.0)
     with pytest.raises(ConfigError, match="has 7 video tokens, its videos have 8"):
         layout(config(), [VIDEO] * 7, [clip])
     with pytest.raises(ConfigError, match="other tokens stand among the 8 of a video"):

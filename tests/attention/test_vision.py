@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from ramet.attention.comm import Alone, Group, simulated
+from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.hf import attach, extend
 from ramet.attention.methods import Method
-from ramet.attention.positions import Video
+from ramet.attention.positions import VideoPatches
 from ramet.attention.vision import encode, prefill_video
 from ramet.errors import ConfigError
 from ramet.media.frames import patches, read_frames
@@ -49,9 +49,9 @@ def model() -> Any:
     return model
 
 
-def video(steps: int, height: int, width: int, seed: int, seconds: float = 0.5) -> Video:
+def video(steps: int, height: int, width: int, seed: int, seconds: float = 0.5) -> VideoPatches:
     generator = torch.Generator().manual_seed(seed)
-    return Video(torch.randn(steps * height * width, 3 * 2 * 14 * 14, generator=generator), (steps, height, width), seconds)
+    return VideoPatches(torch.randn(steps * height * width, 3 * 2 * 14 * 14, generator=generator), (steps, height, width), seconds)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 8])
@@ -70,7 +70,7 @@ def prompt(features: int) -> list[int]:
 
 
 @torch.no_grad()
-def own(model: Any, ids: list[int], clip: Video) -> Tensor:
+def own(model: Any, ids: list[int], clip: VideoPatches) -> Tensor:
     """The model's own logits, at the positions of the definition."""
     model.set_attn_implementation({"text_config": "eager"})
     logits: Tensor = model(
@@ -90,7 +90,7 @@ def test_prefill_and_decoding_equal_the_model_itself(model: Any, hosts: int, sec
     ids, more = prompt(32), [9, 10, 11]
     expected = own(model, ids + more, clip)
 
-    def rank(group: Group) -> list[Tensor]:
+    def rank(group: RankGroup) -> list[Tensor]:
         method = Method("spava", anchor=4, passing=1000)
         sequence, logits = prefill_video(model, group, method, ids, 5, [clip])
         return [logits, *(extend(model, group, [sequence], [[token]], method) for token in more)]
@@ -108,7 +108,7 @@ def test_a_sequence_that_is_cut_before_a_video_goes_on_where_the_video_began(mod
     whole, other = [*shared, START, *[VIDEO] * 12, END, 20, 21], [*shared, 30, 31]
     expected = own(model, [*other, 32, 33], clips[0])
 
-    def rank(group: Group) -> list[Tensor]:
+    def rank(group: RankGroup) -> list[Tensor]:
         method = Method("spava", anchor=4, passing=1000)
         sequence, _ = prefill_video(model, group, method, whole, len(whole) - len(shared), clips)
         extend(model, group, [sequence], [[22, 23]], method)
@@ -127,10 +127,10 @@ def test_from_a_file_to_an_answer(model: Any, tmp_path: Path) -> None:
     attach(model)
     frames = read_frames(write(tmp_path / "clip.mp4", 40), 7)
     rows, grid = patches(frames.pixels)
-    clip = Video(rows, grid, frames.seconds * 2)
+    clip = VideoPatches(rows, grid, frames.seconds * 2)
     ids = prompt(grid[0] * grid[1] * grid[2] // 4)
 
-    def answer(group: Group, method: Method) -> list[int]:
+    def answer(group: RankGroup, method: Method) -> list[int]:
         sequence, logits = prefill_video(model, group, method, ids, 5, [clip])
         said: list[int] = []
         for _ in range(6):
@@ -138,7 +138,7 @@ def test_from_a_file_to_an_answer(model: Any, tmp_path: Path) -> None:
             logits = extend(model, group, [sequence], [[said[-1]]], method)
         return said
 
-    alone = answer(Alone(), Method("dense"))
+    alone = answer(SingleRank(), Method("dense"))
     assert simulated(3, lambda group: answer(group, Method("spava", anchor=4, passing=1000))) == [alone] * 3
     rough = simulated(3, lambda group: answer(group, Method("spava", anchor=4, passing=2)))
     assert rough[0] == rough[1] == rough[2]
@@ -147,6 +147,6 @@ def test_from_a_file_to_an_answer(model: Any, tmp_path: Path) -> None:
 def test_tokens_and_features_must_agree(model: Any) -> None:
     attach(model)
     with pytest.raises(ConfigError, match="has 31 video tokens, its videos have 32"):
-        prefill_video(model, Alone(), Method("dense"), prompt(31), 5, [video(4, 8, 4, 3)])
+        prefill_video(model, SingleRank(), Method("dense"), prompt(31), 5, [video(4, 8, 4, 3)])
     with pytest.raises(ConfigError, match="takes no positions of its own"):
         simulated(2, lambda group: prefill_video(model, group, Method("apb"), prompt(32), 5, [video(4, 8, 4, 3)]))

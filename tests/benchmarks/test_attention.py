@@ -10,11 +10,11 @@ import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from ramet.attention.comm import Group, simulated
-from ramet.attention.cost import Shape, attention_flops, pairs, received
+from ramet.attention.comm import RankGroup, simulated
+from ramet.attention.cost import LayerShape, attention_flops, pairs, received
 from ramet.attention.kernels import attend, metered
 from ramet.attention.methods import NAMES, Method
-from ramet.attention.plan import Plan, apb, spava
+from ramet.attention.plan import BlockPlan, apb, spava
 from ramet.benchmarks.speed import attention_quality, attention_speed
 from ramet.benchmarks.speed.attention import kinds
 from ramet.benchmarks.speed.attention_quality import bench_needle
@@ -22,7 +22,7 @@ from ramet.benchmarks.speed.attention_speed import critical_path, plot, sampling
 from ramet.cli.main import app
 from ramet.policy.models.catalogue import BASE
 
-SMALL = Shape(64, 8, 4, 8, 128)
+SMALL = LayerShape(64, 8, 4, 8, 128)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -34,7 +34,7 @@ def test_operations_and_bytes_are_predicted(name: str, hosts: int) -> None:
     method = Method(name, **({"anchor": 16, "passing": 4} if name in ("apb", "spava") else {}))  # type: ignore[arg-type]
     plan = method.plan(192, 16, hosts)
 
-    def rank(group: Group) -> tuple[float, int]:
+    def rank(group: RankGroup) -> tuple[float, int]:
         q, k, v = (torch.randn(h, len(plan.rows(group.rank)), 8) for h in (8, 4, 4))
         with metered() as meter:
             method.attend(plan, group, q, k, v, 0.3)
@@ -104,7 +104,7 @@ def test_the_commands(tmp_path: Path) -> None:
     assert {r["method"] for r in others} == {"spava", "apb"}
     assert all(r["divergence"] > 1e-6 for r in others)
     assert "exceed the model's" in str(run("check", "--context", 5000).exception)
-    assert isinstance(Method("spava").plan(100, 5, 2), Plan)
+    assert isinstance(Method("spava").plan(100, 5, 2), BlockPlan)
 
 
 def test_the_needle_is_measured_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

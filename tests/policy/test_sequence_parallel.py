@@ -22,7 +22,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import Message, Segment, Status
-from ramet.attention.comm import Alone, Group, simulated
+from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.methods import Method
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError, TransientPolicyError
@@ -105,10 +105,10 @@ class InProcess:
 
     def __init__(self, hosts: int, method: Method) -> None:
         model, _, _ = load_model(BASE)
-        self.replicas = [Replica(model, Alone(), method) for _ in range(hosts)]
+        self.replicas = [Replica(model, SingleRank(), method) for _ in range(hosts)]
 
     def run(self, step: Step) -> dict[int, Tensor]:
-        def rank(group: Group) -> dict[int, Tensor]:
+        def rank(group: RankGroup) -> dict[int, Tensor]:
             self.replicas[group.rank].group = group
             return self.replicas[group.rank].run(step)
 
@@ -275,7 +275,13 @@ async def test_broken_weights_are_reported_not_sampled(tmp_path: Path) -> None:
 
 async def test_a_model_that_workers_refuse_is_named_and_not_tried_again(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
-        "gpt_neo", hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global"], 2]], vocab_size=512, bos_token_id=1,
+        "gpt_neo",
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global"], 2]],
+        vocab_size=512,
+        bos_token_id=1,
         eos_token_id=2,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

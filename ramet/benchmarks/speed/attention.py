@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramet.attention.comm import Alone, Group, simulated
+from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.cost import pairs
 from ramet.attention.hf import attach, extend, prefill
 from ramet.attention.methods import Method
-from ramet.attention.plan import Plan, Sharded
+from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.display.plots import save
 from ramet.errors import ConfigError, RametError
 from ramet.policy.models.catalogue import resolve
@@ -27,7 +27,7 @@ CELLS = 48
 KINDS = ("·", "anchor", "passed on", "own rows", "all rows (query)")
 
 
-def kinds(plan: Plan | Sharded, cells: int) -> list[list[int]]:
+def kinds(plan: BlockPlan | ShardedPlan, cells: int) -> list[list[int]]:
     """A coarse picture [cells][cells] of rows by keys: 0 nothing, else an index of `KINDS`; each cell by its middle row and key.
 
     What is passed on depends on the query, so a block from which anything is passed on is shown as such.
@@ -36,10 +36,10 @@ def kinds(plan: Plan | Sharded, cells: int) -> list[list[int]]:
     return [[_kind(plan, row, key) for key in places] for row in places]
 
 
-def _kind(plan: Plan | Sharded, row: int, key: int) -> int:
+def _kind(plan: BlockPlan | ShardedPlan, row: int, key: int) -> int:
     if key > row:
         return 0
-    if isinstance(plan, Sharded):
+    if isinstance(plan, ShardedPlan):
         return 3
     if row >= plan.context:
         return 4
@@ -54,14 +54,14 @@ def _kind(plan: Plan | Sharded, row: int, key: int) -> int:
 def show_plan(method: Method, context: int, query: int, hosts: int, picture: Path | None, out: Path | None) -> None:
     """Print a plan and draw it."""
     plan = method.plan(context, query, hosts)
-    anchored = isinstance(plan, Plan)
-    lengths = f", anchor {plan.anchor:,}, passing {plan.passing:,} a block and KV head" if isinstance(plan, Plan) else ""
+    anchored = isinstance(plan, BlockPlan)
+    lengths = f", anchor {plan.anchor:,}, passing {plan.passing:,} a block and KV head" if isinstance(plan, BlockPlan) else ""
     table = Table("rank", "blocks", "rows computed", "keys kept", *(["keys passed to it"] if anchored else []), "attention, share of dense")
     records: list[dict[str, Any]] = []
     for rank in range(hosts):
-        blocks = [plan.blocks[v] for v in plan.owned(rank)] if isinstance(plan, Plan) else plan.blocks(rank)
+        blocks = [plan.blocks[v] for v in plan.owned(rank)] if isinstance(plan, BlockPlan) else plan.blocks(rank)
         kept = [*plan.cached_rows(rank), plan.query_rows(rank)]
-        passed = sum(plan.kept(u) for v in plan.owned(rank) for u in plan.before(v)) if isinstance(plan, Plan) else 0
+        passed = sum(plan.kept(u) for v in plan.owned(rank) for u in plan.before(v)) if isinstance(plan, BlockPlan) else 0
         share = pairs(plan, rank) / (plan.length * (plan.length + 1) / 2)
         record = {
             "record": "plan", "method": method.name, "rank": rank, "hosts": hosts, "rows": len(plan.rows(rank)),
@@ -83,7 +83,7 @@ def show_plan(method: Method, context: int, query: int, hosts: int, picture: Pat
         console.print(f"picture in {picture}")
 
 
-def draw(method: Method, plan: Plan | Sharded, path: Path) -> None:
+def draw(method: Method, plan: BlockPlan | ShardedPlan, path: Path) -> None:
     """Who attends to what, as a picture."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
@@ -95,11 +95,11 @@ def draw(method: Method, plan: Plan | Sharded, path: Path) -> None:
     cells = min(plan.length, 512)
     extent = (0.0, float(plan.length), float(plan.length), 0.0)
     axes.imshow(kinds(plan, cells), cmap=ListedColormap(colours), vmin=0, vmax=4, extent=extent, interpolation="nearest")
-    if isinstance(plan, Plan):
+    if isinstance(plan, BlockPlan):
         for (start, stop), owner in zip(plan.blocks, plan.owners, strict=True):
             axes.axhline(start, color="#999999", linewidth=0.4)
             axes.text(plan.length * 1.01, (start + stop) / 2, f"rank {owner}", va="center", fontsize=8)
-    names = [f"{name}" for name in KINDS[1:]] if isinstance(plan, Plan) else []
+    names = [f"{name}" for name in KINDS[1:]] if isinstance(plan, BlockPlan) else []
     shown = list(zip(names, colours[1:], strict=False)) or [("attended", colours[3])]
     axes.legend(handles=[Patch(color=colour, label=name) for name, colour in shown], loc="upper right", fontsize=8)
     axes.set(xlabel="key row", ylabel="query row", title=f"{method.name}: who attends to what on {plan.hosts} hosts")
@@ -123,7 +123,7 @@ def check(
         raise ConfigError(f"{context} context and {query} query rows exceed the model's {config.max_position_embeddings} positions")
     ids = torch.randint(0, config.vocab_size, (context + query + steps,), generator=torch.Generator().manual_seed(seed)).tolist()
     attach(model)
-    dense = _logits(model, Alone(), Method("dense"), ids, query, steps)
+    dense = _logits(model, SingleRank(), Method("dense"), ids, query, steps)
     full = Method("spava", anchor=0, passing=context)
     exact = simulated(hosts, lambda group: _logits(model, group, full, ids, query, steps))
     scale = float(dense.abs().max())
@@ -139,9 +139,9 @@ def check(
     for method in methods:
         logits = simulated(hosts, lambda group, method=method: _logits(model, group, method, ids, query, steps))[0]  # type: ignore[misc]
         plan = method.plan(context, query, hosts)
-        anchor, passing = (plan.anchor, plan.passing) if isinstance(plan, Plan) else (0, 0)
+        anchor, passing = (plan.anchor, plan.passing) if isinstance(plan, BlockPlan) else (0, 0)
         kl, largest = divergence(dense, logits), float((logits - dense).abs().max())
-        told = f", anchor {anchor}, passing {passing}" if isinstance(plan, Plan) else ""
+        told = f", anchor {anchor}, passing {passing}" if isinstance(plan, BlockPlan) else ""
         console.print(f"{method.name}{told}: KL divergence of the next token from dense {kl:.3g} nats, largest difference {largest:.2e}")
         records.append(
             {"record": "divergence", "method": method.name, "hosts": hosts, "context": context, "query": query, "anchor": anchor,
@@ -153,7 +153,7 @@ def check(
         raise RametError("sequence-parallel attention does not agree with dense attention on this machine; please report this output")
 
 
-def _logits(model: Any, group: Group, method: Method, ids: list[int], query: int, steps: int) -> Tensor:
+def _logits(model: Any, group: RankGroup, method: Method, ids: list[int], query: int, steps: int) -> Tensor:
     """[1 + steps, vocabulary]: after the query, and after each of `steps` further tokens."""
     sequences, first = prefill(model, group, method, [ids[: len(ids) - steps]], [query])
     return torch.cat([first, *(extend(model, group, sequences, [[token]], method) for token in ids[len(ids) - steps :])])

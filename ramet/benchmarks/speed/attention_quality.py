@@ -28,11 +28,11 @@ from torch import Tensor
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.attention.anchored import Selections
-from ramet.attention.comm import Alone, Group, simulated
+from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.cost import pairs
 from ramet.attention.hf import attach, extend, prefill, recorded
 from ramet.attention.methods import Method
-from ramet.attention.plan import Plan
+from ramet.attention.plan import BlockPlan
 from ramet.benchmarks.evaluation.statistics import accuracy_interval, mean_interval
 from ramet.benchmarks.speed.attention import divergence
 from ramet.display import progress
@@ -97,7 +97,7 @@ def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
 
 def decode(
     model: Any,
-    group: Group,
+    group: RankGroup,
     method: Method,
     given: Sample,
     stop: int,
@@ -128,7 +128,7 @@ def attended(model: Any, given: Sample) -> list[Tensor]:
     return shares
 
 
-def recall(plan: Plan, seen: Sequence[Selections], shares: Sequence[Tensor]) -> float:
+def recall(plan: BlockPlan, seen: Sequence[Selections], shares: Sequence[Tensor]) -> float:
     """See the module; 1 where nothing is passed on and nothing could be."""
     found: list[Tensor] = []
     for layer, share in zip(seen, shares, strict=True):
@@ -174,14 +174,14 @@ def bench_needle(
             if not todo and ("dense", 1, index) in done:
                 continue
             about = {"text": index, "depth": depth, "length": len(given.ids)}
-            said, expected = decode(model, Alone(), Method("dense"), given, tokenizer.eos_token_id)
+            said, expected = decode(model, SingleRank(), Method("dense"), given, tokenizer.eos_token_id)
             shares = attended(model, given)
             if ("dense", 1, index) not in done:
                 found = given.code in tokenizer.decode(said)
                 journal.append(about | {"case": "dense", "hosts": 1, "found": found, "divergence": 0.0, "recall": 1.0, "pairs": 1.0})
             for label, method, count in progress.each(todo, f"text {index + 1} of {len(texts)}"):
                 plan = method.plan(context, given.query, count)
-                assert isinstance(plan, Plan)
+                assert isinstance(plan, BlockPlan)
                 seen = [[Selections() for _ in shares]]
                 task = partial(decode, model, method=method, given=given, stop=tokenizer.eos_token_id, forced=said, seen=seen)
                 own, logits = simulated(count, task)[0]

@@ -28,12 +28,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ramet.attention import kernels
-from ramet.attention.comm import Alone, Distributed, Done, Group, Traffic, Work
-from ramet.attention.cost import QWEN_3B, Shape, attention_flops, received
-from ramet.attention.kernels import Partial, attend
-from ramet.attention.merge import merge
+from ramet.attention.comm import CompletedWork, DistributedGroup, RankGroup, SingleRank, Traffic, Work
+from ramet.attention.cost import QWEN_3B, LayerShape, attention_flops, received
+from ramet.attention.kernels import attend
+from ramet.attention.merge import PartialAttention, merge
 from ramet.attention.methods import NAMES, Method
-from ramet.attention.plan import Plan, Sharded
+from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.display import progress
 from ramet.display.plots import save
 from ramet.errors import ConfigError
@@ -55,13 +55,13 @@ class Lonely:
     traffic: Traffic = field(default_factory=Traffic)
 
     def gather(self, x: Tensor) -> Work:
-        return Done(x[None].expand(self.size, *x.shape))
+        return CompletedWork(x[None].expand(self.size, *x.shape))
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
-        return Done(like.normal_())
+        return CompletedWork(like.normal_())
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
-        return Done([torch.randn(shape) for shape in like])
+        return CompletedWork([torch.randn(shape) for shape in like])
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Sampled:
     whole: float = 0.0
     added: float = 0.0
 
-    def kernel(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Partial:
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> PartialAttention:
         """Attention on all rows if the call is short, else on evenly spaced pieces of rows."""
         rows, keys = q.shape[1], k.shape[1]
         pairs = rows * (rows + 1) / 2 if causal else rows * keys
@@ -93,7 +93,7 @@ class Sampled:
             done += ROWS * (seen - (ROWS - 1) / 2 if causal else seen)
         self.timed += done
         self.added += (time.perf_counter() - started) * (pairs / done - 1)
-        return Partial(out, lse)
+        return PartialAttention(out, lse)
 
 
 @contextmanager
@@ -107,22 +107,22 @@ def sampling() -> Iterator[Sampled]:
         del kernels.KERNELS["sampled"]
 
 
-def local(shape: Shape, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def local(shape: LayerShape, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of some rows."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(heads, rows, shape.head, generator=generator) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     return q, k, v
 
 
-def busiest(method: Method, plan: Plan | Sharded, shape: Shape) -> int:
+def busiest(method: Method, plan: BlockPlan | ShardedPlan, shape: LayerShape) -> int:
     """The rank with most work in a layer."""
     return max(range(plan.hosts), key=lambda rank: attention_flops(method, plan, rank, shape) + shape.linear * len(plan.rows(rank)))
 
 
-def prefill_seconds(method: Method, plan: Plan | Sharded, rank: int, shape: Shape, repeats: int) -> tuple[float, float]:
+def prefill_seconds(method: Method, plan: BlockPlan | ShardedPlan, rank: int, shape: LayerShape, repeats: int) -> tuple[float, float]:
     """Seconds of one rank's attention in a layer, the median of `repeats`, and the share of its pairs that was timed."""
     q, k, v = local(shape, len(plan.rows(rank)))
-    group = Lonely(rank, plan.hosts) if plan.hosts > 1 else Alone()
+    group = Lonely(rank, plan.hosts) if plan.hosts > 1 else SingleRank()
     times, share = [], 1.0
     sampled = Method(method.name, method.anchor, method.passing, method.scorer, "sampled")
     for _ in range(repeats):
@@ -134,7 +134,7 @@ def prefill_seconds(method: Method, plan: Plan | Sharded, rank: int, shape: Shap
     return statistics.median(times), share
 
 
-def decode_seconds(plan: Plan | Sharded, rank: int, shape: Shape, repeats: int) -> float:
+def decode_seconds(plan: BlockPlan | ShardedPlan, rank: int, shape: LayerShape, repeats: int) -> float:
     """Seconds of one rank's attention in a layer for one new token: its share of the keys, and the merge of all ranks'."""
     kept = sum(s.stop - s.start for s in (*plan.cached_rows(rank), plan.query_rows(rank)))
     q, (_, k, v) = local(shape, 1)[0], local(shape, max(kept, 1))
@@ -148,7 +148,7 @@ def decode_seconds(plan: Plan | Sharded, rank: int, shape: Shape, repeats: int) 
     return statistics.median(times[1:])
 
 
-def linear_seconds(shape: Shape, rows: int, repeats: int) -> float:
+def linear_seconds(shape: LayerShape, rows: int, repeats: int) -> float:
     """Seconds per row of a Qwen2 decoder layer without its attention, at `rows` rows at a time."""
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2RotaryEmbedding
@@ -173,18 +173,24 @@ def linear_seconds(shape: Shape, rows: int, repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def plan_of(name: str, length: int, hosts: int, query: int) -> tuple[Method, Plan | Sharded]:
+def plan_of(name: str, length: int, hosts: int, query: int) -> tuple[Method, BlockPlan | ShardedPlan]:
     """A method at its published lengths."""
     method = Method(name)  # type: ignore[arg-type]
     return method, method.plan(length - query, query, hosts)
 
 
-def _possible(name: str, hosts: int, shape: Shape) -> bool:
+def _possible(name: str, hosts: int, shape: LayerShape) -> bool:
     return name != "ulysses" or shape.heads % hosts == 0
 
 
 def critical_path(
-    names: Sequence[str], hosts: Sequence[int], lengths: Sequence[int], query: int, bandwidth: float, repeats: int, shape: Shape = QWEN_3B
+    names: Sequence[str],
+    hosts: Sequence[int],
+    lengths: Sequence[int],
+    query: int,
+    bandwidth: float,
+    repeats: int,
+    shape: LayerShape = QWEN_3B,
 ) -> list[dict[str, Any]]:
     """Records of the busiest host's time on one core, attention alone and the whole layer, prefill and decode."""
     torch.set_num_threads(1)
@@ -227,7 +233,7 @@ def critical_path(
 def _wall_process(rank: int, folder: str, hosts: int, names: list[str], lengths: list[int], query: int, repeats: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=hosts, timeout=timedelta(hours=1))
-    group: Group = Distributed()
+    group: RankGroup = DistributedGroup()
     results: dict[tuple[str, int], list[float]] = {}
     for length in lengths:
         for _ in range(repeats):
@@ -236,7 +242,7 @@ def _wall_process(rank: int, folder: str, hosts: int, names: list[str], lengths:
                 if name == "dense":
                     if rank == 0:
                         torch.set_num_threads(hosts)
-                        results.setdefault((name, length), []).append(_wall_once(Alone(), *plan_of("dense", length, 1, query)))
+                        results.setdefault((name, length), []).append(_wall_once(SingleRank(), *plan_of("dense", length, 1, query)))
                         torch.set_num_threads(1)
                     dist.barrier()
                     continue
@@ -247,7 +253,7 @@ def _wall_process(rank: int, folder: str, hosts: int, names: list[str], lengths:
 
 
 @torch.no_grad()
-def _wall_once(group: Group, method: Method, plan: Plan | Sharded, barrier: Callable[[], Any] = lambda: None) -> float:
+def _wall_once(group: RankGroup, method: Method, plan: BlockPlan | ShardedPlan, barrier: Callable[[], Any] = lambda: None) -> float:
     q, k, v = local(QWEN_3B, len(plan.rows(group.rank)))
     barrier()
     started = time.perf_counter()

@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ramet.agents.tree import Segment
 from ramet.attention import cache, hf
-from ramet.attention.comm import Distributed, Group
+from ramet.attention.comm import DistributedGroup, RankGroup
 from ramet.attention.methods import Method
 from ramet.attention.vision import prefill_video
 from ramet.errors import PolicyError, TransientPolicyError, first_line
@@ -75,10 +75,10 @@ class Step:
 class Replica:
     """One rank's model and its shares of sequences."""
 
-    def __init__(self, model: Any, group: Group, method: Method, reader: VideoReader | None = None) -> None:
+    def __init__(self, model: Any, group: RankGroup, method: Method, reader: VideoReader | None = None) -> None:
         hf.attach(model)
         self.model, self.group, self.method, self.reader = model, group, method, reader
-        self.sequences: dict[int, cache.Sequence] = {}
+        self.sequences: dict[int, cache.SequenceShard] = {}
 
     def run(self, step: Step) -> dict[int, Tensor]:
         """Logits [vocabulary] after the last row of what was read or extended; equal on all ranks."""
@@ -134,7 +134,7 @@ def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
         try:
             model, tokenizer, _ = load_model(setup.path, dtype=setup.dtype)
             reader = None if setup.look is None else VideoReader(model.config, tokenizer, setup.look)
-            replica = Replica(model, Distributed(mesh.get_group("sequence")), setup.method, reader)
+            replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), setup.method, reader)
         except Exception as error:  # told to the engine, which ends the pool
             pipe.send(first_line(error))
             pipe.recv()
@@ -213,7 +213,7 @@ class Pool:
         for process in self.processes:
             process.join(0.2)
         if any(process.exitcode == UNGUARDED for process in self.processes):
-            return PolicyError("worker processes import the script that starts them: put what it does under `if __name__ == \"__main__\":`")
+            return PolicyError('worker processes import the script that starts them: put what it does under `if __name__ == "__main__":`')
         dead = [f"rank {rank} with status {p.exitcode}" for rank, p in enumerate(self.processes) if p.exitcode is not None]
         return TransientPolicyError(f"a worker of the sequence-parallel pool died ({', '.join(dead) or 'its pipe broke'})")
 
@@ -451,7 +451,7 @@ class Sharing:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return SequenceParallelPolicy(path, self.hosts, self.method, threshold=self.threshold)
         dist.init_process_group("gloo")
-        replica = Replica(model, Distributed(), self.method)
+        replica = Replica(model, DistributedGroup(), self.method)
         if replica.group.rank:
             follow(replica)
             return None

@@ -22,7 +22,7 @@ from torch import Tensor
 from ramet.agents.chat import TextEncoder
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
-from ramet.attention.positions import Layout, Video, layout
+from ramet.attention.positions import Layout, VideoPatches, layout
 from ramet.errors import CheckpointError, ConfigError, PolicyError, TaskError
 from ramet.media.frames import DEVIATION, MEAN, Fit, Frames, content_id, fitted, patches, read_frames
 from ramet.policy.engines.hf import HFPolicy
@@ -65,7 +65,7 @@ class Seen:
     """A segment as a model reads it: its ids in a prompt, and the rows and grid for the tower."""
 
     ids: tuple[int, ...]
-    video: Video
+    video: VideoPatches
 
 
 Shown = tuple[str, float, float | None]
@@ -143,7 +143,7 @@ class VideoReader:
                 ids += [*self._encode(f"<{sum(times) / len(times):.1f} seconds>"), start, *[pad] * step, end]
         else:
             ids = [start, *[pad] * (steps * step), end]
-        return Seen(tuple(ids), Video(rows, grid, frames.seconds * vision.temporal_patch_size))
+        return Seen(tuple(ids), VideoPatches(rows, grid, frames.seconds * vision.temporal_patch_size))
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Prompted:
     """A sequence of ids with the videos that its placeholders stand for, in order."""
 
     ids: Sequence[int]
-    videos: tuple[Video, ...] = ()
+    videos: tuple[VideoPatches, ...] = ()
 
 
 def model_inputs(config: Any, sequences: Sequence[Prompted], pad: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
