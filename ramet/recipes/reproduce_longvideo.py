@@ -13,13 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.protocol import left_line, render_call
 from ramet.display import plots, progress
 from ramet.env.instructions import instructed
+from ramet.env.longvideo import LongVideoSettings
 from ramet.env.questions import TUNING
+from ramet.errors import ConfigError
 from ramet.media.clips import COLOURS, make_long_questions
-from ramet.policy.engines.vision import Look
+from ramet.policy.engines.vision import Look, VisionPolicy
 from ramet.policy.models.catalogue import weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.policy.training.sft import SFTTraining, fine_tune
@@ -57,6 +60,8 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     paths = {"data": "held-out/questions.jsonl", "train": "train/questions.jsonl", "reward_model": "drm"}
     own = [f"model={folder / 'base'}", f"seed={seed}", *(f"env.{name}={folder / where}" for name, where in paths.items())]
     config = load(RunConfig, path, [*own, *overrides], LONGVIDEO)
+    if not isinstance(config.env, LongVideoSettings):
+        raise ConfigError(f"reproduce longvideo needs the environment longvideo, not {config.env.kind}: leave env.kind out")
     claim_folder(folder, config)
     console.print(Heading("1. clips of several scenes, and pairs of answers about them"))
     for name, count, s in (("train", TRAIN, 2 * seed), ("held-out", HELD_OUT, 2 * seed + 1)):
@@ -65,7 +70,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     console.print(Heading("2. a VideoDRM"))
     trained_drm(folder, pairs, seed, Look(frames=FRAMES, most=PIXELS), DRM_STEPS)
     console.print(Heading("3. a small model that can have clones watch, and can guess"))
-    _base(folder, config)
+    _base(folder, config, config.env.seconds)
     console.print(Heading("4. reinforcement learning from the VideoDRM"))
     trainer = run_training(config, folder / "trained", True, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
@@ -83,7 +88,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     console.print(f"run folder {folder}: longvideo.json, learning.png, drm/, base/, trained/")
 
 
-def _base(folder: Path, config: RunConfig) -> None:
+def _base(folder: Path, config: RunConfig, seconds: float) -> None:
     """Trained on demonstrations of the training clips."""
     path, draft = folder / "base", folder / "base.draft"
     if (path / "config.json").exists():
@@ -96,15 +101,17 @@ def _base(folder: Path, config: RunConfig) -> None:
         texts += 200 * [render_call([{"objective": WATCH, "context_keys": ["s1"]}] * 2), left_line(100, None)]
         write_vision_model(draft, texts, config.seed, VisionSize(96))
     model, tokenizer, chat = open_model(config, draft)
-    reader = engine_of(config, model, tokenizer, chat).sight.reader
+    engine = engine_of(config, model, tokenizer, chat)
+    if not isinstance(engine, VisionPolicy) or not isinstance(chat, ControlTokenFormat):
+        raise ConfigError("the demonstrations are written for a vision-language model in the nano chat format: leave chat out")
     rows = [json.loads(line) for line in read_text(folder / "train" / "questions.jsonl").splitlines()]
     by_id = {task.reference.id: task.reference for task in tasks}
     seen = [(by_id[row["id"]], row["scenes"]) for row in rows if row["id"] in by_id]
-    truth = {key: colour for asked, scenes in seen for key, colour in scenes_of(asked, scenes, config.env.seconds).items()}
+    truth = {key: colour for asked, scenes in seen for key, colour in scenes_of(asked, scenes, seconds).items()}
     shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))
     with progress.stepping("demonstrations", SFT_STEPS) as tell:
         settings = SFTTraining(steps=SFT_STEPS, batch=32, at_once=32, learning_rate=1e-3, lora_rank=0, seed=config.seed)
-        fine_tune(model, shown, tokenizer.pad_token_id, settings, draft / "checkpoints", reader, tell)
+        fine_tune(model, shown, tokenizer.pad_token_id, settings, draft / "checkpoints", engine.sight.reader, tell)
     model.save_pretrained(draft)
     draft.rename(path)
 

@@ -39,7 +39,7 @@ def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, C
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device = config.device
+    device: str = config.device
     if device == "auto":
         device = auto_device()
     return load_model(path or find(config.model), config.chat, getattr(torch, config.dtype), device)

@@ -22,9 +22,8 @@ from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import LOST, Setup
 from ramet.policy.training.update import RewardFunction, TaskSampler
 from ramet.runs.build import job_of, recipe
-from ramet.runs.jobs import lock
 from ramet.runs.settings import RunConfig, load
-from ramet.storage import write_text
+from ramet.storage import lock, write_text
 
 OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
@@ -64,7 +63,7 @@ def start_ray(setup: Setup) -> None:
 
     from ramet.policy.openrlhf import cpu
 
-    wanted, own = needs(setup.cluster), {}
+    wanted, own = needs(setup.cluster), dict[str, Any]()
     alone = "RAY_ADDRESS" not in os.environ
     variables = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
     if setup.cluster.cpu:

@@ -150,16 +150,18 @@ def data_records(config: RunConfig, training: bool = False) -> list[dict[str, An
     Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
     """
     env = config.env.unjudged().build()
+    if not isinstance(env, Questions):
+        return []
     records: list[dict[str, Any]] = []
-    if training and isinstance(env, Questions):
+    if training:
         env.tasks("train", 1, config.seed)
-    for split in env.splits if isinstance(env, Questions) else ():
-        found = env.found(split)
-        records.append({"record": "data", "split": split, **found})
-        if found["duplicates"]:
-            console.print(f"{split}: {found['duplicates']} of {found['rows']} rows say what another says, and are not measured again")
-        if found["trained_on"]:
-            console.print(f"warning: {split}: {found['trained_on']} of {found['rows']} questions are trained on too (env.allow_overlap)")
+    for split in env.splits:
+        counts = env.found(split)
+        records.append({"record": "data", "split": split, **counts})
+        if counts["duplicates"]:
+            console.print(f"{split}: {counts['duplicates']} of {counts['rows']} rows repeat another and are not measured again")
+        if counts["trained_on"]:
+            console.print(f"warning: {split}: {counts['trained_on']} of {counts['rows']} questions are trained on too (env.allow_overlap)")
     return records
 
 

@@ -356,7 +356,7 @@ def bench_job(
     part: list[dict[str, Any]] = []
     for number in frames or [0]:
         seen = {name: value for name, value in (("frames", number), ("most", protocol.pixels)) if value}
-        settings = {"temperature": protocol.temperature, "max_tokens": protocol.max_tokens or 512}
+        settings: dict[str, Any] = {"temperature": protocol.temperature, "max_tokens": protocol.max_tokens or 512}
         reward = open_reward(model, seen, settings, "score" if protocol.mode == "pointwise" else "", pairs)
         scored = isinstance(reward, VideoDRM) or protocol.mode == "pointwise"
         shown = reward.settings.look if hasattr(reward, "settings") else Look()
@@ -395,9 +395,8 @@ def report_job(one: Path, other: Path | None, ties: float, out: Path | None) -> 
     differences: list[tuple[str, dict[str, Any]]] = []
     if other is not None:
         here, there = ({path.name: path for path in _journals(folder)} for folder in (one, other))
-        shared = sorted(set(here) & set(there)) or [None]
-        for name in shared:
-            first, second = (here[name], there[name]) if name else (next(iter(here.values())), next(iter(there.values())))
+        alike = [(here[name], there[name]) for name in sorted(set(here) & set(there))]
+        for first, second in alike or [(next(iter(here.values())), next(iter(there.values())))]:
             said = f"{first.parent.name} less {second.parent.name}"
             differences += [(said, d) for d in against(_judged(first), _judged(second), ties)]
     if out is not None:

@@ -37,28 +37,28 @@ def best_of_n(
     if not ns:
         raise ConfigError(f"best of n needs answers: a question has {fewest}")
     methods = ("pass", "majority", "random", *pickers)
-    found: dict[tuple[int, str], list[float]] = {(n, m): [] for n in ns for m in methods}
-    asked: list[Candidates] = []
+    accuracies: dict[tuple[int, str], list[float]] = {(n, m): [] for n in ns for m in methods}
+    watched: list[Candidates] = []
     fault: TaskError | None = None
     for question in questions:
         try:
-            values = {(n, m): value for n in ns for m, value in _accuracies(question, pickers, n, draws, seed).items()}
+            of_question = {(n, m): value for n in ns for m, value in _accuracies(question, pickers, n, draws, seed).items()}
         except TaskError as error:
             fault = error
         else:
-            asked.append(question)
-            for place, value in values.items():
-                found[place].append(value)
+            watched.append(question)
+            for case, value in of_question.items():
+                accuracies[case].append(value)
         if report is not None:
             report(1)
-    if fault is not None and not asked:
+    if fault is not None and not watched:
         raise fault
     records = []
-    for (n, method), values in found.items():
-        interval = clustered_mean(values, [q.cluster for q in asked])
+    for (n, method), values in accuracies.items():
+        interval = clustered_mean(values, [q.cluster for q in watched])
         record: dict[str, Any] = {
-            "record": "best_of_n", "n": n, "method": method, "questions": len(asked),
-            "unreadable": len(questions) - len(asked), "accuracy": interval.mean, "ci_low": interval.low, "ci_high": interval.high,
+            "record": "best_of_n", "n": n, "method": method, "questions": len(watched),
+            "unreadable": len(questions) - len(watched), "accuracy": interval.mean, "ci_low": interval.low, "ci_high": interval.high,
         }  # fmt: skip
         if method in pickers:
             record["calls_per_question"] = pickers[method].cost(n)

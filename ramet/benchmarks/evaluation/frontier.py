@@ -25,7 +25,7 @@ MILLION = 1e6
 
 def money(outcome: Outcome, prices: Mapping[str, float]) -> float:
     """The price of an outcome; `prices` are per million tokens of `generated`, `prefilled` and `cached`."""
-    return sum(price * getattr(outcome, name) for name, price in prices.items()) / MILLION
+    return sum(price * float(getattr(outcome, name)) for name, price in prices.items()) / MILLION
 
 
 def matched(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: str, cost: str = "generated") -> list[dict[str, Any]]:

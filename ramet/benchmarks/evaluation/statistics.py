@@ -79,7 +79,7 @@ def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
     wins, losses = signs.count(1), signs.count(-1)
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    return float(min(1.0, 2 * tail))
 
 
 def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Interval:

@@ -18,12 +18,11 @@ from typing import Any, Literal
 import numpy as np
 
 from ramet.agents.journal import Journal
-from ramet.agents.tree import Segment
 from ramet.benchmarks.evaluation.statistics import Interval, clustered_mean, sign_test
 from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.discriminative import Item
 from ramet.rewards.video.judge import Duel, Order, Vote, compare, decided, majority
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.pairs import Pair, Watched
 
 CONDITIONS = ("right", "wrong", "none", "reversed", "shuffled")
 """The pair's own video, another pair's, none; its frames backwards, or in any order."""
@@ -35,7 +34,7 @@ class Protocol:
     """What has to be said beside every number.
 
     k, order, temperature, max_tokens  of pairwise judging
-    ties        what a tie of scores counts, in pointwise
+    ties        what a tie of scores counts, in pointwise: 0 or 0.5
     frames, pixels                     what is shown of a video
     """
 
@@ -44,7 +43,7 @@ class Protocol:
     order: Order = "both"
     temperature: float = 1.0
     max_tokens: int | None = None
-    ties: Literal[0.0, 0.5] = 0.0
+    ties: float = 0.0
     frames: int | None = None
     pixels: int | None = None
     seed: int = 0
@@ -61,7 +60,7 @@ class Protocol:
         )
 
 
-def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, Segment | None]:
+def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, Watched]:
     """The video of each pair under a condition. `wrong` takes another pair's, of the same category where there is one."""
     if condition not in CONDITIONS:
         raise ConfigError(f"no condition {condition!r}; there are {', '.join(CONDITIONS)}")
@@ -69,14 +68,14 @@ def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, 
         return {pair.id: None for pair in pairs}
     if condition != "wrong":
         return {pair.id: pair.video for pair in pairs}
-    found: dict[str, Segment | None] = {}
+    shown: dict[str, Watched] = {}
     for pair in pairs:
         others = [p for p in pairs if p.video is not None and p.cluster != pair.cluster]
         if not others:
             raise ConfigError("the condition wrong needs pairs with different videos")
         alike = [p for p in others if p.category == pair.category] or others
-        found[pair.id] = random.Random(f"wrong/{seed}/{pair.id}").choice(alike).video
-    return found
+        shown[pair.id] = random.Random(f"wrong/{seed}/{pair.id}").choice(alike).video
+    return shown
 
 
 def run_bench(

@@ -74,8 +74,8 @@ def _check_branch(growth: Growth) -> None:
         require(limit is None or has + held <= limit, f"{growth.id}: {has} spent and {held} reserved of {limit} {currency}")
     if growth.ended is not None:
         require(not growth.clones, f"{growth.id} ended before its clones")
-    held = {name: sum(clone.ledger.share(name) or 0 for clone in growth.clones) for name in ("generated", "prefilled", "clones")}
-    for name, amount in held.items():
+    shares = {name: sum(clone.ledger.share(name) or 0 for clone in growth.clones) for name in ("generated", "prefilled", "clones")}
+    for name, amount in shares.items():
         if ledger.limit(name) is not None:
             require(ledger.reserved(name) >= amount, f"{growth.id}: {ledger.reserved(name)} {name} reserved for shares of {amount}")
 

@@ -146,7 +146,7 @@ def cases(hosts: Sequence[int], context: int, anchors: Sequence[int], passings: 
     """(label, method, hosts): all three with their defaults; Spava over anchor and passing lengths on the first number of hosts."""
     for count in hosts:
         for name in ("spava", "apb", "star"):
-            yield name, Method(name), count  # type: ignore[arg-type]
+            yield name, Method(name), count
     for anchor in anchors:
         for passing in passings:
             yield f"spava 1/{anchor} 1/{passing}", Method("spava", context // anchor, context // passing), hosts[0]

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from ramet.attention import kernels
 from ramet.attention.comm import CompletedWork, DistributedGroup, RankGroup, SingleRank, Traffic, Work
@@ -265,7 +265,7 @@ def wall(names: Sequence[str], hosts: int, lengths: Sequence[int], query: int, r
     """Records of real processes: the slowest rank's time of one layer's attention, methods in turns, the median of `repeats`."""
     names = [name for name in names if name != "dense" and _possible(name, hosts, QWEN_3B)]
     with tempfile.TemporaryDirectory(prefix="ramet-wall-") as folder:
-        mp.spawn(_wall_process, (folder, hosts, names, list(lengths), query, repeats), hosts)
+        spawn(_wall_process, (folder, hosts, names, list(lengths), query, repeats), hosts)
         ranks = [torch.load(f"{folder}/{rank}.pt") for rank in range(hosts)]
     records: list[dict[str, Any]] = []
     for length in lengths:

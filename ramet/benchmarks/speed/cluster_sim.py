@@ -172,9 +172,9 @@ def plan_of(load: Load, seed: int, task: int, number: int) -> Plan:
     lean = shared.gauss(0, half)
 
     def tokens() -> int:
-        return max(1, min(4096, round(load.tokens * np.exp(lean + own.gauss(0, half)))))
+        return max(1, min(4096, round(load.tokens * float(np.exp(lean + own.gauss(0, half))))))
 
-    count = min(16, round(load.clones * np.exp(lean + own.gauss(0, half))))
+    count = min(16, round(load.clones * float(np.exp(lean + own.gauss(0, half)))))
     return Plan((tokens() // 4 + 1, tokens() // 4 + 1), tuple(tokens() for _ in range(count)))
 
 

@@ -85,7 +85,7 @@ def demonstrate(rng: random.Random) -> Demonstration:
     # A clone's first row is any row of its parent's, so first rows are signed half of the time.
     task = rows_task(values, "demonstration", rng.randrange(26), row, signed=rng.random() < 0.5)
     keys = list(task.documents)
-    rows = [parse_sum(text) for text in task.documents.values()]
+    rows = [parse_sum(str(text)) for text in task.documents.values()]
     left = round(math.exp(rng.uniform(math.log(16), math.log(800))))
     prompt = "\n".join([task.messages[0].content, left_line(left, None)])
     stated = statement(len(rows)) if tools else ""
