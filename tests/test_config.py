@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
 from ramet.errors import ConfigError
+from ramet.runs.renamed import KEYS, VALUES
 from ramet.runs.settings import RunConfig, load, traced, write
 from ramet.schema import Settings, takes
 
@@ -33,11 +34,11 @@ from ramet.schema import Settings, takes
         ("env.operands=[5,2]", "the smaller first"),
         ("env.operands=5", "such as [2, 24], of 2 whole numbers (got 5)"),
         ("env={kind='gsm8k', fields=3}", "env.fields takes a table in braces, such as {name = value} (got 3)"),
-        ("env={kind='reference', graded='maybe'}", "env.graded takes true or false (got 'maybe')"),
+        ("env={kind='selfcest', graded='maybe'}", "env.graded takes true or false (got 'maybe')"),
         ("reward.generated=-0.1", "reward.generated takes a number from 0 on (got -0.1)"),
         ("reward.generated=nan", "reward.generated"),
         ("reward.failure=zero", "reward.failure takes a number of at most 0 or 'priced' (got 'zero')"),
-        ("train.estimator=best", "train.estimator takes one of team, "),
+        ("train.estimator=best", "train.estimator takes one of rloo, "),
         ("model=[1]", "model takes text (got [1])"),
         ("seed", "is not of the form"),
         (".x=1", "is not of the form"),
@@ -49,6 +50,30 @@ def test_overrides_that_cannot_be_meant(override, says):
         load(RunConfig, None, [override])
     assert says in str(error.value) and "\n" not in str(error.value)
     assert not re.search(r"Input should|constrained|literal\[|valid (?:tuple|dictionary)", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [(f"{old}=1", f"{old} is now called {new}") for old, new in KEYS.items()]
+    + [(f"{key}={old}", f'{key} = "{old}" is now called "{new}"') for (key, old), new in VALUES.items()],
+)
+def test_a_setting_that_was_renamed_says_its_new_name(tmp_path, override, says):
+    key, _, value = override.partition("=")
+    section, _, name = key.rpartition(".")
+    (tmp_path / "old.toml").write_text(f"{f'[{section}]' if section else ''}\n{name} = '{value}'\n")
+    for path, overrides in ((None, [override]), (tmp_path / "old.toml", [])):
+        with pytest.raises(ConfigError) as error:
+            load(RunConfig, path, overrides)
+        assert str(error.value) == says
+
+
+def test_the_new_names_are_settings():
+    properties = Settings(RunConfig)
+    for name in KEYS.values():
+        assert properties.at(name.split("."))[0] == name
+    for (key, old), new in VALUES.items():
+        allowed = takes(properties.at(key.split("."))[1]).replace(",", "").split()
+        assert new in allowed and old not in allowed
 
 
 def test_giving_one_key_of_a_section_leaves_its_others_as_they_are(tmp_path):

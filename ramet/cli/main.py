@@ -240,7 +240,7 @@ def frontier(
     policy: Annotated[
         str, typer.Option(help="A model: smollm2-135m, a directory, a run folder, hf:owner/name; a chat server's name.")
     ] = "smollm2-135m",
-    env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, reference.")] = None,
+    env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, selfcest.")] = None,
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions, drawn by the seed.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods with commas between them; by default all.")] = None,

@@ -5,7 +5,7 @@ Two generators:
 - `rows`: sums and differences of small integers, written in rows of a few operands, each row a
   document with its own key, as on a bill. Every row is in the root's prompt too, so delegation
   adds no information. The tasks of the nano model.
-- `reference`: the generator of the SELFCEST release with its exact distribution (specification,
+- `selfcest`: the generator of the SELFCEST release with its exact distribution (specification,
   section 4): 3-10 operators out of + - *, operands of 3-7 digits, up to two pairs of parentheses.
 """
 
@@ -148,18 +148,19 @@ def parse_sum(text: str) -> list[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceEnvironment:
-    """The SELFCEST arithmetic tasks; `graded` gives partial credit as the reference does."""
+class SelfcestEnvironment:
+    """The SELFCEST arithmetic tasks; `graded` gives partial credit as the release does."""
 
     graded: bool = True
-    name: str = "reference"
+    name: str = "selfcest"
     splits = ("iid",)
     metrics = ("accuracy",)
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
         part(split, ("train", "tune", "iid"))
+        # The former name of the environment, so that the same seeds keep giving the same tasks.
         rng = random.Random(f"reference/{split}/{seed}")
-        expressions = ((expression, (expression, value)) for expression, value in iter(lambda: reference_expression(rng), None))
+        expressions = ((expression, (expression, value)) for expression, value in iter(lambda: selfcest_expression(rng), None))
         made = []
         for index, (expression, value) in enumerate(itertools.islice(drawn(split, expressions), count)):
             prompt = f"Calculate {expression}\nEnd with a line `Answer: <value>`."
@@ -178,19 +179,19 @@ class ReferenceEnvironment:
         return int(task.meta["operands"])
 
 
-class ReferenceSettings(EnvSettings):
+class SelfcestSettings(EnvSettings):
     """The SELFCEST arithmetic tasks."""
 
-    kind: Literal["reference"] = "reference"
+    kind: Literal["selfcest"] = "selfcest"
     """Which environment."""
     graded: bool = True
-    """Partial credit, as the reference gives it."""
+    """Partial credit, as the release gives it."""
 
-    def build(self, count: Callable[[str], int] = words) -> ReferenceEnvironment:
-        return ReferenceEnvironment(self.graded)
+    def build(self, count: Callable[[str], int] = words) -> SelfcestEnvironment:
+        return SelfcestEnvironment(self.graded)
 
 
-def reference_expression(rng: random.Random) -> tuple[str, int]:
+def selfcest_expression(rng: random.Random) -> tuple[str, int]:
     """One accepted expression and its value (specification, section 4)."""
     for _ in range(2000):
         expression, value = _draft(rng)

@@ -34,7 +34,7 @@ from ramet.env.arithmetic import RowsEnvironment
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
-from ramet.policy.training.advantages import ScoredTree, team
+from ramet.policy.training.advantages import ScoredTree, rloo
 from ramet.policy.training.loss import policy_loss
 from ramet.policy.training.rows import batches, rows_of, token_logprobs
 from ramet.policy.training.update import Group, Reward, Targets, grouped, grow, jobs_of
@@ -87,7 +87,7 @@ def backward(model: Any, groups: list[Group]) -> list[float]:
         scored = [ScoredTree(tree, reward_of(task, tree).reward) for tree in trees]
         # Credit: a tree is as good as its reward is above the mean of the *other* trees of its task. What the task itself is worth cancels
         # out, and since a tree's own actions do not move what it is compared with, the gradient stays unbiased.
-        for item, advantages in zip(scored, team(scored), strict=True):
+        for item, advantages in zip(scored, rloo(scored), strict=True):
             # One row per branch, each token with the log-probability under which it was sampled. Root and clones weigh
             # the same: a weight of 1/branches would pay for spawning, or for not spawning, by itself.
             rows += rows_of(item.tree, advantages, weight=1 / (TASKS * TREES * LENGTH))

@@ -28,9 +28,9 @@ _Price = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Prices(Section):
     """Reward units per token (or clone) of a tree's `Usage`."""
 
-    preset: Literal["none", "reference", "reference_maths"] = "none"
-    """none: the score less the prices. reference: after the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t,
-    which can be negative. reference_maths: its reward for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off these too."""
+    preset: Literal["none", "selfcest", "selfcest_maths"] = "none"
+    """none: the score less the prices. selfcest: after the SELFCEST release's reward for arithmetic and questions, S - P_r - P_c - P_t,
+    which can be negative. selfcest_maths: its reward for mathematics, max(0, S - min(P_r + P_c, 0.5)). Prices come off these too."""
     generated: _Price = 0.0
     """Price of a generated token, over all branches."""
     critical_path: _Price = 0.0
@@ -50,10 +50,10 @@ class Prices(Section):
         return self
 
     def penalties(self, tree: Tree) -> dict[str, float]:
-        """The priced terms by name. Those of "reference_maths" as they are before they are bounded."""
+        """The priced terms by name. Those of "selfcest_maths" as they are before they are bounded."""
         priced = {name: getattr(self, name) * getattr(tree.usage, name) for name in PRICED if getattr(self, name)}
-        release = {} if self.preset == "none" else reference_penalties(tree)
-        if self.preset == "reference_maths":
+        release = {} if self.preset == "none" else selfcest_penalties(tree)
+        if self.preset == "selfcest_maths":
             del release["calls"]
         return priced | release
 
@@ -63,7 +63,7 @@ class Prices(Section):
             return scored(tree, score, penalties, self.failure)
         _check_finite(tree, score, penalties)
         own = sum(penalties[name] for name in PRICED if name in penalties)
-        if self.preset == "reference_maths":
+        if self.preset == "selfcest_maths":
             return max(0.0, score - min(penalties["root_length"] + penalties["clone_length"], 0.5)) - own
         return score - penalties["root_length"] - penalties["clone_length"] - penalties["calls"] - own
 
@@ -93,7 +93,7 @@ def saturating(n: int, threshold: int, scale: float, most: float) -> float:
     return 0.0 if n <= threshold else most * (1 - math.exp(-(n - threshold) / scale))
 
 
-def reference_penalties(tree: Tree) -> dict[str, float]:
+def selfcest_penalties(tree: Tree) -> dict[str, float]:
     """Root length, clone length (the worst turn's longest clone) and calls, by the release's formulas.
 
     A call is a turn of the root that started clones.

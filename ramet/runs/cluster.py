@@ -27,7 +27,7 @@ from ramet.policy.openrlhf.settings import FREE, ClusterConfig
 from ramet.runs.build import read_metrics
 from ramet.runs.cluster_job import OUTCOME, longest, setup_of
 from ramet.runs.jobs import claim_folder
-from ramet.runs.settings import RunConfig, load, write
+from ramet.runs.settings import RunConfig, held, write
 from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Table, console, tagged
 
@@ -136,14 +136,14 @@ def _claim(directory: Path, config: RunConfig) -> None:
     """As `claim_folder`; a run may go on at another address, and with other numbers of restarts and judges."""
     path = directory / "config.toml"
     if path.exists():
-        held = load(RunConfig, path)
-        if held.model_copy(update={"openrlhf": _placed(held, config)}) == config:
+        before = held(path)
+        if before.model_copy(update={"openrlhf": _placed(before, config)}) == config:
             write(config, path)
     claim_folder(directory, config)
 
 
-def _placed(held: RunConfig, config: RunConfig) -> ClusterConfig:
-    return held.openrlhf.model_copy(update={name: getattr(config.openrlhf, name) for name in FREE})
+def _placed(before: RunConfig, config: RunConfig) -> ClusterConfig:
+    return before.openrlhf.model_copy(update={name: getattr(config.openrlhf, name) for name in FREE})
 
 
 def _raise(outcome: dict[str, Any], directory: Path) -> None:

@@ -24,7 +24,7 @@ from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.training.update import nothing_sampled
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model
-from ramet.runs.settings import RunConfig, dumps, load, validate, write
+from ramet.runs.settings import RunConfig, dumps, held, validate, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
 from ramet.terminal import Table, console
 
@@ -40,11 +40,11 @@ def claim_folder(directory: Path, config: BaseModel) -> None:
     lock(directory)
     path = directory / "config.toml"
     if path.exists():
-        held, new = read_text(path), dumps(config)
+        before, new = read_text(path), dumps(config)
         others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK)]
-        if held != new and (not others or _same(path, config)):
+        if before != new and (not others or _same(path, config)):
             write(config, path)  # also if it was claimed by a run that did not get as far as writing anything
-        elif held != new:
+        elif before != new:
             raise ConfigError(f"{directory} holds a run with another configuration or seed; choose another --name or remove it")
     else:
         write(config, path)
@@ -52,7 +52,7 @@ def claim_folder(directory: Path, config: BaseModel) -> None:
 
 def _same(path: Path, config: BaseModel) -> bool:
     """Are these the settings of the run that `path` holds, as far as they tell runs apart?"""
-    return isinstance(config, RunConfig) and load(RunConfig, path).identity() == config.identity()
+    return isinstance(config, RunConfig) and held(path).identity() == config.identity()
 
 
 def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) -> Trainer:

@@ -26,6 +26,7 @@ from ramet.errors import ConfigError
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.training.update import TrainConfig
 from ramet.rewards.penalty import Prices
+from ramet.runs.renamed import check_renamed
 from ramet.schema import Section, Settings, takes
 from ramet.storage import read_text, write_text
 
@@ -114,7 +115,7 @@ class RunConfig(Section):
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
     """Limits on generated tokens; each training task draws its `budget.generated` from these, where there are any."""
     reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
-    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="standardised")
+    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="grpo")
     openrlhf: ClusterConfig = ClusterConfig()
     tell_budget: Literal["all", "holders"] = "all"
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
@@ -161,6 +162,16 @@ def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), 
     return validate(kind, data)
 
 
+def held(path: Path) -> RunConfig:
+    """The settings that a run folder holds in `path`. Raises `ConfigError`; for names of before, saying that the run cannot go on."""
+    data = _read(path)
+    try:
+        check_renamed(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}; such a run cannot go on: choose another --name or remove {path.parent}") from None
+    return validate(RunConfig, data)
+
+
 def traced(path: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, str]]:
     """What `load` gives, and where the value of each setting comes from: an override, the file, the environment, or no place of its own."""
     config = load(RunConfig, path, overrides)
@@ -198,7 +209,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
-    """`data` over the defaults, section by section: giving one key of a section leaves its others as they are."""
+    """`data` over the defaults, section by section: giving one key of a section leaves its others as they are. Raises `ConfigError`."""
+    check_renamed(data)
     try:
         return kind.model_validate(_merged(kind().model_dump(), data))
     except ValidationError as error:

@@ -14,7 +14,9 @@ from ramet.agents.journal import Journal
 from ramet.agents.resume import JournaledPolicy
 from ramet.errors import ConfigError, StorageError
 from ramet.policy.models.catalogue import BASE
+from ramet.runs.cluster import _claim
 from ramet.runs.jobs import claim_folder, run_measuring, tree_entry
+from ramet.runs.renamed import KEYS, VALUES
 from ramet.runs.settings import RunConfig, validate
 
 SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets": [200]}}
@@ -31,6 +33,21 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
         holder.kill()
     for _ in range(2):
         claim_folder(tmp_path, RunConfig())
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [(f"{old} = 1", f"{old} is now called {new}") for old, new in KEYS.items()]
+    + [(f"{key} = '{old}'", f'{key} = "{old}" is now called "{new}"') for (key, old), new in VALUES.items()],
+)
+def test_a_run_that_was_begun_under_other_names_is_not_gone_on_with(tmp_path, setting, says):
+    (tmp_path / "config.toml").write_text(f"{setting}\n")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    for claim in (claim_folder, _claim):
+        with pytest.raises(ConfigError) as error:
+            claim(tmp_path, RunConfig())
+        expected = f"{tmp_path}/config.toml: {says}; such a run cannot go on: choose another --name or remove {tmp_path}"
+        assert str(error.value) == expected
 
 
 def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from ramet.agents.tree import Message, Task
-from ramet.env.arithmetic import ReferenceEnvironment, RowsEnvironment, _draft, parse_sum, reference_expression, rows_task, spell
+from ramet.env.arithmetic import RowsEnvironment, SelfcestEnvironment, _draft, parse_sum, rows_task, selfcest_expression, spell
 from ramet.env.splits import PARTS, part_of
 from ramet.errors import ConfigError, TaskError
 from ramet.recipes.nano.demonstrations import demonstrate
@@ -21,7 +21,7 @@ COUNT = 20_000
 @pytest.fixture(scope="module")
 def sampled():
     rng = random.Random(0)
-    return [reference_expression(rng) for _ in range(COUNT)]
+    return [selfcest_expression(rng) for _ in range(COUNT)]
 
 
 def near(share: float, expected: float) -> bool:
@@ -86,7 +86,7 @@ def test_tasks_are_a_function_of_their_arguments_and_splits_differ():
     assert env.tasks("iid", 20, 3) != env.tasks("train", 20, 3) != env.tasks("train", 20, 4)
     assert {env.size(t) for t in env.tasks("ood", 200, 0)} == set(range(48, 55))
     assert {env.size(t) for t in env.tasks("train", 400, 0)} == set(range(2, 25))
-    for other in (env, ReferenceEnvironment()):
+    for other in (env, SelfcestEnvironment()):
         with pytest.raises(ConfigError, match="no split 'test'; there are train, tune"):
             other.tasks("test", 1, 0)
 
@@ -176,6 +176,6 @@ def test_the_graded_score():
 
 
 def test_the_reference_environment_grades_and_names_its_tasks():
-    env = ReferenceEnvironment()
+    env = SelfcestEnvironment()
     task = env.tasks("train", 3, 0)[2]
     assert env.grade(task, str(task.reference)) == 1.0 and task.id == "train-0-2" and 4 <= env.size(task) <= 11

@@ -16,7 +16,7 @@ from ramet.runs.settings import RunConfig, dumps, load, validate
 
 OUTSIDE = """
 from typing import Literal
-from ramet.env.arithmetic import ReferenceEnvironment
+from ramet.env.arithmetic import SelfcestEnvironment
 from ramet.env.settings import EnvSettings, words
 
 class {name}(EnvSettings):
@@ -24,7 +24,7 @@ class {name}(EnvSettings):
     sides: int = 6
 
     def build(self, count=words):
-        return ReferenceEnvironment(name="{kind}")
+        return SelfcestEnvironment(name="{kind}")
 """
 
 

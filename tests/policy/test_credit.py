@@ -17,7 +17,7 @@ import pytest
 
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, price
 from ramet.errors import ConfigError
-from ramet.policy.training.advantages import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, ratio, reference, standardised, team
+from ramet.policy.training.advantages import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, grpo, ratio, rloo, selfcest
 from ramet.policy.training.update import Reward, TrainConfig, advantages_of
 
 STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
@@ -106,11 +106,11 @@ def distance(a, b) -> float:
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("seed", range(3))
-def test_team_is_unbiased(seed, size):
+def test_rloo_is_unbiased(seed, size):
     rng = np.random.default_rng(seed)
     game, tables = leaves(rng), policy(rng)
     assert sum(probability(tables, leaf) for leaf in game) == pytest.approx(1)
-    assert distance(expected(tables, game, team, size), exact(tables, game)) < 1e-12
+    assert distance(expected(tables, game, rloo, size), exact(tables, game)) < 1e-12
 
 
 def test_branch_mean_has_the_bias_that_it_states():
@@ -128,26 +128,26 @@ def test_branch_mean_has_the_bias_that_it_states():
     assert distance(got, scaled) < 1e-12
 
 
-def test_standardised_divides_by_the_spread_and_is_biased_for_it():
+def test_grpo_divides_by_the_spread_and_is_biased_for_it():
     rng = np.random.default_rng(2)
     game, tables = leaves(rng), policy(rng)
     tree = game[0].tree
     rewards = (1.0, 0.0, 0.5, 0.7)
-    got = standardised([ScoredTree(tree, r) for r in rewards])
+    got = grpo([ScoredTree(tree, r) for r in rewards])
     by_hand = (np.array(rewards) - np.mean(rewards)) * 4 / 3 / (np.std(rewards, ddof=1) + SPREAD_FLOOR)
     assert [advantages[0] for advantages in got] == pytest.approx(by_hand)
     flat = lambda g: np.concatenate([g[s] for s in STATES])  # noqa: E731
-    mine, truth = flat(expected(tables, game, standardised, 2)), flat(exact(tables, game))
+    mine, truth = flat(expected(tables, game, grpo, 2)), flat(exact(tables, game))
     cosine = mine @ truth / np.linalg.norm(mine) / np.linalg.norm(truth)
     assert 0.5 < cosine < 0.999
-    equal = standardised([ScoredTree(tree, 0.3)] * 3)
+    equal = grpo([ScoredTree(tree, 0.3)] * 3)
     assert all(a == 0 for advantages in equal for a in advantages)
 
 
-def test_reference_is_biased_and_moves_with_the_origin_of_the_reward():
+def test_selfcest_is_biased_and_moves_with_the_origin_of_the_reward():
     rng = np.random.default_rng(1)
     game, tables = leaves(rng), policy(rng)
-    halved = lambda group: reference(group, clone_scale=1 / 2.5)  # noqa: E731
+    halved = lambda group: selfcest(group, clone_scale=1 / 2.5)  # noqa: E731
     got = expected(tables, game, halved, 2)
     truth = exact(tables, game)
     # Even up to scale (it divides by a standard deviation) it is another direction.
@@ -155,13 +155,13 @@ def test_reference_is_biased_and_moves_with_the_origin_of_the_reward():
     cosine = flat(got) @ flat(truth) / np.linalg.norm(flat(got)) / np.linalg.norm(flat(truth))
     assert cosine < 0.99
     shifted = [Leaf(leaf.tree, leaf.actions, leaf.reward + 5.0) for leaf in game]
-    assert distance(expected(tables, shifted, team, 2), truth) < 1e-12
-    repaired = lambda group: reference([ScoredTree(i.tree, i.reward, 0.3, i.texts) for i in group])  # noqa: E731
+    assert distance(expected(tables, shifted, rloo, 2), truth) < 1e-12
+    repaired = lambda group: selfcest([ScoredTree(i.tree, i.reward, 0.3, i.texts) for i in group])  # noqa: E731
     before, after = expected(tables, game, repaired, 2), expected(tables, shifted, repaired, 2)
     assert np.linalg.norm(after["clone0"] - before["clone0"]) > 0.1 * np.linalg.norm(before["clone0"])
 
 
-def test_reference_ratio_golden_values():
+def test_selfcest_ratio_golden_values():
     assert ratio(1.0, 1.0) == 1.0
     assert ratio(1.0, 1.0 / 2.5) == pytest.approx(0.4)
     assert ratio(0.7, 0.0) == 0.0
@@ -171,29 +171,29 @@ def test_reference_ratio_golden_values():
     assert ratio(-0.2, -0.2) == 1.0
 
 
-def test_reference_advantages_by_hand():
+def test_selfcest_advantages_by_hand():
     rng = np.random.default_rng(0)
     tree = leaves(rng)[2].tree
     texts = ("root", "Answer: 1", "no mark")
     group = [ScoredTree(tree, r, texts=texts) for r in (1.0, 0.0, 0.5, 0.5)]
     std = np.std([1.0, 0.0, 0.5, 0.5], ddof=1) + 1e-6
-    got = reference(group)
+    got = selfcest(group)
     assert got[0] == pytest.approx([0.5 / std] * 3)
     assert got[1] == pytest.approx([-0.5 / std, 0.0, 0.0])  # r = 0 silences the clones of a wrong tree
     assert got[2] == [0.0, 0.0, 0.0]
 
 
-def test_what_scales_and_repairs_reaches_the_reference_estimator():
+def test_what_scales_and_repairs_reaches_the_selfcest_estimator():
     """By hand: mathematics (a clone's reward is r / 2.5), one root with a repaired call, which its clones do not pay for."""
     tree = leaves(np.random.default_rng(0))[2].tree
     task, chat = Task("game", ()), SimpleNamespace(text=lambda ids: "Answer: 1")
     verdicts = [Reward(1.0, {REPAIRS: 0.05}, 0.95), Reward(1.0, {}, 1.0), Reward(0.0, {}, 0.0), Reward(0.5, {}, 0.5)]
-    (got,) = advantages_of([(task, [tree] * 4)], [verdicts], "reference", chat, clone_scale=1 / 2.5)
+    (got,) = advantages_of([(task, [tree] * 4)], [verdicts], "selfcest", chat, clone_scale=1 / 2.5)
     rewards = np.array([0.95, 1.0, 0.0, 0.5])
     roots = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
     clones = roots * np.array([1.0 / 2.5 / 0.95, 0.4, 0.0, 0.4])
     assert [a[0] for a in got] == pytest.approx(roots.tolist()) and [a[1] for a in got] == pytest.approx(clones.tolist())
-    with pytest.raises(ValueError, match="clone_scale belongs to the estimator reference; team gives"):
+    with pytest.raises(ValueError, match="clone_scale belongs to the estimator selfcest; rloo gives"):
         TrainConfig(clone_scale=0.4)
 
 
@@ -204,7 +204,7 @@ def test_gate_needs_both_length_and_a_missing_mark():
 
 
 @pytest.mark.parametrize("size", range(2, 12))
-@pytest.mark.parametrize("estimator", [team, standardised, branch_mean, reference])
+@pytest.mark.parametrize("estimator", [rloo, grpo, branch_mean, selfcest])
 def test_equal_rewards_teach_exactly_nothing(estimator, size):
     """Their mean may be rounded (three times 0.1); what is left of that is no signal, and no clone's ratio scales it."""
     trees = [leaf.tree for leaf in leaves(np.random.default_rng(0))]
@@ -217,6 +217,6 @@ def test_equal_rewards_teach_exactly_nothing(estimator, size):
 
 def test_a_group_of_one_has_no_baseline():
     tree = leaves(np.random.default_rng(0))[0].tree
-    for estimator in (team, standardised, branch_mean, reference):
+    for estimator in (rloo, grpo, branch_mean, selfcest):
         with pytest.raises(ConfigError, match="at least two"):
             estimator([ScoredTree(tree, 1.0, texts=("",))])

@@ -105,7 +105,7 @@ def test_after_a_step_the_ratio_is_to_the_weights_that_sampled(random_model, nan
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_the_first_step_follows_the_gradient_of_advantage_times_log_probability(random_model, nano_tokenizer, tmp_path, temperature):
     """The trainer's step against autograd of the sum written out, in one batch a row."""
-    made = trainer(random_model, nano_tokenizer, tmp_path, temperature=temperature, minibatches=1, gradient_clip=1e9, estimator="team")
+    made = trainer(random_model, nano_tokenizer, tmp_path, temperature=temperature, minibatches=1, gradient_clip=1e9, estimator="rloo")
     seen: list[list[torch.Tensor]] = []
     step = made.optimizer.step
     made.optimizer.step = lambda *a, **k: (seen.append([p.grad.clone() for p in made.model.parameters()]), step(*a, **k))[1]
@@ -119,7 +119,7 @@ def test_the_first_step_follows_the_gradient_of_advantage_times_log_probability(
     before = copy.deepcopy(made.model).double()
     grown = anyio.run(groups)
     verdicts = [[judged(judge, task, tree) for tree in trees] for task, trees in grown]
-    [rows] = minibatches(grown, advantages_of(grown, verdicts, "team", made.chat), made.config)
+    [rows] = minibatches(grown, advantages_of(grown, verdicts, "rloo", made.chat), made.config)
     loss = torch.zeros((), dtype=torch.float64)
     for row in rows:
         logits = before(torch.tensor([row.ids])).logits[0, :-1] / temperature
@@ -153,7 +153,7 @@ def test_the_divergence_is_from_the_weights_that_training_began_with(random_mode
 
     second = anyio.run(again)
     verdicts = [[judged(judge, task, tree) for tree in trees] for task, trees in grown]
-    [rows] = minibatches(grown, advantages_of(grown, verdicts, "team", made.chat), made.config)
+    [rows] = minibatches(grown, advantages_of(grown, verdicts, "rloo", made.chat), made.config)
     total = tokens = 0.0
     with torch.no_grad():
         for row in rows:

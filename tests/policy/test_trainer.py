@@ -26,7 +26,7 @@ from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
 from ramet.policy.training.trainer import Trainer, run_trainer
 from ramet.policy.training.update import Reward, RewardFunction, TrainConfig, learning_rate
-from ramet.rewards.penalty import Prices, reference_penalties, saturating, scored
+from ramet.rewards.penalty import Prices, saturating, scored, selfcest_penalties
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
 TIMES = ("seconds_sampling", "seconds_training")
@@ -404,7 +404,7 @@ def test_a_policy_that_breaks_stops_the_run_and_is_not_a_zero(random_model, nano
         anyio.run(made.update_in_service, 0)
 
 
-def test_reference_penalties_golden_values():
+def test_selfcest_penalties_golden_values():
     assert saturating(768, 512, 256, 0.3) == pytest.approx(0.190, abs=5e-4)
     assert saturating(1024, 512, 256, 0.3) == pytest.approx(0.259, abs=5e-4)
     assert saturating(2048, 512, 256, 0.3) == pytest.approx(0.299, abs=5e-4)
@@ -412,7 +412,7 @@ def test_reference_penalties_golden_values():
     assert saturating(512, 512, 256, 0.3) == 0.0
 
 
-def test_reference_penalties_take_the_worst_turns_longest_clone():
+def test_selfcest_penalties_take_the_worst_turns_longest_clone():
     def said(n: int, clones=()) -> Turn:
         return Turn((5,) * n, (0.0,) * n, StopReason.END, clones=tuple(clones))
 
@@ -426,10 +426,10 @@ def test_reference_penalties_take_the_worst_turns_longest_clone():
         Status.ANSWERED,
         "1",
     )
-    got = reference_penalties(Tree("t", root, price(root)))
+    got = selfcest_penalties(Tree("t", root, price(root)))
     assert got == pytest.approx({"root_length": 0.190, "clone_length": 0.126, "calls": 0.1}, abs=5e-4)
     tree = Tree("t", root, price(root))
-    assert Prices(preset="reference", clones=0.5).penalties(tree) == {**got, "clones": 0.5 * 4}
+    assert Prices(preset="selfcest", clones=0.5).penalties(tree) == {**got, "clones": 0.5 * 4}
 
 
 def _with_context(context: int, at_update: int = 0):

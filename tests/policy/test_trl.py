@@ -76,7 +76,7 @@ def test_a_step_of_grpo_is_the_gradient_of_team(parts, tmp_path):
     tasks = {task.id: task for task, _ in trees._tasks.values()}
     groups = [(tasks[grown[i].task_id], grown[i : i + GROUP]) for i in range(0, len(grown), GROUP)]
     config = TrainConfig(minibatches=1, temperature=0.7, length_scale=LENGTH)
-    advantages = advantages_of(groups, [[judge(t, tree) for tree in of] for t, of in groups], "team", chat)
+    advantages = advantages_of(groups, [[judge(t, tree) for tree in of] for t, of in groups], "rloo", chat)
     ours = Trainer(model, tokenizer, chat, lambda update: [], judge, config, tmp_path, policy=HFPolicy(model))
     ours._backward(minibatches(groups, advantages, config)[0])
     # TRL's baseline has the tree's own reward in it, and it divides by rows, not by trees.

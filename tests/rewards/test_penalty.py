@@ -34,7 +34,7 @@ def tree(generated: int = 0) -> Tree:
 
 
 def environments(folder) -> list[tuple[EnvSettings, str]]:
-    made = [(env_settings("rows"), "iid"), (env_settings("reference"), "iid"), (env_settings("gym", task="leg_counting"), "iid")]
+    made = [(env_settings("rows"), "iid"), (env_settings("selfcest"), "iid"), (env_settings("gym", task="leg_counting"), "iid")]
     for kind, row in ROWS.items():
         path = folder / f"{kind}.jsonl"
         path.write_text(json.dumps(row) + "\n")
@@ -67,7 +67,7 @@ def test_the_rule(one, other, cost, other_cost, failure):
 def test_a_wrong_number_is_worth_what_no_idea_is_and_not_less(tmp_path):
     """Where a wrong number earns partial credit that its price exceeds."""
     task = Task("t", (), reference=42)
-    env = env_settings(kind="reference").build()
+    env = env_settings(kind="selfcest").build()
     assert 0 < env.grade(task, "7") < env.grade(task, "42") and env.grade(task, "no idea") == 0
     cost = {"generated": 0.25}
     assert scored(tree(), env.grade(task, "7"), cost, 0.0) == scored(tree(), env.grade(task, "no idea"), cost, 0.0) == 0.0
@@ -111,7 +111,7 @@ def lengths(root: int, clone: int = 0, calls: int = 0) -> Tree:
 def test_the_presets_are_the_releases_formulas(root, clone, calls, score, plain, maths):
     """Golden values of the specification's table, negative ones included: no floor of ours."""
     grown = lengths(root, clone, calls)
-    for preset, wanted in (("reference", plain), ("reference_maths", maths)):
+    for preset, wanted in (("selfcest", plain), ("selfcest_maths", maths)):
         prices = Prices(preset=preset)
         assert prices.reward(grown, score, prices.penalties(grown)) == pytest.approx(wanted, abs=1.1e-3)
         dearer = Prices(preset=preset, clones=0.01)
@@ -119,12 +119,12 @@ def test_the_presets_are_the_releases_formulas(root, clone, calls, score, plain,
 
 
 def test_a_preset_has_its_own_rule_for_failures():
-    with pytest.raises(ValueError, match='the preset reference has its own rule for failures; set failure to "priced"'):
-        Prices(preset="reference", failure=0.0)
+    with pytest.raises(ValueError, match='the preset selfcest has its own rule for failures; set failure to "priced"'):
+        Prices(preset="selfcest", failure=0.0)
 
 
 def test_what_training_earns_under_a_preset_is_its_formula():
-    config = load(RunConfig, None, ["reward.preset=reference", "reward.failure=priced", "reward.generated=0", "reward.critical_path=0"])
+    config = load(RunConfig, None, ["reward.preset=selfcest", "reward.failure=priced", "reward.generated=0", "reward.critical_path=0"])
     _, judge = recipe(config, len)
     verdict = judge(Task("t", (), reference=2), lengths(1024, 0, 5))
     assert verdict.reward == pytest.approx(verdict.score - 0.259 - 0.3, abs=1e-3) and verdict.reward < 0

@@ -26,7 +26,7 @@ from ramet.errors import ConfigError
 class ScoredTree:
     """A tree and its reward, with what the compatible estimator needs of the text.
 
-    repair_penalty  part of the root's reward that its clones do not share (reference only)
+    repair_penalty  part of the root's reward that its clones do not share (selfcest only)
     texts           the sampled text of each branch, in branch order; empty unless the gate is used
     """
 
@@ -39,9 +39,10 @@ class ScoredTree:
 Estimator = Callable[[Sequence[ScoredTree]], list[list[float]]]
 
 
-def team(group: Sequence[ScoredTree]) -> list[list[float]]:
-    """Team return with a mean-only baseline: every branch gets its tree's reward less the mean of the others'.
+def rloo(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """REINFORCE with a leave-one-out baseline: every branch gets its tree's reward less the mean of the other trees' of the task.
 
+    Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024, arXiv:2402.14740.
     Unbiased: the baseline of a tree does not depend on its own actions. It equals n/(n-1) times the
     reward less the whole group's mean, so a group of equal rewards gives zero. No division by a
     standard deviation, which would weigh tasks by how their rewards are spread.
@@ -59,28 +60,30 @@ def _centred(rewards: np.ndarray) -> np.ndarray:
 
 
 SPREAD_FLOOR = 0.02
-"""Reward units below which a difference between trees counts as none, for `standardised`."""
+"""Reward units below which a difference between trees counts as none, for `grpo`."""
 
 
-def standardised(group: Sequence[ScoredTree]) -> list[list[float]]:
-    """`team` divided by the group's standard deviation plus `SPREAD_FLOOR`.
+def grpo(group: Sequence[ScoredTree]) -> list[list[float]]:
+    """Advantages standardised within the group, as in GRPO (DeepSeekMath, arXiv:2402.03300): `rloo` over the standard deviation.
 
+    The deviation is the unbiased one (n - 1) of the group's rewards, plus `SPREAD_FLOOR`. Since the baseline is that of `rloo`, the
+    advantages are n/(n-1) times those with the group's mean.
     A task that every tree solves, and where they differ in cost alone, then teaches as loudly as one that
     is won or lost: without it the choice to work alone on easy tasks is drowned by the noise of hard ones.
     Biased: the spread depends on the tree's own actions, and tasks weigh by the inverse of it, so it follows
     another objective than the mean reward. For pairs that is close to the probability of the better reward.
     """
     spread = float(np.std([item.reward for item in group], ddof=1)) if len(group) > 1 else 0.0
-    return [[a / (spread + SPREAD_FLOOR) for a in advantages] for advantages in team(group)]
+    return [[a / (spread + SPREAD_FLOOR) for a in advantages] for advantages in rloo(group)]
 
 
 def branch_mean(group: Sequence[ScoredTree]) -> list[list[float]]:
-    """`team`, each branch weighted by 1/N for a tree of N branches.
+    """`rloo`, each branch weighted by 1/N for a tree of N branches.
 
     Lower variance for wide trees; biased: it follows the gradient of no objective, since a tree's
     log-probability gradient is scaled by a function of its own actions (how many clones it started).
     """
-    return [[a / len(advantages) for a in advantages] for advantages in team(group)]
+    return [[a / len(advantages) for a in advantages] for advantages in rloo(group)]
 
 
 REPAIRS = "repairs"
@@ -90,17 +93,17 @@ _ANSWER = re.compile(r"answer:", re.IGNORECASE)
 
 
 def gated(branch: Branch, text: str) -> bool:
-    """The reference's gate: no "answer:" and more than 192 generated tokens."""
+    """SELFCEST's gate: no "answer:" and more than 192 generated tokens."""
     return branch.generated > GATE_TOKENS and _ANSWER.search(text) is None
 
 
 def ratio(root_reward: float, clone_reward: float) -> float:
-    """The reference's clip(c / r, -1.5, 1.5), |r| floored at 1e-8 with its sign kept (0 counts as +)."""
+    """SELFCEST's clip(c / r, -1.5, 1.5), |r| floored at 1e-8 with its sign kept (0 counts as +)."""
     sign = -1.0 if root_reward < 0 else 1.0
     return min(max(clone_reward / (sign * max(abs(root_reward), 1e-8)), -1.5), 1.5)
 
 
-def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list[float]]:
+def selfcest(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list[float]]:
     """An estimator after the SELFCEST release's, defects included, for comparison: its advantages to the bit, given its rewards.
 
     Root: (r - mean) / (std + 1e-6), std unbiased. Clone: the root's advantage times the clipped
@@ -116,7 +119,7 @@ def reference(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[lis
     for advantage, item in zip(root_advantages.tolist(), group, strict=True):
         branches = item.tree.branches
         if len(item.texts) != len(branches):
-            raise ConfigError("the reference estimator needs the text of every branch")
+            raise ConfigError("the estimator selfcest needs the text of every branch")
         per_branch = [advantage]
         for branch, text in zip(branches[1:], item.texts[1:], strict=True):
             clone_reward = 0.0 if gated(branch, text) else (item.reward + item.repair_penalty) * clone_scale
@@ -140,4 +143,4 @@ def gae(values: Sequence[float], reward: float, gamma: float = 1.0, lam: float =
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
-ESTIMATORS: dict[str, Estimator] = {"team": team, "standardised": standardised, "branch_mean": branch_mean, "reference": reference}
+ESTIMATORS: dict[str, Estimator] = {"rloo": rloo, "grpo": grpo, "branch_mean": branch_mean, "selfcest": selfcest}

@@ -9,7 +9,7 @@
 GRPOTrainer has a fixed number of rows a prompt. So a tree of at most `clones` clones takes `rows` of them: its branches, and
 rows without a sampled token for clones that it did not start. All of them get the tree's reward, so that the group's mean is the mean
 over trees; with `loss_type="dr_grpo"` a tree's weight does not depend on its fan-out, and with `scale_rewards="none"` the gradient is
-that of `ramet.policy.training.advantages.team` but for a constant. Trees are sampled by the transformers backend with the trainer's own
+that of `ramet.policy.training.advantages.rloo` but for a constant. Trees are sampled by the transformers backend with the trainer's own
 weights. Dropout is turned off in the model, since trees are sampled without it.
 """
 

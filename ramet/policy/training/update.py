@@ -21,7 +21,7 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
 from ramet.errors import ConfigError, PolicyError, RametError, RewardError, first_line
-from ramet.policy.training.advantages import ESTIMATORS, REPAIRS, ScoredTree, reference
+from ramet.policy.training.advantages import ESTIMATORS, REPAIRS, ScoredTree, selfcest
 from ramet.schema import Section
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ class TrainConfig(Section):
     """Coefficient of the KL divergence from the initial weights, per token."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature in training."""
-    estimator: Literal["team", "standardised", "branch_mean", "reference"] = "team"
+    estimator: Literal["rloo", "grpo", "branch_mean", "selfcest"] = "rloo"
     """How a tree's reward becomes the advantage of its tokens."""
     clone_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Of the estimator `reference`: a clone's reward in units of its root's."""
+    """Of the estimator `selfcest`: a clone's reward in units of its root's."""
     lora_rank: Annotated[int, Field(ge=0)] = 0
     """0: all weights are trained; else adapters of this rank."""
     length_scale: _Count = 64
@@ -91,8 +91,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _scale_has_clones_with_rewards(self) -> TrainConfig:
-        if self.clone_scale != 1.0 and self.estimator != "reference":
-            raise ValueError(f"clone_scale belongs to the estimator reference; {self.estimator} gives clones no reward of their own")
+        if self.clone_scale != 1.0 and self.estimator != "selfcest":
+            raise ValueError(f"clone_scale belongs to the estimator selfcest; {self.estimator} gives clones no reward of their own")
         return self
 
 
@@ -169,11 +169,11 @@ def judged(judge: RewardFunction, task: Task, tree: Tree) -> Reward:
 def advantages_of(
     groups: Sequence[Group], verdicts: Sequence[Sequence[Reward]], estimator: str, chat: ChatFormat, clone_scale: float = 1.0
 ) -> list[list[list[float]]]:
-    """Per group, tree and branch: the advantage. The penalty named `REPAIRS` is the root's alone, for the estimator "reference"."""
-    estimate = partial(reference, clone_scale=clone_scale) if estimator == "reference" else ESTIMATORS[estimator]
+    """Per group, tree and branch: the advantage. The penalty named `REPAIRS` is the root's alone, for the estimator "selfcest"."""
+    estimate = partial(selfcest, clone_scale=clone_scale) if estimator == "selfcest" else ESTIMATORS[estimator]
 
     def texts(tree: Tree) -> tuple[str, ...]:
-        if estimator != "reference":
+        if estimator != "selfcest":
             return ()
         return tuple(chat.text([i for turn in branch.turns for i in turn.sampled]) for branch in tree.branches)
 

@@ -1,0 +1,41 @@
+"""Settings that were called otherwise before: an old name is refused in one line that says the new one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ramet.errors import ConfigError
+
+KEYS: dict[str, str] = {}
+"""Old name of a key or a section -> its name now."""
+VALUES: dict[tuple[str, str], str] = {
+    ("train.estimator", "team"): "rloo",
+    ("train.estimator", "standardised"): "grpo",
+    ("train.estimator", "reference"): "selfcest",
+    ("reward.preset", "reference"): "selfcest",
+    ("reward.preset", "reference_maths"): "selfcest_maths",
+    ("env.kind", "reference"): "selfcest",
+}
+"""(key, old name of one of its values) -> the value's name now."""
+
+
+def check_renamed(settings: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` for the first key, or else value, of `settings` (sections as tables) that has another name now."""
+    given = _flat(settings)
+    for old, new in KEYS.items():
+        if old in given:
+            raise ConfigError(f"{old} is now called {new}")
+    for (key, old), new in VALUES.items():
+        if given.get(key) == old:
+            raise ConfigError(f'{key} = "{old}" is now called "{new}"')
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every key and every section by its dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat[prefix + key] = value
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+    return flat
