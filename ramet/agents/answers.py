@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ramet.agents.thoughts import spoken
+from ramet.agents.thoughts import without_thoughts
 
 LONGEST = 65_536
 """Characters of a stated answer that are looked at."""
@@ -45,7 +45,7 @@ _EMPHASIS = " \t\r\n*_`"
 
 def extract_answer(text: str, finished: bool = True) -> str | None:
     """The answer stated in one turn's text, a part of that text; None if it states none. `finished`: the model has ended the turn."""
-    text = spoken(text)
+    text = without_thoughts(text)
     boxed = (last_boxed(text) or "").strip() or None
     for mark in reversed([*_MARKER.finditer(text)]):
         after = text[mark.end() : mark.end() + LONGEST]

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from ramet.agents.chat import ParsedTurn, See, blind, parse_spelled
+from ramet.agents.calls import ParsedTurn, parse_spelled
+from ramet.agents.encoding import PlaceholderIds, no_vision
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import Message, StopReason
 from ramet.errors import ConfigError, PolicyError, TransientPolicyError
@@ -26,7 +27,7 @@ class PlainFormat:
     """One token per character; 0 ends a turn. A prompt opens with T where the tool is offered, else with -."""
 
     stop_ids = frozenset({STOP})
-    see: See = staticmethod(blind)
+    placeholder_ids: PlaceholderIds = staticmethod(no_vision)
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
         return [ord(c) for c in ("T" if tools else "-") + "".join(m.content + "|" for m in messages if m.role != "system")]

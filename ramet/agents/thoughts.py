@@ -34,7 +34,7 @@ _FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})", re.MULTILINE)
 _QUOTED = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})|(?<!`)(?P<ticks>`{1,2})(?!`)", re.MULTILINE)
 
 
-def spoken(text: str) -> str:
+def without_thoughts(text: str) -> str:
     """The text of a turn without its thoughts, closed or not."""
     text = _final(text)
     closings = [(closing.lastgroup, closing.start(), closing.end()) for closing in _CLOSINGS.finditer(text)]
@@ -102,7 +102,7 @@ def _fence_end(text: str, fence: re.Match[str]) -> int | None:
     return None if closed is None else closed.end()
 
 
-def said_calls(text: str, opening: str, closing: str) -> tuple[str, list[str], bool]:
+def split_calls(text: str, opening: str, closing: str) -> tuple[str, list[str], bool]:
     """Of what a turn says: the text apart from its calls, the calls, and whether the last of them is not closed.
 
     Without `closing`, the first call takes the rest.

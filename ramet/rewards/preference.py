@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ramet.agents.chat import TextEncoder, chat_format, turn_end
+from ramet.agents.chat import chat_format, turn_end
+from ramet.agents.encoding import TextEncoder
 from ramet.agents.tree import Message
 from ramet.errors import CheckpointError, RewardError, first_line
 

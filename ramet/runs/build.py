@@ -94,7 +94,7 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
     model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
     if hasattr(model, "vision_config"):
         look = config.env.look()
-        chat.see = VideoReader(model, tokenizer, look).ids
+        chat.placeholder_ids = VideoReader(model, tokenizer, look).ids
     policy = SequenceParallelPolicy(
         path, asked.hosts, Method(asked.method, asked.anchor, asked.passing), threshold=asked.threshold, dtype=config.dtype,
         threads=config.threads, look=look,
@@ -112,7 +112,7 @@ def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, *
     from ramet.policy.engines.vision import VideoReader, VisionPolicy
 
     reader = VideoReader(model.config, tokenizer, config.env.look())
-    chat.see = reader.ids
+    chat.placeholder_ids = reader.ids
     return VisionPolicy(model, reader, **options)
 
 

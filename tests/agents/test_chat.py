@@ -12,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
-from ramet.agents.chat import ChatMLFormat, ControlTokenFormat, TemplateFormat, TextEncoder, chat_format, parse_spelled
+from ramet.agents.calls import parse_spelled
+from ramet.agents.chat import ChatMLFormat, ControlTokenFormat, chat_format
+from ramet.agents.encoding import TextEncoder
 from ramet.agents.protocol import parse_call, render_call
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.templates import TemplateFormat
 from ramet.agents.tree import Message, StopReason, Task
 from ramet.errors import CallError, ChatFormatError
 

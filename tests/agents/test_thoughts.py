@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.agents.answers import extract_answer
-from ramet.agents.chat import parse_spelled
+from ramet.agents.calls import parse_spelled
 from ramet.agents.protocol import render_call
-from ramet.agents.thoughts import spoken
+from ramet.agents.thoughts import without_thoughts
 
 CALL = f"<tool_call>{render_call(['delete it all'])}</tool_call>"
 MARKS = [
@@ -94,7 +94,7 @@ def test_a_call_that_is_quoted_is_none(quoted):
     ],
 )  # fmt: skip
 def test_what_is_said_is_what_is_neither_thought_nor_mark(text, said):
-    assert spoken(text) == said
+    assert without_thoughts(text) == said
 
 
 def test_backticks_in_a_call_quote_nothing():
@@ -109,7 +109,7 @@ _pieces = st.lists(st.sampled_from([*(m for marks in MARKS for m in marks), CALL
 def test_any_text_can_be_read_and_what_was_said_is_read_as_itself(pieces):
     text = "".join(pieces)
     parse_spelled(text)
-    assert set(spoken(text)) <= set(text)
+    assert set(without_thoughts(text)) <= set(text)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports():
-    from ramet.agents.chat import parse_spelled
+    from ramet.agents.calls import parse_spelled
     from ramet.agents.journal import Journal
     from ramet.agents.protocol import CloneResult, elide, extract_answer, parse_call, render_call, render_results
     from ramet.agents.tree import Status

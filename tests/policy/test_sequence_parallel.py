@@ -309,7 +309,7 @@ async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, thresh
     write_vision_model(tmp_path / "model", ["What is there?", "And now, what is it?"] * 8, 0)
     model, tokenizer, chat = load_model(tmp_path / "model")
     reader = VideoReader(model.config, tokenizer, look)
-    chat.see = reader.ids
+    chat.placeholder_ids = reader.ids
     one, two, three = (Segment(str(tmp_path / "clips" / row["video"])) for row in rows)
     asked = []
     for text, media in (("What is there?", (one,)), ("What is there?", (two, three)), ("And now, what is it?", ())):

@@ -41,7 +41,7 @@ def sights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, VideoReader, 
     tokenizer, model = random_vision_model(TEXTS * 4, 0)
     reader = VideoReader(model.config, tokenizer, LOOK)
     chat = ControlTokenFormat(tokenizer)
-    chat.see = reader.ids
+    chat.placeholder_ids = reader.ids
     return model, reader, chat, [Segment(str(folder / row["video"])) for row in rows]
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ramet.agents.chat import TextEncoder
+from ramet.agents.encoding import TextEncoder
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
 from ramet.attention.positions import Layout, VideoPatches, layout

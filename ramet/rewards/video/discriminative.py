@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ramet import __version__
-from ramet.agents.chat import ChatFormat, TextEncoder, chat_format, turn_end
+from ramet.agents.chat import ChatFormat, chat_format, turn_end
+from ramet.agents.encoding import TextEncoder
 from ramet.agents.tree import Message
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
@@ -144,7 +145,7 @@ class VideoDRM:
         self.name = "VideoDRM"
         self._encode = TextEncoder(tokenizer)
         self.reader = VideoReader(scorer.config, tokenizer, settings.look)
-        self.chat.see = self.reader.ids
+        self.chat.placeholder_ids = self.reader.ids
         self._known: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self.passes = 0
         """Batches of single answers, and groups of answers to one question, that were scored so far."""

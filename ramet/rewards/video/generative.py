@@ -20,7 +20,8 @@ import torch
 
 from ramet.agents import drain
 from ramet.agents.actor import seed_of
-from ramet.agents.chat import ChatFormat, TextEncoder
+from ramet.agents.chat import ChatFormat
+from ramet.agents.encoding import TextEncoder
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message
@@ -69,7 +70,7 @@ class VideoGRM:
         self.model, self.tokenizer, self.chat, self.settings = model, tokenizer, chat, settings
         self.name = "VideoGRM"
         self.reader = VideoReader(model.config, tokenizer, settings.look)
-        self.chat.see = self.reader.ids
+        self.chat.placeholder_ids = self.reader.ids
         self._encode = TextEncoder(tokenizer)
         self._known: OrderedDict[Any, float] = OrderedDict()
 
@@ -96,7 +97,7 @@ class VideoGRM:
 
     def sample(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[Sample]]:
         """The same as samples."""
-        self.chat.see = self.reader.ids
+        self.chat.placeholder_ids = self.reader.ids
         sampling = Sampling(self.settings.temperature)
         limit = self.model.config.get_text_config().max_position_embeddings
         asked = []

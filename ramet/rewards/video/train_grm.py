@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.budget import Budget
-from ramet.agents.chat import TextEncoder, turn_end
+from ramet.agents.chat import turn_end
+from ramet.agents.encoding import TextEncoder
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.errors import RewardError, TaskError
@@ -108,7 +109,7 @@ def grm_trainer(grm: VideoGRM, pairs: Sequence[Pair], config: TrainConfig, folde
     if config.tasks % 2:
         raise RewardError("tasks must be even: each pair is judged in both orders")
     pairs = _seen(grm, pairs)
-    grm.chat.see = grm.reader.ids
+    grm.chat.placeholder_ids = grm.reader.ids
     limit = grm.model.config.get_text_config().max_position_embeddings
     budget = Budget(generated=grm.settings.max_tokens, depth=0, turns=1, context=limit)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ramet.agents.chat import ParsedTurn, See, blind, parse_spelled, tool_preamble
+from ramet.agents.calls import ParsedTurn, parse_spelled, tool_preamble
+from ramet.agents.encoding import PlaceholderIds, no_vision
 from ramet.agents.tree import Message
 
 
@@ -19,7 +20,7 @@ class WireFormat:
     END = len(ROLES)
     LONGEST = 400
     """Characters of a piece: numbers of many more digits are refused where JSON is written and read."""
-    see: See = staticmethod(blind)
+    placeholder_ids: PlaceholderIds = staticmethod(no_vision)
 
     def __init__(self) -> None:
         self.stop_ids = frozenset({self.END})
@@ -51,7 +52,7 @@ class WireFormat:
         for message in messages:
             if message.role != "system":
                 for segment in message.media:
-                    self.see(segment)
+                    self.placeholder_ids(segment)
                 ids += self._content(message.role, message.content)
         return [*ids, self.ROLES.index("assistant")]
 

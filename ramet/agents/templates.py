@@ -1,0 +1,187 @@
+"""TemplateFormat: the model's own Hugging Face chat template, where adding messages leaves the earlier ones unchanged."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import Any
+
+from ramet.agents.calls import ParsedTurn, is_call, mistral_calls, parse_marked, parse_spelled, tool_preamble, with_arguments
+from ramet.agents.encoding import TokenizerFormat, decode
+from ramet.agents.protocol import tool_schema
+from ramet.agents.thoughts import without_thoughts
+from ramet.agents.tree import Message
+from ramet.errors import ChatFormatError, first_line
+
+TODAY = datetime(2024, 7, 26)
+"""The date given to templates that print one. It is fixed, so that the same task has the same prompt on any day."""
+
+
+def _dated(template: str) -> str:
+    """The template with a macro that shadows `strftime_now`, so that the date is always `TODAY`."""
+    if "strftime_now" not in template:
+        return template
+    codes = [f"%{flag}{letter}" for letter in "aAwdbBmyYHIMSfpjUWcxXGuVFTDeR" for flag in ("-", "")]
+    replacements = "".join(f" | replace({code!r}, {TODAY.strftime(code)!r})" for code in codes)
+    return "{% macro strftime_now(format) %}{{ format" + replacements + " }}{% endmacro %}{{ '' }}" + template
+
+
+class TemplateFormat(TokenizerFormat):
+    """The model's own chat template, derived from how the rendering changes as messages are added.
+
+    The template is rendered with slots in place of the content. The text around the slots is encoded as the template means it; the
+    content is encoded as untrusted text, trimmed or escaped where the template does so. A template is refused unless adding messages
+    leaves the rendering of the earlier ones unchanged over two tool rounds: otherwise the ids that were sampled would not be the ids
+    that the template produces.
+
+    opened  what the template writes after the opening of the turn to be sampled but leaves out of past turns (`<think>`). As a branch
+            only grows, it stays in the context
+
+    If a template ignores tools, they are described in a system message.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "chat_template", None):
+            raise ChatFormatError("the tokenizer has no chat template; choose a chat format by name")
+        super().__init__(tokenizer)
+        self._tool_role = "tool"
+        try:
+            self._render([Message("user", "u"), Message("assistant", "a"), Message("tool", "t")], False)
+        except ChatFormatError:  # a template without a tool role is common
+            self._tool_role = "user"
+        self._system_role = True
+        try:
+            self._system_role = _slot(0) in self._render([Message("system", _slot(0)), Message("user", _slot(1))], False)
+        except ChatFormatError:  # likewise for one without a system role
+            self._system_role = False
+        question = [Message("user", "u")]
+        self._describes_tools = tool_schema()["function"]["name"] in self._render(question, True, generate=True)
+        prompt = self._render(question, False, generate=True)
+        if self._encode.assembled(self._encode.trusted(prompt), start=True) != tokenizer.encode(prompt, add_special_tokens=False):
+            raise ChatFormatError("the tokenizer does not encode its chat template section by section, as messages are encoded here")
+        self.opened, end, self._between = self._derived(tools=False)
+        if self._describes_tools and self._derived(tools=True) != (self.opened, end, self._between):
+            raise ChatFormatError("the chat template treats tool rounds differently when there are tools; token-in, token-out is unsound")
+        closing = self._encode.trusted(end)[0]
+        if not isinstance(closing, int):
+            raise ChatFormatError(f"the template ends a turn with {end!r}, which is not a control token")
+        stops = {closing}
+        if tokenizer.eos_token_id is not None:
+            stops.add(int(tokenizer.eos_token_id))
+        self.stop_ids = frozenset(stops)
+
+    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+        """The ids of a prompt. Raises `ChatFormatError` if the template refuses the messages, or drops or repeats one."""
+        if not self._system_role:
+            messages = _fold_system(messages)
+        slotted = [Message(m.role, _padded(i)) for i, m in enumerate(messages)]
+        if tools and not self._describes_tools:
+            slotted = _described(slotted, self._system_role)
+        text = self._render(slotted, tools, generate=True)
+        return self._encode.assembled(self._filled(text, messages), start=True)
+
+    def after_turn(self, text: str, closed: bool) -> list[int]:
+        """What the template writes between an assistant turn and the next one, with `text` as the tool message."""
+        parts = self._filled(self._between, [Message("tool", text)])
+        return self._encode.assembled(parts[1:] if closed else parts)
+
+    def parse(self, sampled: Sequence[int]) -> ParsedTurn:
+        """Read a turn whose calls are spelled as this model does: in tags, after `[TOOL_CALLS]` (Mistral), or as pure JSON (Llama)."""
+        sampled = [*self._encode.assembled(self._encode.trusted(self.opened)), *sampled]  # a thought may have begun in the prompt
+        added = self._tokenizer.get_added_vocab()
+        if "<tool_call>" in added and "</tool_call>" in added:
+            return parse_marked(self._tokenizer, sampled, self.stop_ids, added["<tool_call>"], added["</tool_call>"])
+        body = [i for i in sampled if i not in self.stop_ids]
+        if "[TOOL_CALLS]" in added:
+            parsed = parse_marked(self._tokenizer, body, self.stop_ids, added["[TOOL_CALLS]"], None)
+            return replace(parsed, calls=mistral_calls("".join(parsed.calls))) if parsed.calls else parsed
+        if "<|python_tag|>" in added:
+            marked = bool(body) and body[0] == added["<|python_tag|>"]
+            text = without_thoughts(decode(self._tokenizer, body[1:] if marked else body))
+            return ParsedTurn("", (with_arguments(text),)) if marked or is_call(text) else ParsedTurn(text)
+        return parse_spelled(decode(self._tokenizer, body))
+
+    def _render(self, messages: Sequence[Message], tools: bool, generate: bool = False) -> str:
+        """The template's text for these messages. Raises `ChatFormatError` if the template does."""
+        chat = [{"role": self._tool_role if m.role == "tool" else m.role, "content": m.content} for m in messages]
+        schemas = [tool_schema()] if tools else None
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat, schemas, chat_template=_dated(self._tokenizer.get_chat_template(tools=schemas)), add_generation_prompt=generate,
+                tokenize=False,
+            )  # fmt: skip
+        except Exception as error:  # jinja raises its own classes, and whatever the template's expressions raise
+            raise ChatFormatError(f"the model's chat template refuses these messages: {first_line(error)}") from error
+        return str(text)
+
+    def _filled(self, text: str, messages: Sequence[Message]) -> list[int | str]:
+        """Rendered text as parts, with each slot replaced by the content of its message."""
+        slots = list(_SLOT.finditer(text))
+        missing = [m.role for i, m in enumerate(messages) if [int(slot[2]) for slot in slots].count(i) != 1]
+        if missing:
+            raise ChatFormatError(f"the template leaves out the {missing[0]} message, or repeats it")
+        parts: list[int | str] = []
+        at = 0
+        for slot in slots:
+            *media, content = self._content(messages[int(slot[2])])
+            parts += [*self._encode.trusted(text[at : slot.start()]), *media, _as_shown(str(content), slot[1], slot[3])]
+            at = slot.end()
+        return [*parts, *self._encode.trusted(text[at:])]
+
+    def _derived(self, tools: bool) -> tuple[str, str, str]:
+        """(`opened`, the end of an assistant turn, the text between one assistant turn and the next with a slot for the tool message)."""
+        user, turn, tool = Message("user", _slot(1)), Message("assistant", _slot(2)), Message("tool", _padded(0))
+        turn2, tool2 = Message("assistant", _slot(3)), Message("tool", _padded(4))
+        first = self._render([user], tools, generate=True)
+        one = self._render([user, turn, tool], tools, generate=True)
+        two = self._render([user, turn, tool, turn2, tool2], tools, generate=True)
+        head, slot, tail = one.partition(_slot(2))
+        opened = first[len(head) :]
+        if not slot or not first.startswith(head) or not tail.endswith(opened):
+            raise ChatFormatError("the chat template rewrites earlier turns when messages are added; token-in, token-out is unsound")
+        if two != one.removesuffix(opened) + _slot(3) + tail.replace(_slot(0), _slot(4)):
+            raise ChatFormatError("the chat template treats later tool rounds differently; token-in, token-out is unsound")
+        end = self._render([user, turn], tools).partition(_slot(2))[2]
+        if not end or not tail.startswith(end) or _slot(0) not in tail:
+            raise ChatFormatError("the chat template does not end an assistant turn before the tool message")
+        return opened, end, tail
+
+
+def _described(messages: list[Message], system_role: bool) -> list[Message]:
+    """Slotted messages with the tool described: in the system message, in a new one, or before the first message."""
+    first = messages[0] if messages else Message("user", "")
+    if first.role == "system":
+        return [replace(first, content=f"{first.content}\n\n{tool_preamble()}"), *messages[1:]]
+    if system_role:
+        return [Message("system", tool_preamble()), *messages]
+    return [replace(first, content=f"{tool_preamble()}\n\n{first.content}"), *messages[1:]]
+
+
+def _fold_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the system messages moved to the head of the first other one, for templates without a system role."""
+    system = [m.content for m in messages if m.role == "system"]
+    rest = [m for m in messages if m.role != "system"]
+    return [replace(rest[0], content="\n\n".join([*system, rest[0].content])), *rest[1:]] if system and rest else rest
+
+
+def _slot(index: int) -> str:
+    """The text that stands for the content of message `index` in a rendering."""
+    return f"SLOT{index}OF0RAMET"
+
+
+def _padded(index: int) -> str:
+    """A slot between tabs, which show whether the template trims or escapes content."""
+    return f"\t{_slot(index)}\t"
+
+
+_SLOT = re.compile(r"(\t|\\t)?SLOT(\d+)OF0RAMET(\t|\\t)?")
+
+
+def _as_shown(content: str, before: str | None, after: str | None) -> str:
+    """`content` trimmed or escaped like a padded slot, of whose tabs the template left `before` and `after` (None: trimmed)."""
+    content = content.lstrip() if before is None else content
+    content = content.rstrip() if after is None else content
+    return json.dumps(content, ensure_ascii=False)[1:-1] if before == after == r"\t" else content
