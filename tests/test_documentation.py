@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from ramet.cli.main import app
+from ramet.cli.settings import sections
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -53,3 +60,61 @@ def test_links_between_pages_lead_somewhere(page):
         goal = page.parent / name if name else page
         assert goal.exists(), target
         assert not anchor or anchor in anchors(goal), target
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """Every command of ramet that a page shows, in code blocks and in spans, as words from `ramet` on."""
+    text = page.read_text()
+    shown = re.findall(r"^    (.*)$", text, re.M) + [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+    found = [re.search(r"(?:^|[\s/])(ramet(?:\.cli\.main)? .*)", line) for line in shown]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+def options_of(command: Any) -> set[str]:
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help", "-h"}
+
+
+def every_option(command: Any) -> set[str]:
+    return options_of(command).union(*(every_option(below) for below in getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_of_a_page_exist_with_the_options_that_it_gives_them(page):
+    for _, *words in command_lines(page):
+        command: Any = typer.main.get_command(app)
+        while words and getattr(command, "commands", None):
+            if words[0].startswith("-"):
+                break
+            assert words[0] in command.commands, words
+            command = command.commands[words.pop(0)]
+        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+        assert given <= options_of(command), (command.name, given - options_of(command))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_an_option_that_a_page_names_by_itself_is_one_of_some_command(page):
+    named = set(re.findall(r"`(--[a-z][a-z-]*)[^`]*`", page.read_text()))
+    assert named <= every_option(typer.main.get_command(app)), named - every_option(typer.main.get_command(app))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_settings_that_a_page_names_exist(page):
+    known = {setting.name for _, _, settings in sections() for setting in settings}
+    tables = "|".join({name.split(".")[0] for name in known if "." in name})
+    named = set(re.findall(rf"(?<![\w./-])(?:{tables})\.[a-z_]+(?=[`\s=),\]])", page.read_text()))
+    named = {name for name in named if not name.endswith((".md", ".json", ".jsonl", ".toml", ".py", ".png", ".html"))}
+    assert named <= known, named - known
+
+
+def is_module(name: str) -> bool:
+    return (ROOT / name.replace(".", "/")).is_dir() or (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_and_modules_that_a_page_names_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w/.-])((?:ramet|tests|examples)/[\w./-]+)", text):
+        assert (ROOT / name.rstrip(".")).exists(), name
+    for name in re.findall(r"[` ](ramet(?:\.\w+)+)", text):
+        within, _, member = name.rpartition(".")
+        assert is_module(name) or (is_module(within) and hasattr(import_module(within), member)), name
