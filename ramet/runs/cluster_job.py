@@ -1,4 +1,4 @@
-"""The process that starts a run on Ray: `python -m ramet.runs.cluster_job RUN_FOLDER`. `ramet train --engine openrlhf` starts it.
+"""The process that starts a run on Ray: `python -m ramet.runs.cluster_job RUN_FOLDER`. `ramet train --trainer openrlhf` starts it.
 
 It ends with what became of the run in `RUN_FOLDER/openrlhf/outcome.json`.
 """
@@ -19,9 +19,9 @@ from ramet.agents.drain import Drained
 from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
-from ramet.policy.openrlhf.settings import LOST, Setup
+from ramet.policy.openrlhf.settings import LOST, RunSpec
 from ramet.policy.training.update import RewardFunction, TaskSampler
-from ramet.runs.build import job_of, recipe
+from ramet.runs.build import recipe, run_fingerprint
 from ramet.runs.settings import RunConfig, load
 from ramet.storage import lock, write_text
 
@@ -29,13 +29,16 @@ OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
 
 
-def setup_of(config: RunConfig, directory: Path, spawn: bool, job: str = "") -> Setup:
-    """What the actors of a run are told; `job` is for those that train. Raises `ConfigError` for what only the local engine can do."""
+def run_spec(config: RunConfig, directory: Path, spawn: bool, fingerprint: str = "") -> RunSpec:
+    """The run as its actors receive it; training needs its `fingerprint`.
+
+    Raises `ConfigError` for settings that only the local trainer supports.
+    """
     if config.backend != "transformers" or config.attention.method != "dense":
-        raise ConfigError("the openrlhf engine samples with vLLM engines of its own: leave backend and attention.method as they are")
-    return Setup(
+        raise ConfigError("the openrlhf trainer samples with vLLM engines of its own: leave backend and attention.method at their defaults")
+    return RunSpec(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
-        job, config.tell_budget == "all", functools.partial(_recipe, config, spawn),
+        fingerprint, config.tell_budget == "all", functools.partial(_recipe, config, spawn),
     )  # fmt: skip
 
 
@@ -44,7 +47,7 @@ def _recipe(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> tupl
 
 
 def longest(config: RunConfig, model: Path) -> int:
-    """Tokens of the longest row: the budget's context, or the model's own. Raises `ConfigError` for a model that sees."""
+    """Tokens of the longest row: the budget's context, or the model's own. Raises `ConfigError` for a vision-language model."""
     from transformers import AutoConfig
 
     try:
@@ -52,21 +55,21 @@ def longest(config: RunConfig, model: Path) -> int:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} is not a model directory ({first_line(error)})") from error
     if hasattr(found, "vision_config"):
-        raise ConfigError("the openrlhf engine trains no models that see: use the local engine")
+        raise ConfigError("the openrlhf trainer does not support vision-language models: use the local trainer")
     most = int(found.max_position_embeddings)
     return min(config.budget.context or most, most)
 
 
-def start_ray(setup: Setup) -> None:
+def start_ray(spec: RunSpec) -> None:
     """Connect to the cluster that this process stands in, or start one on this machine. Raises `ConfigError` if it is too small."""
     import ray
 
     from ramet.policy.openrlhf import cpu
 
-    wanted, own = needs(setup.cluster), dict[str, Any]()
+    wanted, own = needs(spec.cluster), dict[str, Any]()
     alone = "RAY_ADDRESS" not in os.environ
     variables = {"TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1", "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"}
-    if setup.cluster.cpu:
+    if spec.cluster.cpu:
         variables |= cpu.ENVIRONMENT | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         os.environ.update(cpu.ENVIRONMENT)
         cpu.without_flash_attention()
@@ -76,25 +79,25 @@ def start_ray(setup: Setup) -> None:
     if alone:
         own |= {"address": "local", "include_dashboard": False}
     ray.init(runtime_env={"env_vars": variables}, **own)
-    if short := _short(setup):
+    if short := _short(spec):
         raise ConfigError(f"{short}; start Ray on more nodes, or lower openrlhf.trainers and openrlhf.engines")
-    if short := _short(setup, free=True):
+    if short := _short(spec, free=True):
         print(f"{short} and free: waiting until others give theirs back", flush=True)
 
 
-def _short(setup: Setup, free: bool = False) -> str:
+def _short(spec: RunSpec, free: bool = False) -> str:
     """What the cluster lacks for this run, or of what is free in it; "" if nothing."""
     import ray
 
     here = ray.available_resources() if free else ray.cluster_resources()
-    lacks = [f"{here.get(kind, 0):g} {kind}s where {n} are needed" for kind, n in needs(setup.cluster).items() if here.get(kind, 0) < n]
+    lacks = [f"{here.get(kind, 0):g} {kind}s where {n} are needed" for kind, n in needs(spec.cluster).items() if here.get(kind, 0) < n]
     return f"this Ray cluster has {' and '.join(lacks)}" if lacks else ""
 
 
-def _guard(setup: Setup, directory: Path, over: threading.Event) -> None:
+def _guard(spec: RunSpec, directory: Path, over: threading.Event) -> None:
     """End this process when the cluster has become too small: what waits for a place on it would wait for ever."""
     while not over.wait(GUARD_SECONDS):
-        if short := _short(setup):
+        if short := _short(spec):
             _write(directory, {"kind": "lost", "said": short})
             os._exit(1)
 
@@ -130,12 +133,12 @@ def main() -> None:
         # Whoever started this may be gone while it goes on.
         lock(directory / "openrlhf")
         config = load(RunConfig, directory / "config.toml")
-        setup = setup_of(config, directory, spawn, job_of(config, spawn))
-        start_ray(setup)
-        threading.Thread(target=_guard, args=(setup, directory, over), daemon=True).start()
+        spec = run_spec(config, directory, spawn, run_fingerprint(config, spawn))
+        start_ray(spec)
+        threading.Thread(target=_guard, args=(spec, directory, over), daemon=True).start()
         from ramet.policy.openrlhf.install import run
 
-        run(setup, flags(setup, longest(config, setup.model)))
+        run(spec, flags(spec, longest(config, spec.model)))
     except BaseException as error:
         traceback.print_exc()
         outcome = outcome_of(error)

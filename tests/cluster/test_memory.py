@@ -18,7 +18,7 @@ from openrlhf.models import Actor
 from transformers import AutoConfig, AutoModelForCausalLM
 from ramet.policy.openrlhf.actors import tree_loss
 from ramet.policy.openrlhf.experience import deal
-from ramet.policy.training.rows import Row
+from ramet.policy.training.rows import TrainingRow
 from ramet.policy.training.update import TrainConfig
 
 torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 policy, reference = actor(), actor() if KL else None
-row = Row([5] * TOKENS, [False] + [True] * (TOKENS - 1), [-1.0] * TOKENS, 0.5, 1.0, [0] * TOKENS)
+row = TrainingRow([5] * TOKENS, [False] + [True] * (TOKENS - 1), [-1.0] * TOKENS, 0.5, 1.0, [0] * TOKENS)
 (experience,) = deal([[row]], 1, TOKENS, 0).experiences
 before, peak, done = resident(), 0, False
 

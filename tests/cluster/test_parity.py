@@ -29,8 +29,8 @@ from ramet.policy.openrlhf import install
 from ramet.policy.openrlhf.actors import TreePolicy
 from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
 from ramet.policy.openrlhf.flags import flags
-from ramet.policy.openrlhf.settings import ClusterConfig, Setup
-from ramet.policy.training.rows import Row
+from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
+from ramet.policy.training.rows import TrainingRow
 from ramet.policy.training.runlog import STORED
 from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.update import Group, Reward, TrainConfig, advantages_of, minibatches
@@ -77,7 +77,7 @@ def disturb(parameters: Any) -> None:
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=noise))
 
 
-def arguments(made: Setup, monkeypatch: Any) -> Any:
+def arguments(made: RunSpec, monkeypatch: Any) -> Any:
     """What OpenRLHF's own parser and checks make of our flags."""
 
     class Parsed(Exception):
@@ -97,16 +97,16 @@ def arguments(made: Setup, monkeypatch: Any) -> Any:
 def cluster_policy(train: TrainConfig, directory: Path, monkeypatch: Any, zero_stage: int = 2) -> Any:
     """A trainer of the cluster by itself, in float32, as OpenRLHF makes it from our flags."""
     cluster = ClusterConfig(trainers=1, engines=1, zero_stage=zero_stage, attention="sdpa", recompute=False, cpu=True)
-    made = Setup(train, cluster, directory, BASE, "auto", "float32", 0, "job", True, lambda count: None)
+    made = RunSpec(train, cluster, directory, BASE, "auto", "float32", 0, "job", True, lambda count: None)
     from openrlhf.utils.utils import get_strategy
 
     strategy = get_strategy(arguments(made, monkeypatch))
-    actor = type("Told", (TreePolicy,), {"setup": made})(1, 0, None, None)
+    actor = type("Told", (TreePolicy,), {"spec": made})(1, 0, None, None)
     actor.init_model_from_pretrained(strategy, str(BASE), 1, None)
     return actor
 
 
-def given_to(actor: Any, parts: list[list[Row]], pad: int) -> list[int]:
+def given_to(actor: Any, parts: list[list[TrainingRow]], pad: int) -> list[int]:
     dealt = deal(parts, 1, TRAIN.batch_tokens, pad)
     for experience in dealt.experiences:
         actor.append(experience)
@@ -207,7 +207,7 @@ def test_every_token_is_dealt_once_and_all_trainers_step_together(groups) -> Non
 def test_gae_stands_on_sampled_tokens_only() -> None:
     """Two spans with a tool message between them: as if they followed one another."""
     mask = [False, True, True, False, False, True]
-    row = Row([5, 6, 7, 8, 9, 4], mask, [0.0] * 6, 0.8, 1.0, [0] * 6)
+    row = TrainingRow([5, 6, 7, 8, 9, 4], mask, [0.0] * 6, 0.8, 1.0, [0] * 6)
     (experience,) = deal([[row]], 1, 100, 0).experiences
     values = torch.tensor([[0.1, 0.5, 9.0, 9.0, 0.4]])
     evaluate(experience, values, 0.9, 0.5)

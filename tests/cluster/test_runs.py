@@ -41,14 +41,14 @@ SECONDS = 400
 
 
 class Run:
-    """`ramet train --engine openrlhf` in the folder `where/name`."""
+    """`ramet train --trainer openrlhf` in the folder `where/name`."""
 
     def __init__(self, where: Path, *overrides: str, name: str = "r") -> None:
         self.folder = where / name
         self._said = where / f"{name}.out"
         sets = [word for override in [*SMALL, *overrides] for word in ("--set", override)]
         command = [
-            sys.executable, "-m", "ramet.cli.main", "train", "--engine", "openrlhf", "--config", str(EXAMPLE),
+            sys.executable, "-m", "ramet.cli.main", "train", "--trainer", "openrlhf", "--config", str(EXAMPLE),
             "--runs", str(where), "--name", name, *sets,
         ]  # fmt: skip
         with self._said.open("ab") as out:

@@ -14,8 +14,8 @@ from ramet.agents.drain import Drained
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, TaskError
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import flags, needs
-from ramet.policy.openrlhf.plan import Shape, plan, refuse
-from ramet.policy.openrlhf.settings import ClusterConfig, Setup
+from ramet.policy.openrlhf.placement import ModelDimensions, check_fits, place
+from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.advantages import gae
 from ramet.policy.training.update import TrainConfig
 from ramet.runs.cluster import RunLost
@@ -24,8 +24,8 @@ from ramet.runs.settings import RunConfig, load
 FOUR_BILLION = Path(__file__).parents[2] / "examples" / "shapes" / "4b"
 
 
-def setup(tmp_path: Path, train: TrainConfig | None = None, dtype: str = "bfloat16", **cluster) -> Setup:
-    return Setup(
+def spec(tmp_path: Path, train: TrainConfig | None = None, dtype: str = "bfloat16", **cluster) -> RunSpec:
+    return RunSpec(
         train or TrainConfig(), ClusterConfig(**cluster), tmp_path, FOUR_BILLION, "auto", dtype, 3, "job", True, lambda count: None
     )
 
@@ -43,14 +43,15 @@ def test_a_run_with_other_tasks_or_rewards_is_another_run(tmp_path):
     def judge(worth: float):
         return lambda task, tree: worth
 
-    made = setup(tmp_path)
-    job = made.of(draw, judge(1.0)).job
-    assert job == made.of(draw, judge(1.0)).job != made.job
-    assert len({job, made.of(draw, judge(2.0)).job, made.of(lambda update: [], judge(1.0)).job}) == 3
+    run = spec(tmp_path)
+    identified = run.identified(draw, judge(1.0)).fingerprint
+    assert identified == run.identified(draw, judge(1.0)).fingerprint != run.fingerprint
+    others = {run.identified(draw, judge(2.0)).fingerprint, run.identified(lambda update: [], judge(1.0)).fingerprint}
+    assert len({identified, *others}) == 3
 
 
 def test_one_configuration_becomes_flags(tmp_path):
-    made = flags(setup(tmp_path, trainers=16, engines=2, engine_gpus=4, critic=True, gamma=0.9), 4096)
+    made = flags(spec(tmp_path, trainers=16, engines=2, engine_gpus=4, critic=True, gamma=0.9), 4096)
     assert (
         (value(made, "actor.num_nodes"), value(made, "actor.num_gpus_per_node"))
         == ("2", "8")
@@ -62,7 +63,7 @@ def test_one_configuration_becomes_flags(tmp_path):
     assert value(made, "algo.advantage.estimator") == "gae" and value(made, "algo.advantage.gamma") == "0.9"
     assert value(made, "data.max_len") == "4096" and "--vllm.enforce_eager" not in made and "--ds.adam_offload" not in made
     assert needs(ClusterConfig(trainers=16, engines=2, engine_gpus=4, critic=True)) == {"GPU": 40, "CPU": 41}
-    plain = flags(setup(tmp_path, trainers=4, offload=True), 4096)
+    plain = flags(spec(tmp_path, trainers=4, offload=True), 4096)
     assert "--ds.adam_offload" in plain and not any(word.startswith("--critic") for word in plain)
 
 
@@ -76,7 +77,7 @@ def test_one_configuration_becomes_flags(tmp_path):
 )
 def test_what_the_cluster_cannot_train_is_refused(tmp_path, changed, said):
     with pytest.raises(ConfigError, match=said):
-        flags(setup(tmp_path, **changed), 1024)
+        flags(spec(tmp_path, **changed), 1024)
 
 
 @pytest.mark.parametrize(
@@ -102,35 +103,35 @@ def test_the_shape_counts_the_parameters_of_the_model(kind, tmp_path):
         kind, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=300
     )
     config.save_pretrained(tmp_path)
-    shape = Shape.of(tmp_path)
-    assert shape.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    assert shape.kv == 2 * 3 * 2 * shape.keys // 2 * 2 and shape.layers == 3
+    dimensions = ModelDimensions.from_config(tmp_path)
+    assert dimensions.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    assert dimensions.kv == 2 * 3 * 2 * dimensions.keys // 2 * 2 and dimensions.layers == 3
 
 
 def test_a_directory_without_a_model_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="no configuration of a language model"):
-        Shape.of(tmp_path)
+        ModelDimensions.from_config(tmp_path)
 
 
 def test_the_plan_of_four_billion_on_eight_gpus():
-    shape = Shape.of(FOUR_BILLION)
+    dimensions = ModelDimensions.from_config(FOUR_BILLION)
     train = TrainConfig(batch_tokens=8192)
-    assert round(shape.parameters / 1e9, 2) == 4.02 and shape.kv == 147_456
-    made = plan(shape, train, ClusterConfig(), 8192)
-    refuse(made)
-    assert made.nodes == [{"engine": 4, "trainer": 4}] and made.sync == 2 * shape.parameters
-    trainer = made.parts[0].bytes
-    assert trainer["optimiser"] == pytest.approx(12 * shape.parameters / 4) and trainer["reference"] == 0
-    two = plan(shape, train, ClusterConfig(trainers=16, engines=8), 8192)
+    assert round(dimensions.parameters / 1e9, 2) == 4.02 and dimensions.kv == 147_456
+    placement = place(dimensions, train, ClusterConfig(), 8192)
+    check_fits(placement)
+    assert placement.nodes == [{"engine": 4, "trainer": 4}] and placement.sync == 2 * dimensions.parameters
+    trainer = placement.parts[0].bytes
+    assert trainer["optimiser"] == pytest.approx(12 * dimensions.parameters / 4) and trainer["reference"] == 0
+    two = place(dimensions, train, ClusterConfig(trainers=16, engines=8), 8192)
     assert two.nodes == [{"engine": 8}, {"trainer": 8}, {"trainer": 8}]
 
 
 def test_a_plan_that_cannot_fit_is_refused_with_the_numbers():
-    shape = Shape.of(FOUR_BILLION)
-    made = plan(shape, TrainConfig(kl=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
+    dimensions = ModelDimensions.from_config(FOUR_BILLION)
+    placement = place(dimensions, TrainConfig(kl=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
     with pytest.raises(ConfigError, match=r"GPU of the trainer needs 1[12]\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
-        refuse(made)
-    small = plan(shape, TrainConfig(), ClusterConfig(gpu_memory=10, trainers=8), 8192)
+        check_fits(placement)
+    small = place(dimensions, TrainConfig(), ClusterConfig(gpu_memory=10, trainers=8), 8192)
     assert any("a GPU of the engine needs" in problem for problem in small.problems)
 
 
@@ -162,7 +163,7 @@ def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsy
     from ramet.cli import main as cli
 
     def call(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["ramet", "train", "--engine", "openrlhf", "--runs", str(tmp_path), *arguments])
+        monkeypatch.setattr(sys, "argv", ["ramet", "train", "--trainer", "openrlhf", "--runs", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as left:
             cli.main()
         return int(left.value.code or 0)

@@ -27,7 +27,7 @@ from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
 from ramet.errors import PolicyError, first_line
 from ramet.policy.engines.kv import Memory, PrefixStore, SlotCache, common_prefix
-from ramet.policy.engines.sampler import Row, draw
+from ramet.policy.engines.sampler import RequestState, draw
 from ramet.policy.engines.serving import Serving
 from ramet.policy.models.load import Inputs, steady_context
 
@@ -87,7 +87,7 @@ class HFPolicy(Serving):
         self._layers = config.num_hidden_layers
         self._store = PrefixStore(prefix_bytes)
         self._cache = SlotCache(self._layers)
-        self._active: list[Row] = []
+        self._active: list[RequestState] = []
         self._patience = 0
         if not self.vision:
             self._check()
@@ -97,8 +97,9 @@ class HFPolicy(Serving):
         """Two rows of unlike length, read and decoded in slots, against the model's own pass over each. Raises `PolicyError`."""
         training, name = self.model.training, type(self.model).__name__
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        rows = [Row(SampleRequest(tuple((7 * i + n) % vocabulary for i in range(3 + 2 * n)), 1, frozenset()), Partial()) for n in (0, 1)]
-        texts = [torch.tensor(row.request.prompt) for row in rows]
+        prompts = [tuple((7 * i + n) % vocabulary for i in range(3 + 2 * n)) for n in (0, 1)]
+        rows = [RequestState(SampleRequest(prompt, 1, frozenset()), Partial()) for prompt in prompts]
+        texts = [torch.tensor(prompt) for prompt in prompts]
         read = [len(text) - 1 for text in texts]
         self.model.eval()
         try:
@@ -175,8 +176,8 @@ class HFPolicy(Serving):
 
     def _admit(self, free: int) -> None:
         """Compute the prompts of up to `free` waiting requests and sample their first tokens."""
-        chosen: list[tuple[Row, int, Memory]] = []
-        later: list[Row] = []
+        chosen: list[tuple[RequestState, int, Memory]] = []
+        later: list[RequestState] = []
         shared: set[int] = set()
         while self._waiting and len(chosen) < free:
             row = self._waiting.popleft()
@@ -200,7 +201,7 @@ class HFPolicy(Serving):
             self._waiting.extendleft(row for row, _, _ in reversed(chosen) if id(row) not in held and row.stop is None)
             raise
 
-    def _prefill_all(self, chosen: list[tuple[Row, int, Memory]], promised: set[int]) -> None:
+    def _prefill_all(self, chosen: list[tuple[RequestState, int, Memory]], promised: set[int]) -> None:
         """Prefill in passes of at most `PREFILL_TOKENS` padded tokens."""
         while chosen:
             size = 1
@@ -209,7 +210,7 @@ class HFPolicy(Serving):
             self._prefill(chosen[:size], promised)
             chosen = chosen[size:]
 
-    def _prefill(self, batch: list[tuple[Row, int, Memory]], promised: set[int]) -> None:
+    def _prefill(self, batch: list[tuple[RequestState, int, Memory]], promised: set[int]) -> None:
         first = len(self._active)
         new = max(len(row.request.prompt) - found for row, found, _ in batch)
         # Right-padded: what a padding token writes lies past the row's end and is overwritten later.
@@ -251,16 +252,16 @@ class HFPolicy(Serving):
         """For `token_logprobs` on a batch `ids` (B, T) of whole rows, padded on the right."""
         return lambda model: {"input_ids": ids}
 
-    def _key(self, row: Row) -> tuple[int, ...]:
+    def _key(self, row: RequestState) -> tuple[int, ...]:
         """The request's prompt as it is stored: the same for prompts that say and show the same."""
         return row.request.prompt
 
-    def _inputs(self, rows: list[Row], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _inputs(self, rows: list[RequestState], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the model is called with for new `ids` (b, m) at `positions` (b, m) of `rows`."""
         return {"input_ids": ids, "position_ids": positions.clamp(max=self._context - 1)}  # only padding stands further
 
     def _forward(
-        self, rows: list[Row], first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None
+        self, rows: list[RequestState], first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits (b, kept, vocabulary) of new `ids` (b, m) at `positions` (b, m) of `rows` in slots `first` onward."""
         span = int(positions.max()) + 1
@@ -284,14 +285,14 @@ class HFPolicy(Serving):
         self.stats.steps += 1
         return logits
 
-    def _emit(self, rows: list[Row], logits: torch.Tensor) -> None:
+    def _emit(self, rows: list[RequestState], logits: torch.Tensor) -> None:
         """Draw one token per row from `logits` (rows, vocabulary) and append it."""
         tokens, logprobs = draw(logits, rows)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.emit(token, logprob)
         self.stats.generated += len(rows)
 
-    def _leave(self, row: Row) -> None:
+    def _leave(self, row: RequestState) -> None:
         """Free the row's slot: keep its memory for later, move the last row into its place."""
         slot, end = self._active.index(row), len(self._active) - 1
         tokens = row.length

@@ -20,7 +20,7 @@ from ramet.errors import PolicyError
 
 
 @dataclass(slots=True, eq=False)
-class Row:
+class RequestState:
     """A request on its way. `last` is the newest token; `stop` is set when it has ended or was cancelled."""
 
     request: SampleRequest
@@ -76,7 +76,7 @@ def _draws(seed: int) -> Iterator[float]:
         yield from stream.random(64).tolist()
 
 
-def draw(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[list[int], list[float]]:
+def draw(logits: torch.Tensor, rows: Sequence[RequestState]) -> tuple[list[int], list[float]]:
     """Tokens and their log-probabilities under each row's sampling distribution.
 
     Greedy rows (temperature 0) are a point mass: log-probability 0.

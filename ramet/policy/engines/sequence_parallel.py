@@ -46,7 +46,7 @@ from ramet.attention.methods import Method
 from ramet.attention.vision import prefill_video
 from ramet.errors import PolicyError, TransientPolicyError, first_line
 from ramet.policy.engines.kv import common_prefix
-from ramet.policy.engines.sampler import Row, draw
+from ramet.policy.engines.sampler import RequestState, draw
 from ramet.policy.engines.serving import Serving
 from ramet.policy.engines.vision import Look, VideoReader, media_key
 from ramet.policy.models.load import load_model
@@ -111,7 +111,7 @@ class Workers(Protocol):
 
 
 @dataclass(frozen=True)
-class Setup:
+class WorkerConfig:
     """What a worker process needs to start."""
 
     path: Path
@@ -122,19 +122,19 @@ class Setup:
     look: Look | None = None
 
 
-def _worker(rank: int, setup: Setup, store: str, pipe: Connection) -> None:
+def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> None:
     """A process of the pool: run steps until the pipe closes."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(setup.threads)
+    torch.set_num_threads(config.threads)
     try:
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=setup.hosts, timeout=timedelta(seconds=START_SECONDS))
-        mesh = init_device_mesh("cpu", (setup.hosts,), mesh_dim_names=("sequence",))
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=config.hosts, timeout=timedelta(seconds=START_SECONDS))
+        mesh = init_device_mesh("cpu", (config.hosts,), mesh_dim_names=("sequence",))
         try:
-            model, tokenizer, _ = load_model(setup.path, dtype=setup.dtype)
-            reader = None if setup.look is None else VideoReader(model.config, tokenizer, setup.look)
-            replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), setup.method, reader)
+            model, tokenizer, _ = load_model(config.path, dtype=config.dtype)
+            reader = None if config.look is None else VideoReader(model.config, tokenizer, config.look)
+            replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), config.method, reader)
         except Exception as error:  # told to the engine, which ends the pool
             pipe.send(first_line(error))
             pipe.recv()
@@ -159,16 +159,16 @@ UNGUARDED = 97
 class Pool:
     """Worker processes of this machine over gloo."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, config: WorkerConfig) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             os._exit(UNGUARDED)  # a worker that is still importing the script which starts workers
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-pool-")
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
-        for rank in range(setup.hosts):
+        for rank in range(config.hosts):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(rank, setup, f"{self._folder.name}/store", theirs), daemon=True)
+            process = context.Process(target=_worker, args=(rank, config, f"{self._folder.name}/store", theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -270,7 +270,7 @@ class _Held:
     number: int
     tokens: list[int]
     context: int
-    row: Row | None = None
+    row: RequestState | None = None
 
 
 class SequenceParallelPolicy(Serving):
@@ -299,8 +299,8 @@ class SequenceParallelPolicy(Serving):
         if method is not None and method.exact:
             raise PolicyError(f"{method.name} has no context to share between siblings; give spava, apb or star")
         threads = threads or max(1, (os.cpu_count() or 1) // hosts)
-        setup = Setup(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, look)
-        self._start: Callable[[], Workers] = partial(Pool, setup)
+        worker = WorkerConfig(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, look)
+        self._start: Callable[[], Workers] = partial(Pool, worker)
         config = _config(path)
         super().__init__(int(config.get_text_config().max_position_embeddings))
         self.vision = look is not None
@@ -396,7 +396,7 @@ class SequenceParallelPolicy(Serving):
             del self._held[number]
         return evicted
 
-    def _admit(self, row: Row, step: Step) -> _Held:
+    def _admit(self, row: RequestState, step: Step) -> _Held:
         """Continue from what is held, or read the prompt: its context is what others who wait begin with as well."""
         prompt, key = row.request.prompt, self._key(row)
         row.version = self.version
@@ -421,7 +421,7 @@ class SequenceParallelPolicy(Serving):
         row.partial.prefilled, row.partial.cached = len(prompt) - found, found
         return held
 
-    def _key(self, row: Row) -> tuple[int, ...]:
+    def _key(self, row: RequestState) -> tuple[int, ...]:
         return media_key(row.request.prompt, row.request.media, self._placeholder)
 
     def _find(self, prompt: Sequence[int]) -> tuple[_Held | None, int]:

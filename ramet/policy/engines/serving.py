@@ -13,7 +13,7 @@ from anyio.abc import TaskGroup
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import first_error
 from ramet.errors import PolicyError
-from ramet.policy.engines.sampler import Row
+from ramet.policy.engines.sampler import RequestState
 
 
 class Serving(ABC):
@@ -28,7 +28,7 @@ class Serving(ABC):
     def __init__(self, context: int) -> None:
         self.version = 0
         self._context = context
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[RequestState] = deque()
         self._wake: anyio.Event | None = None
         self._group: TaskGroup | None = None
 
@@ -86,8 +86,8 @@ class Serving(ABC):
         self._wake.set()
         return await row.sampled()
 
-    def _row(self, request: SampleRequest, partial: Partial) -> Row:
-        return Row(request, partial)
+    def _row(self, request: SampleRequest, partial: Partial) -> RequestState:
+        return RequestState(request, partial)
 
     async def _serve(self) -> None:
         while True:

@@ -26,7 +26,7 @@ from ramet.attention.positions import Layout, VideoPatches, layout
 from ramet.errors import CheckpointError, ConfigError, PolicyError, TaskError
 from ramet.media.frames import DEVIATION, MEAN, Fit, Frames, content_id, fitted, patches, read_frames
 from ramet.policy.engines.hf import HFPolicy
-from ramet.policy.engines.sampler import Row
+from ramet.policy.engines.sampler import RequestState
 from ramet.policy.models.load import Inputs
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -258,10 +258,10 @@ class VisionPolicy(HFPolicy):
         super().__init__(model, **options)
         self.sight = Sight(model, reader)
 
-    def _row(self, request: SampleRequest, partial: Partial) -> Row:
+    def _row(self, request: SampleRequest, partial: Partial) -> RequestState:
         sight = self.sight
         try:
-            return Row(
+            return RequestState(
                 request,
                 partial,
                 sight=(
@@ -272,11 +272,11 @@ class VisionPolicy(HFPolicy):
         except (ConfigError, TaskError) as error:
             raise PolicyError(str(error)) from error
 
-    def _key(self, row: Row) -> tuple[int, ...]:
+    def _key(self, row: RequestState) -> tuple[int, ...]:
         key: tuple[int, ...] = row.sight[1]
         return key
 
-    def _inputs(self, rows: list[Row], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, rows: list[RequestState], ids: Tensor, positions: Tensor) -> dict[str, Tensor]:
         return self.sight.inputs(self.model, ids, positions, [row.sight[0] for row in rows], [row.request.media for row in rows])
 
     def training_inputs(self, ids: Tensor, rows: Sequence[Sequence[int]], media: Sequence[Sequence[Segment]]) -> Inputs:

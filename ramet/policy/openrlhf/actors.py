@@ -22,7 +22,7 @@ from ramet.policy.engines.vllm import cpu_settings
 from ramet.policy.models.load import without_dropout
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import targets_of
-from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.openrlhf.settings import RunSpec
 from ramet.policy.openrlhf.weights import BUCKET, buckets, send
 from ramet.policy.training.loss import SUMS, LossSums
 from ramet.policy.training.update import TrainConfig, update_loss
@@ -41,11 +41,11 @@ def undecorated(actor: Any) -> Any:
 class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
     """An engine on which trees grow."""
 
-    setup: ClassVar[Setup]
+    spec: ClassVar[RunSpec]
 
     async def __init__(self, *args: Any, **named: Any) -> None:  # type: ignore[misc]
-        named |= {"dtype": self.setup.dtype, "worker_extension_cls": WORKER}
-        if self.setup.cluster.cpu:
+        named |= {"dtype": self.spec.dtype, "worker_extension_cls": WORKER}
+        if self.spec.cluster.cpu:
             named |= {**cpu_settings(2**30), "worker_extension_cls": f"{cpu.__name__}.{cpu.CPUWorker.__name__}"}
             del named["gpu_memory_utilization"]
         await super().__init__(*args, **named)
@@ -63,8 +63,8 @@ class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
         return self._policy.recomputed
 
 
-def _adapt(strategy: Any, setup: Setup) -> None:
-    if setup.dtype == "float32":
+def _adapt(strategy: Any, spec: RunSpec) -> None:
+    if spec.dtype == "float32":
         strategy.param_dtype = strategy.args.ds.param_dtype = cpu.FLOAT32
 
 
@@ -113,20 +113,20 @@ def _all_finite(engine: Any, losses: bool) -> bool:
 class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
     """A trainer of the policy."""
 
-    setup: ClassVar[Setup]
+    spec: ClassVar[RunSpec]
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int | None = None, vllm_engines: Any = None) -> None:
-        _adapt(strategy, self.setup)
+        _adapt(strategy, self.spec)
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         without_dropout(self.actor)
         self._reference = None
-        if self.setup.train.kl:
+        if self.spec.train.kl:
             reference = Actor(
                 pretrain,
                 attn_implementation=strategy.args.ds.attn_implementation,
                 param_dtype=strategy.args.ds.param_dtype,
                 ds_config=strategy.get_ds_eval_config(),
-                temperature=self.setup.train.temperature,
+                temperature=self.spec.train.temperature,
             )
             self._reference = strategy.prepare(reference)
             self._reference.eval()
@@ -137,12 +137,12 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
         self.actor.train()
 
         def loss_of(experience: Experience, minibatch: int) -> torch.Tensor:
-            found = tree_loss(self.actor, self._reference, experience, self.setup.train)
+            found = tree_loss(self.actor, self._reference, experience, self.spec.train)
             for name, value in found.values().items():
                 sums[name] += value
             return found.loss
 
-        norms = self._optimise(self.actor.model, loss_of, steps, self.setup.train.epochs, rate)
+        norms = self._optimise(self.actor.model, loss_of, steps, self.spec.train.epochs, rate)
         self.actor.eval()
         return {**sums, "gradient_norm": sum(norms) / len(norms)}
 
@@ -190,10 +190,10 @@ def tree_loss(actor: Any, reference: Any, experience: Experience, train: TrainCo
 class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
     """A trainer of the critic."""
 
-    setup: ClassVar[Setup]
+    spec: ClassVar[RunSpec]
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
-        _adapt(strategy, self.setup)
+        _adapt(strategy, self.spec)
         # A critic is saved before its policy, so it may be ahead of it by a checkpoint; the policy's counts.
         states = Path(strategy.args.ckpt.path)
         committed, own = states / "_actor" / "latest", states / "_critic" / "latest"
@@ -215,6 +215,6 @@ class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
             total += float(loss.detach())
             return loss
 
-        self._optimise(self.critic, loss_of, steps, self.setup.train.epochs, self.setup.cluster.critic_learning_rate)
+        self._optimise(self.critic, loss_of, steps, self.spec.train.epochs, self.spec.cluster.critic_learning_rate)
         self.critic.eval()
-        return {"critic_loss": total / self.setup.train.epochs}
+        return {"critic_loss": total / self.spec.train.epochs}

@@ -16,7 +16,7 @@ from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.training.advantages import gae
-from ramet.policy.training.rows import Row, batches
+from ramet.policy.training.rows import TrainingRow, batches
 from ramet.policy.training.update import Targets
 
 WEIGHT = "weight"
@@ -37,7 +37,7 @@ class Dealt:
     tokens: list[int]
 
 
-def deal(minibatches: Sequence[Sequence[Row]], trainers: int, tokens: int, pad: int) -> Dealt:
+def deal(minibatches: Sequence[Sequence[TrainingRow]], trainers: int, tokens: int, pad: int) -> Dealt:
     """Rows to trainers, the longest first, each to the one that has least; batches of at most `tokens` padded tokens.
 
     A trainer with fewer batches than another gets empty ones, because a step of one is a step of all.
@@ -45,7 +45,7 @@ def deal(minibatches: Sequence[Sequence[Row]], trainers: int, tokens: int, pad: 
     per_trainer: list[list[Experience]] = [[] for _ in range(trainers)]
     steps = []
     for rows in minibatches:
-        shares: list[list[Row]] = [[] for _ in range(trainers)]
+        shares: list[list[TrainingRow]] = [[] for _ in range(trainers)]
         loads = [(0, place) for place in range(trainers)]
         for row in sorted(rows, key=lambda row: -len(row.ids)):
             load, place = loads[0]
@@ -59,7 +59,7 @@ def deal(minibatches: Sequence[Sequence[Row]], trainers: int, tokens: int, pad: 
     return Dealt([e for trainer in per_trainer for e in trainer], steps, [sum(sum(row.mask) for row in rows) for rows in minibatches])
 
 
-def _experience(batch: Any, rows: Sequence[Row]) -> Experience:
+def _experience(batch: Any, rows: Sequence[TrainingRow]) -> Experience:
     targets = Targets.of(batch, rows)
     return Experience(
         sequences=batch.ids,
@@ -98,7 +98,7 @@ class TreeExperience(RemoteExperienceMaker):
         super().__init__(*groups)
         self._cluster, self._tokens = cluster, tokens
 
-    def make_experience_batch(self, rollout_samples: Sequence[Sequence[Row]]) -> Dealt:
+    def make_experience_batch(self, rollout_samples: Sequence[Sequence[TrainingRow]]) -> Dealt:
         """`rollout_samples` are the rows of every minibatch."""
         dealt = deal(rollout_samples, self._cluster.trainers, self._tokens, self.tokenizer.pad_token_id or 0)
         if self.critic_model_group is not None:

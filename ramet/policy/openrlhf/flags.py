@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ramet.errors import ConfigError
-from ramet.policy.openrlhf.settings import ClusterConfig, Setup
+from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 
 AGENT = Path(__file__).with_name("agent.py")
 """The file from which OpenRLHF's engines load their agent."""
@@ -14,19 +14,19 @@ STOP = ".stop"
 """A file of the run folder that asks the run to save itself and to end."""
 
 
-def flags(setup: Setup, context: int) -> list[str]:
+def flags(spec: RunSpec, context: int) -> list[str]:
     """What `openrlhf.cli.train_ppo_ray` is called with. `context` is the longest row in tokens. Raises `ConfigError`."""
-    train, cluster = setup.train, setup.cluster
+    train, cluster = spec.train, spec.cluster
     if train.lora_rank:
-        raise ConfigError("the openrlhf engine trains whole models: set train.lora_rank to 0")
-    if setup.dtype == "float32" and not cluster.cpu:
-        raise ConfigError("the openrlhf engine trains in bfloat16 on GPUs: set dtype to bfloat16")
+        raise ConfigError("the openrlhf trainer does not support LoRA: set train.lora_rank to 0")
+    if spec.dtype == "float32" and not cluster.cpu:
+        raise ConfigError("the openrlhf trainer computes in bfloat16 on GPUs: set dtype to bfloat16")
     if train.tasks * train.group_size < cluster.trainers:
         raise ConfigError(f"{train.tasks} tasks of {train.group_size} trees are fewer than {cluster.trainers} trainers; raise train.tasks")
-    state = setup.directory / "openrlhf"
+    state = spec.directory / "openrlhf"
     nodes, gpus = cluster.shape
     made: dict[str, object] = {
-        "actor.model_name_or_path": setup.model,
+        "actor.model_name_or_path": spec.model,
         "train.agent_func_path": AGENT,
         "actor.num_nodes": nodes,
         "actor.num_gpus_per_node": gpus,
@@ -50,7 +50,7 @@ def flags(setup: Setup, context: int) -> list[str]:
         "train.micro_batch_size": 1,
         "train.batch_size": 2 * cluster.trainers,
         "train.max_epochs": train.epochs,
-        "train.seed": setup.seed,
+        "train.seed": spec.seed,
         "actor.eps_clip_low_high": (train.clip_low, train.clip_high),
         "actor.adam.lr": train.learning_rate,
         "actor.adam.betas": (0.9, 0.99),
@@ -70,7 +70,7 @@ def flags(setup: Setup, context: int) -> list[str]:
     }
     if cluster.critic:
         made |= {
-            "critic.model_name_or_path": setup.model,
+            "critic.model_name_or_path": spec.model,
             "critic.num_nodes": nodes,
             "critic.num_gpus_per_node": gpus,
             "critic.adam.lr": cluster.critic_learning_rate,

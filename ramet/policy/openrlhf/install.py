@@ -10,14 +10,14 @@ from typing import Any
 import ray
 
 from ramet.policy.openrlhf import supported
-from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.openrlhf.settings import RunSpec
 
 ENTRY = "openrlhf.cli.train_ppo_ray"
 CALLS = 10**6
 """Calls that an engine works on at a time. With Ray's thousand, a pause would wait behind trees."""
 
 
-def install(setup: Setup) -> None:
+def install(spec: RunSpec) -> None:
     """In this process, which is to start the run: the classes reach the actors with the actors. Raises `ConfigError`."""
     supported.check()
     import openrlhf.trainer.ppo_trainer as controller
@@ -29,7 +29,7 @@ def install(setup: Setup) -> None:
     from ramet.policy.openrlhf.trainer import TreeTrainer
 
     def told(kind: Any) -> Any:
-        return type(kind.__name__, (kind,), {"setup": setup})
+        return type(kind.__name__, (kind,), {"spec": spec})
 
     engine.RolloutRayActor = ray.remote(max_concurrency=CALLS)(told(TreeRollout))
     policy.PolicyModelActor = ray.remote(num_gpus=1)(told(TreePolicy))
@@ -37,9 +37,9 @@ def install(setup: Setup) -> None:
     controller.PPOTrainer = ray.remote(told(TreeTrainer))
 
 
-def run(setup: Setup, flags: Sequence[str]) -> None:
+def run(spec: RunSpec, flags: Sequence[str]) -> None:
     """The whole run, in a process that is connected to Ray."""
-    install(setup)
+    install(spec)
     before, sys.argv = sys.argv, [ENTRY, *flags]
     try:
         runpy.run_module(ENTRY, run_name="__main__")

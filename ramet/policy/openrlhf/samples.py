@@ -13,7 +13,7 @@ from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Tree
 from ramet.policy.openrlhf.executor import Rollout
-from ramet.policy.openrlhf.settings import Setup
+from ramet.policy.openrlhf.settings import RunSpec
 from ramet.policy.training.runlog import STORED
 from ramet.policy.training.update import Group, Reward, RewardFunction, TaskSampler, grouped, jobs_of, judged
 
@@ -30,18 +30,18 @@ class TreeSamples(SamplesGenerator):
         self,
         strategy: Any,
         engines: list[Any],
-        setup: Setup,
+        spec: RunSpec,
         rollouts: Path,
         draw: TaskSampler,
         judge: RewardFunction,
         wait: Callable[[list[Any]], dict[Any, Any]],
     ) -> None:
         super().__init__(strategy, None, None, None, engines)
-        self.setup, self._rollouts, self.draw, self._judge, self._wait = setup, rollouts, draw, judge, wait
+        self.spec, self._rollouts, self.draw, self._judge, self._wait = spec, rollouts, draw, judge, wait
         self._begun: dict[int, _Update] = {}
         self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
         self._loads = [0] * len(engines)
-        self._judges = ThreadPoolExecutor(setup.cluster.judges)
+        self._judges = ThreadPoolExecutor(spec.cluster.judges)
 
     def begin(self, update: int) -> None:
         """Start the trees of an update that are not in its journal. Does not wait."""
@@ -49,7 +49,7 @@ class TreeSamples(SamplesGenerator):
             return
         path = self._rollouts / f"{update:06d}.jsonl"
         drawn = list(self.draw(update))
-        begun = _Update(drawn, Journal(path, fingerprint(self.setup.job, update)))
+        begun = _Update(drawn, Journal(path, fingerprint(self.spec.fingerprint, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
             self._keep(begun, (record["group"], record["number"]), STORED.validate_json(record["tree"]))
@@ -57,8 +57,8 @@ class TreeSamples(SamplesGenerator):
         loads = [(load, engine) for engine, load in enumerate(self._loads)]
         heapq.heapify(loads)
         places: dict[int, int] = {}
-        train = self.setup.train
-        for job in jobs_of(drawn, update, train.group_size, self.setup.seed):
+        train = self.spec.train
+        for job in jobs_of(drawn, update, train.group_size, self.spec.seed):
             group, number = job.key
             assert isinstance(group, int) and isinstance(number, int)
             if (group, number) in begun.trees:
@@ -67,7 +67,7 @@ class TreeSamples(SamplesGenerator):
                 load, places[group] = heapq.heappop(loads)
                 heapq.heappush(loads, (load + train.group_size, places[group]))
             engine = places[group]
-            rollout = Rollout(job, self.setup.model, self.setup.chat, train.temperature, self.setup.tell_all)
+            rollout = Rollout(job, self.spec.model, self.spec.chat, train.temperature, self.spec.tell_all)
             ref = self.vllm_engines[engine].generate_responses.remote(
                 prompt=rollout, label=None, sampling_params=None, max_length=0, hf_tokenizer=None, num_samples=1
             )
@@ -77,7 +77,7 @@ class TreeSamples(SamplesGenerator):
     def collect(self, update: int) -> tuple[list[Group], list[list[Reward]]]:
         """The groups of an update that was begun, and what each tree earned. Raises what the engines or the rewards raise."""
         begun = self._begun[update]
-        size = self.setup.train.group_size
+        size = self.spec.train.group_size
         while len(begun.trees) < len(begun.drawn) * size:
             self.keep(self._wait(self.growing))
         del self._begun[update]

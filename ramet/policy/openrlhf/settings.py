@@ -86,12 +86,18 @@ class ClusterConfig(Section):
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What the actors of a run are told.
+class RunSpec:
+    """One run, as every actor of it receives it.
 
-    directory  the run folder, which every node must see
-    job        tells runs apart
-    recipe     gives the tasks of updates and the rewards of trees, of a function that counts the tokens of a text
+    train        the settings of an update
+    cluster      the settings of the cluster trainer
+    directory    the run folder, which every node must be able to read and write
+    model        directory of the initial weights
+    chat         name of the chat format, as in `ramet.policy.models.load.load_tokenizer`
+    dtype        "bfloat16" or "float32": the type in which engines and trainers compute
+    fingerprint  differs between runs that must not resume each other
+    tell_all     as in `ramet.agents.runtime.Runtime`
+    recipe       called with a function that counts the tokens of a text; returns the run's task sampler and reward function
     """
 
     train: TrainConfig
@@ -101,10 +107,10 @@ class Setup:
     chat: Any
     dtype: str
     seed: int
-    job: str
+    fingerprint: str
     tell_all: bool
     recipe: Callable[[Callable[[str], int]], tuple[TaskSampler, RewardFunction]]
 
-    def of(self, draw: TaskSampler, judge: RewardFunction) -> Setup:
-        """The setup whose job tells runs apart by their tasks and rewards too, which the recipe has given."""
-        return replace(self, job=fingerprint(self.job, identity(draw), identity(judge)))
+    def identified(self, sample_tasks: TaskSampler, reward_function: RewardFunction) -> RunSpec:
+        """A copy whose fingerprint also covers the code of the task sampler and the reward function that `recipe` returned."""
+        return replace(self, fingerprint=fingerprint(self.fingerprint, identity(sample_tasks), identity(reward_function)))

@@ -20,7 +20,7 @@ from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import TreeExperience
 from ramet.policy.openrlhf.flags import STOP
 from ramet.policy.openrlhf.samples import TreeSamples
-from ramet.policy.openrlhf.settings import LOST, Setup
+from ramet.policy.openrlhf.settings import LOST, RunSpec
 from ramet.policy.training.loss import SUMS
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import Metrics, advantages_of, check_sampled, learning_rate, loss_metrics, minibatches, starved, summary
@@ -37,7 +37,7 @@ class Lost(RuntimeError):
 class TreeTrainer(BasePPOTrainer):
     """Runs the updates. While one is trained, the trees of the next `staleness` ones may already grow."""
 
-    setup: Setup
+    spec: RunSpec
 
     def __init__(
         self,
@@ -53,34 +53,34 @@ class TreeTrainer(BasePPOTrainer):
         cpu.activate()
         super().__init__(strategy, actor_model_group, critic_model_group, reward_model_group, reference_model_group, vllm_engines, None)
         self.samples_generator: Any = None
-        self.log = RunLog(self.setup.directory)
+        self.log = RunLog(self.spec.directory)
         self._recomputed = 0
         self._starved = ""
 
     def get_max_steps(self) -> int:
         """Optimiser steps of the run. OpenRLHF asks before anything is trained, so what may be wrong with the run is found here."""
-        setup = self.setup
-        tokenizer, self.chat = load_tokenizer(setup.model, setup.chat)
+        spec = self.spec
+        tokenizer, self.chat = load_tokenizer(spec.model, spec.chat)
         groups = (self.actor_model_group, self.critic_model_group, None, None)
         self.tokenizer = tokenizer
-        self.experience_maker = TreeExperience(setup.cluster, setup.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
-        draw, judge = setup.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-        self.setup = setup = setup.of(draw, judge)
-        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, setup, self.log.rollouts, draw, judge, self._some)
+        self.experience_maker = TreeExperience(spec.cluster, spec.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
+        draw, judge = spec.recipe(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+        self.spec = spec = spec.identified(draw, judge)
+        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, spec, self.log.rollouts, draw, judge, self._some)
         # An engine that does not start would leave the trainers waiting for it.
         self._all([engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines])
-        return setup.train.updates * setup.train.minibatches * setup.train.epochs
+        return spec.train.updates * spec.train.minibatches * spec.train.epochs
 
     def fit(self, global_step: int = 0) -> None:
         """Run the updates that are left. Raises `Drained` if asked to stop."""
-        train, staleness = self.setup.train, self.setup.cluster.staleness
+        train, staleness = self.spec.train, self.spec.cluster.staleness
         start = self._resumed()
         self.log.resume(start)
         if start:
             self._sync(start)
             if not self._checkpoint(start).exists():
                 self._export(start)
-        stop = self.setup.directory / STOP
+        stop = self.spec.directory / STOP
         with self.log:
             for update in range(start, train.updates):
                 for ahead in range(update, min(update + staleness + 1, train.updates)):
@@ -96,7 +96,7 @@ class TreeTrainer(BasePPOTrainer):
                     raise Drained
 
     def _update(self, update: int) -> Metrics:
-        train, cluster = self.setup.train, self.setup.cluster
+        train, cluster = self.spec.train, self.spec.cluster
         started = time.perf_counter()
         groups, verdicts = self.samples_generator.collect(update)
         self._starved = next(iter(starved(groups)), "")
@@ -146,12 +146,12 @@ class TreeTrainer(BasePPOTrainer):
         return sum(self._all([engine.resume_generation.remote(version) for engine in self.vllm_engines]))
 
     def _checkpoint(self, step: int) -> Path:
-        return checkpoint_path(self.setup.directory / "checkpoints", step)
+        return checkpoint_path(self.spec.directory / "checkpoints", step)
 
     def _save(self, step: int) -> None:
         """DeepSpeed's state, the critic's first: the policy's is what counts. Then the weights, for whoever uses them."""
         tag = f"global_step{step}"
-        for states in (self.setup.directory / "openrlhf").glob("_*"):
+        for states in (self.spec.directory / "openrlhf").glob("_*"):
             # OpenRLHF makes room before it writes: leave it nothing but the last whole state, which it keeps.
             last = (states / "latest").read_text(encoding="utf-8") if (states / "latest").exists() else ""
             for other in states.iterdir():
@@ -159,18 +159,18 @@ class TreeTrainer(BasePPOTrainer):
                     shutil.rmtree(other)
         if self.critic_model_group is not None:
             self._all(self.critic_model_group.async_run_method("save_checkpoint", tag=tag))
-        said = {"step": step, "job": self.setup.job}
+        said = {"step": step, "fingerprint": self.spec.fingerprint}
         self._all(self.actor_model_group.async_run_method("save_checkpoint", tag=tag, client_states=said))
         self._export(step)
         self.log.forget_rollouts(step)
 
     def _export(self, step: int) -> None:
         """The weights as a model directory among the run's checkpoints."""
-        exported, target = self.setup.directory / "openrlhf" / "export", self._checkpoint(step)
+        exported, target = self.spec.directory / "openrlhf" / "export", self._checkpoint(step)
         shutil.rmtree(exported, ignore_errors=True)
         self._all(self.actor_model_group.async_run_method("export", str(exported)))
         try:
-            state = {"step": step, "seed": self.setup.seed, "job": self.setup.job, "engine": "openrlhf"}
+            state = {"step": step, "seed": self.spec.seed, "fingerprint": self.spec.fingerprint, "trainer": "openrlhf"}
             (exported / TRAINER).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
@@ -183,9 +183,9 @@ class TreeTrainer(BasePPOTrainer):
     def _resumed(self) -> int:
         """The update to go on with: that of DeepSpeed's last whole state."""
         states = self._all(self.actor_model_group.async_run_method("get_checkpoint_states"))[0]
-        if states and states["job"] != self.setup.job:
+        if states and states["fingerprint"] != self.spec.fingerprint:
             said = "another seed, configuration, tasks or reward function"
-            raise ConfigError(f"{self.setup.directory} holds a run with {said}; choose another --name or remove it")
+            raise ConfigError(f"{self.spec.directory} holds a run with {said}; choose another --name or remove it")
         return int(states["step"]) if states else 0
 
     def _some(self, refs: list[Any]) -> dict[Any, Any]:

@@ -17,7 +17,7 @@ from ramet.policy.models.load import Inputs
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TrainingRow:
     """One training sequence. All sequences have one entry per token id.
 
     advantage  of the row's every sampled token
@@ -35,7 +35,7 @@ class Row:
     media: tuple[Segment, ...] = ()
 
 
-def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Row]:
+def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[TrainingRow]:
     """One row per branch that sampled anything, in the order of `tree.branches`.
 
     `advantages` has one entry per branch. `weight` is the tree's: it does not depend on fan-out.
@@ -44,7 +44,7 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Row]
     if len(advantages) != len(branches):
         raise ValueError(f"{len(advantages)} advantages for {len(branches)} branches")
     return [
-        Row(b.ids, b.mask, b.logprobs, advantage, weight, b.versions, b.media)
+        TrainingRow(b.ids, b.mask, b.logprobs, advantage, weight, b.versions, b.media)
         for b, advantage in zip(branches, advantages, strict=True)
         if any(turn.sampled for turn in b.turns)
     ]

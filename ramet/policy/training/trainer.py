@@ -38,7 +38,7 @@ from ramet.policy.models.lora import adapt
 from ramet.policy.models.masters import Masters
 from ramet.policy.training.identity import identity
 from ramet.policy.training.loss import SUMS
-from ramet.policy.training.rows import Row, batches, token_logprobs
+from ramet.policy.training.rows import TrainingRow, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (
     Group,
@@ -187,7 +187,7 @@ class Trainer:
             draft.replace(whole)
         return grouped(drawn, trees, self.config.group_size)
 
-    def _optimise(self, update: int, parts: list[list[Row]]) -> Metrics:
+    def _optimise(self, update: int, parts: list[list[TrainingRow]]) -> Metrics:
         """The update's fixed number of optimiser steps. Returns loss metrics, averaged over sampled tokens."""
         config = self.config
         rate = learning_rate(config, update)
@@ -219,7 +219,7 @@ class Trainer:
             "padding": 1 - fed / max(padded, 1),
         }
 
-    def _backward(self, rows: list[Row]) -> list[tuple[dict[str, float], int, int]]:
+    def _backward(self, rows: list[TrainingRow]) -> list[tuple[dict[str, float], int, int]]:
         results = []
         for batch in batches([row.ids for row in rows], self.config.batch_tokens, self.tokenizer.pad_token_id or 0):
             chosen = [rows[i] for i in batch.members]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from ramet.policy.training.loss import LossSums
-    from ramet.policy.training.rows import Batch, Row
+    from ramet.policy.training.rows import Batch, TrainingRow
 
 _Count = Annotated[int, Field(ge=1)]
 
@@ -183,7 +183,7 @@ def advantages_of(
     ]
 
 
-def minibatches(groups: Sequence[Group], advantages: Sequence[Sequence[Sequence[float]]], config: TrainConfig) -> list[list[Row]]:
+def minibatches(groups: Sequence[Group], advantages: Sequence[Sequence[Sequence[float]]], config: TrainConfig) -> list[list[TrainingRow]]:
     """The rows of each optimiser step: whole groups, dealt out in turn. A tree's weight is 1/trees, whatever its fan-out."""
     from ramet.policy.training.rows import rows_of
 
@@ -210,7 +210,7 @@ class Targets:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, batch: Batch, rows: Sequence[Row]) -> Targets:
+    def of(cls, batch: Batch, rows: Sequence[TrainingRow]) -> Targets:
         """Of the rows that `batch` was made from."""
         import torch
 

@@ -33,7 +33,7 @@ ENGINE_GIB = 2.0
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelDimensions:
     """What memory depends on. `layer` is the parameters of the largest block, `kv` bytes of keys and values a token."""
 
     parameters: int
@@ -47,7 +47,7 @@ class Shape:
     kv: int
 
     @classmethod
-    def of(cls, model: Path) -> Shape:
+    def from_config(cls, model: Path) -> ModelDimensions:
         """From a directory that has at least a `config.json`. Raises `CheckpointError`."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,7 +70,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Part:
+class GpuGroup:
     """GPUs that hold the same: bytes by name, of one GPU, and what it offers."""
 
     name: str
@@ -85,11 +85,11 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Placement:
     """Where a run stands. `sync` is the bytes that every engine is sent after an update; `rows` fit an engine at full length."""
 
-    shape: Shape
-    parts: list[Part]
+    dimensions: ModelDimensions
+    parts: list[GpuGroup]
     nodes: list[dict[str, int]]
     sync: int
     rows: int
@@ -97,22 +97,23 @@ class Plan:
     problems: list[str] = field(default_factory=list)
 
 
-def plan(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context: int) -> Plan:
+def place(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfig, context: int) -> Placement:
     """The plan of a run whose longest row has `context` tokens. Its `problems` say what does not fit, with the numbers."""
     gpu = cluster.gpu_memory * GIB
     usable = gpu * (1 - ROOM)
-    policy = _training(shape, train, cluster, context)
-    parts = [Part("trainer", cluster.trainers, policy, usable, _REMEDY)]
+    policy = _training(dimensions, train, cluster, context)
+    parts = [GpuGroup("trainer", cluster.trainers, policy, usable, _REMEDY)]
     if cluster.critic:
         critic = {**policy, "reference": 0.0, "logits": 0.0}
-        parts.append(Part("critic", cluster.trainers, critic, usable, _REMEDY))
+        parts.append(GpuGroup("critic", cluster.trainers, critic, usable, _REMEDY))
     offered = gpu * cluster.memory_share
-    fixed = 2 * shape.parameters / cluster.engine_gpus + ENGINE_GIB * GIB
+    fixed = 2 * dimensions.parameters / cluster.engine_gpus + ENGINE_GIB * GIB
     left = max(offered - fixed, 0.0) * cluster.engine_gpus
-    rows = int(left / shape.kv) // context
-    one = {"weights": 2 * shape.parameters / cluster.engine_gpus, "engine": ENGINE_GIB * GIB}
-    one["keys and values"] = max(context * shape.kv / cluster.engine_gpus, left / cluster.engine_gpus)
-    parts.append(Part("engine", cluster.engines * cluster.engine_gpus, one, offered, "raise openrlhf.engine_gpus, or lower budget.context"))
+    rows = int(left / dimensions.kv) // context
+    one = {"weights": 2 * dimensions.parameters / cluster.engine_gpus, "engine": ENGINE_GIB * GIB}
+    one["keys and values"] = max(context * dimensions.kv / cluster.engine_gpus, left / cluster.engine_gpus)
+    remedy = "raise openrlhf.engine_gpus, or lower budget.context"
+    parts.append(GpuGroup("engine", cluster.engines * cluster.engine_gpus, one, offered, remedy))
     problems = [
         f"a GPU of the {part.name} needs {part.needed / GIB:.1f} GiB of {part.offered / GIB:.1f} ("
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in part.bytes.items() if size)
@@ -121,29 +122,29 @@ def plan(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context: int)
         if part.needed > part.offered * (1 + 1e-9)
     ]
     trainers = max(node.get("trainer", 0) + node.get("critic", 0) for node in _nodes(cluster))
-    host = 12 * shape.parameters / cluster.trainers * trainers if cluster.offload else 0.0
-    return Plan(shape, parts, _nodes(cluster), 2 * shape.parameters, rows, host, problems)
+    host = 12 * dimensions.parameters / cluster.trainers * trainers if cluster.offload else 0.0
+    return Placement(dimensions, parts, _nodes(cluster), 2 * dimensions.parameters, rows, host, problems)
 
 
 _REMEDY = "raise openrlhf.trainers, set openrlhf.zero_stage to 3, offload or recompute to true, or lower train.batch_tokens"
 
 
-def _training(shape: Shape, train: TrainConfig, cluster: ClusterConfig, context: int) -> dict[str, float]:
+def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfig, context: int) -> dict[str, float]:
     """Bytes of one GPU that trains the policy."""
-    p, n = shape.parameters, cluster.trainers
+    p, n = dimensions.parameters, cluster.trainers
     # A row that is longer than a batch is a batch by itself.
     t = max(train.batch_tokens, context)
     sharded = cluster.zero_stage == 3
-    weights = 2 * p / n + 2 * 2 * shape.layer if sharded else 2 * p
-    layer = 2 * t * (6 * shape.hidden + 2 * shape.queries + 2 * shape.keys + 3 * shape.mlp)
-    kept = 2 * t * shape.layers * shape.hidden + layer if cluster.recompute else shape.layers * layer
+    weights = 2 * p / n + 2 * 2 * dimensions.layer if sharded else 2 * p
+    layer = 2 * t * (6 * dimensions.hidden + 2 * dimensions.queries + 2 * dimensions.keys + 3 * dimensions.mlp)
+    kept = 2 * t * dimensions.layers * dimensions.hidden + layer if cluster.recompute else dimensions.layers * layer
     return {
         "weights": weights,
         "gradients": 8 * p / n + 2 * min(BUCKET, p),
         "optimiser": 0.0 if cluster.offload else 12 * p / n,
         "reference": 0.0 if not train.kl else 2 * p / n if sharded else 2 * p,
         "activations": kept,
-        "logits": t * shape.vocabulary * (24 if train.kl else 14),
+        "logits": t * dimensions.vocabulary * (24 if train.kl else 14),
     }
 
 
@@ -161,7 +162,7 @@ def _nodes(cluster: ClusterConfig) -> list[dict[str, int]]:
     return nodes
 
 
-def refuse(made: Plan) -> None:
+def check_fits(placement: Placement) -> None:
     """Raises `ConfigError` with the numbers if the plan does not fit."""
-    if made.problems:
-        raise ConfigError("this does not fit: " + "; ".join(made.problems))
+    if placement.problems:
+        raise ConfigError("this does not fit: " + "; ".join(placement.problems))
