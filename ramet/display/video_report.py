@@ -16,7 +16,7 @@ from ramet.display.plots import save, subplots
 from ramet.display.report import STYLE, table
 from ramet.errors import TaskError
 from ramet.media.frames import read_frames
-from ramet.rewards.video.pairs import Pair, watched
+from ramet.rewards.video.pairs import PreferencePair, segments_of
 from ramet.storage import write_text
 from ramet.terminal import Table, console
 
@@ -108,7 +108,7 @@ def results_table(records: Sequence[Record], measures: int = len(MEASURES)) -> t
     return ["video", "subset", "n", "right", "95%", *(MEASURES[n] for n in kept), *swept], rows
 
 
-def wrong_pairs(pairs: Sequence[Pair], records: Sequence[Record], wrong: Sequence[str], most: int = 12) -> str:
+def wrong_pairs(pairs: Sequence[PreferencePair], records: Sequence[Record], wrong: Sequence[str], most: int = 12) -> str:
     """The first of the pairs that were judged wrong (`wrong`, their ids) with their own video, with frames of it."""
     by_id = {pair.id: pair for pair in pairs}
     said = {r["id"]: r for r in records if r.get("condition") == "right"}
@@ -129,8 +129,8 @@ def _said(record: Record) -> str:
     return "\n".join(f"{'better' if forward else 'worse'} first: {error or said}" for forward, _, said, error in votes)
 
 
-def _frames(pair: Pair, count: int = 4) -> str:
-    return "".join(_frames_of(segment, count) for segment in watched(pair.video))
+def _frames(pair: PreferencePair, count: int = 4) -> str:
+    return "".join(_frames_of(segment, count) for segment in segments_of(pair.video))
 
 
 def _frames_of(segment: Segment, count: int) -> str:

@@ -26,8 +26,8 @@ from ramet.rewards.video.questions import VideoQuestion, question_of
 
 if TYPE_CHECKING:
     from ramet.policy.engines.vision import Look
-    from ramet.rewards.video.discriminative import Item
-    from ramet.rewards.video.judge import Rewards
+    from ramet.rewards.video.discriminative import VideoAnswer
+    from ramet.rewards.video.judge import NormalizedRewardModel
 
 MOST_SEGMENTS = 512
 TOKEN = "RAMET_REWARD_TOKEN"
@@ -49,7 +49,7 @@ class LongVideoEnvironment(Questions):
     seconds: float = 10.0
     show: Literal["index", "video"] = "index"
     metric: Literal["em", "reward"] = "em"
-    reward: Callable[[Item], float] | None = None
+    reward: Callable[[VideoAnswer], float] | None = None
     videos: Path | None = None
 
     def __post_init__(self) -> None:
@@ -101,10 +101,10 @@ class LongVideoEnvironment(Questions):
             return 0.0
         if (metric or self.metric) == "em":
             return float(question.right(f"Answer: {answer}"))
-        from ramet.rewards.video.discriminative import Item
+        from ramet.rewards.video.discriminative import VideoAnswer
 
         assert self.reward is not None
-        return self.reward(Item(question.shown, question.question, f"Answer: {answer}"))
+        return self.reward(VideoAnswer(question.shown, question.question, f"Answer: {answer}"))
 
     def canonical(self, answer: str) -> str:
         return " ".join(answer.lower().split())
@@ -187,14 +187,14 @@ def _question(task: Task) -> VideoQuestion:
     return task.reference
 
 
-def reward_of(model: str, videos: Path | None, token: str, look: Look, patience: float = 300.0) -> Callable[[Item], float]:
+def reward_of(model: str, videos: Path | None, token: str, look: Look, patience: float = 300.0) -> Callable[[VideoAnswer], float]:
     """The reward of a VideoDRM or a VideoGRM in a directory, or of a server at an address, which is waited for up to
     `patience` seconds when it is away. A VideoDRM looks as it was trained to."""
     from ramet.media.frames import content_id
     from ramet.rewards.video.discriminative import SCORES, SETTINGS, VideoDRM
-    from ramet.rewards.video.pairs import watched
+    from ramet.rewards.video.pairs import segments_of
 
-    reward: Rewards
+    reward: NormalizedRewardModel
     if model.startswith(("http://", "https://")):
         from ramet.rewards.video.server import RemoteReward
 
@@ -207,10 +207,10 @@ def reward_of(model: str, videos: Path | None, token: str, look: Look, patience:
         from ramet.rewards.video.generative import GRMSettings, VideoGRM
 
         reward = VideoGRM.load(Path(model), GRMSettings(look))
-    known: dict[tuple[Item, tuple[str, ...]], float] = {}
+    known: dict[tuple[VideoAnswer, tuple[str, ...]], float] = {}
 
-    def probability(item: Item) -> float:
-        key = (item, tuple(content_id(Path(part.file)) for part in watched(item.video)))
+    def probability(item: VideoAnswer) -> float:
+        key = (item, tuple(content_id(Path(part.file)) for part in segments_of(item.video)))
         if key not in known:
             while len(known) >= SCORES:
                 del known[next(iter(known))]

@@ -31,7 +31,7 @@ SCENE = 4
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SyntheticClip:
     """One clip: its frames, a question about it and what is right."""
 
     frames: np.ndarray
@@ -41,34 +41,34 @@ class Drawn:
     category: str
 
 
-def draw_clip(category: str, rng: random.Random) -> Drawn:
+def draw_clip(category: str, rng: random.Random) -> SyntheticClip:
     """A clip of a category, at random."""
     background = np.random.default_rng(rng.getrandbits(32)).integers(90, 130, (FRAMES, SIDE, SIDE, 3)).astype(np.uint8)
     names = rng.sample(list(COLOURS), len(COLOURS))
     if category == "colour":
         _square(background, COLOURS[names[0]], rng)
-        return Drawn(background, "What colour is the square?", names[0], tuple(COLOURS), category)
+        return SyntheticClip(background, "What colour is the square?", names[0], tuple(COLOURS), category)
     if category == "count":
         number = rng.randint(1, 4)
         for y, x in rng.sample([(2, 2), (2, 30), (30, 2), (30, 30)], number):
             _square(background, COLOURS["white"], rng, (y + rng.randrange(6), x + rng.randrange(6)))
-        return Drawn(background, "How many squares are there?", str(number), ("1", "2", "3", "4"), category)
+        return SyntheticClip(background, "How many squares are there?", str(number), ("1", "2", "3", "4"), category)
     if category == "order":
         corner = (rng.randrange(2, 28), rng.randrange(2, 28))
         for half, name in zip((background[: FRAMES // 2], background[FRAMES // 2 :]), names, strict=False):
             _square(half, COLOURS[name], rng, corner)
-        return Drawn(background, "Which colour comes first?", names[0], tuple(sorted(names[:2])), category)
+        return SyntheticClip(background, "Which colour comes first?", names[0], tuple(sorted(names[:2])), category)
     raise ConfigError(f"no clips of category {category!r}; there are {', '.join(CATEGORIES)}")
 
 
-def draw_scenes(scenes: int, rng: random.Random) -> tuple[Drawn, list[str], int]:
+def draw_scenes(scenes: int, rng: random.Random) -> tuple[SyntheticClip, list[str], int]:
     """A clip of several scenes of a second each, a square of another colour in each; the colours; the scene that is asked about."""
     names = rng.sample(list(COLOURS), scenes)
     frames = np.random.default_rng(rng.getrandbits(32)).integers(90, 130, (scenes * SCENE, SIDE, SIDE, 3)).astype(np.uint8)
     for n, name in enumerate(names):
         _square(frames[n * SCENE : (n + 1) * SCENE], COLOURS[name], rng)
     place = rng.randrange(scenes)
-    return Drawn(frames, f"What colour is the square in s{place + 1}?", names[place], tuple(COLOURS), "at"), names, place
+    return SyntheticClip(frames, f"What colour is the square in s{place + 1}?", names[place], tuple(COLOURS), "at"), names, place
 
 
 def _square(frames: np.ndarray, colour: tuple[int, int, int], rng: random.Random, corner: tuple[int, int] | None = None) -> None:
@@ -101,7 +101,7 @@ def make_questions(folder: Path, count: int, seed: int, categories: Sequence[str
 def make_long_questions(folder: Path, count: int, seed: int, scenes: int) -> list[dict[str, Any]]:
     """The same of clips of several scenes: a row's `scenes` are their colours, its `evidence` the seconds that are asked about."""
 
-    def draw(index: int, rng: random.Random) -> tuple[Drawn, dict[str, Any]]:
+    def draw(index: int, rng: random.Random) -> tuple[SyntheticClip, dict[str, Any]]:
         drawn, colours, place = draw_scenes(scenes, rng)
         return drawn, {"scenes": colours, "evidence": [float(place), place + 1.0]}
 
@@ -109,7 +109,7 @@ def make_long_questions(folder: Path, count: int, seed: int, scenes: int) -> lis
 
 
 def _made(
-    folder: Path, count: int, seed: int, rate: int, draw: Callable[[int, random.Random], tuple[Drawn, dict[str, Any]]]
+    folder: Path, count: int, seed: int, rate: int, draw: Callable[[int, random.Random], tuple[SyntheticClip, dict[str, Any]]]
 ) -> list[dict[str, Any]]:
     rows = []
     for index in range(count):

@@ -1,10 +1,10 @@
 """A video file as an index of its pictures, and the picture that it shows at a second.
 
-    with Clip(Path("clip.mkv")) as clip:
-        for time, pixels in clip.at([2.5, 7.5]):        # uint8 (height, width, 3), shown from `time` on
+    with VideoFile(Path("clip.mkv")) as clip:
+        for time, pixels in clip.frames_at([2.5, 7.5]):        # uint8 (height, width, 3), shown from `time` on
 
 Headers are not believed. When each picture is shown, where decoding can begin and where the pictures end is read from the packets of
-the file, which costs no decoding (`Index`). Every packet is then numbered for the decoder, so that a picture is known by the packet
+the file, which costs no decoding (`PacketIndex`). Every packet is then numbered for the decoder, so that a picture is known by the packet
 that it came in, whatever clock the file keeps. To show a second, decoding begins at the last key picture before it and goes on only
 as far as needed; where a seek does not land on packets of the index, the file is read again from its beginning.
 
@@ -34,7 +34,7 @@ try:
 except ImportError:
     av = None  # type: ignore[assignment]
 
-MOST_PIXELS = 2**25
+MAX_PIXELS = 2**25
 """Of one picture, 8K: more is taken for an attack on memory."""
 FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,live_flv,kux,asf,ogg,gif,apng,swf,ivf,nut,mxf,rm,dv,gxf,wtv,nsv,nuv,dhav,lmlm4,"
@@ -63,7 +63,7 @@ _NONE = np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True)
-class Index:
+class PacketIndex:
     """What the packets of a video say.
 
     stamps   (packets, 3) int64, in the order of the file: presentation time, decoding time, bytes
@@ -114,25 +114,25 @@ class Index:
         return int(np.count_nonzero((self.times > second) & (self.times <= self.times[number])))
 
 
-def regular(path: Path) -> Path:
+def require_regular_file(path: Path) -> Path:
     """A path to a file, perhaps through links. Raises `TaskError` for a pipe or a device, which would be waited for."""
-    with told(path):
+    with reading_errors(path):
         if not stat.S_ISREG(path.stat().st_mode):
             raise TaskError(f"cannot read video {path}: it is no regular file")
     return path
 
 
-class _Bytes:
+class _NamelessFile:
     """A file without its name, so that nothing but its content tells what it is. `name` stands in where the content does not."""
 
     def __init__(self, path: Path, name: str = ""):
-        self._file = regular(path).open("rb", buffering=0)
+        self._file = require_regular_file(path).open("rb", buffering=0)
         self.read, self.seek, self.tell, self.close = self._file.read, self._file.seek, self._file.tell, self._file.close
         self.name = name
 
 
 @contextmanager
-def told(path: Path, what: str = "cannot read video") -> Iterator[None]:
+def reading_errors(path: Path, what: str = "cannot read video") -> Iterator[None]:
     """What the libraries raise of a file comes out as a `TaskError` that names it."""
     try:
         yield
@@ -148,7 +148,7 @@ def _opened(path: Path) -> Any:
     guard = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     for name in ("", f"video{path.suffix.lower()}"):
         try:
-            return av.open(_Bytes(path, name), container_options=guard, metadata_errors="replace", buffer_size=2**16)
+            return av.open(_NamelessFile(path, name), container_options=guard, metadata_errors="replace", buffer_size=2**16)
         except av.InvalidDataError:
             if name:
                 raise
@@ -161,7 +161,7 @@ def _opened(path: Path) -> Any:
 
 def format_of(path: Path) -> str:
     """FFmpeg's name for a file's format."""
-    with told(path), _opened(path) as container:
+    with reading_errors(path), _opened(path) as container:
         return str(container.format.name)
 
 
@@ -179,8 +179,8 @@ def _stream(path: Path, container: Any) -> Any:
     stream = streams[0]
     if stream.codec_context is None:
         raise TaskError(f"{path} has a video in a format that cannot be decoded here")
-    if stream.width * stream.height > MOST_PIXELS:
-        raise TaskError(f"{path} has frames of {stream.width}x{stream.height}; at most {MOST_PIXELS} pixels are decoded")
+    if stream.width * stream.height > MAX_PIXELS:
+        raise TaskError(f"{path} has frames of {stream.width}x{stream.height}; at most {MAX_PIXELS} pixels are decoded")
     return stream
 
 
@@ -205,9 +205,9 @@ def _mark(packet: Any) -> tuple[int, int]:
     return shown if shown != _NONE else decoded, size
 
 
-def index_of(path: Path) -> Index:
+def index_of(path: Path) -> PacketIndex:
     """The index of a file, remembered for as long as the file stays as it is. Raises `TaskError`."""
-    with told(path):
+    with reading_errors(path):
         state = path.stat()
         return _indexed(path, state.st_mtime_ns, state.st_size)
 
@@ -257,7 +257,7 @@ def _read(path: Path) -> _Packets:
 
 
 @lru_cache(maxsize=INDEXES)
-def _indexed(path: Path, changed: int, size: int) -> Index:
+def _indexed(path: Path, changed: int, size: int) -> PacketIndex:
     read = _read(path)
     shown, decoded = read.stamps[:, 0], read.stamps[:, 1]
     stamped = not read.in_order and read.clock is not None and bool((shown != _NONE).all())
@@ -283,7 +283,7 @@ def _indexed(path: Path, changed: int, size: int) -> Index:
         last = float(np.quantile(gaps[gaps > 0], 0.25)) if (gaps > 0).any() else 1 / read.rate
     end = float(in_turn[-1]) + last
     cut = read.promised > read.until + 0.5 + 0.01 * read.promised
-    return Index(read.stamps, times, keys, stamped, end, max(end, read.promised) if cut else end)
+    return PacketIndex(read.stamps, times, keys, stamped, end, max(end, read.promised) if cut else end)
 
 
 def _first(path: Path) -> int:
@@ -317,7 +317,7 @@ def _restarts(decoded: np.ndarray, durations: np.ndarray) -> np.ndarray:
 
 
 @dataclass
-class _Run:
+class _DecodingRun:
     """Decoding from a key picture on: what is shown, and what was decoded beyond it. Each is (time, number, frame)."""
 
     frames: Iterator[tuple[float, int, Any]]
@@ -334,45 +334,45 @@ class _Run:
             self.shown, self.ahead = self.ahead, None
 
 
-class Clip:
+class VideoFile:
     """An open video file. `damaged` counts its packets that could not be decoded so far."""
 
     def __init__(self, path: Path):
         self.index = index_of(path)
         self.length, self.end, self.damaged = self.index.length, self.index.end, 0
         self._path, self._seeks, self._whole, self._next = path, True, True, 0
-        with told(path):
+        with reading_errors(path):
             self._container = _opened(path)
             stream = _stream(path, self._container)
         self._context = stream.codec_context
         self.height, self.width = stream.height, stream.width
         self._rewound()
 
-    def __enter__(self) -> Clip:
+    def __enter__(self) -> VideoFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._container.close()
 
-    def at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+    def frames_at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
         """What is shown at each of the seconds, which ascend, and since when. A picture that is shown again is the same object.
 
         Where a picture cannot be decoded the last one before it stands in; a second is lost where that is more than `LEFT` older. Raises
         `TaskError` where more than a quarter of the seconds are lost, or nothing can be decoded. (A packet or two without a picture are
         no loss: some codecs have such.)
         """
-        index, run, lost = self.index, _Run(self._decoded(0)), 0
+        index, run, lost = self.index, _DecodingRun(self._decoded(0)), 0
         number, pixels = -1, np.empty(0)
-        with told(self._path):
+        with reading_errors(self._path):
             for second in seconds:
                 wanted = index.shown(second)
                 key, back = index.key(wanted), 1
                 if index.keys[key] > self._next:
-                    run = _Run(self._decoded(key))
+                    run = _DecodingRun(self._decoded(key))
                 run.advance(second, wanted)
                 while run.shown is None and key > 0:  # this key picture itself cannot be decoded
                     key, back = max(key - back, 0), 2 * back
-                    run = _Run(self._decoded(key))
+                    run = _DecodingRun(self._decoded(key))
                     run.advance(second, wanted)
                 found = run.shown or run.ahead
                 if found is None:
@@ -384,9 +384,9 @@ class Clip:
         if 4 * lost > len(seconds):
             raise TaskError(f"{self._path} is damaged: {lost} of the {len(seconds)} frames to be read cannot be decoded")
 
-    def all(self) -> Iterator[tuple[float, np.ndarray]]:
+    def all_frames(self) -> Iterator[tuple[float, np.ndarray]]:
         """Every picture in turn, and since when it is shown."""
-        with told(self._path):
+        with reading_errors(self._path):
             for time, _, frame in self._decoded(0):
                 yield time, self._pixels(frame)
 

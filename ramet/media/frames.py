@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ramet.errors import ConfigError, TaskError
-from ramet.media.containers import Clip, told
-from ramet.media.pictures import Pictures, in_folder, one
+from ramet.media.containers import VideoFile, reading_errors
+from ramet.media.pictures import ImageSequence, images_in_folder, open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 """Of the red, green and blue channels of CLIP's training images, in shares of 255."""
-MOST_IN_ALL = 2**28
+MAX_TOTAL_PIXELS = 2**28
 """Pixels of all frames that are held at once, as they are handed out."""
 SLACK = 0.25
 """Seconds after the last picture of a file that is cut short for which it stands."""
@@ -84,28 +84,28 @@ def read_frames(
         if wanted[-1] > video.end + SLACK:
             raise TaskError(f"{path} is cut short: its frames end at {video.end:.2f} s, and {wanted[-1]:.2f} s was to be read")
         height, width = fit(video.height, video.width) if fit else (video.height, video.width)
-        if count * height * width > MOST_IN_ALL:
-            raise TaskError(f"{count} frames of {path} have more than {MOST_IN_ALL} pixels; read fewer")
+        if count * height * width > MAX_TOTAL_PIXELS:
+            raise TaskError(f"{count} frames of {path} have more than {MAX_TOTAL_PIXELS} pixels; read fewer")
         kept: list[np.ndarray] = []
         times: list[float] = []
-        for time, pixels in video.at(wanted):
+        for time, pixels in video.frames_at(wanted):
             kept.append(kept[-1] if times and times[-1] == time else _fitted(pixels, fit))
             times.append(time)
         return _frames(path, kept, times, length / count, video.damaged)
 
 
-def _video(path: Path) -> Clip | Pictures:
+def _video(path: Path) -> VideoFile | ImageSequence:
     """A video by what it holds, to be closed after use."""
     if path.is_dir():
-        return Pictures(in_folder(path))
-    return one(path) or Clip(path)
+        return ImageSequence(images_in_folder(path))
+    return open_image(path) or VideoFile(path)
 
 
-def _numbered(path: Path, video: Clip | Pictures, indices: list[int], fit: Fit | None) -> Frames:
+def _numbered(path: Path, video: VideoFile | ImageSequence, indices: list[int], fit: Fit | None) -> Frames:
     kept: list[np.ndarray] = []
     times: list[float] = []
     number = -1
-    for number, (time, pixels) in enumerate(video.all()):
+    for number, (time, pixels) in enumerate(video.all_frames()):
         if number == indices[len(kept)]:
             kept.append(_fitted(pixels, fit))
             times.append(time)
@@ -144,8 +144,8 @@ def content_id(path: Path) -> str:
 
     Raises `TaskError` where it cannot be read.
     """
-    files = in_folder(path) if path.is_dir() else [path]
-    with told(path):
+    files = images_in_folder(path) if path.is_dir() else [path]
+    with reading_errors(path):
         return _hash(tuple((str(file), (state := file.stat()).st_mtime_ns, state.st_size) for file in files))
 
 
@@ -158,17 +158,17 @@ def _hash(states: tuple[tuple[str, int, int], ...]) -> str:
     return digest.hexdigest()[:24]
 
 
-def fitted(height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
-    """The nearest height and width that are multiples of `factor`, with `least` to `most` pixels, at the same aspect."""
+def fitted(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The nearest height and width that are multiples of `factor`, with `min_pixels` to `max_pixels` pixels, at the same aspect."""
     if max(height, width) > 200 * min(height, width):
         raise TaskError(f"frames of {width}x{height} are too narrow: one side is more than 200 times the other")
     rows, columns = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
-    if rows * columns > most:
-        shrink = math.sqrt(height * width / most)
+    if rows * columns > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
         rows = max(factor, math.floor(height / shrink / factor) * factor)
         columns = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * columns < least:
-        grow = math.sqrt(least / (height * width))
+    elif rows * columns < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / factor) * factor, math.ceil(width * grow / factor) * factor
     return rows, columns
 
@@ -179,8 +179,8 @@ def patches(
     patch: int = 14,
     merge: int = 2,
     temporal: int = 2,
-    least: int = 56 * 56,
-    most: int = 14 * 14 * 4 * 1280,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 14 * 14 * 4 * 1280,
     mean: Sequence[float] = MEAN,
     deviation: Sequence[float] = DEVIATION,
 ) -> tuple[Tensor, tuple[int, int, int]]:
@@ -191,7 +191,7 @@ def patches(
     """
     import torch
 
-    height, width = fitted(pixels.shape[1], pixels.shape[2], patch * merge, least, most)
+    height, width = fitted(pixels.shape[1], pixels.shape[2], patch * merge, min_pixels, max_pixels)
     frames = (
         torch.from_numpy(np.stack([resized(frame, height, width) for frame in pixels])).float() / 255 - torch.tensor(mean)
     ) / torch.tensor(deviation)

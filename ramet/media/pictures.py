@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ramet.errors import TaskError
-from ramet.media.containers import MOST_PIXELS, format_of, oriented, regular, told
+from ramet.media.containers import MAX_PIXELS, format_of, oriented, reading_errors, require_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Of the files that count in a folder."""
@@ -28,7 +28,7 @@ TURNS = {2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0),
 """What an EXIF orientation does to a picture, as `oriented` takes it."""
 
 
-class Pictures:
+class ImageSequence:
     """Files that are shown one after another, a second each, or one file of several pictures with the seconds of each."""
 
     damaged = 0
@@ -41,14 +41,14 @@ class Pictures:
         with _image(self._files[0]) as image:
             self.height, self.width = image.height, image.width
 
-    def __enter__(self) -> Pictures:
+    def __enter__(self) -> ImageSequence:
         return self
 
     def __exit__(self, *error: object) -> None:
         return None
 
-    def at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
-        """What is shown at each of the seconds, which ascend, and since when; see `Clip.at`."""
+    def frames_at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+        """What is shown at each of the seconds, which ascend, and since when; see `VideoFile.frames_at`."""
         places = np.maximum(np.searchsorted(self._times, seconds, side="right") - 1, 0).tolist()
         before, pixels = -1, np.empty(0)
         for place in places:
@@ -56,9 +56,9 @@ class Pictures:
                 before, pixels = place, self._pixels(place)
             yield float(self._times[place]), pixels
 
-    def all(self) -> Iterator[tuple[float, np.ndarray]]:
+    def all_frames(self) -> Iterator[tuple[float, np.ndarray]]:
         """Every picture in turn, and since when it is shown."""
-        return self.at(self._times.tolist())
+        return self.frames_at(self._times.tolist())
 
     def _pixels(self, place: int) -> np.ndarray:
         with _image(self._files[0 if self._animated else place]) as image:
@@ -81,26 +81,26 @@ def _eight_bits(image: Any) -> np.ndarray:
 def _image(file: Path) -> Iterator[Any]:
     from PIL import Image
 
-    with told(file, "cannot read picture"):
+    with reading_errors(file, "cannot read picture"):
         try:
-            with Image.open(regular(file), formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise TaskError(f"{file} is {image.width}x{image.height}; at most {MOST_PIXELS} pixels are decoded")
+            with Image.open(require_regular_file(file), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise TaskError(f"{file} is {image.width}x{image.height}; at most {MAX_PIXELS} pixels are decoded")
                 yield image
         except (Image.DecompressionBombError, SyntaxError, struct.error) as error:
             raise OSError(str(error)) from error
 
 
-def in_folder(folder: Path) -> list[Path]:
+def images_in_folder(folder: Path) -> list[Path]:
     """The pictures of a folder by the numbers in their names, so that 10 comes after 9; hidden files are none. Raises `TaskError`."""
-    with told(folder):
+    with reading_errors(folder):
         files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not f.is_dir()]
     if not files:
         raise TaskError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
     return sorted(files, key=lambda f: [(int(n or 0), t) for n, t in re.findall(r"(\d*)(\D*)", f.name)])
 
 
-def one(file: Path) -> Pictures | None:
+def open_image(file: Path) -> ImageSequence | None:
     """A file that holds a picture, or an animated WebP; None for one that holds something else, such as another animation."""
     from PIL import UnidentifiedImageError
 
@@ -112,10 +112,10 @@ def one(file: Path) -> Pictures | None:
             return None
         raise
     if kind == "WEBP" and animated:
-        return Pictures([file], _durations(file))
+        return ImageSequence([file], _durations(file))
     if (kind == "PNG" and animated) or (kind == "JPEG" and format_of(file) == "mjpeg"):
         return None
-    return Pictures([file])
+    return ImageSequence([file])
 
 
 def _durations(file: Path) -> list[float]:

@@ -23,11 +23,11 @@ from ramet.media.clips import make_questions
 from ramet.policy.engines.vision import Look
 from ramet.recipes.nano.vision import write_vision_model
 from ramet.rewards.video.answerers import PHRASES, Guesser
-from ramet.rewards.video.best_of_n import ByScore, Candidates
-from ramet.rewards.video.build import Build, BuildConfig, datasheet
+from ramet.rewards.video.best_of_n import CandidateAnswers, ScoreSelector
+from ramet.rewards.video.build import BuildConfig, PairBuilder, datasheet
 from ramet.rewards.video.calibration import calibrate
-from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, Item, VideoDRM
-from ramet.rewards.video.pairs import Pair, faults, load_pairs, row_of
+from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, VideoAnswer, VideoDRM
+from ramet.rewards.video.pairs import PreferencePair, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 from ramet.rewards.video.train_drm import DRMTraining, train_drm
 from ramet.runs.jobs import claim_folder
@@ -65,7 +65,7 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
             judged = run_bench(drm, held, protocol, conditions, journal, report, at_once=64)
     found = results(judged, seed=seed)
     console.print(Heading("4. picking the best of eight answers"))
-    picker = ByScore(drm)
+    picker = ScoreSelector(drm)
     picked = best_of_n(_candidates(questions, seed), {"VideoDRM": picker}, (1, 2, 4, 8), seed=seed)
     records = [meta("reward demo", seed, time.perf_counter() - started), protocol_record(protocol), *found, *picked]
     records += json.loads(read_text(folder / "calibration.json"))
@@ -92,13 +92,13 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     console.print(f"done in {time.perf_counter() - started:.0f} seconds. Open {folder / 'report.html'}; demo.json lies beside it")
 
 
-def built_pairs(folder: Path, seed: int, benchmarks: list[Pair]) -> tuple[list[Pair], list[VideoQuestion]]:
+def built_pairs(folder: Path, seed: int, benchmarks: list[PreferencePair]) -> tuple[list[PreferencePair], list[VideoQuestion]]:
     """Pairs from the questions in a folder through the pipeline, with their datasheet; and the questions."""
     questions = load_questions(str(folder / "questions.jsonl"))
     path = folder / "pairs.jsonl"
     if not path.exists():
         with Journal(folder / "build.jsonl", fingerprint("pairs", len(questions), seed)) as journal:
-            build = Build(questions, [Guesser()], BuildConfig(n=4, per_question=1, seed=seed), journal, benchmarks=benchmarks)
+            build = PairBuilder(questions, [Guesser()], BuildConfig(n=4, per_question=1, seed=seed), journal, benchmarks=benchmarks)
             made = build.run()
         write_text(folder / "datasheet.md", datasheet(build.sheet(made)))
         write_text(path, "".join(json.dumps(row_of(pair, folder)) + "\n" for pair in made))
@@ -109,7 +109,7 @@ def built_pairs(folder: Path, seed: int, benchmarks: list[Pair]) -> tuple[list[P
     return pairs, questions
 
 
-def trained_drm(folder: Path, pairs: list[Pair], seed: int, look: Look, steps: int) -> tuple[VideoDRM, list[dict[str, Any]]]:
+def trained_drm(folder: Path, pairs: list[PreferencePair], seed: int, look: Look, steps: int) -> tuple[VideoDRM, list[dict[str, Any]]]:
     """Trained from nothing, calibrated on pairs that were held back, and saved in `folder/drm`; and the log."""
     path, log = folder / "drm", folder / "training.json"
     if not (path / SETTINGS).exists():
@@ -122,7 +122,7 @@ def trained_drm(folder: Path, pairs: list[Pair], seed: int, look: Look, steps: i
         with progress.stepping("training", steps) as tell:
             trained = train_drm(drm, pairs[HELD_BACK:], config, folder, tell)
         back = pairs[:HELD_BACK]
-        scores = drm.score([Item(p.video, p.question, a) for p in back for a in (p.chosen, p.rejected[0])])
+        scores = drm.score([VideoAnswer(p.video, p.question, a) for p in back for a in (p.chosen, p.rejected[0])])
         calibration = calibrate(scores[::2], scores[1::2], [(len(p.chosen), len(p.rejected[0])) for p in back])
         write_json(folder / "calibration.json", [{"record": "calibration", **asdict(calibration)}])
         write_json(log, trained["log"])
@@ -131,12 +131,12 @@ def trained_drm(folder: Path, pairs: list[Pair], seed: int, look: Look, steps: i
     return VideoDRM.load(path), json.loads(read_text(log))
 
 
-def _candidates(questions: list[VideoQuestion], seed: int) -> list[Candidates]:
+def _candidates(questions: list[VideoQuestion], seed: int) -> list[CandidateAnswers]:
     """Eight guesses at each question, right as often as chance."""
     found = []
     for question in questions:
         (answers,) = Guesser(1 / len(question.choices), "candidates").answer([question], 8, seed)
         stated = tuple(map(question.stated, answers))
         right = tuple(map(question.right, answers))
-        found.append(Candidates(question.id, question.shown, question.question, tuple(answers), stated, right))
+        found.append(CandidateAnswers(question.id, question.shown, question.question, tuple(answers), stated, right))
     return found

@@ -27,16 +27,16 @@ from ramet.policy.models.load import auto_device
 from ramet.policy.training.sft import SFTTraining
 from ramet.policy.training.trainer import run_trainer
 from ramet.policy.training.update import TrainConfig
-from ramet.rewards.video.answerers import Guesser, ModelAnswerer, Recorded
-from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
-from ramet.rewards.video.build import Answerer, Build, BuildConfig, datasheet
+from ramet.rewards.video.answerers import Guesser, ModelAnswerer, RecordedAnswers
+from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
+from ramet.rewards.video.build import Answerer, BuildConfig, PairBuilder, datasheet
 from ramet.rewards.video.calibration import calibrate
-from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, Item, VideoDRM
+from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, VideoAnswer, VideoDRM
 from ramet.rewards.video.fakes import fake_judge
 from ramet.rewards.video.formats import WITHOUT
 from ramet.rewards.video.generative import GRMSettings, VideoGRM
-from ramet.rewards.video.judge import Duel, Order, by_scores, compare
-from ramet.rewards.video.pairs import Pair, Pairs, faults, load_pairs, row_of
+from ramet.rewards.video.judge import AnswerPair, Order, by_scores, compare
+from ramet.rewards.video.pairs import PreferencePair, PreferencePairs, faults, load_pairs, row_of
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.train_drm import DRMTraining, fits, train_drm
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, sifted, traces_of
@@ -57,10 +57,10 @@ Seen = Mapping[str, Any]
 """What is said of how a model looks at videos: `frames`, `fps`, `most` pixels. What is not said is left as it is."""
 
 
-def open_reward(name: str, seen: Seen, settings: Mapping[str, Any], needs: str = "", pairs: Sequence[Pair] = ()) -> Any:
+def open_reward(name: str, seen: Seen, settings: Mapping[str, Any], needs: str = "", pairs: Sequence[PreferencePair] = ()) -> Any:
     """A VideoDRM or a model that judges, from a directory; or `fake:oracle` and its like.
 
-    `needs` is "say" where pairs are to be judged, "score" where answers are to be scored.
+    `needs` is "judge" where pairs are to be judged, "score" where answers are to be scored.
     """
     if name.startswith("fake:"):
         if name == "fake:oracle" and not pairs:
@@ -75,7 +75,7 @@ def open_reward(name: str, seen: Seen, settings: Mapping[str, Any], needs: str =
     else:
         raise CheckpointError(f"{name!r} is no reward model: give the directory of a VideoDRM or a vision-language model, or fake:random")
     if needs and not hasattr(found, needs):
-        raise ConfigError(f"{name} " + ("scores answers and judges no pairs" if needs == "say" else "judges pairs and gives no scores"))
+        raise ConfigError(f"{name} " + ("scores answers and judges no pairs" if needs == "judge" else "judges pairs and gives no scores"))
     return found
 
 
@@ -132,8 +132,8 @@ def build_job(
             console.print(f"{stage}: {done} of {total}")
 
     with Journal(folder / "journal.jsonl", fingerprint(given)) as journal:
-        build = Build(
-            questions, models, config, journal, None if judge is None else open_reward(judge, seen, {}, "say"),
+        build = PairBuilder(
+            questions, models, config, journal, None if judge is None else open_reward(judge, seen, {}, "judge"),
             None if scores is None else open_reward(scores, {}, {}, "score"), None if weak is None else _answerer(weak, seen), known, tell,
         )  # fmt: skip
         pairs = build.run()
@@ -152,7 +152,7 @@ def _answerer(name: str, seen: Seen) -> Answerer:
     if name == "guesser":
         return Guesser()
     if name.endswith((".jsonl", ".json", ".parquet")):
-        return Recorded(name)
+        return RecordedAnswers(name)
     return ModelAnswerer(load_grm(find(name), GRMSettings(look=replace(Look(), **seen), temperature=0.8)), Path(name).name)
 
 
@@ -185,7 +185,7 @@ def train_drm_job(
     with progress.stepping("training", steps) as tell:
         trained = train_drm(drm, train, config, folder, tell)
     drm.save(folder / "drm")
-    scores = drm.score([Item(p.video, p.question, a) for p in held for a in (p.chosen, p.rejected[0])])
+    scores = drm.score([VideoAnswer(p.video, p.question, a) for p in held for a in (p.chosen, p.rejected[0])])
     found = calibrate(scores[::2], scores[1::2], [(len(p.chosen), len(p.rejected[0])) for p in held])
     drm.settings = replace(drm.settings, temperature=found.temperature, centre=found.centre)
     drm.save(folder / "drm")
@@ -210,7 +210,7 @@ def train_drm_job(
     console.print(f"the VideoDRM is in {folder / 'drm'}; training.json and training.png beside it")
 
 
-def _split(pairs: Sequence[Pair], share: float) -> tuple[list[Pair], list[Pair]]:
+def _split(pairs: Sequence[PreferencePair], share: float) -> tuple[list[PreferencePair], list[PreferencePair]]:
     """(held out, the others), by video, so that no video is in both; the same whatever the order of the rows."""
     # By names, not paths: the folder may be moved.
     named = {p.cluster: Path(p.cluster).name for p in pairs}
@@ -242,7 +242,9 @@ def sft_grm_job(
     _save(grm, folder / "grm")
 
 
-def _sifted(teacher: VideoGRM, pairs: Sequence[Pair], k: int, seed: int, folder: Path, job: str) -> list[tuple[Pair, bool, str]]:
+def _sifted(
+    teacher: VideoGRM, pairs: Sequence[PreferencePair], k: int, seed: int, folder: Path, job: str
+) -> list[tuple[PreferencePair, bool, str]]:
     """Verdicts to learn from, each pair judged once however often the run is interrupted."""
     by_id = {pair.id: pair for pair in pairs}
     with Journal(folder / "verdicts.jsonl", job) as journal, progress.measuring("verdicts", len(pairs)) as report:
@@ -299,7 +301,7 @@ def _save(grm: VideoGRM, path: Path) -> None:
 def score_job(model: str, seen: Seen, video: str | None, question: str, answers: Sequence[str], out: Path | None) -> None:
     """`ramet reward score`."""
     reward = open_reward(model, seen, {}, "score")
-    items = [Item(None if video is None else Segment(video), question, answer) for answer in answers]
+    items = [VideoAnswer(None if video is None else Segment(video), question, answer) for answer in answers]
     scores = reward.score(items)
     if out is not None:
         write_json(
@@ -323,7 +325,7 @@ def judge_job(
 ) -> None:
     """`ramet reward judge`."""
     reward = open_reward(model, seen, settings)
-    duel = Duel("duel", None if video is None else Segment(video), question, first, second)
+    duel = AnswerPair("duel", None if video is None else Segment(video), question, first, second)
     verdict = (
         by_scores(reward, [duel], reward.settings.temperature)[0]
         if isinstance(reward, VideoDRM)
@@ -346,7 +348,7 @@ def bench_job(
 ) -> None:  # fmt: skip
     """`ramet reward bench`: each number of frames and of votes is a protocol of its own, with a journal of its own."""
     found_pairs = load_pairs(source, fields, videos_of(source, videos))
-    pairs = Pairs(found_pairs[:limit], found_pairs.ties)
+    pairs = PreferencePairs(found_pairs[:limit], found_pairs.ties)
     given = {"model": model_id(model), "pairs": file_id(source), **_where(fields, videos), "limit": limit or 0}
     claim_folder(folder, RewardRun(command="bench", settings=_plain(given), seed=protocol.seed))
     _say_faults(pairs)
@@ -451,10 +453,10 @@ def best_of_n_job(
     for question in questions:
         answers = tuple(known[question.id])
         stated, right = tuple(map(question.stated, answers)), tuple(map(question.right, answers))
-        candidates.append(Candidates(question.id, question.shown, question.question, answers, stated, right))
+        candidates.append(CandidateAnswers(question.id, question.shown, question.question, answers, stated, right))
     reward = open_reward(model, seen, settings)
     kind: Any = method
-    picker = ByScore(reward) if isinstance(reward, VideoDRM) else ByDuels(reward, kind, k, seed)
+    picker = ScoreSelector(reward) if isinstance(reward, VideoDRM) else PairwiseSelector(reward, kind, k, seed)
     with progress.measuring(reward.name, len(candidates)) as report:
         found = best_of_n(candidates, {reward.name: picker}, ns, seed=seed, report=report)
     records = [meta("reward best-of-n", seed), *found]
@@ -466,7 +468,7 @@ def best_of_n_job(
     console.print(f"run folder {folder}: results.json, best-of-n.png, answers.jsonl")
 
 
-def _say_faults(pairs: Sequence[Pair], most: int = 5) -> None:
+def _say_faults(pairs: Sequence[PreferencePair], most: int = 5) -> None:
     found = faults(pairs)
     for fault in found[:most]:
         console.print(tagged("note:", "yellow", fault))

@@ -13,17 +13,19 @@ from ramet.agents.tree import Segment
 from ramet.benchmarks.evaluation.video_reward import Protocol, against, measures, results, run_bench, shown_videos, warnings
 from ramet.errors import ConfigError, TaskError
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
-from ramet.rewards.video.judge import Duel, Shown, Vote, compare, decided, majority, parse_choice, parse_rating
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.judge import AnswerPair, PairwisePrompt, Vote, compare, decided, majority, parse_choice, parse_rating
+from ramet.rewards.video.pairs import PreferencePair
 
 PAIRS = [
-    Pair(f"p{n}", Segment(f"v{n % 100}.mp4"), f"question {n}", f"good {n}", (f"bad {n}",), ("colour", "order", "count")[n % 3])
+    PreferencePair(f"p{n}", Segment(f"v{n % 100}.mp4"), f"question {n}", f"good {n}", (f"bad {n}",), ("colour", "order", "count")[n % 3])
     for n in range(300)
 ]
 BETTER = {f"{pair.id}/0": pair.chosen for pair in PAIRS}
 
 
-def bench(judge: Any, tmp_path: Path, conditions: tuple[str, ...] = ("right",), pairs: list[Pair] = PAIRS, **protocol: Any) -> list[Any]:
+def bench(
+    judge: Any, tmp_path: Path, conditions: tuple[str, ...] = ("right",), pairs: list[PreferencePair] = PAIRS, **protocol: Any
+) -> list[Any]:
     settings = Protocol(**({"mode": "pairwise"} | protocol))
     with Journal(tmp_path / f"{judge.name}-{len(list(tmp_path.iterdir()))}.jsonl", "test") as journal:
         return run_bench(judge, pairs, settings, list(conditions), journal)
@@ -75,7 +77,7 @@ def test_what_cannot_be_read_never_wins(tmp_path: Path, name: str, errors: float
 
 
 def test_a_judge_that_raises_now_and_then_spoils_no_other_pair(tmp_path: Path) -> None:
-    def rule(shown: Shown, rng: Any) -> str:
+    def rule(shown: PairwisePrompt, rng: Any) -> str:
         if shown.id == "p7/0":
             raise RuntimeError("no")
         return says(1 if shown.first.startswith("good") else 2)
@@ -85,7 +87,7 @@ def test_a_judge_that_raises_now_and_then_spoils_no_other_pair(tmp_path: Path) -
     assert [r["id"] for r in wrong] == ["p7"]
     assert {vote[3] for vote in wrong[0]["votes"][0]} == {"RuntimeError: no"}
 
-    def broken(shown: Shown, rng: Any) -> str:
+    def broken(shown: PairwisePrompt, rng: Any) -> str:
         raise TaskError("cannot read video v0.mp4")
 
     records = bench(FakeJudge("broken", broken), tmp_path, pairs=PAIRS[:20])
@@ -124,7 +126,7 @@ class Halved:
 
     name = "halved"
 
-    def say(self, shown: Any, k: int, seed: int) -> list[list[str]]:
+    def judge(self, shown: Any, k: int, seed: int) -> list[list[str]]:
         return [[says(1)] * k for _ in shown][:-1]
 
 
@@ -178,7 +180,7 @@ def test_a_run_that_was_cut_off_goes_on_with_the_pairs_that_are_left(tmp_path: P
 
 
 def test_one_against_three_is_a_quarter_by_chance(tmp_path: Path) -> None:
-    pairs = [Pair(f"q{n}", None, "q", "good", ("x", "y", "z")) for n in range(400)]
+    pairs = [PreferencePair(f"q{n}", None, "q", "good", ("x", "y", "z")) for n in range(400)]
 
     class Random:
         name = "random"
@@ -267,9 +269,9 @@ def test_votes_ties_and_abstentions(text: str, winner: str | None, consistent: b
 def test_naming_the_answers_the_other_way_round_turns_the_verdict() -> None:
     """A judge of quality has no place to prefer: swapping a and b swaps the winner."""
     judge = FakeJudge("longer", lambda shown, rng: says(1 if len(shown.first) > len(shown.second) else 2))
-    duels = [Duel(str(n), None, "q", "x" * n, "y" * (7 - n)) for n in range(8)]
+    duels = [AnswerPair(str(n), None, "q", "x" * n, "y" * (7 - n)) for n in range(8)]
     there = [v.winner for v in compare(judge, duels)]
-    back = [v.winner for v in compare(judge, [Duel(d.id, None, "q", d.b, d.a) for d in duels])]
+    back = [v.winner for v in compare(judge, [AnswerPair(d.id, None, "q", d.b, d.a) for d in duels])]
     assert there == [{"a": "b", "b": "a"}[str(w)] for w in back]
 
 

@@ -21,7 +21,7 @@ from ramet.policy.engines.vision import Look, VideoReader
 from ramet.recipes import reproduce_longvideo as longvideo
 from ramet.recipes.nano.vision import random_vision_model
 from ramet.recipes.nano.watching import Teacher, demonstrate_watching, examples, needed, scenes_of
-from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.runs.settings import RunConfig, load, validate
 
 
@@ -70,9 +70,9 @@ def test_segments_cover_the_video_once(folder: Path) -> None:
 
 
 def test_rewards(folder: Path) -> None:
-    asked: list[Item] = []
+    asked: list[VideoAnswer] = []
 
-    def reward(item: Item) -> float:
+    def reward(item: VideoAnswer) -> float:
         asked.append(item)
         return 0.25
 
@@ -82,7 +82,7 @@ def test_rewards(folder: Path) -> None:
     right = task.reference.answer
     assert env.metrics == ("reward", "em")
     assert [env.grade(task, a) for a in (right, "mauve", None)] == [0.25, 0.25, 0.0]
-    assert asked[0] == Item(task.reference.evidence, task.reference.question, f"Answer: {right}")
+    assert asked[0] == VideoAnswer(task.reference.evidence, task.reference.question, f"Answer: {right}")
     assert [env.grade(task, a, "em") for a in (right, right.upper(), "mauve", None)] == [1.0, 1.0, 0.0, 0.0]
     assert LongVideoEnvironment(source).metrics == ("em",)
     with pytest.raises(ConfigError, match=r"env\.reward_model names none"):

@@ -17,14 +17,14 @@ from typing import Any
 
 from ramet.benchmarks.evaluation.statistics import clustered_mean
 from ramet.errors import ConfigError, TaskError
-from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
+from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
 
 NS = (1, 2, 4, 8, 16)
-Picker = ByScore | ByDuels
+Picker = ScoreSelector | PairwiseSelector
 
 
 def best_of_n(
-    questions: Sequence[Candidates], pickers: dict[str, Picker], ns: Sequence[int] = NS, draws: int = 16, seed: int = 0,
+    questions: Sequence[CandidateAnswers], pickers: dict[str, Picker], ns: Sequence[int] = NS, draws: int = 16, seed: int = 0,
     report: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A `best_of_n` record for each N and method: accuracy with its interval over videos, and what a pick asks of the model.
@@ -38,7 +38,7 @@ def best_of_n(
         raise ConfigError(f"best of n needs answers: a question has {fewest}")
     methods = ("pass", "majority", "random", *pickers)
     accuracies: dict[tuple[int, str], list[float]] = {(n, m): [] for n in ns for m in methods}
-    watched: list[Candidates] = []
+    watched: list[CandidateAnswers] = []
     fault: TaskError | None = None
     for question in questions:
         try:
@@ -66,7 +66,7 @@ def best_of_n(
     return records
 
 
-def _accuracies(question: Candidates, pickers: dict[str, Picker], n: int, draws: int, seed: int) -> dict[str, float]:
+def _accuracies(question: CandidateAnswers, pickers: dict[str, Picker], n: int, draws: int, seed: int) -> dict[str, float]:
     """Of each method on one question, the mean over draws of `n` of its answers."""
     rng = random.Random(f"best/{seed}/{question.id}/{n}")
     scores: dict[str, list[float]] = {m: [] for m in ("pass", "majority", "random", *pickers)}

@@ -20,9 +20,9 @@ import numpy as np
 from ramet.agents.journal import Journal
 from ramet.benchmarks.evaluation.statistics import Interval, clustered_mean, sign_test
 from ramet.errors import ConfigError, RewardError, TaskError
-from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.judge import Duel, Order, Vote, compare, decided, majority
-from ramet.rewards.video.pairs import Pair, Watched
+from ramet.rewards.video.discriminative import VideoAnswer
+from ramet.rewards.video.judge import AnswerPair, Order, Vote, compare, decided, majority
+from ramet.rewards.video.pairs import PreferencePair, VideoInput
 
 CONDITIONS = ("right", "wrong", "none", "reversed", "shuffled")
 """The pair's own video, another pair's, none; its frames backwards, or in any order."""
@@ -60,7 +60,7 @@ class Protocol:
         )
 
 
-def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, Watched]:
+def shown_videos(pairs: Sequence[PreferencePair], condition: str, seed: int) -> dict[str, VideoInput]:
     """The video of each pair under a condition. `wrong` takes another pair's, of the same category where there is one."""
     if condition not in CONDITIONS:
         raise ConfigError(f"no condition {condition!r}; there are {', '.join(CONDITIONS)}")
@@ -68,7 +68,7 @@ def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, 
         return {pair.id: None for pair in pairs}
     if condition != "wrong":
         return {pair.id: pair.video for pair in pairs}
-    shown: dict[str, Watched] = {}
+    shown: dict[str, VideoInput] = {}
     for pair in pairs:
         others = [p for p in pairs if p.video is not None and p.cluster != pair.cluster]
         if not others:
@@ -79,10 +79,10 @@ def shown_videos(pairs: Sequence[Pair], condition: str, seed: int) -> dict[str, 
 
 
 def run_bench(
-    model: Any, pairs: Sequence[Pair], protocol: Protocol, conditions: Sequence[str], journal: Journal,
+    model: Any, pairs: Sequence[PreferencePair], protocol: Protocol, conditions: Sequence[str], journal: Journal,
     report: Callable[[int], None] | None = None, at_once: int = 16,
 ) -> list[Record]:  # fmt: skip
-    """Ask `model` (a `Judge`, or what gives `Scores`) about every pair under every condition; known ones are taken from the journal.
+    """Ask `model`, a `PairwiseJudge` or a `VideoRewardModel`, about every pair under every condition; known ones come from the journal.
 
     A model with a method `look` is asked to look at frames backwards or shuffled; for one without, these conditions are the right one.
     """
@@ -106,7 +106,7 @@ def run_bench(
     return sorted(chosen, key=lambda r: (conditions.index(r["condition"]), order[r["id"]]))
 
 
-def _ask(model: Any, pairs: Sequence[Pair], protocol: Protocol) -> list[Record]:
+def _ask(model: Any, pairs: Sequence[PreferencePair], protocol: Protocol) -> list[Record]:
     """What the model says of each pair; `failed` where its video cannot be read, it is too long, or no score comes of it."""
     try:
         return _asked(model, pairs, protocol)
@@ -116,11 +116,11 @@ def _ask(model: Any, pairs: Sequence[Pair], protocol: Protocol) -> list[Record]:
         return [{"failed": str(error)}]
 
 
-def _asked(model: Any, pairs: Sequence[Pair], protocol: Protocol) -> list[Record]:
+def _asked(model: Any, pairs: Sequence[PreferencePair], protocol: Protocol) -> list[Record]:
     if protocol.mode == "pointwise":
-        scores = iter(model.score([Item(p.video, p.question, answer) for p in pairs for answer in (p.chosen, *p.rejected)]))
+        scores = iter(model.score([VideoAnswer(p.video, p.question, answer) for p in pairs for answer in (p.chosen, *p.rejected)]))
         return [{"chosen": next(scores), "rejected": [next(scores) for _ in pair.rejected]} for pair in pairs]
-    duels = [Duel(f"{p.id}/{n}", p.video, p.question, p.chosen, r) for p in pairs for n, r in enumerate(p.rejected)]
+    duels = [AnswerPair(f"{p.id}/{n}", p.video, p.question, p.chosen, r) for p in pairs for n, r in enumerate(p.rejected)]
     verdicts = iter(compare(model, duels, protocol.k, protocol.order, protocol.seed))
     return [{"votes": [[[v.forward, v.choice, v.said, v.error] for v in next(verdicts).votes] for _ in pair.rejected]} for pair in pairs]
 

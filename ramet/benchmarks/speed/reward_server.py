@@ -18,7 +18,7 @@ import uvicorn
 
 from ramet.errors import RewardError
 from ramet.policy.models.catalogue import find
-from ramet.rewards.video.discriminative import Item, VideoDRM
+from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.server import RemoteReward, RewardService
 from ramet.storage import meta, write_json
@@ -31,7 +31,7 @@ def bench_server(model: str, source: str, videos: Path | None, clients: int, rep
     Raises `RewardError` for an answer that is not the model's.
     """
     root = videos or Path(source).parent
-    asked = [[Item(q.shown, q.question, f"Answer: {c}") for c in q.choices] for q in load_questions(source, None, root) if q.choices]
+    asked = [[VideoAnswer(q.shown, q.question, f"Answer: {c}") for c in q.choices] for q in load_questions(source, None, root) if q.choices]
     random.Random(seed).shuffle(asked)
     direct, served = VideoDRM.load(find(model)), VideoDRM.load(find(model))
     everything = [item for group in asked for item in group]
@@ -68,7 +68,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _served(
-    service: RewardService, root: Path, asked: Sequence[Sequence[Item]], expected: Sequence[Sequence[float]], clients: int
+    service: RewardService, root: Path, asked: Sequence[Sequence[VideoAnswer]], expected: Sequence[Sequence[float]], clients: int
 ) -> tuple[float, int]:
     """Seconds until all clients have their answers, and calls of the model."""
     url, server, thread = _start(service)

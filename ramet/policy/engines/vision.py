@@ -129,8 +129,8 @@ class VideoReader:
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             temporal=vision.temporal_patch_size,
-            least=1,  # they are of the right size already
-            most=frames.pixels.shape[1] * frames.pixels.shape[2],
+            min_pixels=1,  # they are of the right size already
+            max_pixels=frames.pixels.shape[1] * frames.pixels.shape[2],
             mean=half if newest else MEAN,
             deviation=half if newest else DEVIATION,
         )

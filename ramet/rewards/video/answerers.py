@@ -55,7 +55,7 @@ class ModelAnswerer:
         for question in questions:
             choices = f"\nChoices: {', '.join(question.choices)}" if question.choices else ""
             messages.append(Message("user", f"{question.question}{choices}\n{ASKED}", () if blind else (question.video,)))
-        return self.model.write(messages, [f"{self.name}/{q.id}/{blind}" for q in questions], n, seed)
+        return self.model.generate(messages, [f"{self.name}/{q.id}/{blind}" for q in questions], n, seed)
 
 
 class _Recorded(BaseModel):
@@ -64,7 +64,7 @@ class _Recorded(BaseModel):
     blind: Flag = False
 
 
-class Recorded:
+class RecordedAnswers:
     """Answers that somebody sampled already: rows with `id` (of the question) and `response`, and perhaps `source`, `blind`."""
 
     def __init__(self, source: str, fields: Mapping[str, str] | None = None):

@@ -29,9 +29,9 @@ from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
 from ramet.errors import TaskError
 from ramet.media.frames import content_id, read_frames
-from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.judge import Duel, Judge, Scores, compare
-from ramet.rewards.video.pairs import Pair, readable
+from ramet.rewards.video.discriminative import VideoAnswer
+from ramet.rewards.video.judge import AnswerPair, PairwiseJudge, VideoRewardModel, compare
+from ramet.rewards.video.pairs import PreferencePair, readable
 from ramet.rewards.video.questions import VideoQuestion
 
 LONGEST = 600.0
@@ -68,7 +68,7 @@ class BuildConfig:
 
 
 @dataclass
-class Counts:
+class StageCounts:
     """What came into each stage, what is left, and why the rest is not, for the datasheet."""
 
     stages: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampledAnswer:
     """One sampled answer."""
 
     text: str
@@ -86,13 +86,13 @@ class Answer:
     right: bool
 
 
-class Build:
+class PairBuilder:
     """One run of the pipeline. `judge` also judges without the video; see stage 6."""
 
     def __init__(
         self, questions: Sequence[VideoQuestion], answerers: Sequence[Answerer], config: BuildConfig, journal: Journal,
-        judge: Judge | None = None, scores: Scores | None = None, weak: Answerer | None = None, benchmarks: Sequence[Pair] = (),
-        report: Callable[[str, int, int], None] | None = None,
+        judge: PairwiseJudge | None = None, scores: VideoRewardModel | None = None, weak: Answerer | None = None,
+        benchmarks: Sequence[PreferencePair] = (), report: Callable[[str, int, int], None] | None = None,
     ):  # fmt: skip
         if not answerers:
             raise TaskError("pairs need answers: name an answerer")
@@ -100,11 +100,11 @@ class Build:
         self.judge, self.scores, self.weak, self.benchmarks = judge, scores, weak, benchmarks
         self.unseen = 0
         """Benchmark pairs that name no video, or one that cannot be read: only copies of their questions are found."""
-        self.counts = Counts()
+        self.counts = StageCounts()
         self._report = report or (lambda stage, done, total: None)
         self._known = {(r["stage"], r["key"]): r["value"] for r in journal}
 
-    def run(self) -> list[Pair]:
+    def run(self) -> list[PreferencePair]:
         """All stages; `counts` and `sheet` tell what they did."""
         asked = self._prompts()
         answers = self._rollouts(asked)
@@ -170,18 +170,18 @@ class Build:
         dropped[why] += len(questions) - len(left)
         return left
 
-    def _rollouts(self, questions: Sequence[VideoQuestion]) -> dict[str, list[Answer]]:
-        answers: dict[str, list[Answer]] = {q.id: [] for q in questions}
+    def _rollouts(self, questions: Sequence[VideoQuestion]) -> dict[str, list[SampledAnswer]]:
+        answers: dict[str, list[SampledAnswer]] = {q.id: [] for q in questions}
         for number, answerer in enumerate(self.answerers):
             for question, said in zip(questions, self._answers("rollout", number, answerer, questions, self.config.n), strict=True):
-                answers[question.id] += [Answer(text, answerer.name, question.right(text)) for text in said if text.strip()]
+                answers[question.id] += [SampledAnswer(text, answerer.name, question.right(text)) for text in said if text.strip()]
         total = len(questions) * len(self.answerers) * self.config.n
         made = sum(map(len, answers.values()))
         self.counts.stage("2 rollouts", total, made, Counter({"empty": total - made}))
         return answers
 
     def _verify(
-        self, questions: Sequence[VideoQuestion], answers: dict[str, list[Answer]]
+        self, questions: Sequence[VideoQuestion], answers: dict[str, list[SampledAnswer]]
     ) -> tuple[list[VideoQuestion], list[VideoQuestion]]:
         shares = {q.id: {a.right for a in answers[q.id]} for q in questions}
         mixed = [q for q in questions if shares[q.id] == {True, False}]
@@ -190,7 +190,7 @@ class Build:
         self.counts.stage("3 verify", len(questions), len(mixed), dropped)
         return mixed, easy
 
-    def _paired(self, questions: Sequence[VideoQuestion], answers: dict[str, list[Answer]]) -> list[Pair]:
+    def _paired(self, questions: Sequence[VideoQuestion], answers: dict[str, list[SampledAnswer]]) -> list[PreferencePair]:
         pairs, lonely = [], 0
         for question in questions:
             right = _distinct(a for a in answers[question.id] if a.right)
@@ -210,7 +210,7 @@ class Build:
         self.counts.stage("4 pair", len(questions), len(pairs), Counter({"questions without a pair": lonely}))
         return pairs
 
-    def _judged(self, pairs: list[Pair], stage: str) -> list[Pair]:
+    def _judged(self, pairs: list[PreferencePair], stage: str) -> list[PreferencePair]:
         dropped: Counter[str] = Counter()
         left = list(pairs)
         if self.judge is not None:
@@ -224,22 +224,22 @@ class Build:
         self.counts.stage(stage, len(pairs), len(left), dropped)
         return left
 
-    def _higher(self, pairs: list[Pair]) -> list[bool]:
+    def _higher(self, pairs: list[PreferencePair]) -> list[bool]:
         assert self.scores is not None
         scores = self.scores
 
         def make(part: list[int]) -> list[bool]:
-            items = [Item(pairs[i].video, pairs[i].question, a) for i in part for a in (pairs[i].chosen, pairs[i].rejected[0])]
+            items = [VideoAnswer(pairs[i].video, pairs[i].question, a) for i in part for a in (pairs[i].chosen, pairs[i].rejected[0])]
             found = scores.score(items)
             return [a > b for a, b in zip(found[::2], found[1::2], strict=True)]
 
         return self._kept("score", [pair.id for pair in pairs], make)
 
-    def _verdicts(self, stage: str, judge: Judge, pairs: list[Pair], blind: bool) -> list[str]:
+    def _verdicts(self, stage: str, judge: PairwiseJudge, pairs: list[PreferencePair], blind: bool) -> list[str]:
         """For each pair "a" if it wins in both orders, else why not."""
 
         def make(part: list[int]) -> list[str]:
-            duels = [Duel(p.id, None if blind else p.video, p.question, p.chosen, p.rejected[0]) for p in (pairs[i] for i in part)]
+            duels = [AnswerPair(p.id, None if blind else p.video, p.question, p.chosen, p.rejected[0]) for p in (pairs[i] for i in part)]
             found = []
             for verdict in compare(judge, duels, 1, "both", self.config.seed):
                 if verdict.invalid:
@@ -252,10 +252,10 @@ class Build:
 
         return self._kept(stage, [pair.id for pair in pairs], make)
 
-    def _negatives(self, questions: Sequence[VideoQuestion], answers: dict[str, list[Answer]]) -> list[Pair]:
+    def _negatives(self, questions: Sequence[VideoQuestion], answers: dict[str, list[SampledAnswer]]) -> list[PreferencePair]:
         """Each question's right answer beside one with another statement, the first of a few tries that passes the gates."""
         waiting = {q.id: self._changed(q, answers[q.id]) for q in questions}
-        found: dict[str, Pair] = {}
+        found: dict[str, PreferencePair] = {}
         dropped: Counter[str] = Counter()
         for attempt in range(TRIES):
             tried = [(i, tries[attempt]) for i, tries in waiting.items() if i not in found and attempt < len(tries)]
@@ -274,7 +274,7 @@ class Build:
         self.counts.stage("6 negatives", len(questions), len(found), dropped)
         return list(found.values())
 
-    def _changed(self, question: VideoQuestion, answers: Sequence[Answer]) -> list[Pair]:
+    def _changed(self, question: VideoQuestion, answers: Sequence[SampledAnswer]) -> list[PreferencePair]:
         """Right answers in which every mention of what they state is another choice's."""
         stated = question.stated(f"Answer: {question.answer}")
         others = [c for c in question.choices if c != stated]
@@ -286,11 +286,13 @@ class Build:
             text = re.sub(rf"(?<!\w){re.escape(str(stated))}(?!\w)", partial(_just, other), answer.text, flags=re.IGNORECASE)
             if text != answer.text and not question.right(text):
                 made.append(
-                    _pair(question, f"{question.id}-changed-{attempt}", answer.text, Answer(text, f"{answer.source}, changed", False))
+                    _pair(
+                        question, f"{question.id}-changed-{attempt}", answer.text, SampledAnswer(text, f"{answer.source}, changed", False)
+                    )
                 )
         return made
 
-    def _clean(self, pairs: list[Pair]) -> list[Pair]:
+    def _clean(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
         dropped: Counter[str] = Counter()
         shown: dict[Segment, np.ndarray] = {}
 
@@ -326,7 +328,7 @@ class Build:
         self.counts.stage("7 clean", len(pairs), len(left), dropped)
         return left
 
-    def sheet(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def sheet(self, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
         """The datasheet, as numbers."""
         words = [(len(p.chosen.split()), len(p.rejected[0].split())) for p in pairs]
         mean = [sum(w[side] for w in words) / max(len(words), 1) for side in (0, 1)]
@@ -371,8 +373,8 @@ def datasheet(sheet: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pair(question: VideoQuestion, name: str, chosen: str, rejected: Answer) -> Pair:
-    return Pair(name, question.shown, question.question, chosen, (rejected.text,), question.category, rejected.source)
+def _pair(question: VideoQuestion, name: str, chosen: str, rejected: SampledAnswer) -> PreferencePair:
+    return PreferencePair(name, question.shown, question.question, chosen, (rejected.text,), question.category, rejected.source)
 
 
 def _just(text: str, match: re.Match[str]) -> str:
@@ -380,12 +382,12 @@ def _just(text: str, match: re.Match[str]) -> str:
     return text
 
 
-def _distinct(answers: Iterable[Answer]) -> list[Answer]:
+def _distinct(answers: Iterable[SampledAnswer]) -> list[SampledAnswer]:
     """Without repeated texts."""
     return list({a.text: a for a in answers}.values())
 
 
-def _unlike(a: Answer, b: Answer) -> float:
+def _unlike(a: SampledAnswer, b: SampledAnswer) -> float:
     """How easily two answers are told apart by what should not count: length in words, and who wrote them."""
     return abs(len(a.text.split()) - len(b.text.split())) + (8.0 if a.source != b.source else 0.0)
 

@@ -1,7 +1,7 @@
 """VideoDRM: a vision-language model with a scalar head in place of its vocabulary, trained on preferences.
 
     drm = VideoDRM.load(Path("drm"))
-    drm.score([Item(Segment("clip.mp4"), "What colour is the square?", "Answer: red")])    # higher is better
+    drm.score([VideoAnswer(Segment("clip.mp4"), "What colour is the square?", "Answer: red")])    # higher is better
 
 The published model's backbone, head and loss are not public: those here are our design (see docs/video-rewards.md). Any Hugging
 Face vision-language model that follows the call of Qwen2.5-VL and Qwen3-VL can be the base.
@@ -33,7 +33,7 @@ from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.engines.vision import Look, Prompted, VideoReader, model_inputs, shown_id
 from ramet.policy.models.lora import merged
-from ramet.rewards.video.pairs import Watched, watched
+from ramet.rewards.video.pairs import VideoInput, segments_of
 from ramet.terminal import quiet
 
 SETTINGS = "video_drm.json"
@@ -46,10 +46,10 @@ SCORES = 2**16
 
 
 @dataclass(frozen=True)
-class Item:
+class VideoAnswer:
     """An answer to a question about a video, or several. No video: the question is asked blind."""
 
-    video: Watched
+    video: VideoInput
     question: str
     answer: str
 
@@ -69,7 +69,7 @@ class DRMSettings:
     centre: float = 0.0
 
 
-class Scorer(PreTrainedModel):  # type: ignore[misc]
+class ScalarHeadModel(PreTrainedModel):  # type: ignore[misc]
     """The backbone without its vocabulary and a linear score in float32. Its call is the backbone's; `logits` are (B, 1).
 
     `answer_mask` (B, T) marks the answer, for pooling by mean. Padding may be on either side.
@@ -139,7 +139,7 @@ def _parts(spans: Sequence[list[int]]) -> list[list[list[int]]]:
 class VideoDRM:
     """Scores answers. `scorer` is the network; build one with `from_base`, or `load` a trained one."""
 
-    def __init__(self, scorer: Scorer, tokenizer: Any, settings: DRMSettings, max_batch: int = 16):
+    def __init__(self, scorer: ScalarHeadModel, tokenizer: Any, settings: DRMSettings, max_batch: int = 16):
         self.scorer, self.tokenizer, self.settings, self.max_batch = scorer, tokenizer, settings, max_batch
         self.chat: ChatFormat = chat_format("auto", tokenizer)
         self.name = "VideoDRM"
@@ -165,7 +165,7 @@ class VideoDRM:
             raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return cls(Scorer(backbone.config, backbone, settings.pooling), tokenizer, settings)
+            return cls(ScalarHeadModel(backbone.config, backbone, settings.pooling), tokenizer, settings)
 
     def save(self, path: Path) -> None:
         """Weights (adapters merged), configuration, tokenizer and settings in a directory, with the versions that they are of."""
@@ -193,9 +193,11 @@ class VideoDRM:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             weights = load_file(path / "model.safetensors")
-            config.dtype = next(weight.dtype for name, weight in weights.items() if name.startswith(f"{Scorer.base_model_prefix}."))
+            config.dtype = next(
+                weight.dtype for name, weight in weights.items() if name.startswith(f"{ScalarHeadModel.base_model_prefix}.")
+            )
             with torch.random.fork_rng():
-                scorer = Scorer(config, None, settings.pooling)
+                scorer = ScalarHeadModel(config, None, settings.pooling)
             scorer.load_state_dict(weights, assign=True)  # each in the precision in which it was kept
         except Exception as error:  # of json, transformers, safetensors and torch
             raise CheckpointError(f"the VideoDRM in {path} cannot be loaded: {first_line(error)}") from error
@@ -213,9 +215,9 @@ class VideoDRM:
         settings = replace(self.settings, look=replace(self.settings.look, **changes))
         return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
 
-    def prompt(self, video: Watched, question: str) -> Prompted:
+    def prompt(self, video: VideoInput, question: str) -> Prompted:
         """What stands before an answer."""
-        media = watched(video)
+        media = segments_of(video)
         ids = self.chat.render([Message("user", question, media)], tools=False)
         return Prompted(ids, tuple(self.reader(segment).video for segment in media))
 
@@ -232,7 +234,7 @@ class VideoDRM:
     def batch(
         self, prompts: Sequence[Prompted], answers: Sequence[list[int]], side: Literal["left", "right"] = "right"
     ) -> dict[str, Tensor]:
-        """Inputs of `Scorer` for one answer to each prompt."""
+        """Inputs of `ScalarHeadModel` for one answer to each prompt."""
         wholes = [Prompted(self._whole(p, a), p.videos) for p, a in zip(prompts, answers, strict=True)]
         inputs = model_inputs(self.scorer.config, wholes, self.tokenizer.pad_token_id or 0, side)
         mask = torch.zeros_like(inputs["attention_mask"])
@@ -241,15 +243,15 @@ class VideoDRM:
             mask[place, end - len(answer) : end] = 1
         return inputs | {"answer_mask": mask}
 
-    def score(self, items: Sequence[Item]) -> list[float]:
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]:
         """One score an item, higher is better; a question is read once for all its answers. Known ones are not computed again.
 
         Raises `TaskError` for a video that cannot be read, `RewardError` for what is too long and for a score that is no number.
         """
         keys = [self._key(item) for item in items]
-        missing: dict[tuple[Any, ...], Item] = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
+        missing: dict[tuple[Any, ...], VideoAnswer] = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         found: dict[tuple[Any, ...], float] = {key: self._known[key] for key in keys if key in self._known}
-        groups: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], Item]]] = {}
+        groups: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], VideoAnswer]]] = {}
         for key, item in missing.items():
             groups.setdefault(key[:-1], []).append((key, item))
         singles = [group[0] for group in groups.values() if len(group) == 1]
@@ -270,16 +272,16 @@ class VideoDRM:
         """Compute known scores again."""
         self._known.clear()
 
-    def _key(self, item: Item) -> tuple[Any, ...]:
-        return (tuple(map(shown_id, watched(item.video))), item.question, item.answer)
+    def _key(self, item: VideoAnswer) -> tuple[Any, ...]:
+        return (tuple(map(shown_id, segments_of(item.video))), item.question, item.answer)
 
     @torch.inference_mode()
-    def _singly(self, items: Sequence[Item]) -> list[float]:
+    def _singly(self, items: Sequence[VideoAnswer]) -> list[float]:
         inputs = self.batch([self.prompt(i.video, i.question) for i in items], [self.answer_ids(i.answer) for i in items])
         return self._numbers(self.scorer(**self._placed(inputs)).logits)
 
     @torch.inference_mode()
-    def score_together(self, video: Watched, question: str, answers: Sequence[str]) -> list[float]:
+    def score_together(self, video: VideoInput, question: str, answers: Sequence[str]) -> list[float]:
         """Scores of several answers to one question, which is read once: each answer sees it and itself, and no other answer."""
         prompt, spans = self.prompt(video, question), [self.answer_ids(answer) for answer in answers]
         for span in spans:
@@ -330,6 +332,6 @@ class VideoDRM:
         """The odds that an answer of a score beats a middling one, as a probability: a reward between 0 and 1."""
         return [sigmoid((score - self.settings.centre) / self.settings.temperature) for score in scores]
 
-    def probabilities(self, items: Sequence[Item]) -> list[float]:
+    def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
         """The rewards of answers."""
         return self.rewards(self.score(items))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ramet.errors import ConfigError
-from ramet.rewards.video.judge import Shown
+from ramet.rewards.video.judge import PairwisePrompt
 
 
 def says(choice: int) -> str:
@@ -20,9 +20,9 @@ class FakeJudge:
     """Says what `rule` gives for a question and a number of the seed's stream."""
 
     name: str
-    rule: Callable[[Shown, random.Random], str]
+    rule: Callable[[PairwisePrompt, random.Random], str]
 
-    def say(self, shown: Sequence[Shown], k: int, seed: int) -> list[list[str]]:
+    def judge(self, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
         outputs = []
         for one in shown:
             rng = random.Random(f"{self.name}/{seed}/{one.id}/{one.first}/{one.second}")
@@ -30,13 +30,13 @@ class FakeJudge:
         return outputs
 
 
-def _raise(shown: Shown, rng: random.Random) -> str:
+def _raise(shown: PairwisePrompt, rng: random.Random) -> str:
     raise ValueError("a judge that raises")
 
 
 def fake_judge(name: str, better: Mapping[str, str]) -> FakeJudge:
     """always-first, always-second, random, malformed, empty, raising, or oracle: one that knows the better answer of each id."""
-    rules: dict[str, Callable[[Shown, random.Random], str]] = {
+    rules: dict[str, Callable[[PairwisePrompt, random.Random], str]] = {
         "always-first": lambda shown, rng: says(1),
         "always-second": lambda shown, rng: says(2),
         "random": lambda shown, rng: says(rng.randint(1, 2)),

@@ -18,7 +18,7 @@ from typing import Any
 from ramet.data import Row, text
 from ramet.data import field as field_of
 from ramet.errors import TaskError
-from ramet.media.pictures import SUFFIXES, in_folder
+from ramet.media.pictures import SUFFIXES, images_in_folder
 
 WITHOUT = "none"
 """What a field map calls `video` where rows may come without one."""
@@ -79,7 +79,7 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Format:
+class PreferenceFormat:
     """A form of preferences: the columns that make it out, by our names."""
 
     name: str
@@ -130,7 +130,7 @@ def best_of(rated: Sequence[tuple[str, float]]) -> Preference:
     return Preference(tuple(said for said, _ in rated), _highest([rating for _, rating in rated]))
 
 
-def _form(columns: Columns) -> Format | None:
+def _form(columns: Columns) -> PreferenceFormat | None:
     return next((form for form in FORMATS if all(columns.column(name) is not None for name in form.needs)), None)
 
 
@@ -201,17 +201,17 @@ def _winner(columns: Columns) -> int | None:
     raise TaskError(f"{columns.where}: its winner is {str(value)[:40]!r}, which is neither A, B, 1, 2, left, right nor a tie")
 
 
-RATED_TOGETHER = Format("rated answers", ("responses", "ratings"), _rated)
-RATED = Format("a row for each rated answer", ("response", "rating"), _rated)
+RATED_TOGETHER = PreferenceFormat("rated answers", ("responses", "ratings"), _rated)
+RATED = PreferenceFormat("a row for each rated answer", ("response", "rating"), _rated)
 """Several rows make a preference: see `rated`."""
 FORMATS = (
-    Format("ranked answers", ("responses", "rankings"), _ranked),
+    PreferenceFormat("ranked answers", ("responses", "rankings"), _ranked),
     RATED_TOGETHER,
-    Format("two answers and a winner", ("a", "b", "winner"), _voted),
-    Format("two answers with a rating each", ("a", "b", "rating_a", "rating_b"), _both_rated),
-    Format("two videos and a winner", ("left", "right", "winner"), _videos),
-    Format("chosen and rejected", ("chosen", "rejected"), _chosen),
-    Format("a conversation that ends with the chosen answer", ("question", "rejected"), _chosen),
+    PreferenceFormat("two answers and a winner", ("a", "b", "winner"), _voted),
+    PreferenceFormat("two answers with a rating each", ("a", "b", "rating_a", "rating_b"), _both_rated),
+    PreferenceFormat("two videos and a winner", ("left", "right", "winner"), _videos),
+    PreferenceFormat("chosen and rejected", ("chosen", "rejected"), _chosen),
+    PreferenceFormat("a conversation that ends with the chosen answer", ("question", "rejected"), _chosen),
 )
 
 
@@ -255,7 +255,7 @@ def frames_of(names: Sequence[str]) -> tuple[str, int, int] | None:
     if len(names) < 2 or any(Path(name).suffix.lower() not in SUFFIXES for name in names):
         return None
     folder = Path(names[0]).parent
-    there = in_folder(folder) if folder.is_dir() else []
+    there = images_in_folder(folder) if folder.is_dir() else []
     places = {str(file): n for n, file in enumerate(there)}
     found = [places.get(str(Path(name)), -1) for name in names]
     if found != list(range(found[0], found[0] + len(found))) or found[0] < 0:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from ramet.errors import RewardError, TaskError
-from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.judge import Scores
-from ramet.rewards.video.pairs import segments
+from ramet.rewards.video.discriminative import VideoAnswer
+from ramet.rewards.video.judge import VideoRewardModel
+from ramet.rewards.video.pairs import video_of_row
 
 COLUMNS = ("question", "video", "start", "end")
 ANSWERS = ("text", "output_text")
 """Types of the parts of a message that are its answer; thoughts, calls and pictures are none."""
 
 
-def as_reward_fn(model: Scores, videos: Path, default: float | None = None) -> Callable[..., list[float]]:
+def as_reward_fn(model: VideoRewardModel, videos: Path, default: float | None = None) -> Callable[..., list[float]]:
     """TRL's `(completions, **columns) -> list[float]`, over the columns `question` and `video` (a path below `videos`, or None).
 
     The columns `start` and `end`, where there are any, are the seconds of the video that are shown.
@@ -59,16 +59,16 @@ def _rows(completions: Sequence[Any], columns: Mapping[str, Any]) -> list[dict[s
     ]
 
 
-def _item(row: dict[str, Any], videos: Path) -> Item:
+def _item(row: dict[str, Any], videos: Path) -> VideoAnswer:
     question, where = row["question"], row["where"]
     if not isinstance(question, str):
         raise RewardError(f"{where}: its question is {str(question)[:40]!r}, no text")
     shown: dict[str, Any] = {name: row[name] for name in ("video", "start", "end") if name in row}
-    video = None if row["video"] is None else segments(shown, {}, videos, where)
-    return Item(video, question, _answer(row["completion"], where))
+    video = None if row["video"] is None else video_of_row(shown, {}, videos, where)
+    return VideoAnswer(video, question, _answer(row["completion"], where))
 
 
-def _finite(model: Scores, items: Sequence[Item]) -> list[float]:
+def _finite(model: VideoRewardModel, items: Sequence[VideoAnswer]) -> list[float]:
     scores = model.score(items)
     if not all(map(math.isfinite, scores)):
         raise RewardError(f"{model.name} gives scores that are no numbers")

@@ -1,7 +1,7 @@
 """VideoGRM: a vision-language model that writes a critique and then a verdict, between two answers or on one.
 
     grm = VideoGRM.load(Path("model"))
-    compare(grm, [Duel("1", Segment("clip.mp4"), "What colour is the square?", "red", "blue")], k=5)
+    compare(grm, [AnswerPair("1", Segment("clip.mp4"), "What colour is the square?", "red", "blue")], k=5)
 
 What it is asked, and the grammar of what counts, are ours (see docs/video-rewards.md). Samples come from the engine of the
 delegation policy: k votes read the video once.
@@ -29,9 +29,9 @@ from ramet.errors import RewardError
 from ramet.policy.engines.vision import Look, VideoReader, VisionPolicy, shown_id
 from ramet.policy.models.load import load_model
 from ramet.policy.training.rows import token_logprobs
-from ramet.rewards.video.discriminative import SCORES, Item
-from ramet.rewards.video.judge import Shown, parse_rating
-from ramet.rewards.video.pairs import watched
+from ramet.rewards.video.discriminative import SCORES, VideoAnswer
+from ramet.rewards.video.judge import PairwisePrompt, parse_rating
+from ramet.rewards.video.pairs import segments_of
 
 PAIRWISE = (
     "A video, a question about it, and two answers. Which answer is right about the video?\nQuestion: {question}\nAnswer 1: {first}\n"
@@ -57,14 +57,14 @@ class GRMSettings:
     votes: int = 1
 
 
-def pairwise(shown: Shown) -> Message:
+def pairwise(shown: PairwisePrompt) -> Message:
     """What a judge reads. Answers are untrusted: they stand in it as text, and no part of them is a control token."""
     text = PAIRWISE.format(question=shown.question, first=shown.first, second=shown.second)
-    return Message("user", text, watched(shown.video))
+    return Message("user", text, segments_of(shown.video))
 
 
 class VideoGRM:
-    """A judge between answers (`say`), and a score of one (`score`)."""
+    """A judge between answers (`judge`), and a score of one (`score`)."""
 
     def __init__(self, model: Any, tokenizer: Any, chat: ChatFormat, settings: GRMSettings):
         self.model, self.tokenizer, self.chat, self.settings = model, tokenizer, chat, settings
@@ -84,11 +84,11 @@ class VideoGRM:
         """The same model looking at videos otherwise."""
         return VideoGRM(self.model, self.tokenizer, self.chat, replace(self.settings, look=replace(self.settings.look, **changes)))
 
-    def say(self, shown: Sequence[Shown], k: int, seed: int) -> list[list[str]]:
-        """`k` outputs for each; see `Judge`."""
-        return self.write([pairwise(one) for one in shown], [f"{one.id}/{one.first}" for one in shown], k, seed)
+    def judge(self, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
+        """`k` outputs for each; see `PairwiseJudge`."""
+        return self.generate([pairwise(one) for one in shown], [f"{one.id}/{one.first}" for one in shown], k, seed)
 
-    def write(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[str]]:
+    def generate(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[str]]:
         """`k` texts after each message; `places` make their seeds."""
         return [[self._text(sample) for sample in group] for group in self.sample(messages, places, k, seed)]
 
@@ -121,9 +121,9 @@ class VideoGRM:
         drain.run(main)
         return [found[start : start + k] for start in range(0, len(found), k)]
 
-    def rate(self, items: Sequence[Item], seed: int = 0) -> list[tuple[float | None, list[str]]]:
+    def rate(self, items: Sequence[VideoAnswer], seed: int = 0) -> list[tuple[float | None, list[str]]]:
         """(mean rating from 1 to 10, None if none can be read; the outputs) of each item."""
-        messages = [Message("user", POINTWISE.format(question=i.question, answer=i.answer), watched(i.video)) for i in items]
+        messages = [Message("user", POINTWISE.format(question=i.question, answer=i.answer), segments_of(i.video)) for i in items]
         groups = self.sample(messages, [f"{i.question}/{i.answer}" for i in items], self.settings.votes, seed)
         rated = []
         for message, group in zip(messages, groups, strict=True):
@@ -134,12 +134,12 @@ class VideoGRM:
             rated.append((sum(numbers) / len(numbers) if numbers else None, said))
         return rated
 
-    def score(self, items: Sequence[Item]) -> list[float]:
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]:
         """Mean ratings; known ones are not asked for again.
 
         An answer of which no rating can be read has none: `RewardError`, never a number of ours.
         """
-        keys = [(tuple(map(shown_id, watched(i.video))), i.question, i.answer) for i in items]
+        keys = [(tuple(map(shown_id, segments_of(i.video))), i.question, i.answer) for i in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         found = {key: self._known[key] for key in keys if key in self._known}
         for (key, item), (rating, said) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
@@ -154,7 +154,7 @@ class VideoGRM:
         """Ratings as rewards between 0 and 1."""
         return [(rating - 1) / 9 for rating in scores]
 
-    def probabilities(self, items: Sequence[Item]) -> list[float]:
+    def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
         """The rewards of answers."""
         return self.rewards(self.score(items))
 

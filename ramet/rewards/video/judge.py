@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ramet.errors import ConfigError, RametError, first_line
-from ramet.rewards.video.discriminative import Item, sigmoid
-from ramet.rewards.video.pairs import Watched
+from ramet.rewards.video.discriminative import VideoAnswer, sigmoid
+from ramet.rewards.video.pairs import VideoInput
 
 Order = Literal["both", "random"]
 _CRITIQUE = r"\s*<think>(?P<critique>(?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>\s*(?P<said>%s)\s*</answer>\s*"
@@ -23,53 +23,53 @@ _RATING = re.compile(_CRITIQUE % "10|[1-9]", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Duel:
+class AnswerPair:
     """Two answers to one question about a video."""
 
     id: str
-    video: Watched
+    video: VideoInput
     question: str
     a: str
     b: str
 
 
 @dataclass(frozen=True)
-class Shown:
+class PairwisePrompt:
     """A duel as a judge sees it."""
 
     id: str
-    video: Watched
+    video: VideoInput
     question: str
     first: str
     second: str
 
 
-class Judge(Protocol):
+class PairwiseJudge(Protocol):
     """Says which of two answers is better."""
 
     @property
     def name(self) -> str: ...
 
-    def say(self, shown: Sequence[Shown], k: int, seed: int) -> list[list[str]]:
+    def judge(self, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
         """`k` outputs for each, as they were sampled. What it raises counts as k abstentions; a `RametError` of ours is passed on."""
 
 
-class Scores(Protocol):
+class VideoRewardModel(Protocol):
     """Gives answers a score."""
 
     @property
     def name(self) -> str: ...
 
-    def score(self, items: Sequence[Item]) -> list[float]: ...
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]: ...
 
 
-class Rewards(Protocol):
+class NormalizedRewardModel(Protocol):
     """Gives answers a reward between 0 and 1."""
 
-    def probabilities(self, items: Sequence[Item]) -> list[float]: ...
+    def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]: ...
 
 
-class Served(Scores, Protocol):
+class ServedRewardModel(VideoRewardModel, Protocol):
     """Its rewards are a function of its scores."""
 
     def rewards(self, scores: Sequence[float]) -> list[float]: ...
@@ -103,7 +103,7 @@ class Vote:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PairwiseVerdict:
     """`winner` is "a", "b", or None where votes are equal or there is none.
 
     consistent   did each order by itself name the same answer? None unless both were asked
@@ -130,14 +130,14 @@ def majority(votes: Sequence[Vote]) -> Literal["a", "b"] | None:
     return "a" if lead > 0 else "b" if lead < 0 else None
 
 
-def decided(votes: Sequence[Vote]) -> Verdict:
+def decided(votes: Sequence[Vote]) -> PairwiseVerdict:
     """The verdict of all votes together."""
     both = [majority([v for v in votes if v.forward is forward]) for forward in (True, False)]
     asked = {vote.forward for vote in votes}
-    return Verdict(majority(votes), tuple(votes), both[0] is not None and both[0] == both[1] if len(asked) == 2 else None)
+    return PairwiseVerdict(majority(votes), tuple(votes), both[0] is not None and both[0] == both[1] if len(asked) == 2 else None)
 
 
-def orders(duel: Duel, order: Order, seed: int) -> list[bool]:
+def orders(duel: AnswerPair, order: Order, seed: int) -> list[bool]:
     """The orders in which a duel is shown: `both`, or one that the seed and the duel fix."""
     if order == "both":
         return [True, False]
@@ -146,7 +146,7 @@ def orders(duel: Duel, order: Order, seed: int) -> list[bool]:
     return [random.Random(f"order/{seed}/{duel.id}").random() < 0.5]
 
 
-def compare(judge: Judge, duels: Sequence[Duel], k: int = 1, order: Order = "both", seed: int = 0) -> list[Verdict]:
+def compare(judge: PairwiseJudge, duels: Sequence[AnswerPair], k: int = 1, order: Order = "both", seed: int = 0) -> list[PairwiseVerdict]:
     """Verdicts of `k` votes in each order."""
     if k < 1:
         raise ConfigError(f"a verdict takes at least one vote (got {k})")
@@ -154,17 +154,17 @@ def compare(judge: Judge, duels: Sequence[Duel], k: int = 1, order: Order = "bot
     shown = []
     for n, forward in asked:
         d = duels[n]
-        shown.append(Shown(d.id, d.video, d.question, *((d.a, d.b) if forward else (d.b, d.a))))
+        shown.append(PairwisePrompt(d.id, d.video, d.question, *((d.a, d.b) if forward else (d.b, d.a))))
     votes: list[list[Vote]] = [[] for _ in duels]
     for (n, forward), outputs in zip(asked, _said(judge, shown, k, seed), strict=True):
         votes[n] += [Vote(forward, parse_choice(said)[0], said, error) for said, error in outputs]
     return [decided(v) for v in votes]
 
 
-def _said(judge: Judge, shown: Sequence[Shown], k: int, seed: int) -> list[list[tuple[str, str]]]:
+def _said(judge: PairwiseJudge, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[tuple[str, str]]]:
     """(output, error) of every sample. Where a batch raises, each of it is asked by itself, so that one does not spoil the others."""
     try:
-        outputs = [list(map(str, said)) for said in judge.say(shown, k, seed)]
+        outputs = [list(map(str, said)) for said in judge.judge(shown, k, seed)]
     except RametError:
         raise  # the model or the video cannot be had: no matter of judgement
     except Exception as error:
@@ -176,10 +176,10 @@ def _said(judge: Judge, shown: Sequence[Shown], k: int, seed: int) -> list[list[
     return [[(said, "") for said in group] for group in outputs]
 
 
-def by_scores(model: Scores, duels: Sequence[Duel], temperature: float = 1.0) -> list[Verdict]:
+def by_scores(model: VideoRewardModel, duels: Sequence[AnswerPair], temperature: float = 1.0) -> list[PairwiseVerdict]:
     """Verdicts of a model that scores answers one by one: probability(a) = sigmoid of the difference over the temperature."""
-    scores = model.score([Item(d.video, d.question, answer) for d in duels for answer in (d.a, d.b)])
+    scores = model.score([VideoAnswer(d.video, d.question, answer) for d in duels for answer in (d.a, d.b)])
     verdicts = []
     for a, b in zip(scores[::2], scores[1::2], strict=True):
-        verdicts.append(Verdict("a" if a > b else "b" if b > a else None, probability=sigmoid((a - b) / temperature)))
+        verdicts.append(PairwiseVerdict("a" if a > b else "b" if b > a else None, probability=sigmoid((a - b) / temperature)))
     return verdicts

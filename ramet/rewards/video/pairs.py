@@ -17,24 +17,24 @@ from typing import Any, Protocol, TypeVar
 from ramet.agents.tree import Segment
 from ramet.data import Row, load_rows
 from ramet.errors import TaskError
-from ramet.media.pictures import in_folder
+from ramet.media.pictures import images_in_folder
 from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, Preference, best_of, frames_of, media, preference, question, rated
 
-Watched = Segment | tuple[Segment, ...] | None
+VideoInput = Segment | tuple[Segment, ...] | None
 """What a question is about: a video, several, or none, where it is asked blind."""
 
 
-def watched(video: Watched) -> tuple[Segment, ...]:
+def segments_of(video: VideoInput) -> tuple[Segment, ...]:
     """The videos of a question, in order."""
     return video if isinstance(video, tuple) else () if video is None else (video,)
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """A question about a video, the better answer, and one or more that are worse."""
 
     id: str
-    video: Watched
+    video: VideoInput
     question: str
     chosen: str
     rejected: tuple[str, ...]
@@ -46,18 +46,18 @@ class Pair:
     @property
     def cluster(self) -> str:
         """What pairs that are not independent have in common: their video."""
-        return "+".join(os.path.realpath(segment.file) for segment in watched(self.video)) or self.id
+        return "+".join(os.path.realpath(segment.file) for segment in segments_of(self.video)) or self.id
 
 
-class Pairs(list[Pair]):
+class PreferencePairs(list[PreferencePair]):
     """The pairs of a file; `ties` counts its rows that prefer no answer, which are left out."""
 
-    def __init__(self, pairs: Sequence[Pair], ties: int):
+    def __init__(self, pairs: Sequence[PreferencePair], ties: int):
         super().__init__(pairs)
         self.ties = ties
 
 
-def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> Pairs:
+def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> PreferencePairs:
     """The pairs of a file. Videos are relative to `videos`, by default to the file's folder. Raises `TaskError`, naming the row.
 
     A row that names no video is an error, unless the field map says that `video` may be `none`. Different pairs of one id are numbered.
@@ -73,7 +73,7 @@ def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Pat
     pairs = [pair for pair, _ in found if pair is not None]
     if not pairs:
         raise TaskError(f"{source} has no pair: all of its {len(rows)} rows are ties")
-    seen: dict[str, list[Pair]] = {}
+    seen: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
         others = seen.setdefault(pair.id, [])
         if pair in others:
@@ -84,7 +84,7 @@ def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Pat
     for pair in pairs:
         counts[pair.id] += 1
         numbered.append(pair if counts[pair.id] == 1 else replace(pair, id=f"{pair.id}#{counts[pair.id]}"))
-    return Pairs(numbered, sum(lines for pair, lines in found if pair is None))
+    return PreferencePairs(numbered, sum(lines for pair, lines in found if pair is None))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _Line:
     """What a row says. With a rating the pair is of one answer, and the rest of it stands in other rows."""
 
     number: int
-    pair: Pair
+    pair: PreferencePair
     tied: bool = False
     rating: float | None = None
     named: bool = False  # its id is its own, and not its number
@@ -102,7 +102,7 @@ def _read(row: Row, fields: Mapping[str, str], root: Path, source: str, number: 
     columns = Columns(row, fields, f"{source}, row {number}")
     one = rated(columns)
     said = preference(columns) if one is None else best_of([one])
-    pair = _pair(columns, said, segments(row, fields, root, columns.where))
+    pair = _pair(columns, said, video_of_row(row, fields, root, columns.where))
     return _Line(number, pair, said.best is None, None if one is None else one[1], columns.column("id") is not None)
 
 
@@ -123,7 +123,7 @@ def _by_question(lines: Sequence[_Line], source: str) -> list[list[_Line]]:
     return list(together.values())
 
 
-def _together(lines: Sequence[_Line], source: str) -> Pair | None:
+def _together(lines: Sequence[_Line], source: str) -> PreferencePair | None:
     """The pair of rows about one question; None for a tie. An answer that stands there twice counts once."""
     first = lines[0]
     if first.rating is None:
@@ -154,11 +154,11 @@ def _others(said: Preference) -> tuple[str, ...]:
     return tuple(answer for n, answer in enumerate(said.answers) if n != said.best)
 
 
-def _pair(columns: Columns, said: Preference, video: Watched) -> Pair:
+def _pair(columns: Columns, said: Preference, video: VideoInput) -> PreferencePair:
     """Of a tie, any answer stands for the better one."""
     where = columns.where
     margin, meta = columns.get("margin", None), columns.get("meta", {})
-    return Pair(
+    return PreferencePair(
         id=str(columns.get("id", where.rpartition(" ")[2])),
         video=video,
         question=question(columns),
@@ -171,7 +171,7 @@ def _pair(columns: Columns, said: Preference, video: Watched) -> Pair:
     )
 
 
-def segments(row: Row, fields: Mapping[str, str], root: Path, where: str) -> Watched:
+def video_of_row(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoInput:
     """The parts of videos that a row names, whose paths must stay below `root`. None only where the field map allows it."""
     columns = Columns(row, fields, where)
     try:
@@ -215,7 +215,7 @@ def below(root: Path, name: str, linked: Sequence[Path] | None = None) -> Path:
         raise TaskError(f"the video {name[:80]!r} lies outside of the folder of videos")
     if linked is not None:
         allowed = [folder.resolve() for folder in (root, *linked)]
-        for file in (path, *(in_folder(path) if path.is_dir() else ())):
+        for file in (path, *(images_in_folder(path) if path.is_dir() else ())):
             if not any(file.resolve().is_relative_to(folder) for folder in allowed):
                 raise TaskError(f"the video {name[:80]!r} is a link that leads outside of the folder of videos")
     return path
@@ -234,13 +234,13 @@ def _relative(file: str, root: Path) -> str:
     return name_of(root, file) or os.path.relpath(Path(file).resolve(), root.resolve())
 
 
-def row_of(pair: Pair, root: Path) -> dict[str, Any]:
+def row_of(pair: PreferencePair, root: Path) -> dict[str, Any]:
     """A pair as a row that `load_pairs` reads."""
     row: dict[str, Any] = {
         "id": pair.id, "video": None, "question": pair.question, "chosen": pair.chosen,
         "rejected": pair.rejected[0] if len(pair.rejected) == 1 else list(pair.rejected), "category": pair.category,
     }  # fmt: skip
-    files = [_relative(segment.file, root) for segment in watched(pair.video)]
+    files = [_relative(segment.file, root) for segment in segments_of(pair.video)]
     if isinstance(pair.video, Segment):
         row["video"] = files[0]
         if pair.video.start or pair.video.end is not None:
@@ -253,7 +253,7 @@ def row_of(pair: Pair, root: Path) -> dict[str, Any]:
 
 class _Shown(Protocol):
     @property
-    def video(self) -> Watched: ...
+    def video(self) -> VideoInput: ...
 
 
 Asked = TypeVar("Asked", bound=_Shown)
@@ -264,14 +264,14 @@ def readable(asked: Sequence[Asked], read: Callable[[Segment], Any]) -> tuple[li
     why: dict[Segment, str] = {}
     kept, left_out = [], []
     for one in asked:
-        for segment in watched(one.video):
+        for segment in segments_of(one.video):
             if segment not in why:
                 try:
                     read(segment)
                     why[segment] = ""
                 except TaskError as error:
                     why[segment] = str(error)
-        fault = next((why[segment] for segment in watched(one.video) if why[segment]), "")
+        fault = next((why[segment] for segment in segments_of(one.video) if why[segment]), "")
         if fault:
             left_out.append(fault)
         else:
@@ -279,10 +279,10 @@ def readable(asked: Sequence[Asked], read: Callable[[Segment], Any]) -> tuple[li
     return kept, left_out
 
 
-def faults(pairs: Sequence[Pair]) -> list[str]:
+def faults(pairs: Sequence[PreferencePair]) -> list[str]:
     """What is wrong with pairs as data, a line each: videos that are not there, and a length that gives the better answer away."""
-    found = [f"pair {p.id}: there is no video {s.file}" for p in pairs for s in watched(p.video) if not Path(s.file).exists()]
-    if isinstance(pairs, Pairs) and pairs.ties:
+    found = [f"pair {p.id}: there is no video {s.file}" for p in pairs for s in segments_of(p.video) if not Path(s.file).exists()]
+    if isinstance(pairs, PreferencePairs) and pairs.ties:
         found.insert(0, f"{pairs.ties} rows prefer no answer and are left out")
     longer = [
         sum(len(p.chosen) > len(r) for r in p.rejected) / len(p.rejected) for p in pairs if any(len(p.chosen) != len(r) for r in p.rejected)

@@ -16,7 +16,7 @@ from ramet.data import field as field_of
 from ramet.errors import TaskError
 from ramet.rewards.f1 import normalise
 from ramet.rewards.maths import number
-from ramet.rewards.video.pairs import segments
+from ramet.rewards.video.pairs import video_of_row
 
 _LETTER = re.compile(r"\(?([A-Z])\)?[.:)]?(?:\s+(.*))?", re.DOTALL)
 
@@ -95,7 +95,7 @@ def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> 
         value = optional(name, None)
         return "" if value in (None, "") else text(value, name, where)
 
-    video = segments(row, fields, root, where)
+    video = video_of_row(row, fields, root, where)
     if not isinstance(video, Segment):
         raise TaskError(f"{where} names no video, or several; a question is about one")
     choices = tuple(texts(optional("choices", []) or [], "choices", where))

@@ -36,9 +36,9 @@ from starlette.routing import Route
 
 from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RewardError, TaskError, first_line
-from ramet.rewards.video.discriminative import Item
-from ramet.rewards.video.judge import Served
-from ramet.rewards.video.pairs import below, name_of, watched
+from ramet.rewards.video.discriminative import VideoAnswer
+from ramet.rewards.video.judge import ServedRewardModel
+from ramet.rewards.video.pairs import below, name_of, segments_of
 from ramet.rewards.video.queries import answer_of
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ ITEMS = 256
 """Of a request."""
 TOGETHER = 512
 """Items that are scored in one call of the model."""
-PASSING = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
+TRANSIENT = (408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529)
 """Status codes of a server that is busy, away or restarting, or of a proxy before it."""
 FAILURES = 6
 """Of the model itself (status 500), before it is given up."""
@@ -64,9 +64,9 @@ class _Asked(BaseModel):
     start: float | None = Field(None, ge=0, allow_inf_nan=False)
     end: float | None = Field(None, gt=0, allow_inf_nan=False)
 
-    def item(self, answer: str, root: Path, linked: Sequence[Path]) -> Item:
+    def item(self, answer: str, root: Path, linked: Sequence[Path]) -> VideoAnswer:
         video = None if self.video is None else Segment(str(below(root, self.video, linked)), self.start or 0.0, self.end)
-        return Item(video, self.question, answer)
+        return VideoAnswer(video, self.question, answer)
 
 
 class _Item(_Asked):
@@ -85,7 +85,7 @@ class _OpenRLHF(BaseModel):
     labels: list[str]
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """A request that is answered with a status and one line."""
 
     def __init__(self, status: int, said: str):
@@ -95,7 +95,7 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class _Waiting:
-    items: Sequence[Item]
+    items: Sequence[VideoAnswer]
     done: anyio.Event = field(default_factory=anyio.Event)
     scores: list[float] = field(default_factory=list)
     error: Exception | None = None
@@ -108,7 +108,7 @@ class RewardService:
     linked  folders outside of `videos` to which links in it may lead
     """
 
-    def __init__(self, model: Served, videos: Path, token: str, stops: Sequence[str] = (), linked: Sequence[Path] = ()):
+    def __init__(self, model: ServedRewardModel, videos: Path, token: str, stops: Sequence[str] = (), linked: Sequence[Path] = ()):
         if len(token) < 16:
             raise ConfigError("the bearer token needs 16 characters at least")
         for folder in (videos, *linked):
@@ -148,7 +148,7 @@ class RewardService:
             try:
                 self._authorised(request)
                 return JSONResponse(await handler(await _body(request)))
-            except Refused as refused:
+            except RequestRefused as refused:
                 return JSONResponse({"error": str(refused)}, refused.status)
             except ValidationError as error:
                 problem = error.errors(include_url=False, include_input=False)[0]
@@ -165,7 +165,7 @@ class RewardService:
     def _authorised(self, request: Request) -> None:
         given = request.headers.get("authorization", f"Bearer {request.query_params.get('token', '')}").encode("utf-8", "replace")
         if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-            raise Refused(401, "wrong or missing bearer token")
+            raise RequestRefused(401, "wrong or missing bearer token")
 
     async def _score(self, body: Any) -> dict[str, Any]:
         asked = _Score.model_validate(body)
@@ -176,21 +176,21 @@ class RewardService:
     async def _openrlhf(self, body: Any) -> dict[str, Any]:
         asked = _OpenRLHF.model_validate(body)
         if not len(asked.query) == len(asked.prompts) == len(asked.labels):
-            raise Refused(422, "query, prompts and labels differ in number")
+            raise RequestRefused(422, "query, prompts and labels differ in number")
         scores = await self.score(await self._off(self._answers, asked))
         mean = sum(scores) / len(scores)
         return {"rewards": scores, "scores": self.model.rewards(scores), "extra_logs": {"reward_model_score": mean}}
 
-    async def _off(self, work: Callable[[Any], list[Item]], asked: Any) -> list[Item]:
+    async def _off(self, work: Callable[[Any], list[VideoAnswer]], asked: Any) -> list[VideoAnswer]:
         """Work on files and long texts, off the loop and off the model's thread; as many at a time as there are readers."""
         return await anyio.to_thread.run_sync(work, asked, limiter=self._readers)
 
-    def _answers(self, asked: _OpenRLHF) -> list[Item]:
+    def _answers(self, asked: _OpenRLHF) -> list[VideoAnswer]:
         found = []
         for n, (query, prompt, label) in enumerate(zip(asked.query, asked.prompts, asked.labels, strict=True), 1):
             answer = answer_of(query, prompt, self.stops)
             if answer is None:
-                raise Refused(
+                raise RequestRefused(
                     422,
                     f"query {n} ({query[:40]!r}) begins neither with its prompt ({prompt[:40]!r}) nor with the end of one cut at the left: "
                     "`prompts` must hold the texts that were encoded, after the chat template",
@@ -198,15 +198,15 @@ class RewardService:
             found.append((_Asked.model_validate(_json(label.encode(), f"label {n}")), answer))
         return self._read(found)
 
-    def _read(self, asked: Sequence[tuple[_Asked, str]]) -> list[Item]:
+    def _read(self, asked: Sequence[tuple[_Asked, str]]) -> list[VideoAnswer]:
         """Items, with their videos read."""
         items = [one.item(answer, self.videos, self.linked) for one, answer in asked]
         if self._reader is not None:
-            for segment in dict.fromkeys(segment for item in items for segment in watched(item.video)):
+            for segment in dict.fromkeys(segment for item in items for segment in segments_of(item.video)):
                 self._reader(segment)
         return items
 
-    async def score(self, items: Sequence[Item]) -> list[float]:
+    async def score(self, items: Sequence[VideoAnswer]) -> list[float]:
         """Scores, computed together with those of others who wait."""
         waiting = _Waiting(items)
         self._waiting.append(waiting)
@@ -250,15 +250,15 @@ class RewardService:
 
 async def _body(request: Request) -> Any:
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refused(415, "compressed bodies are not read")
+        raise RequestRefused(415, "compressed bodies are not read")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > BODY:
-        raise Refused(413, f"a request has at most {BODY} bytes")
+        raise RequestRefused(413, f"a request has at most {BODY} bytes")
     read = bytearray()
     async for part in request.stream():
         read += part
         if len(read) > BODY:
-            raise Refused(413, f"a request has at most {BODY} bytes")
+            raise RequestRefused(413, f"a request has at most {BODY} bytes")
     return _json(bytes(read), "the body")
 
 
@@ -267,9 +267,11 @@ def _json(data: bytes, what: str) -> Any:
         found = json.loads(data)
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise Refused(422, f"{what} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character") from None
+        raise RequestRefused(
+            422, f"{what} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise Refused(400, f"{what} is no JSON: {first_line(error)}") from None
+        raise RequestRefused(400, f"{what} is no JSON: {first_line(error)}") from None
     return found
 
 
@@ -278,7 +280,7 @@ def _without(root: Path, said: str) -> str:
     return said.replace(f"{os.path.abspath(root)}/", "").replace(f"{root.resolve()}/", "")
 
 
-def serve(model: Served, videos: Path, token: str, host: str, port: int, linked: Sequence[Path] = ()) -> None:
+def serve(model: ServedRewardModel, videos: Path, token: str, host: str, port: int, linked: Sequence[Path] = ()) -> None:
     """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
     import socket
 
@@ -295,7 +297,7 @@ def serve(model: Served, videos: Path, token: str, host: str, port: int, linked:
     server.run([bound])
 
 
-class Passing(Exception):
+class TransientFailure(Exception):
     """A failure that may pass. `after`: seconds that the server asks to wait; `tries`: after how many it is taken to stay."""
 
     def __init__(self, said: str, after: float = 0.0, tries: float = math.inf):
@@ -321,15 +323,15 @@ class RemoteReward:
         except (httpx.InvalidURL, ValueError) as error:
             raise ConfigError(f"{url!r} is no address of a reward server, or the token no header: {first_line(error)}") from None
 
-    def score(self, items: Sequence[Item]) -> list[float]:
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]:
         """Raises `RewardError` with what the server says, and where it cannot be reached for longer than `patience`."""
         return self._all(items, "scores")
 
-    def probabilities(self, items: Sequence[Item]) -> list[float]:
+    def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
         """The server's rewards between 0 and 1; errors as of `score`."""
         return self._all(items, "probabilities")
 
-    def _all(self, items: Sequence[Item], name: str) -> list[float]:
+    def _all(self, items: Sequence[VideoAnswer], name: str) -> list[float]:
         asked = [self._asked(item) for item in items]
         parts: list[list[dict[str, Any]]] = [[]]
         size = 0
@@ -342,7 +344,7 @@ class RemoteReward:
             size += length
         return [value for part in parts if part for value in self._some(part, name)]
 
-    def _asked(self, item: Item) -> dict[str, Any]:
+    def _asked(self, item: VideoAnswer) -> dict[str, Any]:
         asked: dict[str, Any] = {"question": item.question, "answer": item.answer}
         if item.video is None:
             return asked
@@ -376,9 +378,9 @@ class RemoteReward:
 
         backoff = wait_random_exponential(0.5, max=20, min=0.2)
 
-        def failure(state: RetryCallState) -> Passing:
+        def failure(state: RetryCallState) -> TransientFailure:
             error = state.outcome.exception() if state.outcome else None
-            return error if isinstance(error, Passing) else Passing("")
+            return error if isinstance(error, TransientFailure) else TransientFailure("")
 
         def wait(state: RetryCallState) -> float:
             return min(max(backoff(state), failure(state).after), max(self.patience - state.idle_for, 0.0))
@@ -390,11 +392,11 @@ class RemoteReward:
             logger.warning("%s: %s; trying again in %.1f s", self.name, failure(state), state.upcoming_sleep)
 
         retrying = Retrying(
-            retry=retry_if_exception_type(Passing), wait=wait, stop=stop, sleep=self._sleep, before_sleep=told, reraise=True
+            retry=retry_if_exception_type(TransientFailure), wait=wait, stop=stop, sleep=self._sleep, before_sleep=told, reraise=True
         )
         try:
             return retrying(self._post, asked)
-        except Passing as error:
+        except TransientFailure as error:
             raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
 
     def _post(self, asked: list[dict[str, Any]]) -> Any:
@@ -405,10 +407,10 @@ class RemoteReward:
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
             raise RewardError(f"{self.name} cannot be asked: {first_line(error)}") from error
         except httpx.TransportError as error:
-            raise Passing(first_line(error)) from error
-        if response.status_code in PASSING:
+            raise TransientFailure(first_line(error)) from error
+        if response.status_code in TRANSIENT:
             said, after = " ".join(response.text.split())[:200], response.headers.get("retry-after", "")
-            raise Passing(
+            raise TransientFailure(
                 f"status {response.status_code}: {said}",
                 after=float(after) if after.isdecimal() else 0.0,
                 tries=FAILURES if response.status_code == 500 else math.inf,

@@ -18,7 +18,7 @@ from ramet.errors import ConfigError, RewardError
 from ramet.policy.models.lora import adapt
 from ramet.policy.training.sft import Report, SFTTraining, in_float32, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
-from ramet.rewards.video.pairs import Pair, readable
+from ramet.rewards.video.pairs import PreferencePair, readable
 from ramet.terminal import quiet
 
 
@@ -37,7 +37,9 @@ class DRMTraining(SFTTraining):
     train_vision: bool = False
 
 
-def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder: Path, report: Report | None = None) -> dict[str, Any]:
+def train_drm(
+    drm: VideoDRM, pairs: Sequence[PreferencePair], config: DRMTraining, folder: Path, report: Report | None = None
+) -> dict[str, Any]:
     """Train in place; checkpoints lie in `folder/checkpoints`, from the last of which it goes on. Returns counts and the log.
 
     Raises `ConfigError` where TRL is missing, `RewardError` where no pair is left.
@@ -77,12 +79,12 @@ def train_drm(drm: VideoDRM, pairs: Sequence[Pair], config: DRMTraining, folder:
     return {"pairs": len(rows), "too_long": long, "unreadable": len(faults), "steps": trainer.state.global_step, "log": log}
 
 
-def fits(drm: VideoDRM, pair: Pair, most: int) -> bool:
+def fits(drm: VideoDRM, pair: PreferencePair, most: int) -> bool:
     """Can the pair's video be read, and is no answer of it too long?"""
     return bool(readable([pair], drm.reader)[0]) and not _rows(drm, [pair], most)[1]
 
 
-def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[str, Any]], int]:
+def _rows(drm: VideoDRM, pairs: Sequence[PreferencePair], most: int) -> tuple[list[dict[str, Any]], int]:
     """A row for each chosen and rejected answer, and how many were too long."""
     rows: list[dict[str, Any]] = []
     long = 0
@@ -102,10 +104,10 @@ def _rows(drm: VideoDRM, pairs: Sequence[Pair], most: int) -> tuple[list[dict[st
 
 @dataclass
 class Collator:
-    """Rows to the inputs of `Scorer`: all chosen answers, then all rejected ones."""
+    """Rows to the inputs of `ScalarHeadModel`: all chosen answers, then all rejected ones."""
 
     drm: VideoDRM
-    pairs: Sequence[Pair]
+    pairs: Sequence[PreferencePair]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [self.drm.prompt(self.pairs[row["number"]].video, self.pairs[row["number"]].question) for row in rows]

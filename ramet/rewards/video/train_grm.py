@@ -24,19 +24,19 @@ from ramet.policy.training.sft import Example, SFTTraining, fine_tune
 from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.update import Reward, TrainConfig
 from ramet.rewards.video.generative import VideoGRM, pairwise
-from ramet.rewards.video.judge import Duel, Judge, Shown, compare, parse_choice
-from ramet.rewards.video.pairs import Pair, readable
+from ramet.rewards.video.judge import AnswerPair, PairwiseJudge, PairwisePrompt, compare, parse_choice
+from ramet.rewards.video.pairs import PreferencePair, readable
 
 CORRECT, VALID = 1.0, 0.5
 
 
-def shown(pair: Pair, forward: bool) -> Shown:
+def shown(pair: PreferencePair, forward: bool) -> PairwisePrompt:
     """A pair in one order; forward: the better answer first."""
     a, b = pair.chosen, pair.rejected[0]
-    return Shown(pair.id, pair.video, pair.question, *((a, b) if forward else (b, a)))
+    return PairwisePrompt(pair.id, pair.video, pair.question, *((a, b) if forward else (b, a)))
 
 
-def sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tuple[Pair, bool, str]]:
+def sifted(judge: PairwiseJudge, pairs: Sequence[PreferencePair], k: int, seed: int) -> list[tuple[PreferencePair, bool, str]]:
     """Verdicts to learn from: of pairs that the votes of each order get right, one output of each order that does."""
     try:
         return _sifted(judge, pairs, k, seed)
@@ -47,8 +47,8 @@ def sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tuple
         return []
 
 
-def _sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tuple[Pair, bool, str]]:
-    duels = [Duel(p.id, p.video, p.question, p.chosen, p.rejected[0]) for p in pairs]
+def _sifted(judge: PairwiseJudge, pairs: Sequence[PreferencePair], k: int, seed: int) -> list[tuple[PreferencePair, bool, str]]:
+    duels = [AnswerPair(p.id, p.video, p.question, p.chosen, p.rejected[0]) for p in pairs]
     traces = []
     for pair, verdict in zip(pairs, compare(judge, duels, k, "both", seed), strict=True):
         if verdict.consistent and verdict.winner == "a":
@@ -57,7 +57,7 @@ def _sifted(judge: Judge, pairs: Sequence[Pair], k: int, seed: int) -> list[tupl
     return traces
 
 
-def traces_of(rows: Sequence[Any], pairs: Sequence[Pair]) -> list[tuple[Pair, bool, str]]:
+def traces_of(rows: Sequence[Any], pairs: Sequence[PreferencePair]) -> list[tuple[PreferencePair, bool, str]]:
     """Verdicts from rows `id, forward, said`: those of pairs that have a right one in both orders."""
     by_id = {pair.id: pair for pair in pairs}
     right: dict[tuple[str, bool], str] = {}
@@ -71,7 +71,7 @@ def traces_of(rows: Sequence[Any], pairs: Sequence[Pair]) -> list[tuple[Pair, bo
 
 
 def sft_grm(
-    grm: VideoGRM, traces: Sequence[tuple[Pair, bool, str]], config: SFTTraining, folder: Path,
+    grm: VideoGRM, traces: Sequence[tuple[PreferencePair, bool, str]], config: SFTTraining, folder: Path,
     report: Callable[[dict[str, float]], None] | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
     """Train in place on verdicts. Raises `RewardError` where there is none."""
@@ -88,7 +88,7 @@ def sft_grm(
     return fine_tune(grm.model, examples, grm.tokenizer.pad_token_id or 0, config, folder / "checkpoints", grm.reader, report)
 
 
-def _seen(grm: VideoGRM, pairs: Sequence[Pair]) -> list[Pair]:
+def _seen(grm: VideoGRM, pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """Those whose videos can be read; warns of the others. Raises `RewardError` where none can."""
     kept, faults = readable(pairs, grm.reader)
     if faults and not kept:
@@ -104,7 +104,7 @@ def verdict_reward(said: str, better: int) -> float:
     return CORRECT * (choice == better) + VALID * (choice is not None)
 
 
-def grm_trainer(grm: VideoGRM, pairs: Sequence[Pair], config: TrainConfig, folder: Path, seed: int = 0, job: str = "") -> Trainer:
+def grm_trainer(grm: VideoGRM, pairs: Sequence[PreferencePair], config: TrainConfig, folder: Path, seed: int = 0, job: str = "") -> Trainer:
     """The trainer of the delegation policy on duels. Each update draws pairs, and shows each in both orders."""
     if config.tasks % 2:
         raise RewardError("tasks must be even: each pair is judged in both orders")

@@ -17,10 +17,10 @@ from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
 from ramet.errors import TaskError
 from ramet.media.clips import draw_clip, write_clip
-from ramet.rewards.video.answerers import Guesser, Recorded
-from ramet.rewards.video.build import Build, BuildConfig, datasheet
+from ramet.rewards.video.answerers import Guesser, RecordedAnswers
+from ramet.rewards.video.build import BuildConfig, PairBuilder, datasheet
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
-from ramet.rewards.video.pairs import Pair, below, faults, load_pairs, row_of
+from ramet.rewards.video.pairs import PreferencePair, below, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 
 CONFIG = BuildConfig(n=4, blind=2, per_question=1)
@@ -28,9 +28,9 @@ CONFIG = BuildConfig(n=4, blind=2, per_question=1)
 
 def build(
     questions: Sequence[VideoQuestion], path: Path, answerer: Any = None, config: BuildConfig = CONFIG, **more: Any
-) -> tuple[Build, list[Pair]]:
+) -> tuple[PairBuilder, list[PreferencePair]]:
     with Journal(path, "build") as journal:
-        made = Build(questions, [answerer or Guesser()], config, journal, **more)
+        made = PairBuilder(questions, [answerer or Guesser()], config, journal, **more)
         return made, made.run()
 
 
@@ -185,7 +185,7 @@ def test_nothing_of_a_benchmark_gets_through(questions: list, tmp_path: Path) ->
     long = "Which of the people who walk by the shop window in the morning carries an umbrella of two colours today?"
     asked = [replace(questions[0], question=long), *questions[1:]]
     without = build(asked, tmp_path / "n.jsonl", config=config)[1]
-    made, _ = build(asked, tmp_path / "m.jsonl", config=config, benchmarks=[Pair("b", None, f"Well: {long}", "x", ("y",))])
+    made, _ = build(asked, tmp_path / "m.jsonl", config=config, benchmarks=[PreferencePair("b", None, f"Well: {long}", "x", ("y",))])
     assert made.counts.stages["7 clean"].get("question of a benchmark", 0) == sum(p.question == long for p in without)
 
 
@@ -215,16 +215,16 @@ def test_recorded_answers(questions: list, tmp_path: Path) -> None:
     path = tmp_path / "said.jsonl"
     rows = [{"id": q.id, "response": f"Answer: {a}"} for q in questions[:6] for a in (q.answer, wrong(q))]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, pairs = build(questions[:6], tmp_path / "j.jsonl", Recorded(str(path)), replace(CONFIG, blind=0))
+    _, pairs = build(questions[:6], tmp_path / "j.jsonl", RecordedAnswers(str(path)), replace(CONFIG, blind=0))
     assert len(pairs) == 6
     with pytest.raises(TaskError, match="has no answers to 1 questions"):
-        Recorded(str(path)).answer(questions[6:7], 1, 0)
+        RecordedAnswers(str(path)).answer(questions[6:7], 1, 0)
     path.write_text(json.dumps({"id": questions[0].id, "response": "x", "blind": "False"}) + "\n")
-    assert Recorded(str(path)).answer(questions[:1], 1, 0) == [["x"]], "what says that it is not blind is not"
+    assert RecordedAnswers(str(path)).answer(questions[:1], 1, 0) == [["x"]], "what says that it is not blind is not"
     for broken in ({"id": None}, {"response": None}, {"blind": "perhaps"}):
         path.write_text(json.dumps({"id": "q", "response": "x", **broken}) + "\n")
         with pytest.raises(TaskError, match=f"row 1, column '{next(iter(broken))}': should be"):
-            Recorded(str(path))
+            RecordedAnswers(str(path))
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_rows_that_are_broken_are_named(clips: Path, tmp_path: Path) -> None:
 
 
 def test_a_length_that_gives_the_answer_away_is_noted() -> None:
-    biased = [Pair(str(n), None, "q", "a long answer", ("short",)) for n in range(40)]
+    biased = [PreferencePair(str(n), None, "q", "a long answer", ("short",)) for n in range(40)]
     assert "longer one in 100%" in faults(biased)[0]
-    fair = [Pair(str(n), None, "q", *(("aa", ("b",)) if n % 2 else ("a", ("bb",)))) for n in range(40)]
+    fair = [PreferencePair(str(n), None, "q", *(("aa", ("b",)) if n % 2 else ("a", ("bb",)))) for n in range(40)]
     assert not faults(fair)
     missing = [replace(fair[0], video=Segment("none.mp4"))]
     assert faults(missing) == ["pair 0: there is no video none.mp4"]
@@ -338,7 +338,7 @@ def test_choices_that_punctuation_tells_apart() -> None:
 def test_two_answerers_of_one_name_are_two(questions: list, tmp_path: Path) -> None:
     right, other = Says(lambda q, n: f"Answer: {q.answer}", name="grm"), Says(lambda q, n: f"Answer: {wrong(q)}", name="grm")
     with Journal(tmp_path / "j.jsonl", "build") as journal:
-        made = Build(questions[:12], [right, other], replace(CONFIG, blind=0), journal)
+        made = PairBuilder(questions[:12], [right, other], replace(CONFIG, blind=0), journal)
         pairs = made.run()
     assert made.counts.stages["3 verify"]["out"] == len(pairs) == 12
 

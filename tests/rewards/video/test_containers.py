@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ramet.errors import TaskError
-from ramet.media.containers import Clip, oriented
+from ramet.media.containers import VideoFile, oriented
 from ramet.media.frames import read_frames, video_seconds
 from tests.rewards.video.films import bars, film, number
 
@@ -57,10 +57,10 @@ def test_a_second_shows_what_decoding_everything_shows(tmp_path: Path, name: str
     rng = random.Random(name)
     for _ in range(12):
         seconds = sorted(rng.uniform(0, 70 / rate) for _ in range(rng.choice((1, 1, 3))))
-        with Clip(path) as clip:
+        with VideoFile(path) as clip:
             assert clip.end == pytest.approx(70 / rate, abs=0.002)
             assert clip.length == clip.end
-            for second, (time, pixels) in zip(seconds, clip.at(seconds), strict=True):
+            for second, (time, pixels) in zip(seconds, clip.frames_at(seconds), strict=True):
                 begun, expected = max((t - first, n) for n, (t, _) in enumerate(whole) if t - first <= second)
                 assert time == pytest.approx(begun, abs=1e-3)
                 assert np.array_equal(pixels, whole[expected][1])

@@ -19,17 +19,17 @@ from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError
 from ramet.media.clips import write_clip
 from ramet.rewards.video import discriminative
-from ramet.rewards.video.best_of_n import ByScore, Candidates
-from ramet.rewards.video.discriminative import Item, VideoDRM
-from ramet.rewards.video.judge import Duel, by_scores
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.best_of_n import CandidateAnswers, ScoreSelector
+from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
+from ramet.rewards.video.judge import AnswerPair, by_scores
+from ramet.rewards.video.pairs import PreferencePair
 from ramet.rewards.video.train_drm import Collator, DRMTraining, fits, train_drm
 from tests.attention.test_positions import slow_positions
 from tests.rewards.video.conftest import SETTINGS
 
 
-def items(questions: list, count: int = 9) -> list[Item]:
-    return [Item(q.video, q.question, f"Answer: {c}") for q in questions[:count] for c in q.choices]
+def items(questions: list, count: int = 9) -> list[VideoAnswer]:
+    return [VideoAnswer(q.video, q.question, f"Answer: {c}") for q in questions[:count] for c in q.choices]
 
 
 def sharpened(drm: VideoDRM) -> VideoDRM:
@@ -51,7 +51,7 @@ def test_a_score_does_not_depend_on_its_company(base: Path, questions: list, poo
         left = drm.scorer(**drm.batch(prompts, answers, "left")).logits[:, 0].tolist()
     assert left == pytest.approx(alone, abs=2e-5)
     assert drm.score(asked) == pytest.approx(alone, abs=2e-5)  # by question, all choices in one pass
-    blind = [Item(None, "What is it?", a) for a in ("a red square", "blue", "x" * 30)]
+    blind = [VideoAnswer(None, "What is it?", a) for a in ("a red square", "blue", "x" * 30)]
     assert drm.score(blind) == pytest.approx([drm._singly([item])[0] for item in blind], abs=2e-5)
 
 
@@ -62,7 +62,7 @@ def test_an_answer_alone_scores_what_it_scores_beside_others(base: Path, tmp_pat
     drm = sharpened(VideoDRM.from_base(base, SETTINGS))
     path = tmp_path / "clip.mp4"
     write_clip(path, np.random.default_rng(seconds).integers(0, 255, (seconds * 2, 56, 56, 3)).astype(np.uint8), 2)
-    asked = [Item(Segment(str(path)), "What colour?", a) for a in ("red", "blue, I think", "x" * 40, "y")]
+    asked = [VideoAnswer(Segment(str(path)), "What colour?", a) for a in ("red", "blue, I think", "x" * 40, "y")]
     alone = [drm._singly([item])[0] for item in asked]
     for item, score in zip(asked, alone, strict=True):
         prompt = drm.prompt(item.video, item.question)
@@ -92,11 +92,11 @@ def test_memory_grows_with_the_length_and_not_with_its_square(base: Path) -> Non
     question = "long " * 300
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-        drm.score([Item(None, question, a) for a in ("red", "blue")])
+        drm.score([VideoAnswer(None, question, a) for a in ("red", "blue")])
         assert seen
         assert max(mask.shape[-2] for mask in seen) < 20
         seen.clear()
-        drm.score([Item(None, question, "a"), Item(None, question + "?", "a longer answer")])
+        drm.score([VideoAnswer(None, question, "a"), VideoAnswer(None, question + "?", "a longer answer")])
         assert not seen
 
 
@@ -112,7 +112,7 @@ def test_known_answers_are_not_computed_again(drm: VideoDRM, questions: list) ->
 def test_a_copy_of_a_video_is_the_same_video_and_a_changed_one_is_not(drm: VideoDRM, questions: list, tmp_path: Path) -> None:
     copy = tmp_path / "copy.mp4"
     copy.write_bytes(Path(questions[0].video.file).read_bytes())
-    there, here = (Item(Segment(str(path)), "q", "a") for path in (questions[0].video.file, copy))
+    there, here = (VideoAnswer(Segment(str(path)), "q", "a") for path in (questions[0].video.file, copy))
     scores = drm.score([there, here])
     assert scores[0] == scores[1]
     assert drm.passes == 1
@@ -176,11 +176,19 @@ def test_a_checkpoint_says_with_what_it_was_made(drm: VideoDRM, tmp_path: Path, 
             assert VideoDRM.load(tmp_path).settings == drm.settings
 
 
-def _pairs(questions: list, margin: float | None = None) -> list[Pair]:
+def _pairs(questions: list, margin: float | None = None) -> list[PreferencePair]:
     return [
-        Pair(q.id, q.video, q.question, f"Answer: {q.answer}", (next(f"Answer: {c}" for c in q.choices if c != q.answer),), q.category,
-             margin=margin) for q in questions
-    ]  # fmt: skip
+        PreferencePair(
+            q.id,
+            q.video,
+            q.question,
+            f"Answer: {q.answer}",
+            (next(f"Answer: {c}" for c in q.choices if c != q.answer),),
+            q.category,
+            margin=margin,
+        )
+        for q in questions
+    ]
 
 
 @pytest.mark.parametrize(("margin", "centring"), [(None, 0.0), (0.7, 0.0), (None, 0.1)])
@@ -188,7 +196,9 @@ def test_the_loss_is_the_closed_form(base: Path, questions: list, tmp_path: Path
     """What TRL reports for its first step against -log sigmoid(difference - margin) + c (sum)^2 of our own scores, in float64."""
     pairs = _pairs(questions, margin)[:4]
     drm = sharpened(VideoDRM.from_base(base, SETTINGS))
-    scores = torch.tensor(drm.score([Item(p.video, p.question, a) for p in pairs for a in (p.chosen, *p.rejected)]), dtype=torch.float64)
+    scores = torch.tensor(
+        drm.score([VideoAnswer(p.video, p.question, a) for p in pairs for a in (p.chosen, *p.rejected)]), dtype=torch.float64
+    )
     good, bad = scores[::2], scores[1::2]
     expected = -torch.nn.functional.logsigmoid(good - bad - (margin or 0.0)).mean() + centring * ((good + bad) ** 2).mean()
     config = DRMTraining(steps=1, batch=4, at_once=4, learning_rate=1e-12, lora_rank=0, centring=centring)
@@ -229,7 +239,7 @@ def test_no_difference_costs_ln_2_and_answers_are_never_cut(base: Path, question
     with pytest.raises(RewardError, match="no pair is left to train on: 1 of 1 are longer than 300 tokens"):
         train_drm(drm, [long], DRMTraining(max_tokens=300), tmp_path / "none")
     with pytest.raises(RewardError, match="more than the reward model's 2048; nothing is scored in part"):
-        drm.score([Item(None, "q", "word " * 3000)])
+        drm.score([VideoAnswer(None, "q", "word " * 3000)])
 
 
 def test_a_video_that_cannot_be_read_is_left_out_and_counted(base: Path, questions: list, tmp_path: Path) -> None:
@@ -247,7 +257,7 @@ def test_several_videos_are_asked_about_together(drm: VideoDRM, questions: list)
     """In their order, alone as beside others."""
     sharpened(drm)
     both = (questions[0].video, questions[1].video)
-    asked = [Item(video, "Which is better?", a) for video in (both, both[::-1]) for a in ("The first one.", "The second one.")]
+    asked = [VideoAnswer(video, "Which is better?", a) for video in (both, both[::-1]) for a in ("The first one.", "The second one.")]
     scores = drm.score(asked)
     assert len(set(scores)) == 4
     assert scores == pytest.approx([drm._singly([item])[0] for item in asked], abs=2e-5)
@@ -264,7 +274,7 @@ def test_what_is_broken_is_named(base: Path, drm: VideoDRM, tmp_path: Path) -> N
         VideoDRM.load(tmp_path / "drm")
     torch.nn.init.constant_(drm.scorer.score.weight, float("nan"))
     with pytest.raises(RewardError, match="its weights are broken"):
-        drm.score([Item(None, "q", "a")])
+        drm.score([VideoAnswer(None, "q", "a")])
 
 
 def test_an_answer_cannot_spell_a_control_token(drm: VideoDRM) -> None:
@@ -277,14 +287,14 @@ def test_an_answer_cannot_spell_a_control_token(drm: VideoDRM) -> None:
 
 def test_probabilities_of_duels_are_those_of_the_difference(drm: VideoDRM, questions: list) -> None:
     sharpened(drm)
-    duels = [Duel(q.id, q.video, q.question, f"Answer: {q.choices[0]}", f"Answer: {q.choices[1]}") for q in questions[:6]]
+    duels = [AnswerPair(q.id, q.video, q.question, f"Answer: {q.choices[0]}", f"Answer: {q.choices[1]}") for q in questions[:6]]
     for duel, verdict in zip(duels, by_scores(drm, duels, 2.0), strict=True):
-        a, b = drm.score([Item(duel.video, duel.question, x) for x in (duel.a, duel.b)])
+        a, b = drm.score([VideoAnswer(duel.video, duel.question, x) for x in (duel.a, duel.b)])
         assert verdict.probability == pytest.approx(1 / (1 + math.exp((b - a) / 2.0)))
         assert verdict.winner == ("a" if a > b else "b")
-    question = Candidates("q", None, "q", ("x", "y", "z"), ("x", "y", "z"), (True, False, False))
-    scores = drm.score([Item(None, "q", a) for a in question.answers])
-    assert ByScore(drm)(question, [2, 0, 1]) == scores.index(max(scores))
+    question = CandidateAnswers("q", None, "q", ("x", "y", "z"), ("x", "y", "z"), (True, False, False))
+    scores = drm.score([VideoAnswer(None, "q", a) for a in question.answers])
+    assert ScoreSelector(drm)(question, [2, 0, 1]) == scores.index(max(scores))
 
 
 def test_it_learns_to_look(base: Path, questions: list, tmp_path: Path) -> None:
@@ -295,7 +305,7 @@ def test_it_learns_to_look(base: Path, questions: list, tmp_path: Path) -> None:
     drm = VideoDRM(drm.scorer, drm.tokenizer, drm.settings)
 
     def right(videos: list[Segment | None]) -> float:
-        scores = drm.score([Item(v, p.question, a) for p, v in zip(colours, videos, strict=True) for a in (p.chosen, p.rejected[0])])
+        scores = drm.score([VideoAnswer(v, p.question, a) for p, v in zip(colours, videos, strict=True) for a in (p.chosen, p.rejected[0])])
         return sum(a > b for a, b in zip(scores[::2], scores[1::2], strict=True)) / len(colours)
 
     own = right([p.video for p in colours])

@@ -11,8 +11,8 @@ import pytest
 
 from ramet.agents.tree import Segment
 from ramet.errors import TaskError
-from ramet.rewards.video.answerers import Recorded
-from ramet.rewards.video.pairs import Pairs, faults, load_pairs, row_of
+from ramet.rewards.video.answerers import RecordedAnswers
+from ramet.rewards.video.pairs import PreferencePairs, faults, load_pairs, row_of
 from ramet.rewards.video.questions import load_questions
 
 PNG = bytes.fromhex("89504e470d0a1a0a")
@@ -24,7 +24,7 @@ def written(folder: Path, *rows: Mapping[str, Any]) -> str:
     return str(path)
 
 
-def loaded(folder: Path, *rows: Mapping[str, Any], **fields: str) -> Pairs:
+def loaded(folder: Path, *rows: Mapping[str, Any], **fields: str) -> PreferencePairs:
     return load_pairs(written(folder, *rows), fields)
 
 
@@ -177,7 +177,7 @@ def test_so_it_is_for_questions_and_answers(tmp_path: Path, name: str) -> None:
     with pytest.raises(TaskError, match="row 1 has no field 'elsewhere'"):
         load_questions(path, {name: "elsewhere"})
     with pytest.raises(TaskError, match="row 1 has no field 'elsewhere'"):
-        Recorded(path, {"blind": "elsewhere"})
+        RecordedAnswers(path, {"blind": "elsewhere"})
 
 
 def test_what_fits_no_form_is_told_what_would(tmp_path: Path) -> None:

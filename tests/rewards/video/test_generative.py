@@ -19,11 +19,11 @@ from ramet.policy.training.trainer import run_trainer
 from ramet.policy.training.update import Reward, TrainConfig
 from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
-from ramet.rewards.video.discriminative import Item
+from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.rewards.video.fakes import fake_judge, says
 from ramet.rewards.video.generative import GRMSettings, VideoGRM
-from ramet.rewards.video.judge import Duel, compare, parse_choice
-from ramet.rewards.video.pairs import Pair
+from ramet.rewards.video.judge import AnswerPair, compare, parse_choice
+from ramet.rewards.video.pairs import PreferencePair
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, shown, sifted, traces_of, verdict_reward
 
 SETTINGS = GRMSettings(Look(frames=2, most=56 * 56), max_tokens=40)
@@ -34,8 +34,10 @@ def grm(base: Path) -> VideoGRM:
     return VideoGRM.load(base, SETTINGS)
 
 
-def pairs_of(questions: list) -> list[Pair]:
-    return [Pair(q.id, q.video, q.question, q.answer, (next(c for c in q.choices if c != q.answer),), q.category) for q in questions]
+def pairs_of(questions: list) -> list[PreferencePair]:
+    return [
+        PreferencePair(q.id, q.video, q.question, q.answer, (next(c for c in q.choices if c != q.answer),), q.category) for q in questions
+    ]
 
 
 def test_what_earns_what() -> None:
@@ -66,7 +68,7 @@ def test_pairs_whose_videos_cannot_be_read_are_left_out_with_a_count(grm: VideoG
     class Watches:
         name = "watches"
 
-        def say(self, shown: Any, k: int, seed: int) -> list[list[str]]:
+        def judge(self, shown: Any, k: int, seed: int) -> list[list[str]]:
             for one in shown:
                 grm.reader(one.video)
             return [[says(1 if one.first in {p.chosen for p in pairs if p.id == one.id} else 2)] * k for one in shown]
@@ -132,13 +134,13 @@ def test_a_votes_words_do_not_depend_on_its_company(grm: VideoGRM, questions: li
     """k votes of one call are those of calls one by one, and of other batches."""
     pairs = pairs_of(questions)[:3]
     asked = [shown(p, f) for p in pairs for f in (True, False)]
-    together = grm.say(asked, 3, seed=5)
-    assert [grm.say([one], 3, seed=5)[0] for one in asked] == together
+    together = grm.judge(asked, 3, seed=5)
+    assert [grm.judge([one], 3, seed=5)[0] for one in asked] == together
     assert len({said for group in together for said in group}) > 10
 
 
 def test_ratings_are_read_or_refused(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
-    items = [Item(q.video, q.question, f"Answer: {q.answer}") for q in questions[:3]]
+    items = [VideoAnswer(q.video, q.question, f"Answer: {q.answer}") for q in questions[:3]]
     with pytest.raises(RewardError, match="cannot be read"):
         grm.score(items)
     assert [rating for rating, _ in grm.rate(items)] == [None] * 3
@@ -153,13 +155,13 @@ def test_ratings_are_read_or_refused(grm: VideoGRM, questions: list, tmp_path: P
     assert all(1 < rating < 10 for rating in expected)
     with pytest.MonkeyPatch.context() as patch:  # more than are remembered
         patch.setattr(generative, "SCORES", 2)
-        assert fixed.score([*items, Item(None, "q", "a")]) == [7.0] * 4
+        assert fixed.score([*items, VideoAnswer(None, "q", "a")]) == [7.0] * 4
     assert len(fixed._known) == 2
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(grm: VideoGRM) -> None:
     with pytest.raises(RewardError, match="leave no room for a verdict in the model's 2048"):
-        compare(grm, [Duel("d", None, "why " * 3000, "a", "b")])
+        compare(grm, [AnswerPair("d", None, "why " * 3000, "a", "b")])
 
 
 def test_a_model_answers_questions(grm: VideoGRM, questions: list) -> None:

@@ -14,19 +14,19 @@ from ramet.agents.tree import Segment
 from ramet.benchmarks.evaluation.best_of_n import best_of_n
 from ramet.benchmarks.evaluation.statistics import clustered_mean
 from ramet.errors import ConfigError, RewardError, TaskError
-from ramet.rewards.video.best_of_n import ByDuels, ByScore, Candidates
+from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
 from ramet.rewards.video.calibration import calibrate, expected_error, fitted_temperature, rank_correlation
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
 
 
-def candidates(count: int, answers: int = 8, share: float = 0.4, seed: int = 0) -> list[Candidates]:
+def candidates(count: int, answers: int = 8, share: float = 0.4, seed: int = 0) -> list[CandidateAnswers]:
     made = []
     for n in range(count):
         rng = random.Random(f"{seed}/{n}")
         right = tuple(rng.random() < share for _ in range(answers))
         stated = tuple("yes" if r else f"no {rng.randrange(3)}" for r in right)
         said = tuple(f"{s} ({i}, {n})" for i, s in enumerate(stated))
-        made.append(Candidates(str(n), Segment(f"v{n // 2}"), "q", said, stated, right))
+        made.append(CandidateAnswers(str(n), Segment(f"v{n // 2}"), "q", said, stated, right))
     return made
 
 
@@ -47,9 +47,9 @@ def table(records: list[Any]) -> dict[tuple[str, int], float]:
 def test_no_picker_beats_pass_at_n_and_the_truth_reaches_it() -> None:
     asked = candidates(80)
     pickers: dict[str, Any] = {
-        "truth": ByScore(Truth()), "noisy": ByScore(Truth(1.0)),
-        "duels": ByDuels(FakeJudge("oracle", lambda s, r: says(1 if s.first.startswith("yes") else 2))),
-        "places": ByDuels(fake_judge("always-first", {})),
+        "truth": ScoreSelector(Truth()), "noisy": ScoreSelector(Truth(1.0)),
+        "duels": PairwiseSelector(FakeJudge("oracle", lambda s, r: says(1 if s.first.startswith("yes") else 2))),
+        "places": PairwiseSelector(fake_judge("always-first", {})),
     }  # fmt: skip
     found = table(best_of_n(asked, pickers, (1, 2, 4, 8)))
     for n in (1, 2, 4, 8):
@@ -72,15 +72,19 @@ def test_curves_are_the_exact_ones_in_the_mean() -> None:
 
 def test_calls_are_counted_and_nothing_is_asked_twice() -> None:
     asked = candidates(5)
-    scores, knock, robin = ByScore(Truth()), ByDuels(fake_judge("random", {}), k=3), ByDuels(fake_judge("random", {}), "round-robin")
+    scores, knock, robin = (
+        ScoreSelector(Truth()),
+        PairwiseSelector(fake_judge("random", {}), k=3),
+        PairwiseSelector(fake_judge("random", {}), "round-robin"),
+    )
     best_of_n(asked, {"s": scores, "k": knock, "r": robin}, (8,))
     assert scores.calls == 5 * scores.cost(8) == 5 * 8
     assert knock.calls == 5 * knock.cost(8) == 5 * 7 * 2 * 3
     assert robin.calls == 5 * robin.cost(8) == 5 * 28 * 2
     best_of_n(asked, {"r": robin}, (8,))
     assert robin.calls == 5 * 28 * 2
-    alike = Candidates("a", None, "q", ("x", "x"), ("x", "x"), (True, True))
-    picker = ByDuels(fake_judge("raising", {}))
+    alike = CandidateAnswers("a", None, "q", ("x", "x"), ("x", "x"), (True, True))
+    picker = PairwiseSelector(fake_judge("raising", {}))
     assert picker(alike, [0, 1]) == 0
     assert picker.calls == 0
     with pytest.raises(ConfigError, match="a question has 2"):
@@ -97,20 +101,20 @@ def test_a_question_whose_video_cannot_be_read_is_left_out_for_every_method() ->
                 raise TaskError("v2 cannot be read")
             return super().score(items)
 
-    found = best_of_n(asked, {"truth": ByScore(Blinking())}, (1, 4))
-    rest = best_of_n([q for q in asked if q.video != asked[4].video], {"truth": ByScore(Truth())}, (1, 4))
+    found = best_of_n(asked, {"truth": ScoreSelector(Blinking())}, (1, 4))
+    rest = best_of_n([q for q in asked if q.video != asked[4].video], {"truth": ScoreSelector(Truth())}, (1, 4))
     assert {(r["questions"], r["unreadable"]) for r in found} == {(10, 2)}
     assert [r | {"unreadable": 0} for r in found] == rest
     with pytest.raises(TaskError, match="v2 cannot be read"):
-        best_of_n(asked[4:6], {"truth": ByScore(Blinking())}, (1, 4))
+        best_of_n(asked[4:6], {"truth": ScoreSelector(Blinking())}, (1, 4))
 
 
 def test_round_robin_counts_wins() -> None:
     """0 beats 1, 1 beats 2, 2 beats 0, all beat 3: a circle, decided by the order of the draw."""
     beats = {("0", "1"), ("1", "2"), ("2", "0"), ("0", "3"), ("1", "3"), ("2", "3")}
     judge = FakeJudge("circle", lambda s, r: says(1 if (s.first, s.second) in beats else 2))
-    question = Candidates("q", None, "q", ("0", "1", "2", "3"), ("0", "1", "2", "3"), (True, False, False, False))
-    picker = ByDuels(judge, "round-robin")
+    question = CandidateAnswers("q", None, "q", ("0", "1", "2", "3"), ("0", "1", "2", "3"), (True, False, False, False))
+    picker = PairwiseSelector(judge, "round-robin")
     assert [picker(question, draw) for draw in ([3, 1, 2, 0], [0, 3], [2, 0], [1, 0])] == [1, 0, 2, 0]
 
 

@@ -23,7 +23,7 @@ import uvicorn
 from ramet.agents.tree import Segment
 from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.media.frames import read_frames
-from ramet.rewards.video.discriminative import Item, VideoDRM
+from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
 from ramet.rewards.video.functions import as_reward_fn
 from ramet.rewards.video.server import BODY, ITEMS, RemoteReward, RewardService, serve
 
@@ -59,7 +59,7 @@ class Lengths:
     def rewards(self, scores: Sequence[float]) -> list[float]:
         return [1 / (1 + math.exp(-score)) for score in scores]
 
-    def score(self, items: Sequence[Item]) -> list[float]:
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]:
         time.sleep(0.01)
         if any("broken" in item.answer for item in items):
             raise RewardError("cannot score 'broken'")
@@ -150,7 +150,7 @@ def test_links_are_followed_to_where_the_owner_allows_it(tmp_path: Path) -> None
             for name in ("clip.mp4", "pictures"):
                 assert post(url, {"items": [item | {"video": name}]}).status_code == allowed
                 with suppress(RewardError):
-                    assert RemoteReward(url, TOKEN, videos).score([Item(Segment(str(videos / name)), "q", "1")]) == [1.0]
+                    assert RemoteReward(url, TOKEN, videos).score([VideoAnswer(Segment(str(videos / name)), "q", "1")]) == [1.0]
             for name in ("secret.mp4", "secrets"):
                 refused = post(url, {"items": [item | {"video": name}]})
                 assert (refused.status_code, "leads outside" in refused.text) == (422, True)
@@ -170,7 +170,7 @@ def test_reading_a_video_holds_up_nobody_else(tmp_path: Path) -> None:
             if name == "broken.mp4":
                 raise TaskError(f"cannot read video {segment.file}: no frames")
 
-        def score(self, items: Sequence[Item]) -> list[float]:
+        def score(self, items: Sequence[VideoAnswer]) -> list[float]:
             self.seen += [Path(item.video.file).name for item in items if item.video]
             return super().score(items)
 
@@ -211,12 +211,14 @@ def test_openrlhf_gets_its_rewards(tmp_path: Path) -> None:
 
 
 def test_the_client_gets_the_models_own_scores(drm: VideoDRM, clips: Path, questions: list) -> None:
-    items = [Item(q.video, q.question, f"Answer: {c}") for q in questions[:12] for c in q.choices] + [Item(None, "What?", "Nothing")]
+    items = [VideoAnswer(q.video, q.question, f"Answer: {c}") for q in questions[:12] for c in q.choices] + [
+        VideoAnswer(None, "What?", "Nothing")
+    ]
     expected = drm.score(items)
     with served(VideoDRM(drm.scorer, drm.tokenizer, drm.settings), clips) as (url, _):
         assert RemoteReward(f"{url}/score", TOKEN, clips).score(items) == pytest.approx(expected, abs=1e-5)
         assert RemoteReward(url, TOKEN, clips).probabilities(items) == pytest.approx(drm.probabilities(items), abs=1e-5)
-        long = [Item(None, "q", f"{n} " + "What colour is the square? " * 90) for n in range(300)]  # more than a request may hold
+        long = [VideoAnswer(None, "q", f"{n} " + "What colour is the square? " * 90) for n in range(300)]  # more than a request may hold
         assert len(RemoteReward(url, TOKEN, clips).score(long)) == 300
         with pytest.raises(RewardError, match="is not below"):
             RemoteReward(url, TOKEN, clips / "elsewhere").score(items)
@@ -226,7 +228,7 @@ def test_the_client_gets_the_models_own_scores(drm: VideoDRM, clips: Path, quest
             with pytest.raises(RewardError, match="wrong or missing bearer token"):
                 RemoteReward(url, token, clips).score(items)
         with pytest.raises(RewardError, match=r"cannot read video none\.mp4"):
-            RemoteReward(url, TOKEN, clips).score([Item(Segment(str(clips / "none.mp4")), "q", "a")])
+            RemoteReward(url, TOKEN, clips).score([VideoAnswer(Segment(str(clips / "none.mp4")), "q", "a")])
     with pytest.raises(RewardError, match="cannot be reached"):
         RemoteReward("http://127.0.0.1:9", TOKEN, clips, patience=0).score(items)
 
@@ -277,14 +279,14 @@ def test_trl_gets_a_reward_function(drm: VideoDRM, clips: Path, questions: list)
     scores = reward(
         ["Answer: red", [{"role": "assistant", "content": "Answer: red"}]], question=[q.question] * 2, video=[name, None], prompts=["", ""]
     )
-    assert scores == drm.score([Item(q.video, q.question, "Answer: red"), Item(None, q.question, "Answer: red")])
+    assert scores == drm.score([VideoAnswer(q.video, q.question, "Answer: red"), VideoAnswer(None, q.question, "Answer: red")])
     with pytest.raises(RewardError, match="needs the column 'video'; the data set has prompts, question"):
         reward(["x"], question=["q"], prompts=[""])
 
     class Broken:
         name = "broken"
 
-        def score(self, items: Sequence[Item]) -> list[float]:
+        def score(self, items: Sequence[VideoAnswer]) -> list[float]:
             return [float("nan")] * len(items)
 
     with pytest.raises(RewardError, match="no numbers"):
@@ -293,7 +295,10 @@ def test_trl_gets_a_reward_function(drm: VideoDRM, clips: Path, questions: list)
     long = {"question": ["q", "q"], "video": [None, None]}
     with pytest.raises(RewardError, match="nothing is scored in part"):
         as_reward_fn(drm, clips)(["short", "word " * 3000], **long)
-    assert as_reward_fn(drm, clips, default=-1.0)(["short", "word " * 3000], **long) == [drm.score([Item(None, "q", "short")])[0], -1.0]
+    assert as_reward_fn(drm, clips, default=-1.0)(["short", "word " * 3000], **long) == [
+        drm.score([VideoAnswer(None, "q", "short")])[0],
+        -1.0,
+    ]
 
 
 def test_a_port_that_is_taken_and_a_short_token(tmp_path: Path) -> None:
@@ -350,7 +355,7 @@ def answering(
         thread.join(20)
 
 
-BLIND = [Item(None, "q", "a")]
+BLIND = [VideoAnswer(None, "q", "a")]
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 529])
@@ -427,7 +432,7 @@ def test_what_is_scored_is_what_the_assistant_says_last(place: int, tmp_path: Pa
     completion, answer = COMPLETIONS[place]
     model = Recorded()
     as_reward_fn(model, tmp_path)([completion], question=["q"], video=[None])
-    assert model.items == [Item(None, "q", answer)]
+    assert model.items == [VideoAnswer(None, "q", answer)]
 
 
 class Recorded:
@@ -436,9 +441,9 @@ class Recorded:
     name = "recorded"
 
     def __init__(self) -> None:
-        self.items: list[Item] = []
+        self.items: list[VideoAnswer] = []
 
-    def score(self, items: Sequence[Item]) -> list[float]:
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]:
         for item in items:
             if item.video is not None:
                 read_frames(Path(item.video.file), 1, item.video.start, item.video.end)
