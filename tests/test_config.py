@@ -35,9 +35,9 @@ from ramet.schema import Settings, takes
         ("env.operands=5", "such as [2, 24], of 2 whole numbers (got 5)"),
         ("env={kind='gsm8k', fields=3}", "env.fields takes a table in braces, such as {name = value} (got 3)"),
         ("env={kind='selfcest', graded='maybe'}", "env.graded takes true or false (got 'maybe')"),
-        ("reward.generated=-0.1", "reward.generated takes a number from 0 on (got -0.1)"),
-        ("reward.generated=nan", "reward.generated"),
-        ("reward.failure=zero", "reward.failure takes a number of at most 0 or 'priced' (got 'zero')"),
+        ("penalty.generated=-0.1", "penalty.generated takes a number from 0 on (got -0.1)"),
+        ("penalty.generated=nan", "penalty.generated"),
+        ("penalty.failure=zero", "penalty.failure takes a number of at most 0 or 'priced' (got 'zero')"),
         ("train.estimator=best", "train.estimator takes one of rloo, "),
         ("model=[1]", "model takes text (got [1])"),
         ("seed", "is not of the form"),
@@ -78,9 +78,9 @@ def test_the_new_names_are_settings():
 
 def test_giving_one_key_of_a_section_leaves_its_others_as_they_are(tmp_path):
     default = RunConfig()
-    changed = load(RunConfig, None, ["train.updates=50", "reward.generated=0.5", "budget.seconds=60"])
+    changed = load(RunConfig, None, ["train.updates=50", "penalty.generated=0.5", "budget.seconds=60"])
     assert changed.train == default.train.model_copy(update={"updates": 50})
-    assert changed.reward == default.reward.model_copy(update={"generated": 0.5})
+    assert changed.penalty == default.penalty.model_copy(update={"generated": 0.5})
     assert changed.budget == default.budget.model_copy(update={"seconds": 60.0})
 
 
@@ -104,7 +104,7 @@ def test_files(tmp_path):
 def test_an_example_says_itself_what_the_recipe_of_the_nano_model_would_say_else(path):
     default = RunConfig()
     own = ["model", "budgets", "eval.tasks", "eval.budgets", "eval.ood_budgets"]
-    for section in ("budget", "reward", "train"):
+    for section in ("budget", "penalty", "train"):
         chosen = getattr(default, section)
         own += [f"{section}.{name}" for name, value in chosen if value != type(chosen).model_fields[name].default]
     _, origins = traced(path)

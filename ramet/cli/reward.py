@@ -228,7 +228,7 @@ def train_grm(
     duels: Annotated[int, typer.Option(min=2, help="Of an update: pairs times two orders.")] = 16,
     group_size: Annotated[int, typer.Option(min=2, help="Samples of a duel.")] = 8,
     learning_rate: Annotated[float, typer.Option()] = 1e-6,
-    kl: Annotated[float, typer.Option(min=0.0, help="Weight of the divergence from the model at the start.")] = 0.0,
+    kl_coef: Annotated[float, typer.Option(min=0.0, help="Coefficient of the KL divergence from the model at the start.")] = 0.0,
     lora_rank: _Rank = 0,
     seed: _Seed = 0,
 ) -> None:
@@ -242,7 +242,8 @@ def train_grm(
 
     settings = GRMSettings(_look(frames, fps, pixels), 1.0, max_tokens)
     config = TrainConfig(
-        updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl=kl, lora_rank=lora_rank, temperature=1.0
+        updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl_coef=kl_coef, lora_rank=lora_rank,
+        temperature=1.0,
     )
     with draining(messages.print):
         train_grm_job(model, pairs, videos, _map(field), settings, config, seed, out)

@@ -29,7 +29,7 @@ from ramet.terminal import Heading, Screen, console
 
 DEMO: dict[str, Any] = {
     "budgets": [64, 128, 192, 256, 384],
-    "train": {"updates": 80, "learning_rate": 6e-4, "kl": 0.05, "checkpoint_every": 5},
+    "train": {"updates": 80, "learning_rate": 6e-4, "kl_coef": 0.05, "checkpoint_every": 5},
     "eval": {"tasks": 120, "budgets": [48, 96, 192]},
 }
 

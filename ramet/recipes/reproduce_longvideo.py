@@ -46,10 +46,10 @@ LONGVIDEO: dict[str, Any] = {
     "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "frames": FRAMES, "pixels": PIXELS},
     "budget": {"answer_reserve": 12, "context": "unlimited", "depth": 1, "width": 8, "turns": 4},
     "budgets": [96, 160, 256],
-    "reward": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
+    "penalty": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
     "train": {
-        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "decay": 1.0, "kl": 0.02, "checkpoint_every": 10,
-        "temperature": 1.0, "estimator": "rloo",
+        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "decay": 1.0, "kl_coef": 0.02,
+        "checkpoint_every": 10, "temperature": 1.0, "estimator": "rloo",
     },
     "eval": {"tasks": 200, "budgets": [96, 160, 256], "ood_budgets": [96, 160, 256]},
 }  # fmt: skip

@@ -149,8 +149,8 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
 
     def judge(task: Task, tree: Tree) -> Reward:
         score = env.grade(task, tree.answer)
-        penalties = config.reward.penalties(tree)
-        return Reward(score, penalties, config.reward.reward(tree, score, penalties))
+        penalties = config.penalty.penalties(tree)
+        return Reward(score, penalties, config.penalty.reward(tree, score, penalties))
 
     return draw, judge
 

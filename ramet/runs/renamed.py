@@ -7,14 +7,17 @@ from typing import Any
 
 from ramet.errors import ConfigError
 
-KEYS: dict[str, str] = {}
+KEYS: dict[str, str] = {
+    "reward": "penalty",
+    "train.kl": "train.kl_coef",
+}
 """Old name of a key or a section -> its name now."""
 VALUES: dict[tuple[str, str], str] = {
     ("train.estimator", "team"): "rloo",
     ("train.estimator", "standardised"): "grpo",
     ("train.estimator", "reference"): "selfcest",
-    ("reward.preset", "reference"): "selfcest",
-    ("reward.preset", "reference_maths"): "selfcest_maths",
+    ("penalty.preset", "reference"): "selfcest",
+    ("penalty.preset", "reference_maths"): "selfcest_maths",
     ("env.kind", "reference"): "selfcest",
 }
 """(key, old name of one of its values) -> the value's name now."""

@@ -1,6 +1,6 @@
 """Configuration: TOML files with dotted overrides, validated before anything runs.
 
-    load(RunConfig, Path("run.toml"), ["train.updates=50", "reward.generated=0.001"])
+    load(RunConfig, Path("run.toml"), ["train.updates=50", "penalty.generated=0.001"])
 
 An unknown key, a wrong type or an impossible value is one line that names the key and what is allowed.
 """
@@ -114,8 +114,8 @@ class RunConfig(Section):
     budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
     """Limits on generated tokens; each training task draws its `budget.generated` from these, where there are any."""
-    reward: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
-    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl=0.1, estimator="grpo")
+    penalty: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
+    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl_coef=0.1, estimator="grpo")
     openrlhf: ClusterConfig = ClusterConfig()
     tell_budget: Literal["all", "holders"] = "all"
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part

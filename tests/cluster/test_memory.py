@@ -49,7 +49,7 @@ def watch():
 
 watching = threading.Thread(target=watch)
 watching.start()
-tree_loss(policy, reference, experience, TrainConfig(kl=KL)).loss.backward()
+tree_loss(policy, reference, experience, TrainConfig(kl_coef=KL)).loss.backward()
 done = True
 watching.join()
 print((peak - before) / (WORDS * TOKENS))

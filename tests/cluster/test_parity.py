@@ -35,7 +35,7 @@ from ramet.policy.training.runlog import STORED
 from ramet.policy.training.trainer import Trainer
 from ramet.policy.training.update import Group, Reward, TrainConfig, advantages_of, minibatches
 
-TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl=0.1, temperature=0.7, batch_tokens=700, estimator="grpo")
+TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl_coef=0.1, temperature=0.7, batch_tokens=700, estimator="grpo")
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_the_plan_of_four_billion_on_eight_gpus():
 
 def test_a_plan_that_cannot_fit_is_refused_with_the_numbers():
     dimensions = ModelDimensions.from_config(FOUR_BILLION)
-    placement = place(dimensions, TrainConfig(kl=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
+    placement = place(dimensions, TrainConfig(kl_coef=0.1), ClusterConfig(trainers=1, zero_stage=2), 8192)
     with pytest.raises(ConfigError, match=r"GPU of the trainer needs 1[12]\d\.\d GiB of 75\.2 \(weights 7\.5, .*logits .*\): raise"):
         check_fits(placement)
     small = place(dimensions, TrainConfig(), ClusterConfig(gpu_memory=10, trainers=8), 8192)

@@ -134,7 +134,7 @@ def test_the_first_step_follows_the_gradient_of_advantage_times_log_probability(
 def test_the_divergence_is_from_the_weights_that_training_began_with(random_model, nano_tokenizer, tmp_path):
     """0 while nothing has changed; afterwards that of the model from a copy kept aside, on the rows that were trained."""
     start = copy.deepcopy(random_model).eval()
-    made = trainer(random_model, nano_tokenizer, tmp_path, kl=0.1, minibatches=1)
+    made = trainer(random_model, nano_tokenizer, tmp_path, kl_coef=0.1, minibatches=1)
     first, second = updates(made, 1)[0], None
     assert first["kl_to_reference"] == pytest.approx(0, abs=1e-6)
     moved = copy.deepcopy(made.model).eval()

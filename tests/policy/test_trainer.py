@@ -99,7 +99,7 @@ def test_a_killed_run_continues_the_same_curve(random_model, nano_tokenizer, tmp
 
 
 def test_optimiser_steps_are_fixed_and_metrics_complete(random_model, nano_tokenizer, tmp_path):
-    config = CONFIG.model_copy(update={"updates": 1, "minibatches": 3, "epochs": 2, "kl": 0.01})
+    config = CONFIG.model_copy(update={"updates": 1, "minibatches": 3, "epochs": 2, "kl_coef": 0.01})
     run_trainer(trainer(random_model, nano_tokenizer, tmp_path, config))
     (metrics,) = curve(tmp_path)
     assert metrics["optimizer_steps"] == 6
@@ -112,7 +112,7 @@ def test_optimiser_steps_are_fixed_and_metrics_complete(random_model, nano_token
 
 
 def test_adapters_are_trained_alone_resume_and_merge_into_a_plain_model(random_model, nano_tokenizer, tmp_path):
-    config = CONFIG.model_copy(update={"lora_rank": 4, "kl": 0.01})
+    config = CONFIG.model_copy(update={"lora_rank": 4, "kl_coef": 0.01})
     whole = trainer(random_model, nano_tokenizer, tmp_path / "whole", config)
     run_trainer(whole)
     before = dict(random_model.named_parameters())
@@ -219,7 +219,7 @@ def test_nothing_is_dropped_out_in_an_update(nano_tokenizer, tmp_path, kind):
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(3.0 if weight.ndim > 1 else 1.0)
-    run = CONFIG.model_copy(update={"updates": 1, "minibatches": 1, "kl": 0.1})
+    run = CONFIG.model_copy(update={"updates": 1, "minibatches": 1, "kl_coef": 0.1})
     run_trainer(Trainer(model, nano_tokenizer, ControlTokenFormat(nano_tokenizer), draw, judge, run, tmp_path))
     (metrics,) = curve(tmp_path)
     assert abs(metrics["behaviour_log_ratio"]) < 1e-5 and metrics["clip_fraction"] == 0 and abs(metrics["kl_to_reference"]) < 1e-6
@@ -258,7 +258,7 @@ def test_adapters_that_would_miss_a_router_are_refused_by_name(random_model):
         adapt(model, 4, 0)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "temperature", "kl", "gradient_clip"])
+@pytest.mark.parametrize("name", ["learning_rate", "temperature", "kl_coef", "gradient_clip"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_settings_are_finite(name, value):
     with pytest.raises(ValueError, match="finite"):

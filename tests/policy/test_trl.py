@@ -63,7 +63,7 @@ def grpo(model: Any, tokenizer: Any, trees: TreeRollouts, tmp_path: Path, **chan
     )  # fmt: skip
 
 
-def test_a_step_of_grpo_is_the_gradient_of_team(parts, tmp_path):
+def test_a_step_of_grpo_is_the_gradient_of_rloo(parts, tmp_path):
     model, tokenizer, chat, trees = parts
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     grpo(model, tokenizer, trees, tmp_path).train()

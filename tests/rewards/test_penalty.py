@@ -124,7 +124,7 @@ def test_a_preset_has_its_own_rule_for_failures():
 
 
 def test_what_training_earns_under_a_preset_is_its_formula():
-    config = load(RunConfig, None, ["reward.preset=selfcest", "reward.failure=priced", "reward.generated=0", "reward.critical_path=0"])
+    config = load(RunConfig, None, ["penalty.preset=selfcest", "penalty.failure=priced", "penalty.generated=0", "penalty.critical_path=0"])
     _, judge = recipe(config, len)
     verdict = judge(Task("t", (), reference=2), lengths(1024, 0, 5))
     assert verdict.reward == pytest.approx(verdict.score - 0.259 - 0.3, abs=1e-3) and verdict.reward < 0

@@ -120,7 +120,7 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         without_dropout(self.actor)
         self._reference = None
-        if self.spec.train.kl:
+        if self.spec.train.kl_coef:
             reference = Actor(
                 pretrain,
                 attn_implementation=strategy.args.ds.attn_implementation,

@@ -6,7 +6,7 @@ kernels and allocators add some, for which `ROOM` of every GPU is kept. With P p
     weights      2 P            (zero_stage 3: 2 P / N, and two layers or the embedding at a time)
     gradients    4 P / N, summed in float32, as much again during the step, and DeepSpeed's bucket
     optimiser    12 P / N       (offload: in the host's memory)
-    reference    2 P            (zero_stage 3: 2 P / N), where train.kl is not 0
+    reference    2 P            (zero_stage 3: 2 P / N), where train.kl_coef is not 0
     activations  2 T L h, and one layer's 2 T (6 h + 2 q + 2 k + 3 f)          (recompute = false: L times that)
     logits       14 T V, and 24 T V with a reference (what tests/cluster/test_memory.py measures)
 
@@ -142,9 +142,9 @@ def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterC
         "weights": weights,
         "gradients": 8 * p / n + 2 * min(BUCKET, p),
         "optimiser": 0.0 if cluster.offload else 12 * p / n,
-        "reference": 0.0 if not train.kl else 2 * p / n if sharded else 2 * p,
+        "reference": 0.0 if not train.kl_coef else 2 * p / n if sharded else 2 * p,
         "activations": kept,
-        "logits": t * dimensions.vocabulary * (24 if train.kl else 14),
+        "logits": t * dimensions.vocabulary * (24 if train.kl_coef else 14),
     }
 
 

@@ -2,7 +2,7 @@
 
 For a sampled token with ratio rho = pi(a|h) / pi_behaviour(a|h), advantage A and weight w, the term is
 
-    -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coefficient * KL
+    -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coef * KL
 
 and of an action with A < 0, with a bound `dual_clip` c (Ye et al. 2020), max(the minimum, c * A) stands for the minimum: a token that
 has become much more likely since it was sampled then pushes no harder than that. KL is the divergence from the reference at
@@ -43,7 +43,7 @@ def policy_loss(
     entropy: torch.Tensor,
     kl: torch.Tensor,
     clip: tuple[float, float] = (0.2, 0.2),
-    kl_coefficient: float = 0.0,
+    kl_coef: float = 0.0,
     dual_clip: float | None = None,
 ) -> LossSums:
     """All arguments (B, T); `mask` is bool, True where a token was sampled."""
@@ -54,8 +54,8 @@ def policy_loss(
     if dual_clip is not None:
         surrogate = torch.where(advantages < 0, torch.maximum(surrogate, dual_clip * advantages), surrogate)
     terms = -weights * surrogate
-    if kl_coefficient:
-        terms = terms + weights * kl_coefficient * kl
+    if kl_coef:
+        terms = terms + weights * kl_coef * kl
     zero = torch.zeros_like(terms)
 
     def total(values: torch.Tensor) -> torch.Tensor:

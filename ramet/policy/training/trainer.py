@@ -93,7 +93,7 @@ class Trainer:
         self.directory = directory
         self._tell_all = tell_all
         self.policy = policy or HFPolicy(model, max_batch=config.max_batch)
-        self._reference = _frozen_copy(model) if config.kl else None
+        self._reference = _frozen_copy(model) if config.kl_coef else None
         if config.lora_rank:
             adapt(model, config.lora_rank, seed)
         self._masters = Masters(model)

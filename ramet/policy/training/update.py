@@ -64,7 +64,7 @@ class TrainConfig(Section):
     """The probability ratio counts to 1 + clip_high."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound on the probability ratio where the advantage is negative; by default none."""
-    kl: Annotated[float, Field(ge=0)] = 0.0
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
     """Coefficient of the KL divergence from the initial weights, per token."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Sampling temperature in training."""
@@ -230,7 +230,7 @@ def update_loss(logprobs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor,
 
     t = targets
     clip = (config.clip_low, config.clip_high)
-    return policy_loss(logprobs, t.behaviour, t.advantages, t.weights, t.mask, entropy, kl, clip, config.kl, config.dual_clip)
+    return policy_loss(logprobs, t.behaviour, t.advantages, t.weights, t.mask, entropy, kl, clip, config.kl_coef, config.dual_clip)
 
 
 def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:
@@ -290,5 +290,5 @@ def summary(
         found[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
     found["regrown"] = sum(tree.regrown for tree in trees)
     found["starved"] = len(starved(groups)) / count
-    found["idle_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
+    found["zero_advantage_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
     return found
