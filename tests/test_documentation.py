@@ -28,7 +28,7 @@ def code_blocks(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/runtime.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/attention.md", "docs/runtime.md"])
 def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page):
     for block in code_blocks(ROOT / page):
         (promised,) = re.findall(r"print\(.*\)  # (.*)", block)
