@@ -17,16 +17,16 @@ from typing import Any
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation import baselines, frontier
-from ramet.benchmarks.evaluation.harness import Entry, Measured, grouped
+from ramet.benchmarks.evaluation.harness import Measured, MethodEntry, grouped
 from ramet.benchmarks.evaluation.seeds import over_seeds, seeds_markdown
-from ramet.display import plots, progress
+from ramet.display import plots
 from ramet.display.plots import LABELS
 from ramet.display.report import write_report
 from ramet.display.tables import markdown
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.runs import tuning
-from ramet.runs.build import open_model, read_metrics
+from ramet.runs.build import read_metrics
 from ramet.runs.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, read_text, write_json, write_text
@@ -36,18 +36,18 @@ NANO: dict[str, Any] = {"train": {"updates": 150}}
 SPLITS = ("iid", "ood")
 
 
-def entries(config: RunConfig, weights: str, choices: tuning.Choices) -> list[Entry]:
+def entries(config: RunConfig, weights: str, choices: tuning.Choices) -> list[MethodEntry]:
     """What runs with the base, solo or trained weights on one split."""
     greedy = Sampling(temperature=config.eval.temperature)
     canonical = config.env.build().canonical
     after = "" if weights == "base" else f"_{weights}"
     made = [tree_entry(weights, config, weights != "solo")]
     if weights == "trained":
-        made.append(Entry("trained_always", baselines.always, greedy, config.budget.depth))
+        made.append(MethodEntry("trained_always", baselines.always, greedy, config.budget.depth))
         made.append(tree_entry("trained_never", config, False))
-    made.append(Entry(f"best_of_n{after}", baselines.best_of_n(canonical), Sampling(temperature=choices.temperature), 0))
+    made.append(MethodEntry(f"best_of_n{after}", baselines.best_of_n(canonical), Sampling(temperature=choices.temperature), 0))
     if choices.cuts:
-        made.append(Entry(f"map_reduce{after}", baselines.map_reduce(choices.cuts), greedy, 0))
+        made.append(MethodEntry(f"map_reduce{after}", baselines.map_reduce(choices.cuts), greedy, 0))
     return made
 
 
@@ -63,15 +63,11 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     choices = []
     with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), identity)) as journal:
         for weights in ("trained", "solo", "base"):
-            model, _, chat = open_model(config, paths[weights])
             for split in SPLITS:
-                label = f"tuning baselines of {weights}, {split}"
-                cut = weights != "solo"
-                with progress.measuring(label, tuning.outcomes(config, split, cut)) as report:
-                    chosen = tuning.tune(config, model, chat, weights, split, cut, journal, report)
+                chosen = tuning.tune(config, paths[weights], weights, split, weights != "solo", journal)
                 choices += chosen.records(weights, split)
                 measured += run_measuring(config, paths[weights], entries(config, weights, chosen), (split,), journal, "measuring")
-    measured.sort(key=lambda m: (list(LABELS).index(m.policy), SPLITS.index(m.split)))
+    measured.sort(key=lambda m: (list(LABELS).index(m.method), SPLITS.index(m.split)))
     records = [meta("reproduce nano", config.seed), *summary(measured), *choices]
     write_json(directory / "results.json", records)
     write_text(directory / "results.md", markdown(records))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,10 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation import baselines, methods
-from ramet.benchmarks.evaluation.harness import Entry, Measured, by_size, failures, grouped, measure, point
+from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, by_size, failures, grouped, measure, point
 from ramet.display import progress
 from ramet.display.plots import LABELS
+from ramet.env.environment import Environment
 from ramet.env.questions import Questions
 from ramet.env.splits import TUNING
 from ramet.errors import ConfigError, PolicyError
@@ -72,52 +73,78 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
 
 
 def run_measuring(
-    config: RunConfig, model: str | Path, entries: Sequence[Entry], splits: Sequence[str], journal: Journal, label: str
+    config: RunConfig, model: str | Path, entries: Sequence[MethodEntry], splits: Sequence[str], journal: Journal, label: str
 ) -> list[Measured]:
-    """Measure entries that share one model, on held-out tasks of each split.
+    """Measure methods that share one model, on held-out tasks of each split; splits that the environment lacks are left out.
 
-    Outcomes go to `journal`. Until those of an entry on a split are all known, the samples of its trees are kept
+    See `run_workloads`.
+    """
+
+    def plan(env: Environment) -> Iterator[tuple[MethodEntry, Workload]]:
+        for split in splits:
+            if split in env.splits or split in TUNING.values():
+                workload = workload_of(config, env, split)
+                yield from ((entry, workload) for entry in entries)
+
+    return run_workloads(config, model, plan, journal, label)
+
+
+def workload_of(config: RunConfig, env: Environment, split: str) -> Workload:
+    """What a run measures on a split."""
+    seed = config.eval.seed + config.seed
+    tasks = env.tasks(split, config.eval.tasks, seed)
+    return Workload(split, tasks, budgets_of(config, split), config.budget, seed, config.eval.repeats)
+
+
+def budgets_of(config: RunConfig, split: str) -> tuple[int, ...]:
+    """The limits on generated tokens under which a split is measured, or is tuned on."""
+    return config.eval.ood_budgets if split in ("ood", TUNING["ood"]) else config.eval.budgets
+
+
+def run_workloads(
+    config: RunConfig,
+    model: str | Path,
+    plan: Callable[[Environment], Iterable[tuple[MethodEntry, Workload]]],
+    journal: Journal,
+    label: str,
+) -> list[Measured]:
+    """Measure each method that `plan` names on its workload, all with one model.
+
+    Outcomes go to `journal`. Until those of a method on a split are all known, the samples of its trees are kept
     beside it, in a file of their own.
     """
     engine, chat, count = open_engine(config, model)
     env = config.env.build(count)
-    seed = config.eval.seed + config.seed
     # Each task in flight holds a context; a server may be restarted meanwhile.
     in_flight = 64 if not config.env.language else 8 if config.backend == "transformers" else 32
     attempts = 24 if config.url else 4
 
     async def main() -> list[Measured]:
-        found: list[Measured] = []
+        measured: list[Measured] = []
         async with engine:
-            for split in splits:
-                if split not in env.splits and split not in TUNING.values():
-                    continue
-                budgets = config.eval.ood_budgets if split == "ood" else config.eval.budgets
-                tasks = env.tasks(split, config.eval.tasks, seed)
-                for entry in entries:
-                    shown = entry.policy if config.env.language else LABELS.get(entry.policy, entry.policy)
-                    beside = journal.path.with_name(f"{journal.path.stem}-{entry.policy}-{split}.jsonl")
-                    with (
-                        progress.measuring(f"{label}: {shown}, {split}", len(budgets) * len(tasks) * config.eval.repeats) as report,
-                        Journal(beside, journal.job) as samples,
-                    ):
-                        policy = JournaledPolicy(engine, samples)
-                        try:
-                            found += await measure(
-                                policy, chat, entry, env, tasks, split, budgets, config.budget, journal, seed, report,
-                                in_flight, config.eval.repeats, attempts, config.tell_budget == "all",
-                            )  # fmt: skip
-                        except PolicyError:
-                            policy.give_up()
-                            raise
-                    beside.unlink()
-        return found
+            for entry, workload in plan(env):
+                shown = entry.name if config.env.language else LABELS.get(entry.name, entry.name)
+                outcomes = len(workload.budgets) * len(workload.tasks) * workload.repeats
+                beside = journal.path.with_name(f"{journal.path.stem}-{entry.name}-{workload.split}.jsonl")
+                with (
+                    progress.measuring(f"{label}: {shown}, {workload.split}", outcomes) as report,
+                    Journal(beside, journal.job) as samples,
+                ):
+                    policy = JournaledPolicy(engine, samples)
+                    backend = Backend(policy, chat, in_flight, attempts, config.tell_budget == "all")
+                    try:
+                        measured += await measure(entry, env, workload, backend, journal, report)
+                    except PolicyError:
+                        policy.give_up()
+                        raise
+                beside.unlink()
+        return measured
 
-    found = drain.run(main)
-    if lost := list(dict.fromkeys((m.split, m.task, m.failed) for m in found if m.failed)):
+    measured = drain.run(main)
+    if lost := list(dict.fromkeys((m.split, m.task, m.failed) for m in measured if m.failed)):
         console.print(f"warning: {label}: {len(lost)} tasks could not be measured and count in no result; the first: {lost[0][2]}")
-    _warn_of_starved(found)
-    return found
+    _warn_of_starved(measured)
+    return measured
 
 
 def _warn_of_starved(measured: Sequence[Measured]) -> None:
@@ -125,17 +152,17 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
     starved = [m for m in measured if m.outcome.starved]
     if starved and len(starved) == len(measured):
         raise ConfigError(nothing_sampled(f"any of {len(measured)} outcomes", starved[0].outcome.starved))
-    for policy, split in dict.fromkeys((m.policy, m.split) for m in starved):
-        chosen = [m.outcome.starved for m in starved if (m.policy, m.split) == (policy, split)]
-        total = sum((m.policy, m.split) == (policy, split) for m in measured)
-        what = f"{len(chosen)} of {total} outcomes ({policy}, {split}), which count as wrong"
-        console.print(f"warning: {nothing_sampled(what, chosen[0])}")
+    for method, split in dict.fromkeys((m.method, m.split) for m in starved):
+        reasons = [m.outcome.starved for m in starved if (m.method, m.split) == (method, split)]
+        total = sum((m.method, m.split) == (method, split) for m in measured)
+        what = f"{len(reasons)} of {total} outcomes ({method}, {split}), which count as wrong"
+        console.print(f"warning: {nothing_sampled(what, reasons[0])}")
 
 
-def tree_entry(policy: str, config: RunConfig, spawn: bool) -> Entry:
+def tree_entry(name: str, config: RunConfig, spawn: bool) -> MethodEntry:
     """The model deciding by itself, with the tool or without; told so where questions are in words."""
-    method = methods.told(config.env.instruction(spawn)) if config.env.language else baselines.tree
-    return Entry(policy, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
+    method = methods.instructed_tree(config.env.instruction(spawn)) if config.env.language else baselines.tree
+    return MethodEntry(name, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
 
 def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:

@@ -18,17 +18,19 @@ from typing import Any
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation import frontier, methods
-from ramet.benchmarks.evaluation.baselines import Method
-from ramet.benchmarks.evaluation.harness import Entry, Measured, failures, grouped, point
+from ramet.benchmarks.evaluation.baselines import BudgetedMethod
+from ramet.benchmarks.evaluation.harness import Measured, MethodEntry, failures, grouped, point
 from ramet.display import plots
 from ramet.display.page import write_page
 from ramet.env import instructions
 from ramet.env.environment import Environment
 from ramet.env.multihop import MultihopEnvironment
+from ramet.env.splits import TUNING
 from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import resolve, weights_id
+from ramet.runs import tuning
 from ramet.runs.build import engine_id
-from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry
+from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry, workload_of
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, write_json, write_text
 from ramet.terminal import console
@@ -39,19 +41,24 @@ CONTROLS = ("self_consistency", "best_of_n", "map_reduce")
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
+class MethodSetting:
     """What is to be set of a method: how many samples, documents a clone, or documents read; its temperature where the rest is greedy."""
 
     count: int
     temperature: float = 0.0
 
 
-SETTINGS = {"self_consistency": Setting(4, 0.7), "best_of_n": Setting(4, 0.7), "map_reduce": Setting(3), "retrieve": Setting(3)}
+SETTINGS = {
+    "self_consistency": MethodSetting(4, 0.7),
+    "best_of_n": MethodSetting(4, 0.7),
+    "map_reduce": MethodSetting(3),
+    "retrieve": MethodSetting(3),
+}
 GRIDS = {
-    "self_consistency": [Setting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
-    "best_of_n": [Setting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
-    "map_reduce": [Setting(n) for n in (1, 3, 5)],
-    "retrieve": [Setting(n) for n in (1, 2, 3, 5)],
+    "self_consistency": [MethodSetting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
+    "best_of_n": [MethodSetting(n, t) for n in (2, 4, 8) for t in (0.5, 0.9)],
+    "map_reduce": [MethodSetting(n) for n in (1, 3, 5)],
+    "retrieve": [MethodSetting(n) for n in (1, 2, 3, 5)],
 }
 """From what settings are chosen where there are tasks for it, over all budgets."""
 PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, methods.LEAST]
@@ -65,9 +72,9 @@ def entries(
     env: Environment,
     depths: Sequence[int] = (),
     widths: Sequence[int] = (),
-    score: methods.Score = methods.likelihood,
-    settings: Mapping[str, Setting] = SETTINGS,
-) -> list[Entry]:
+    score: methods.SampleScore = methods.likelihood,
+    settings: Mapping[str, MethodSetting] = SETTINGS,
+) -> list[MethodEntry]:
     """What is measured: a method by name; `delegate` once for each depth and width. Raises `ConfigError` for what cannot be."""
     unknown = [name for name in names if name not in METHODS]
     if unknown:
@@ -78,22 +85,22 @@ def entries(
     if not config.env.language:
         raise ConfigError("frontier measures questions in words; for rows there is `ramet reproduce nano`")
     plain = Sampling(temperature=config.eval.temperature)
-    made: dict[str, Method] = {
-        "direct": methods.told(instructions.DIRECT),
-        "cot": methods.told(instructions.COT),
+    made: dict[str, BudgetedMethod] = {
+        "direct": methods.instructed_tree(instructions.DIRECT),
+        "cot": methods.instructed_tree(instructions.COT),
         "self_consistency": methods.self_consistency(env, settings["self_consistency"].count),
         "best_of_n": methods.best_of_n(settings["best_of_n"].count, score),
         "map_reduce": methods.map_reduce(settings["map_reduce"].count),
         **({"retrieve": methods.retrieve(env, settings["retrieve"].count)} if isinstance(env, MultihopEnvironment) else {}),
     }
     sampling = {name: Sampling(temperature=config.eval.temperature or settings[name].temperature) for name in SETTINGS}
-    chosen = [Entry(name, made[name], sampling.get(name, plain), 0) for name in names if name in made]
+    chosen = [MethodEntry(name, made[name], sampling.get(name, plain), 0) for name in names if name in made]
     if "delegate" in names:
-        told = methods.told(config.env.instruction(True))
+        delegate = methods.instructed_tree(config.env.instruction(True))
         for depth in depths or (config.budget.depth,):
             for width in widths or (config.budget.width,):
                 name = "delegate" + (f" depth {depth}" if depths else "") + (f" width {width}" if widths else "")
-                chosen.append(Entry(name, told, plain, depth, width))
+                chosen.append(MethodEntry(name, delegate, plain, depth, width))
     return chosen
 
 
@@ -141,11 +148,11 @@ def frontier_job(
                     own.append(tree_entry("trained, never delegates", config, False))
                 controls = [n for n in names if n in CONTROLS]
                 settings = tuned(controls, config, env, path, tune, score, journal, weights)
-                own += [replace(e, policy=f"{e.policy} ({name})") for e in entries(controls, config, env, score=score, settings=settings)]
+                own += [replace(e, name=f"{e.name} ({name})") for e in entries(controls, config, env, score=score, settings=settings)]
                 measured += run_measuring(config, path, own, env.splits, journal, weights)
                 choices += choice_records(name, settings)
-                models |= {entry.policy: weights for entry in own}
-    delegates = next((e.policy for e in chosen if e.policy.startswith("delegate")), None)
+                models |= {entry.name: weights for entry in own}
+    delegates = next((e.name for e in chosen if e.name.startswith("delegate")), None)
     winner = "trained" if trained else "solo" if solo else delegates
     records = [meta("frontier", config.seed), *data, *choices, *results(measured, config, env, winner, prices, models, policy)]
     records += failures(measured)
@@ -168,40 +175,40 @@ def tuned(
     env: Environment,
     model: str | Path,
     tasks: int,
-    score: methods.Score,
+    score: methods.SampleScore,
     journal: Journal,
     label: str,
-) -> dict[str, Setting]:
+) -> dict[str, MethodSetting]:
     """Of each method's settings the one that does best over all budgets on `tasks` tasks of the tuning split; the first on ties."""
-    best = {name: _sampled(setting, config) for name, setting in SETTINGS.items()}
+    chosen = {name: _sampled(setting, config) for name, setting in SETTINGS.items()}
     if not tasks:
-        return best
-    grids = {name: dict.fromkeys(_sampled(setting, config) for setting in GRIDS[name]) for name in names}
-    tried = {f"{name} {setting.count} {setting.temperature:g}": (name, setting) for name in names for setting in grids[name]}
-    made = [
-        replace(entry, policy=key)
-        for key, (name, setting) in tried.items()
-        for entry in entries([name], config, env, score=score, settings={**SETTINGS, name: setting})
-    ]
+        return chosen
+    grids = {name: list(dict.fromkeys(_sampled(setting, config) for setting in GRIDS[name])) for name in names}
     few = config.model_copy(update={"eval": config.eval.model_copy(update={"tasks": tasks})})
-    sums = dict.fromkeys(tried, 0.0)
-    for m in run_measuring(few, model, made, ("tune",), journal, f"{label}: choosing settings"):
-        sums[m.policy] += m.score
-    for name in names:
-        best[name] = tried[max((key for key, (own, _) in tried.items() if own == name), key=sums.__getitem__)][1]
-    return best
+
+    def candidates(env: Environment) -> tuning.Candidates[tuple[str, MethodSetting]]:
+        on = workload_of(few, env, TUNING["iid"])
+        return {
+            (name, setting): (replace(entry, name=f"{name} {setting.count} {setting.temperature:g}"), on)
+            for name, grid in grids.items()
+            for setting in grid
+            for entry in entries([name], config, env, score=score, settings={**SETTINGS, name: setting})
+        }
+
+    sums = tuning.scores(few, model, candidates, journal, f"{label}: choosing settings")
+    return chosen | {name: tuning.best_of_all([(name, setting) for setting in grid], sums)[1] for name, grid in grids.items()}
 
 
-def _sampled(setting: Setting, config: RunConfig) -> Setting:
+def _sampled(setting: MethodSetting, config: RunConfig) -> MethodSetting:
     """With the temperature that is sampled at: a run's own, where it has one, is that of every method."""
     return replace(setting, temperature=config.eval.temperature or setting.temperature)
 
 
-def choice_records(weights: str, settings: Mapping[str, Setting]) -> list[dict[str, Any]]:
+def choice_records(weights: str, settings: Mapping[str, MethodSetting]) -> list[dict[str, Any]]:
     return [{"record": "choice", "weights": weights, "method": name, **asdict(setting)} for name, setting in settings.items()]
 
 
-def preference(path: Path) -> methods.Score:
+def preference(path: Path) -> methods.SampleScore:
     """The score of a reward model: what the task asks, and what the root said last."""
     from ramet.rewards.preference import PreferenceModel
 
@@ -225,31 +232,32 @@ def results(
     for metric in env.metrics:
         graded = [replace(m, score=env.grade(tasks[m.task], m.outcome.answer, metric)) for m in measured]
         groups = grouped(graded)
-        found: list[dict[str, Any]] = []
+        of_metric: list[dict[str, Any]] = []
         for group in groups.values():
             spent = sum(frontier.money(m.outcome, prices) for m in group) / len(group) if prices else None
             recalls = [m.outcome.recall for m in group if m.outcome.recall is not None]
             statuses = [m.outcome.status for m in group]
-            found.append(
+            of_metric.append(
                 point(group)
                 | {
-                    "method": group[0].policy, "model": models.get(group[0].policy, model), "money": spent,
+                    "method": group[0].method, "model": models.get(group[0].method, model), "money": spent,
                     "recall": sum(recalls) / len(recalls) if recalls else None,
                     "out_of_budget_rate": statuses.count("out of budget") / len(statuses),
                 }
             )  # fmt: skip
         if winner is not None:
             compared = frontier.comparisons(groups, winner)
-            found += [*compared, *frontier.claims(compared), *frontier.matched(groups, winner), *frontier.equal_accuracy(found, winner)]
-        found += [area for cost in ("generated", "prefilled", "critical_path") for area in frontier.areas(groups, cost)]
-        records += [{**record, "env": config.env.kind, "metric": metric} for record in found]
+            of_metric += [*compared, *frontier.claims(compared), *frontier.matched(groups, winner)]
+            of_metric += frontier.equal_accuracy([r for r in of_metric if r["record"] == "point"], winner)
+        of_metric += [area for cost in ("generated", "prefilled", "critical_path") for area in frontier.areas(groups, cost)]
+        records += [{**record, "env": config.env.kind, "metric": metric} for record in of_metric]
     return records
 
 
-def price_table(given: Sequence[str]) -> dict[str, float]:
+def price_table(texts: Sequence[str]) -> dict[str, float]:
     """Prices per million tokens from `name=number` texts; cached tokens cost what prefilled ones do unless said. Raises `ConfigError`."""
     prices: dict[str, float] = {}
-    for text in given:
+    for text in texts:
         name, _, value = text.partition("=")
         try:
             prices[name.strip()] = float(value)

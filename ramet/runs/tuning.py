@@ -5,26 +5,29 @@ Whatever constant a baseline has is chosen here, for each set of weights that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
-from ramet.agents import drain
 from ramet.agents.actor import seed_of
-from ramet.agents.chat import ChatFormat
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation import baselines
 from ramet.benchmarks.evaluation.baselines import Cut
-from ramet.benchmarks.evaluation.harness import Entry, measure
+from ramet.benchmarks.evaluation.harness import MethodEntry, Workload
+from ramet.env.environment import Environment
 from ramet.env.splits import TUNING
-from ramet.policy.engines.hf import HFPolicy
+from ramet.runs.jobs import budgets_of, run_workloads
 from ramet.runs.settings import RunConfig
 
 ROWS = (1, 2, 3)
 KEPT = (6, 4, 8, 12)
 """The first is what rows are chosen with; then it is chosen itself."""
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
+Setting = TypeVar("Setting")
+Candidates = Mapping[Setting, tuple[MethodEntry, Workload]]
+"""For each setting that is tried, its method and what that is measured on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,56 +42,87 @@ class Choices:
     temperature: float
 
     def records(self, weights: str, split: str) -> list[dict[str, Any]]:
+        """A `choice` record for the temperature, and one for the cut at each budget."""
         common = {"record": "choice", "weights": weights, "split": split}
         cuts = [{**common, "budget": b, "map_reduce_rows": cut.rows, "map_reduce_kept": cut.kept} for b, cut in self.cuts.items()]
         return [{**common, "best_of_n_temperature": self.temperature}, *cuts]
 
 
-def tune(
-    config: RunConfig, model: Any, chat: ChatFormat, weights: str, split: str, cut: bool, journal: Journal, report: Callable[[int], None]
-) -> Choices:
+def scores(
+    config: RunConfig, model: str | Path, candidates: Callable[[Environment], Candidates[Setting]], journal: Journal, label: str
+) -> dict[Setting, dict[int, float]]:
+    """The sum of the scores of each candidate, by budget. No two candidates may have a name in common."""
+    sums: dict[Setting, dict[int, float]] = {}
+    names: dict[str, Setting] = {}
+
+    def plan(env: Environment) -> Iterator[tuple[MethodEntry, Workload]]:
+        for setting, (entry, workload) in candidates(env).items():
+            names[entry.name] = setting
+            sums[setting] = dict.fromkeys(workload.budgets, 0.0)
+            yield entry, workload
+
+    for m in run_workloads(config, model, plan, journal, label):
+        sums[names[m.method]][m.budget] += m.score
+    return sums
+
+
+def best(tried: Iterable[Setting], score: Mapping[Setting, float]) -> Setting:
+    """The setting with the largest score; the first on ties."""
+    return max(tried, key=score.__getitem__)
+
+
+def best_of_all(tried: Iterable[Setting], sums: Mapping[Setting, Mapping[int, float]]) -> Setting:
+    """The setting that does best over all budgets."""
+    return best(tried, {setting: sum(by_budget.values()) for setting, by_budget in sums.items()})
+
+
+def tune(config: RunConfig, model: Path, weights: str, split: str, cut: bool, journal: Journal) -> Choices:
     """Choose on the tuning split that is alike to `split`; cuts only if `cut`. `weights` names the model in the journal."""
-    env = config.env.build()
     budgets = budgets_of(config, split)
     seed = seed_of(config.seed, "choose", config.eval.seed)
+    label = f"tuning baselines of {weights}"
 
-    async def scores(policy: HFPolicy, entry: Entry, tasks: int, at: Sequence[int]) -> dict[int, float]:
-        drawn = env.tasks(TUNING[split], tasks, seed % 2**32)
-        measured = await measure(policy, chat, entry, env, drawn, TUNING[split], at, config.budget, journal, seed, report)
-        return {budget: sum(m.score for m in measured if m.budget == budget) for budget in at}
+    def workload(env: Environment, tasks: int, at: Sequence[int]) -> Workload:
+        return Workload(TUNING[split], env.tasks(TUNING[split], tasks, seed % 2**32), at, config.budget, seed)
 
-    async def cuts(policy: HFPolicy) -> dict[int, Cut]:
-        found: dict[int, dict[Cut, float]] = {budget: {} for budget in budgets}
+    def temperature() -> float:
+        def candidates(env: Environment) -> Candidates[float]:
+            method, on = baselines.best_of_n(env.canonical), workload(env, temperature_tasks(config), budgets)
+            return {t: (MethodEntry(f"{weights}_best_of_n_{t}", method, Sampling(temperature=t), 0), on) for t in TEMPERATURES}
 
-        async def best(tried: Callable[[int], Sequence[Cut]]) -> dict[int, Cut]:
-            """Of the cuts that are tried at each budget, the one that does best there; the first on ties."""
-            for one in dict.fromkeys(one for budget in budgets for one in tried(budget)):
-                at = [budget for budget in budgets if one in tried(budget) and one not in found[budget]]
-                greedy = Sampling(temperature=config.eval.temperature)
-                entry = Entry(f"{weights}_map_reduce_{one.rows}_{one.kept}", baselines.map_reduce(one), greedy, 0)
-                for budget, score in (await scores(policy, entry, cut_tasks(config), at)).items():
-                    found[budget][one] = score
-            return {budget: max(tried(budget), key=found[budget].__getitem__) for budget in budgets}
+        sums = scores(config, model, candidates, journal, label)
+        return best_of_all(TEMPERATURES, sums)
 
-        rows = await best(lambda budget: [Cut(rows, KEPT[0]) for rows in ROWS])
-        return await best(lambda budget: [Cut(rows[budget].rows, kept) for kept in KEPT])
+    def cuts() -> dict[int, Cut]:
+        greedy = Sampling(temperature=config.eval.temperature)
+        sums: dict[int, dict[Cut, float]] = {budget: {} for budget in budgets}
 
-    async def temperature(policy: HFPolicy) -> float:
-        found = {}
-        for value in TEMPERATURES:
-            entry = Entry(f"{weights}_best_of_n_{value}", baselines.best_of_n(env.canonical), Sampling(temperature=value), 0)
-            found[value] = sum((await scores(policy, entry, temperature_tasks(config), budgets)).values())
-        return max(TEMPERATURES, key=found.__getitem__)
+        def best_cuts(tried: Mapping[int, Sequence[Cut]]) -> dict[int, Cut]:
+            """Of the cuts that are tried at each budget, the one that does best there."""
+            missing = {
+                one: [budget for budget in budgets if one in tried[budget] and one not in sums[budget]]
+                for one in dict.fromkeys(one for budget in budgets for one in tried[budget])
+            }
 
-    async def main() -> Choices:
-        async with HFPolicy(model, max_batch=config.train.max_batch) as policy:
-            return Choices(await cuts(policy) if cut else {}, await temperature(policy))
+            def candidates(env: Environment) -> Candidates[Cut]:
+                return {
+                    one: (
+                        MethodEntry(f"{weights}_map_reduce_{one.rows}_{one.kept}", baselines.map_reduce(one), greedy, 0),
+                        workload(env, cut_tasks(config), at),
+                    )
+                    for one, at in missing.items()
+                    if at
+                }
 
-    return drain.run(main)
+            for one, by_budget in scores(config, model, candidates, journal, label).items():
+                for budget, score in by_budget.items():
+                    sums[budget][one] = score
+            return {budget: best(tried[budget], sums[budget]) for budget in budgets}
 
+        rows = best_cuts({budget: [Cut(rows, KEPT[0]) for rows in ROWS] for budget in budgets})
+        return best_cuts({budget: [Cut(rows[budget].rows, kept) for kept in KEPT] for budget in budgets})
 
-def budgets_of(config: RunConfig, split: str) -> tuple[int, ...]:
-    return config.eval.ood_budgets if split == "ood" else config.eval.budgets
+    return Choices(cuts() if cut else {}, temperature())
 
 
 def cut_tasks(config: RunConfig) -> int:
@@ -99,9 +133,3 @@ def cut_tasks(config: RunConfig) -> int:
 def temperature_tasks(config: RunConfig) -> int:
     """How many tasks a temperature is tried on at each of the budgets."""
     return config.eval.tasks // 10 or 1
-
-
-def outcomes(config: RunConfig, split: str, cut: bool) -> int:
-    """How many outcomes `tune` looks at."""
-    cuts = (len(ROWS) + len(KEPT) - 1) * cut_tasks(config) if cut else 0
-    return len(budgets_of(config, split)) * (cuts + len(TEMPERATURES) * temperature_tasks(config))

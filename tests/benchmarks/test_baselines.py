@@ -15,7 +15,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
 from ramet.benchmarks.evaluation import baselines
 from ramet.benchmarks.evaluation.baselines import Begun, Cut, always, best_of_n, map_reduce, tree, vote
-from ramet.benchmarks.evaluation.harness import Entry, Measured, by_size, grouped, measure, point
+from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, by_size, grouped, measure, point
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
@@ -138,8 +138,8 @@ def test_best_of_n_needs_a_limit(base):
 
 def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
     model, _, chat = base
-    tasks = ENV.tasks("iid", 5, 0)
-    entry = Entry("base", baselines.tree, Sampling(temperature=1.0), 1)
+    entry = MethodEntry("base", baselines.tree, Sampling(temperature=1.0), 1)
+    workload = Workload("iid", ENV.tasks("iid", 5, 0), [30, 90], Budget(answer_reserve=8, context=768), 0)
 
     class Stop(Exception):
         pass
@@ -155,9 +155,7 @@ def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
 
         with Journal(path, "job") as journal:
             async with HFPolicy(model) as policy:
-                return await measure(
-                    policy, chat, entry, ENV, tasks, "iid", [30, 90], Budget(answer_reserve=8, context=768), journal, 0, report
-                )
+                return await measure(entry, ENV, workload, Backend(policy, chat), journal, report)
 
     whole = anyio.run(run, tmp_path / "whole")
     with pytest.raises(Stop):

@@ -10,7 +10,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation.baselines import Outcome
-from ramet.benchmarks.evaluation.harness import Entry, measure
+from ramet.benchmarks.evaluation.harness import Backend, MethodEntry, Workload, measure
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.policy.engines.openai import WireFormat
 
@@ -39,8 +39,9 @@ def test_a_grade_that_takes_long_stalls_no_other_task(tmp_path, backend):
 
     async def main():
         with Journal(tmp_path / backend, "f") as journal:
-            entry = Entry("said", seven, Sampling(), 0)
-            return await measure(None, WireFormat(), entry, env, env.tasks("iid", 6, 0), "iid", [9, 10], Budget(), journal, 0)
+            entry = MethodEntry("said", seven, Sampling(), 0)
+            workload = Workload("iid", env.tasks("iid", 6, 0), [9, 10], Budget(), 0)
+            return await measure(entry, env, workload, Backend(None, WireFormat()), journal)
 
     assert [m.score for m in anyio.run(main, backend=backend)] == [1.0] * 12
     assert Slow.most == 1, "one at a time: a reward may be a model, which does not take threads"

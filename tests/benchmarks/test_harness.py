@@ -21,7 +21,7 @@ from ramet.agents.sampling import Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Message, Task
 from ramet.benchmarks.evaluation import baselines
-from ramet.benchmarks.evaluation.harness import Entry, Measured, failures, grouped, measure, point
+from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, failures, grouped, measure, point
 from ramet.errors import PolicyError, RefusedRequest, TaskError, TransientPolicyError
 
 
@@ -42,14 +42,12 @@ class Env:
 
 
 def run(policy: ScriptedPolicy, path: Path, budgets: tuple[int, ...] = (60,), in_flight: int = 2) -> list[Measured]:
-    env, entry = Env(), Entry("base", baselines.tree, Sampling(), 0)
+    env, entry = Env(), MethodEntry("base", baselines.tree, Sampling(), 0)
 
     async def main() -> list[Measured]:
         with Journal(path, "job") as journal:
-            return await measure(
-                policy, PlainFormat(), entry, env, env.tasks("iid", 6, 0), "iid", budgets, Budget(), journal, 0,
-                in_flight=in_flight, tell_all=False,
-            )  # fmt: skip
+            workload = Workload("iid", env.tasks("iid", 6, 0), budgets, Budget(), 0)
+            return await measure(entry, env, workload, Backend(policy, PlainFormat(), in_flight, tell_all=False), journal)
 
     return anyio.run(main)
 

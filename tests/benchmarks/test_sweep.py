@@ -21,7 +21,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason, Task
 from ramet.benchmarks.evaluation import frontier, methods
 from ramet.benchmarks.evaluation.baselines import Outcome
-from ramet.benchmarks.evaluation.harness import Entry, Measured, grouped, measure
+from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, grouped, measure
 from ramet.cli.main import app
 from ramet.env import instructions
 from ramet.env.multihop import MultihopEnvironment
@@ -78,9 +78,10 @@ def answer(env, method, text, generated=200, task=0, seed=0) -> tuple[Outcome, S
     return outcome, policy, chosen
 
 
-def all_methods(env) -> dict[str, methods.Method]:
+def all_methods(env) -> dict[str, methods.BudgetedMethod]:
     return {
-        "direct": methods.told(instructions.DIRECT), "cot": methods.told(instructions.COT), "delegate": methods.told(instructions.DELEGATE),
+        "direct": methods.instructed_tree(instructions.DIRECT), "cot": methods.instructed_tree(instructions.COT),
+        "delegate": methods.instructed_tree(instructions.DELEGATE),
         "self_consistency": methods.self_consistency(env, 4), "best_of_n": methods.best_of_n(4),
         "map_reduce": methods.map_reduce(3), "retrieve": methods.retrieve(env, 2),
     }  # fmt: skip
@@ -118,7 +119,7 @@ def test_what_each_method_reads(env):
         else:
             assert all(all(f"{key}: {value}" in p for key, value in task.documents.items()) and question in p for p in prompts)
         assert len(prompts) == {"self_consistency": 4, "best_of_n": 4, "map_reduce": 4}.get(name, 1)
-    *_, task = answer(env, methods.told("x"), said)
+    *_, task = answer(env, methods.instructed_tree("x"), said)
     supporting = set(task.meta["supporting"])
     assert set(methods.ranked(task, 2)) == supporting and len(methods.ranked(task, 100)) == len(task.documents)
 
@@ -141,7 +142,7 @@ def test_delegation_gives_documents_by_key_and_reports_which(env):
         return "Answer: Ghent1" if CALL in prompt and "1: Ann 1" in prompt.partition(CALL)[2] else CALL
 
     at = [t.meta["question"] for t in env.tasks("iid", 6, 0)].index("Where did the builder of Hall 1 live?")
-    outcome, _, task = answer(env, methods.told(instructions.DELEGATE), text, task=at)
+    outcome, _, task = answer(env, methods.instructed_tree(instructions.DELEGATE), text, task=at)
     assert outcome.answer == "Ghent1" and outcome.spawned and outcome.recall == 0.5 and env.grade(task, outcome.answer) == 1.0
 
 
@@ -158,8 +159,9 @@ def test_prompt_tokens_do_not_depend_on_what_ran_before(env, tmp_path):
 
     async def run(policy: Says, name: str) -> list[Measured]:
         with Journal(tmp_path / name, name) as journal:
-            entry = Entry("sc", methods.self_consistency(env, 3), Sampling(0.0), 0)
-            return await measure(policy, wire, entry, env, tasks, "iid", [72, 90], Budget(), journal, 0, repeats=2)
+            entry = MethodEntry("sc", methods.self_consistency(env, 3), Sampling(0.0), 0)
+            workload = Workload("iid", tasks, [72, 90], Budget(), 0, repeats=2)
+            return await measure(entry, env, workload, Backend(policy, wire), journal)
 
     said = lambda p, r: "Answer: x"  # noqa: E731
     cold, warm = (anyio.run(run, kind(wire, said), kind.__name__) for kind in (Says, Warm))
@@ -186,8 +188,9 @@ def test_a_refused_attempt_has_read_nothing(env, tmp_path):
 
     async def run(policy: Says, name: str) -> list[Measured]:
         with Journal(tmp_path / name, name) as journal:
-            entry = Entry("d", methods.told(instructions.DIRECT), Sampling(0.0), 0)
-            return await measure(policy, wire, entry, env, env.tasks("iid", 2, 0), "iid", [60], Budget(), journal, 0, in_flight=1)
+            entry = MethodEntry("d", methods.instructed_tree(instructions.DIRECT), Sampling(0.0), 0)
+            workload = Workload("iid", env.tasks("iid", 2, 0), [60], Budget(), 0)
+            return await measure(entry, env, workload, Backend(policy, wire, in_flight=1), journal)
 
     said = lambda p, r: "Answer: x"  # noqa: E731
     assert anyio.run(run, Refuses(wire, said), "a") == anyio.run(run, Says(wire, said), "b")

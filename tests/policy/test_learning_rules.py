@@ -16,7 +16,7 @@ from ramet.agents.journal import Journal
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason, Task, Tree
 from ramet.benchmarks.evaluation import baselines
-from ramet.benchmarks.evaluation.harness import Entry, measure
+from ramet.benchmarks.evaluation.harness import Backend, MethodEntry, Workload, measure
 from ramet.env.arithmetic import RowsEnvironment, parse_sum, spell
 from ramet.env.splits import part_of
 from ramet.policy.training.rows import token_logprobs
@@ -79,9 +79,10 @@ def test_repeats_of_a_task_are_sampled_with_seeds_of_their_own(nano_tokenizer, t
             return Sample(ids, (0.0,) * len(ids), StopReason.END)
 
     async def main() -> None:
-        env, entry = RowsEnvironment(), Entry("base", baselines.tree, Sampling(), 0)
+        env, entry = RowsEnvironment(), MethodEntry("base", baselines.tree, Sampling(), 0)
         with Journal(tmp_path / "journal", "job") as journal:
-            await measure(Noting(), chat, entry, env, env.tasks("iid", 4, 0), "iid", [20, 30], Budget(), journal, 0, repeats=3)
+            workload = Workload("iid", env.tasks("iid", 4, 0), [20, 30], Budget(), 0, repeats=3)
+            await measure(entry, env, workload, Backend(Noting(), chat), journal)
 
     anyio.run(main)
     assert len(seeds) == len(set(seeds)) == 4 * 2 * 3

@@ -69,7 +69,8 @@ def outcome(answer: str | None, status: str, trees: Sequence[Tree], path: int, c
     return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, starved=starved, **total)
 
 
-Method = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
+BudgetedMethod = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
+"""Answers a task under a budget, with a seed."""
 
 
 def checked(tree: Tree) -> Tree:
@@ -156,7 +157,7 @@ async def always(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Out
     return await tree(replace(runtime, policy=Begun(runtime.policy, opened)), task, budget, seed)
 
 
-def best_of_n(canonical: Callable[[str], str]) -> Method:
+def best_of_n(canonical: Callable[[str], str]) -> BudgetedMethod:
     """Independent single-context solutions until one no longer fits; the most frequent answer, the earliest on ties.
 
     Answers of one `canonical` form count as one. Attempts that were cut vote only if none finished. They are independent, so the
@@ -199,7 +200,7 @@ class Cut:
     kept: int
 
 
-def map_reduce(cut: Cut | Mapping[int, Cut]) -> Method:
+def map_reduce(cut: Cut | Mapping[int, Cut]) -> BudgetedMethod:
     """The method with a fixed cut, for all budgets or by budget. Needs the nano chat format, in which the call is spelled.
 
     The reducer reads what a branch of the nano model that had called for itself would read.

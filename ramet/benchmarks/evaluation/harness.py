@@ -6,7 +6,7 @@ stopped. Seeds are functions of the task, the method and the sweep's seed, never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,29 +22,59 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
-from ramet.benchmarks.evaluation.baselines import Method, Outcome
+from ramet.benchmarks.evaluation.baselines import BudgetedMethod, Outcome
 from ramet.benchmarks.evaluation.statistics import accuracy_interval
 from ramet.env.environment import Environment
 from ramet.errors import RefusedRequest, TaskError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One method to measure: its name in the results, how it works, and how it samples."""
+class MethodEntry:
+    """One method to measure: its name in the results, how it works, and how it samples.
 
-    policy: str
-    method: Method
+    depth, width  limits of its trees; a width of None: the workload's
+    """
+
+    name: str
+    method: BudgetedMethod
     sampling: Sampling
     depth: int | None
     width: int | None = None
-    """Clones in one call; None: as the budget has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a method is measured on: every task of a split under every budget, `repeats` times.
+
+    budgets  limits on generated tokens
+    limits   all other limits
+    seed     of what is sampled
+    """
+
+    split: str
+    tasks: Sequence[Task]
+    budgets: Sequence[int]
+    limits: Budget
+    seed: int
+    repeats: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What samples. `in_flight` tasks run at a time; for `attempts` and `tell_all` see `Runtime`."""
+
+    policy: Policy
+    chat: ChatFormat
+    in_flight: int = 64
+    attempts: int = 4
+    tell_all: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One graded outcome; or, with a reason in `failed`, one that there could not be, which counts in no mean."""
+    """One graded outcome of a method; or, with a reason in `failed`, one that could not be graded, which counts in no mean."""
 
-    policy: str
+    method: str
     split: str
     budget: int
     task: str
@@ -55,50 +85,46 @@ class Measured:
     failed: str = ""
 
     def record(self) -> dict[str, object]:
-        return {name: value for name, value in asdict(self).items() if name != "failed" or value}
+        """A line of the journal, in which the method is called `policy`."""
+        values = asdict(self)
+        return {"policy": values.pop("method"), **{name: value for name, value in values.items() if name != "failed" or value}}
 
     @classmethod
-    def of(cls, record: dict[str, object]) -> Measured:
+    def of(cls, record: Mapping[str, Any]) -> Measured:
+        """From its `record`."""
         values = dict(record)
-        values["outcome"] = Outcome(**values["outcome"])  # type: ignore[arg-type]
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(method=values.pop("policy"), outcome=Outcome(**values.pop("outcome")), **values)
 
 
 FAILED = Outcome(None, 0, 0, 0, False, 0, "failed")
 
 
 async def measure(
-    policy: Policy,
-    chat: ChatFormat,
-    entry: Entry,
+    entry: MethodEntry,
     env: Environment,
-    tasks: Sequence[Task],
-    split: str,
-    budgets: Iterable[int],
-    template: Budget,
+    workload: Workload,
+    backend: Backend,
     journal: Journal,
-    seed: int,
     report: Callable[[int], None] | None = None,
-    in_flight: int = 64,
-    repeats: int = 1,
-    attempts: int = 4,
-    tell_all: bool = True,
 ) -> list[Measured]:
-    """Every task at every budget by one method, `repeats` times. Outcomes already in the journal are not computed again.
+    """All outcomes of one method on a workload. Those that are in the journal already are not computed again.
 
     A task that the backend refuses (`RefusedRequest`: a prompt that is too long) is recorded as failed, with the reason, and the
-    others are measured; if it refuses all of them, that is raised and nothing recorded.
-    `report` is told of outcomes as they come to be known, first of those in the journal. Raises `Drained`, when
-    what is running is done, if the process is asked to stop.
+    others are measured; if it refuses all of them, that is raised and nothing is recorded.
+    `report` is called with the number of outcomes that have become known, first with that of those in the journal. Raises `Drained`,
+    once the outcomes in progress are known, if the process is asked to stop.
     """
-    done = {(m.budget, m.task, m.repeat): m for m in map(Measured.of, journal) if m.policy == entry.policy and m.split == split}
+    split, seed = workload.split, workload.seed
+    done = {(m.budget, m.task, m.repeat): m for m in map(Measured.of, journal) if m.method == entry.name and m.split == split}
     # Task by task: what one run of a task has read, its other budgets find in the backend's cache.
-    wanted = [(budget, task, repeat) for task in tasks for budget in budgets for repeat in range(repeats)]
+    wanted = [(budget, task, repeat) for task in workload.tasks for budget in workload.budgets for repeat in range(workload.repeats)]
     todo = [(b, t, r) for b, t, r in wanted if (b, t.id, r) not in done]
     missing = iter(todo)
     if report is not None:
         report(len(wanted) - len(todo))
-    runtime = Runtime(FreshCache(policy), chat, entry.sampling, attempts=attempts, tell_all=tell_all)
+    runtime = Runtime(
+        FreshCache(backend.policy), backend.chat, entry.sampling, attempts=backend.attempts, tell_all=backend.tell_all
+    )
     grading = anyio.CapacityLimiter(1)  # off the event loop, and one at a time: a reward may be a model
 
     async def worker() -> None:
@@ -106,8 +132,8 @@ async def measure(
             if drain.requested():
                 return
             width = {} if entry.width is None else {"width": entry.width}
-            limits = template.model_copy(update={"generated": budget, "depth": entry.depth, **width})
-            place = f"{entry.policy}/{task.id}" if repeat == 0 else f"{entry.policy}/{task.id}/{repeat}"
+            limits = workload.limits.model_copy(update={"generated": budget, "depth": entry.depth, **width})
+            place = f"{entry.name}/{task.id}" if repeat == 0 else f"{entry.name}/{task.id}/{repeat}"
             started = anyio.current_time()
             try:
                 with fresh_cache():
@@ -120,7 +146,7 @@ async def measure(
             outcome = replace(outcome, seconds=anyio.current_time() - started)
             with anyio.CancelScope(shield=True):  # what was paid for is kept
                 score = await anyio.to_thread.run_sync(env.grade, task, outcome.answer, limiter=grading)
-            measured = Measured(entry.policy, split, budget, task.id, env.size(task), score, outcome, repeat)
+            measured = Measured(entry.name, split, budget, task.id, env.size(task), score, outcome, repeat)
             journal.append(measured.record())
             done[budget, task.id, repeat] = measured
             if report is not None:
@@ -128,13 +154,13 @@ async def measure(
 
     refused: dict[tuple[int, str, int], RefusedRequest] = {}
     async with task_group() as group:
-        for _ in range(in_flight):
+        for _ in range(backend.in_flight):
             group.start_soon(worker)
     if refused and not any(not m.failed for m in done.values()):
         raise next(iter(refused.values()))
-    sizes = {task.id: env.size(task) for task in tasks}
+    sizes = {task.id: env.size(task) for task in workload.tasks}
     for (budget, name, repeat), error in refused.items():
-        failed = Measured(entry.policy, split, budget, name, sizes[name], 0.0, FAILED, repeat, str(error))
+        failed = Measured(entry.name, split, budget, name, sizes[name], 0.0, FAILED, repeat, str(error))
         journal.append(failed.record())
         done[budget, name, repeat] = failed
         if report is not None:
@@ -145,7 +171,7 @@ async def measure(
 
 
 def point(measured: Sequence[Measured]) -> dict[str, object]:
-    """The flat record of one policy at one budget on one split."""
+    """The flat record of one method at one budget on one split."""
     first = measured[0]
     scores: dict[str, list[float]] = {}
     for m in measured:
@@ -157,7 +183,7 @@ def point(measured: Sequence[Measured]) -> dict[str, object]:
 
     return {
         "record": "point",
-        "policy": first.policy,
+        "policy": first.method,
         "split": first.split,
         "budget": first.budget,
         "n": interval.n,
@@ -176,7 +202,7 @@ def point(measured: Sequence[Measured]) -> dict[str, object]:
 
 
 def by_size(measured: Sequence[Measured], bins: int = 6) -> list[dict[str, Any]]:
-    """Accuracy and spawn rate in up to `bins` ranges of task size, for one policy at one budget on one split."""
+    """Accuracy and spawn rate in up to `bins` ranges of task size, for one method at one budget on one split."""
     sizes = sorted({m.size for m in measured})
     width = -(-(sizes[-1] - sizes[0] + 1) // bins)
     records = []
@@ -187,9 +213,9 @@ def by_size(measured: Sequence[Measured], bins: int = 6) -> list[dict[str, Any]]
 
 
 def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Measured]]:
-    """By (policy, split, budget), in the order in which these first appear.
+    """By (method, split, budget), in the order in which these first appear.
 
-    A task that failed for one policy, at one budget, is left out for all on its split: what is compared is measured on the same tasks.
+    A task that failed for one method, at one budget, is left out for all on its split: what is compared is measured on the same tasks.
     Raises `TaskError` where that leaves none.
     """
     measured = list(measured)
@@ -197,7 +223,7 @@ def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Mea
     groups: dict[tuple[str, str, int], list[Measured]] = {}
     for m in measured:
         if (m.split, m.task) not in without:
-            groups.setdefault((m.policy, m.split, m.budget), []).append(m)
+            groups.setdefault((m.method, m.split, m.budget), []).append(m)
     for split in dict.fromkeys(m.split for m in measured):
         if all(key[1] != split for key in groups):
             raise TaskError(f"every task of {split} failed: {next(f for (s, _), f in without.items() if s == split)}")
@@ -206,5 +232,11 @@ def grouped(measured: Iterable[Measured]) -> dict[tuple[str, str, int], list[Mea
 
 def failures(measured: Iterable[Measured]) -> list[dict[str, object]]:
     """A record of each task that could not be measured, with the reason."""
-    names = ("policy", "split", "budget", "task", "repeat")
-    return [{"record": "failed", **{name: getattr(m, name) for name in names}, "reason": m.failed} for m in measured if m.failed]
+    return [
+        {
+            "record": "failed", "policy": m.method, "split": m.split, "budget": m.budget, "task": m.task, "repeat": m.repeat,
+            "reason": m.failed,
+        }
+        for m in measured
+        if m.failed
+    ]  # fmt: skip

@@ -21,7 +21,7 @@ from ramet.agents.protocol import CloneResult, render_results
 from ramet.agents.runtime import Runtime
 from ramet.agents.tree import Message, Task, Tree
 from ramet.benchmarks.evaluation.baselines import (
-    Method,
+    BudgetedMethod,
     Outcome,
     checked,
     only_generated,
@@ -39,12 +39,12 @@ from ramet.errors import ConfigError
 LEAST = 24
 """Tokens that a context needs to say anything; fewer samples, or larger parts, are made rather than smaller shares."""
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
-Score = Callable[[Task, Tree, str], float]
+SampleScore = Callable[[Task, Tree, str], float]
 """What a sample is worth: of the task, the tree, and what its root said last."""
 
 
-def told(instruction: str) -> Method:
-    """Let the model decide within the budget, told so."""
+def instructed_tree(instruction: str) -> BudgetedMethod:
+    """Let the model decide within the budget, with `instruction` at the end of its prompt."""
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         return await tree(runtime, instructed(task, instruction), budget, seed)
@@ -76,7 +76,7 @@ def _chosen(trees: Sequence[Tree], best: Tree | None) -> Outcome:
     return outcome(None if best is None else best.answer, f"{len(trees)} samples", trees, longest, 0)
 
 
-def self_consistency(env: Environment, count: int) -> Method:
+def self_consistency(env: Environment, count: int) -> BudgetedMethod:
     """Vote of `count` samples; answers that the environment holds equal count as one; the earliest on ties."""
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
@@ -93,7 +93,7 @@ def likelihood(task: Task, grown: Tree, said: str) -> float:
     return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
 
-def best_of_n(count: int, score: Score = likelihood) -> Method:
+def best_of_n(count: int, score: SampleScore = likelihood) -> BudgetedMethod:
     """The sample of `count` that `score` likes best; the earliest on ties."""
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
@@ -107,7 +107,7 @@ def best_of_n(count: int, score: Score = likelihood) -> Method:
     return method
 
 
-def map_reduce(documents: int) -> Method:
+def map_reduce(documents: int) -> BudgetedMethod:
     """`documents` of them to each clone, in order, or more where tokens are few; a third of the tokens is for who reads the notes."""
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
@@ -131,7 +131,7 @@ def map_reduce(documents: int) -> Method:
     return method
 
 
-def retrieve(env: MultihopEnvironment, count: int) -> Method:
+def retrieve(env: MultihopEnvironment, count: int) -> BudgetedMethod:
     """The `count` documents that BM25 ranks first for the question, in their own order, then one context."""
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
