@@ -54,12 +54,12 @@ def test_the_settings_are_listed_and_as_a_file_read_back(capsys):
 def test_it_is_said_where_each_value_comes_from(tmp_path, capsys):
     path = tmp_path / "run.toml"
     path.write_text('seed = 4\n[env]\nkind = "gsm8k"\nfields = { question = "q" }\n[train]\nupdates = 5\ntasks = 9\n')
-    run("config", "show", path, "--set", "train.tasks=7", "--set", "server={in_flight=3}", "--json", "-")
+    run("config", "show", path, "--set", "train.tasks=7", "--set", "server={concurrency=3}", "--json", "-")
     found = {r["name"]: (r["value"], r["from"]) for r in json.loads(capsys.readouterr().out)}
     assert found["seed"] == (4, str(path)) and found["env.kind"] == ("gsm8k", str(path)) and found["train.updates"] == (5, str(path))
     assert found["env.fields"] == ({"question": "q"}, str(path)) and found["env.levels"] == ([], "environment gsm8k")
-    assert found["train.tasks"] == (7, "--set") and found["server.in_flight"] == (3, "--set")
-    assert found["train.group_size"][1] == found["server.wait"][1] == "default"
+    assert found["train.tasks"] == (7, "--set") and found["server.concurrency"] == (3, "--set")
+    assert found["train.group_size"][1] == found["server.startup_timeout"][1] == "default"
     run("config", "show", path, "--set", "env={kind='rows'}", "--section", "env", "--json", "-")
     assert {r["name"]: r["from"] for r in json.loads(capsys.readouterr().out)} == {
         "env.kind": "--set", **dict.fromkeys(("env.operands", "env.ood_operands", "env.row", "env.largest"), "environment rows"),

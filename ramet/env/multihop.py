@@ -75,7 +75,7 @@ class MultihopEnvironment(Questions):
     only_gold  leave out the documents that do not support the answer
     tokens     lengthen contexts to about this many tokens; None: as they are
     ood_tokens the same for the split "ood"
-    gold       where the supporting documents stand
+    gold_position  where the supporting documents stand
     count      tokens of a text
     """
 
@@ -84,7 +84,7 @@ class MultihopEnvironment(Questions):
     only_gold: bool = False
     tokens: int | None = None
     ood_tokens: int | None = None
-    gold: Gold = "as is"
+    gold_position: Gold = "as is"
     count: Callable[[str], int] = words
     columns: ClassVar[tuple[str, ...]] = tuple(name for model in (_Asked, _Answerable, _Documents) for name in model.model_fields)
 
@@ -103,12 +103,12 @@ class MultihopEnvironment(Questions):
     def task(self, row: Row, task_id: str, where: str, split: str) -> Task:
         asked = parsed(_Asked, row, self.fields, where)
         found, supporting = documents(row, self.fields, where)
-        if not supporting and (self.only_gold or self.gold in ("start", "middle", "end")):
+        if not supporting and (self.only_gold or self.gold_position in ("start", "middle", "end")):
             raise TaskError(
-                f"{where} names no supporting documents, which env.only_gold and env.gold need; name their column in env.fields"
+                f"{where} names no supporting documents, which env.only_gold and env.gold_position need; name their column in env.fields"
             )
         tokens = self.ood_tokens if split in ("ood", "tune_ood") else self.tokens
-        chosen = self._arranged(found, supporting, split, tokens, random.Random(f"{task_id}/{tokens}/{self.gold}"))
+        chosen = self._arranged(found, supporting, split, tokens, random.Random(f"{task_id}/{tokens}/{self.gold_position}"))
         gold = tuple(key for key in chosen if key in supporting)
         meta = {"size": len(asked.question_decomposition or gold), "supporting": gold, "question": asked.question}
         answers = (asked.answer, *(asked.answer_aliases or ()))
@@ -132,10 +132,10 @@ class MultihopEnvironment(Questions):
                     chosen[key], length = value, length + size
                     others.append(key)
             rng.shuffle(others)
-        elif self.gold == "as is":
+        elif self.gold_position == "as is":
             return chosen
         rng.shuffle(gold)
-        at = {"start": 0, "middle": len(others) // 2, "end": len(others)}.get(self.gold)
+        at = {"start": 0, "middle": len(others) // 2, "end": len(others)}.get(self.gold_position)
         order = [*others[:at], *gold, *others[at:]] if at is not None else rng.sample([*others, *gold], len(others) + len(gold))
         return {key: chosen[key] for key in order}
 
@@ -191,7 +191,7 @@ class MultihopSettings(DataSettings):
     """Lengthen contexts to about this many tokens with documents of other questions; without: as they are."""
     ood_tokens: _Tokens | None = None
     """The same out of distribution; without `ood`, of the rows of `data`."""
-    gold: Gold = "as is"
+    gold_position: Gold = "as is"
     """Where the supporting documents stand."""
 
     multihop: ClassVar[bool] = True
@@ -206,7 +206,7 @@ class MultihopSettings(DataSettings):
     def build(self, count: Callable[[str], int] = words) -> MultihopEnvironment:
         return MultihopEnvironment(
             self.sources, self.fields, self.kind, self.allow_overlap, self.metric, self.show, self.only_gold, self.tokens,
-            self.ood_tokens, self.gold, count,
+            self.ood_tokens, self.gold_position, count,
         )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ LONGVIDEO: dict[str, Any] = {
     "budgets": [96, 160, 256],
     "penalty": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
     "train": {
-        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "decay": 1.0, "kl_coef": 0.02,
+        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "lr_decay": 1.0, "kl_coef": 0.02,
         "checkpoint_every": 10, "temperature": 1.0, "estimator": "rloo",
     },
     "eval": {"tasks": 200, "budgets": [96, 160, 256], "ood_budgets": [96, 160, 256]},

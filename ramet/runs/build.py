@@ -76,8 +76,8 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
 def _spoken_to(server: ServerConfig) -> dict[str, Any]:
     """How a server's policy is made."""
     return {
-        "concurrency": server.in_flight, "seconds": server.seconds, "wait": server.wait, "names": server.names, "extra": server.extra,
-        "fold_system": server.fold_system,
+        "concurrency": server.concurrency, "seconds": server.timeout, "wait": server.startup_timeout, "names": server.names,
+        "extra": server.extra_body, "fold_system": server.fold_system,
     }  # fmt: skip
 
 

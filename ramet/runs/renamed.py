@@ -10,6 +10,18 @@ from ramet.errors import ConfigError
 KEYS: dict[str, str] = {
     "reward": "penalty",
     "train.kl": "train.kl_coef",
+    "train.decay": "train.lr_decay",
+    "train.gradient_clip": "train.max_grad_norm",
+    "server.in_flight": "server.concurrency",
+    "server.seconds": "server.timeout",
+    "server.wait": "server.startup_timeout",
+    "server.extra": "server.extra_body",
+    "env.gold": "env.gold_position",
+    "openrlhf.engine_gpus": "openrlhf.tensor_parallel_size",
+    "openrlhf.memory_share": "openrlhf.gpu_memory_utilization",
+    "openrlhf.recompute": "openrlhf.gradient_checkpointing",
+    "openrlhf.attention": "openrlhf.attn_implementation",
+    "openrlhf.judges": "openrlhf.reward_concurrency",
 }
 """Old name of a key or a section -> its name now."""
 VALUES: dict[tuple[str, str], str] = {

@@ -71,15 +71,15 @@ class ServerConfig(Section):
 
     model: str = ""
     """Its name for what it serves; by default the policy's name (chat), or its only model (completions)."""
-    in_flight: _Tokens = 64
+    concurrency: _Tokens = 64
     """Requests at a time; 1 for servers that drop a stream when another request comes."""
-    seconds: Annotated[float, Field(gt=0)] = 300.0
-    """Longest silence before a request counts as failed."""
-    wait: Annotated[float, Field(ge=0)] = 180.0
+    timeout: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds of silence before a request counts as failed."""
+    startup_timeout: Annotated[float, Field(ge=0)] = 180.0
     """Seconds that a server which is not up yet is waited for."""
     names: dict[str, str] = Field(default={})
     """Its names for fields that it calls otherwise, such as { max_tokens = "max_completion_tokens" }; "" leaves a field out."""
-    extra: dict[str, Any] = Field(default={})
+    extra_body: dict[str, Any] = Field(default={})
     """Fields to send besides, such as { reasoning_effort = "low" }."""
     fold_system: bool = False
     """The system message goes into the first message of the user."""
@@ -115,7 +115,7 @@ class RunConfig(Section):
     budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
     """Limits on generated tokens; each training task draws its `budget.generated` from these, where there are any."""
     penalty: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
-    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, decay=1.0, gradient_clip=0.2, kl_coef=0.1, estimator="grpo")
+    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, lr_decay=1.0, max_grad_norm=0.2, kl_coef=0.1, estimator="grpo")
     openrlhf: ClusterConfig = ClusterConfig()
     tell_budget: Literal["all", "holders"] = "all"
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
@@ -142,7 +142,7 @@ class RunConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """What tells runs apart: all settings but where a server is, and how many requests and how long it is waited for."""
-        return self.model_dump(mode="json", exclude={"url": True, "server": {"in_flight", "seconds", "wait"}})
+        return self.model_dump(mode="json", exclude={"url": True, "server": {"concurrency", "timeout", "startup_timeout"}})
 
 
 LANGUAGE: dict[str, Any] = {

@@ -27,7 +27,7 @@ def test_a_run_goes_on_at_another_address_and_more_patiently(tmp_path):
         measure(tmp_path, f"url={url}")
         assert len(asked) == 4
     with serve(GOOD) as (url, asked):
-        measure(tmp_path, f"url={url}", "server.in_flight=1", "server.seconds=7", "server.wait=1")
+        measure(tmp_path, f"url={url}", "server.concurrency=1", "server.timeout=7", "server.startup_timeout=1")
         assert not asked, "nothing is asked twice"
         assert load(RunConfig, tmp_path / "served" / "config.toml").url == url
         with pytest.raises(ConfigError, match="another configuration"):
@@ -36,7 +36,8 @@ def test_a_run_goes_on_at_another_address_and_more_patiently(tmp_path):
 
 def test_the_settings_of_a_server_reach_it(tmp_path):
     with serve(GOOD) as (url, asked):
-        names = ("server.names={max_tokens='max_completion_tokens', seed=''}", "server.extra={effort='low'}", "server.fold_system=true")
+        renamed = "server.names={max_tokens='max_completion_tokens', seed=''}"
+        names = (renamed, "server.extra_body={effort='low'}", "server.fold_system=true")
         measure(tmp_path, f"url={url}", *names)
     assert asked and all("seed" not in body and "max_tokens" not in body and body["effort"] == "low" for body in asked)
     assert all(message["role"] != "system" for body in asked for message in body["messages"])

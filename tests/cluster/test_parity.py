@@ -96,7 +96,9 @@ def arguments(made: RunSpec, monkeypatch: Any) -> Any:
 
 def cluster_policy(train: TrainConfig, directory: Path, monkeypatch: Any, zero_stage: int = 2) -> Any:
     """A trainer of the cluster by itself, in float32, as OpenRLHF makes it from our flags."""
-    cluster = ClusterConfig(trainers=1, engines=1, zero_stage=zero_stage, attention="sdpa", recompute=False, cpu=True)
+    cluster = ClusterConfig(
+        trainers=1, engines=1, zero_stage=zero_stage, attn_implementation="sdpa", gradient_checkpointing=False, cpu=True
+    )
     made = RunSpec(train, cluster, directory, BASE, "auto", "float32", 0, "job", True, lambda count: None)
     from openrlhf.utils.utils import get_strategy
 
@@ -157,7 +159,7 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any, 
 def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -> None:
     """Two minibatches, two epochs, clipped gradients: AdamW here and DeepSpeed's there."""
     train = TRAIN.model_copy(
-        update={"minibatches": 2, "epochs": 2, "gradient_clip": 0.02, "warmup": 0, "learning_rate": 1e-3, "weight_decay": 0.1}
+        update={"minibatches": 2, "epochs": 2, "max_grad_norm": 0.02, "warmup": 0, "learning_rate": 1e-3, "weight_decay": 0.1}
     )
     model, tokenizer, chat = load_model(BASE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

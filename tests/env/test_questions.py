@@ -126,7 +126,7 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
         ("hotpotqa", hotpot(1) | {"context": {"title": ["t"], "sentences": []}}, {}, "title and sentences, lists of the same length"),
         ("hotpotqa", hotpot(1) | {"supporting_facts": [["Nowhere", 0]]}, {}, "'Nowhere', which supports its answer, is none of its"),
         ("hotpotqa", hotpot(1) | {"supporting_facts": None}, {"only_gold": True}, "row 1 names no supporting documents, which env"),
-        ("hotpotqa", hotpot(1) | {"supporting_facts": []}, {"gold": "middle"}, "row 1 names no supporting documents"),
+        ("hotpotqa", hotpot(1) | {"supporting_facts": []}, {"gold_position": "middle"}, "row 1 names no supporting documents"),
         ("hotpotqa", hotpot(1), {"fields": {"answer_aliases": "others"}}, "row 1 has no field 'others'"),
         ("musique", musique(paragraphs=[PARAGRAPH | {"paragraph_text": None}]), {}, "column 'paragraphs', item 1, paragraph_text"),
         ("musique", musique(paragraphs=[PARAGRAPH | {"is_supporting": "maybe"}]), {}, "is_supporting: should be true or false"),
@@ -355,7 +355,7 @@ def test_files_are_read_whatever_wrote_them(tmp_path, name, text):
 @pytest.mark.parametrize("gold, place", [("start", 0.0), ("middle", 0.5), ("end", 1.0)])
 def test_contexts_are_lengthened_and_the_support_is_where_it_is_wanted(tmp_path, gold, place):
     path = write(tmp_path / "h.jsonl", *map(hotpot, range(60)))
-    env = MultihopEnvironment({"iid": path}, name="hotpotqa", tokens=400, gold=gold)
+    env = MultihopEnvironment({"iid": path}, name="hotpotqa", tokens=400, gold_position=gold)
     for task in env.tasks("iid", 10, 0):
         length = sum(words(f"{k}: {v}\n") for k, v in task.documents.items())
         assert 380 <= length <= 400

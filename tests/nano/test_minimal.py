@@ -34,7 +34,7 @@ def trainer(directory: Path, seed: int, **changed: Any) -> Trainer:
     model, tokenizer, chat = load_model(BASE)
     config = TrainConfig(
         updates=UPDATES, tasks=TASKS, group_size=TREES, minibatches=1, warmup=0, learning_rate=minimal.LEARNING_RATE, estimator="rloo",
-        gradient_clip=minimal.CLIP, temperature=minimal.TEMPERATURE, length_scale=minimal.LENGTH, batch_tokens=minimal.BATCH_TOKENS,
+        max_grad_norm=minimal.CLIP, temperature=minimal.TEMPERATURE, length_scale=minimal.LENGTH, batch_tokens=minimal.BATCH_TOKENS,
         max_batch=TASKS * TREES, **changed,
     )  # fmt: skip
     return Trainer(model, tokenizer, chat, partial(minimal.tasks_of, seed=seed), minimal.reward_of, config, directory, seed)

@@ -51,7 +51,7 @@ def test_a_run_with_other_tasks_or_rewards_is_another_run(tmp_path):
 
 
 def test_one_configuration_becomes_flags(tmp_path):
-    made = flags(spec(tmp_path, trainers=16, engines=2, engine_gpus=4, critic=True, gamma=0.9), 4096)
+    made = flags(spec(tmp_path, trainers=16, engines=2, tensor_parallel_size=4, critic=True, gamma=0.9), 4096)
     assert (
         (value(made, "actor.num_nodes"), value(made, "actor.num_gpus_per_node"))
         == ("2", "8")
@@ -62,7 +62,7 @@ def test_one_configuration_becomes_flags(tmp_path):
     )
     assert value(made, "algo.advantage.estimator") == "gae" and value(made, "algo.advantage.gamma") == "0.9"
     assert value(made, "data.max_len") == "4096" and "--vllm.enforce_eager" not in made and "--ds.adam_offload" not in made
-    assert needs(ClusterConfig(trainers=16, engines=2, engine_gpus=4, critic=True)) == {"GPU": 40, "CPU": 41}
+    assert needs(ClusterConfig(trainers=16, engines=2, tensor_parallel_size=4, critic=True)) == {"GPU": 40, "CPU": 41}
     plain = flags(spec(tmp_path, trainers=4, offload=True), 4096)
     assert "--ds.adam_offload" in plain and not any(word.startswith("--critic") for word in plain)
 
@@ -82,7 +82,11 @@ def test_what_the_cluster_cannot_train_is_refused(tmp_path, changed, said):
 
 @pytest.mark.parametrize(
     ("given_", "said"),
-    [("trainers=12", "do not fill nodes"), ("engine_gpus=16", "do not fill a node"), ("engine_gpus=3", "do not fill a node")],
+    [
+        ("trainers=12", "do not fill nodes"),
+        ("tensor_parallel_size=16", "do not fill a node"),
+        ("tensor_parallel_size=3", "do not fill a node"),
+    ],
 )
 def test_what_does_not_fill_nodes_is_refused(given_, said):
     with pytest.raises(ConfigError, match=said):

@@ -106,7 +106,7 @@ def test_after_a_step_the_ratio_is_to_the_weights_that_sampled(random_model, nan
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_the_first_step_follows_the_gradient_of_advantage_times_log_probability(random_model, nano_tokenizer, tmp_path, temperature):
     """The trainer's step against autograd of the sum written out, in one batch a row."""
-    made = trainer(random_model, nano_tokenizer, tmp_path, temperature=temperature, minibatches=1, gradient_clip=1e9, estimator="rloo")
+    made = trainer(random_model, nano_tokenizer, tmp_path, temperature=temperature, minibatches=1, max_grad_norm=1e9, estimator="rloo")
     seen: list[list[torch.Tensor]] = []
     step = made.optimizer.step
     made.optimizer.step = lambda *a, **k: (seen.append([p.grad.clone() for p in made.model.parameters()]), step(*a, **k))[1]

@@ -258,7 +258,7 @@ def test_adapters_that_would_miss_a_router_are_refused_by_name(random_model):
         adapt(model, 4, 0)
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "temperature", "kl_coef", "gradient_clip"])
+@pytest.mark.parametrize("name", ["learning_rate", "temperature", "kl_coef", "max_grad_norm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_settings_are_finite(name, value):
     with pytest.raises(ValueError, match="finite"):
@@ -282,7 +282,7 @@ def test_a_failure_is_worth_what_is_said_whatever_it_cost():
 
 
 def test_the_learning_rate_warms_up_and_decays():
-    config = TrainConfig(updates=110, warmup=10, learning_rate=1.0, decay=0.8)
+    config = TrainConfig(updates=110, warmup=10, learning_rate=1.0, lr_decay=0.8)
     rates = [learning_rate(config, update) for update in range(110)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0 == max(rates)
     assert rates[60] == pytest.approx(0.6) and rates[-1] == pytest.approx(0.2, abs=0.01)

@@ -7,7 +7,7 @@ kernels and allocators add some, for which `ROOM` of every GPU is kept. With P p
     gradients    4 P / N, summed in float32, as much again during the step, and DeepSpeed's bucket
     optimiser    12 P / N       (offload: in the host's memory)
     reference    2 P            (zero_stage 3: 2 P / N), where train.kl_coef is not 0
-    activations  2 T L h, and one layer's 2 T (6 h + 2 q + 2 k + 3 f)          (recompute = false: L times that)
+    activations  2 T L h, and one layer's 2 T (6 h + 2 q + 2 k + 3 f)          (gradient_checkpointing = false: L times that)
     logits       14 T V, and 24 T V with a reference (what tests/cluster/test_memory.py measures)
 
 for T tokens of a batch, L layers of width h, q and k the widths of queries and of keys, f that of the MLP, V tokens of vocabulary.
@@ -106,14 +106,14 @@ def place(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfi
     if cluster.critic:
         critic = {**policy, "reference": 0.0, "logits": 0.0}
         parts.append(GpuGroup("critic", cluster.trainers, critic, usable, _REMEDY))
-    offered = gpu * cluster.memory_share
-    fixed = 2 * dimensions.parameters / cluster.engine_gpus + ENGINE_GIB * GIB
-    left = max(offered - fixed, 0.0) * cluster.engine_gpus
+    offered = gpu * cluster.gpu_memory_utilization
+    fixed = 2 * dimensions.parameters / cluster.tensor_parallel_size + ENGINE_GIB * GIB
+    left = max(offered - fixed, 0.0) * cluster.tensor_parallel_size
     rows = int(left / dimensions.kv) // context
-    one = {"weights": 2 * dimensions.parameters / cluster.engine_gpus, "engine": ENGINE_GIB * GIB}
-    one["keys and values"] = max(context * dimensions.kv / cluster.engine_gpus, left / cluster.engine_gpus)
-    remedy = "raise openrlhf.engine_gpus, or lower budget.context"
-    parts.append(GpuGroup("engine", cluster.engines * cluster.engine_gpus, one, offered, remedy))
+    one = {"weights": 2 * dimensions.parameters / cluster.tensor_parallel_size, "engine": ENGINE_GIB * GIB}
+    one["keys and values"] = max(context * dimensions.kv / cluster.tensor_parallel_size, left / cluster.tensor_parallel_size)
+    remedy = "raise openrlhf.tensor_parallel_size, or lower budget.context"
+    parts.append(GpuGroup("engine", cluster.engines * cluster.tensor_parallel_size, one, offered, remedy))
     problems = [
         f"a GPU of the {part.name} needs {part.needed / GIB:.1f} GiB of {part.offered / GIB:.1f} ("
         + ", ".join(f"{name} {size / GIB:.1f}" for name, size in part.bytes.items() if size)
@@ -126,7 +126,7 @@ def place(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfi
     return Placement(dimensions, parts, _nodes(cluster), 2 * dimensions.parameters, rows, host, problems)
 
 
-_REMEDY = "raise openrlhf.trainers, set openrlhf.zero_stage to 3, offload or recompute to true, or lower train.batch_tokens"
+_REMEDY = "raise openrlhf.trainers, set openrlhf.zero_stage to 3, offload or gradient_checkpointing to true, or lower train.batch_tokens"
 
 
 def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfig, context: int) -> dict[str, float]:
@@ -137,7 +137,7 @@ def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterC
     sharded = cluster.zero_stage == 3
     weights = 2 * p / n + 2 * 2 * dimensions.layer if sharded else 2 * p
     layer = 2 * t * (6 * dimensions.hidden + 2 * dimensions.queries + 2 * dimensions.keys + 3 * dimensions.mlp)
-    kept = 2 * t * dimensions.layers * dimensions.hidden + layer if cluster.recompute else dimensions.layers * layer
+    kept = 2 * t * dimensions.layers * dimensions.hidden + layer if cluster.gradient_checkpointing else dimensions.layers * layer
     return {
         "weights": weights,
         "gradients": 8 * p / n + 2 * min(BUCKET, p),
@@ -150,7 +150,7 @@ def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterC
 
 def _nodes(cluster: ClusterConfig) -> list[dict[str, int]]:
     """GPUs by role on each node, filled in the order in which Ray is asked: engines, then trainers, then critics."""
-    wanted = [("engine", cluster.engine_gpus)] * cluster.engines + [("trainer", 1)] * cluster.trainers
+    wanted = [("engine", cluster.tensor_parallel_size)] * cluster.engines + [("trainer", 1)] * cluster.trainers
     wanted += [("critic", 1)] * (cluster.trainers if cluster.critic else 0)
     nodes: list[dict[str, int]] = []
     for role, gpus in wanted:

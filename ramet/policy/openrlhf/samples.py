@@ -41,7 +41,7 @@ class TreeSamples(SamplesGenerator):
         self._begun: dict[int, _Update] = {}
         self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
         self._loads = [0] * len(engines)
-        self._judges = ThreadPoolExecutor(spec.cluster.judges)
+        self._judges = ThreadPoolExecutor(spec.cluster.reward_concurrency)
 
     def begin(self, update: int) -> None:
         """Start the trees of an update that are not in its journal. Does not wait."""

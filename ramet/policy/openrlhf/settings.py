@@ -16,7 +16,7 @@ from ramet.schema import Section
 
 LOST = ("Lost", "EngineLost", "EngineDeadError")
 """Errors, of ours and of vLLM, that say that a part of a run has died."""
-FREE = ("address", "restarts", "judges", "gpu_memory")
+FREE = ("address", "restarts", "reward_concurrency", "gpu_memory")
 """Settings with which a run may go on that began with others: they change nothing of what it computes."""
 _Count = Annotated[int, Field(ge=1)]
 
@@ -28,21 +28,21 @@ class ClusterConfig(Section):
     """GPUs that train, each with a shard of the optimiser."""
     engines: _Count = 4
     """vLLM engines that sample."""
-    engine_gpus: _Count = 1
+    tensor_parallel_size: _Count = 1
     """GPUs of each engine."""
     gpus_per_node: _Count = 8
     """GPUs of every node."""
     gpu_memory: Annotated[float, Field(gt=0)] = 80.0
     """GiB of one GPU, for `--plan`."""
-    memory_share: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.85
     """Share of a GPU's memory that an engine takes."""
     zero_stage: Literal[2, 3] = 3
     """ZeRO stage of DeepSpeed: 2 shards gradients and optimiser, 3 the weights too."""
     offload: bool = False
     """Keep the optimiser's state in the host's memory."""
-    recompute: bool = True
+    gradient_checkpointing: bool = True
     """Compute activations again in the backward pass, instead of keeping them."""
-    attention: Literal["flash_attention_2", "sdpa", "eager"] = "flash_attention_2"
+    attn_implementation: Literal["flash_attention_2", "sdpa", "eager"] = "flash_attention_2"
     """Attention implementation in training, by its name in transformers."""
     staleness: Annotated[int, Field(ge=0)] = 0
     """Updates that sampling may be ahead of the weights; 0: sample, train, sample."""
@@ -56,7 +56,7 @@ class ClusterConfig(Section):
     """Lambda of GAE."""
     value_clip: Annotated[float, Field(gt=0)] = 0.5
     """Clip of the critic's loss."""
-    judges: _Count = 1
+    reward_concurrency: _Count = 1
     """Trees whose rewards are computed at the same time; more than one for a reward server."""
     address: str = ""
     """Address of a Ray cluster's job server, such as http://head:8265; without one, Ray is started on this machine."""
@@ -69,14 +69,15 @@ class ClusterConfig(Section):
     def _fits_nodes(self) -> ClusterConfig:
         if self.trainers > self.gpus_per_node and self.trainers % self.gpus_per_node:
             raise ValueError(f"{self.trainers} trainers do not fill nodes of {self.gpus_per_node} GPUs; take a multiple of it, or fewer")
-        if self.gpus_per_node % self.engine_gpus:
-            raise ValueError(f"engines of {self.engine_gpus} GPUs do not fill a node of {self.gpus_per_node}, and none may span two")
+        if self.gpus_per_node % self.tensor_parallel_size:
+            each = f"engines of {self.tensor_parallel_size} GPUs"
+            raise ValueError(f"{each} do not fill a node of {self.gpus_per_node}, and none may span two")
         return self
 
     @property
     def gpus(self) -> int:
         """GPUs of the whole run; a critic has as many as the policy's trainers."""
-        return self.trainers * (2 if self.critic else 1) + self.engines * self.engine_gpus
+        return self.trainers * (2 if self.critic else 1) + self.engines * self.tensor_parallel_size
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -201,7 +201,7 @@ class Trainer:
                     fed, padded = fed + real, padded + all_
                     for name in sums:
                         sums[name] += batch_sums[name]
-                norm = torch.nn.utils.clip_grad_norm_(self._weights, config.gradient_clip)
+                norm = torch.nn.utils.clip_grad_norm_(self._weights, config.max_grad_norm)
                 if not torch.isfinite(norm):
                     raise PolicyError(
                         f"the gradient of update {update} is not finite; lower learning_rate and resume from the last checkpoint"

@@ -52,11 +52,11 @@ class TrainConfig(Section):
     """Learning rate of AdamW at the end of the warm-up."""
     warmup: Annotated[int, Field(ge=0)] = 10
     """Updates during which the learning rate rises linearly."""
-    decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    lr_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the learning rate that is lost, linearly, between the warm-up and the last update."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay of AdamW."""
-    gradient_clip: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Largest norm of the gradient."""
     clip_low: Annotated[float, Field(gt=0)] = 0.2
     """The probability ratio counts from 1 - clip_low."""
@@ -100,7 +100,7 @@ def learning_rate(config: TrainConfig, update: int) -> float:
     """The learning rate of update number `update`, from 0 on: a linear warm-up, then linear decay."""
     if update < config.warmup:
         return config.learning_rate * (update + 1) / config.warmup
-    return config.learning_rate * (1 - config.decay * (update - config.warmup) / max(config.updates - config.warmup, 1))
+    return config.learning_rate * (1 - config.lr_decay * (update - config.warmup) / max(config.updates - config.warmup, 1))
 
 
 @dataclass(frozen=True, slots=True)

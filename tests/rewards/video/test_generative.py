@@ -106,7 +106,7 @@ def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(gr
     traces = [(p, f, f"<think>Look.</think><answer>{1 + (n + f) % 2}</answer>") for n, p in enumerate(pairs) for f in (True, False)]
     sft_grm(grm, traces, SFTTraining(steps=160, batch=8, at_once=8, learning_rate=3e-3, lora_rank=0), tmp_path / "sft")
     config = TrainConfig(
-        updates=12, tasks=4, group_size=8, minibatches=1, learning_rate=1e-3, warmup=0, gradient_clip=0.5, checkpoint_every=6
+        updates=12, tasks=4, group_size=8, minibatches=1, learning_rate=1e-3, warmup=0, max_grad_norm=0.5, checkpoint_every=6
     )
     trainer = grm_trainer(grm, pairs, config, tmp_path / "rl")
 
