@@ -118,3 +118,10 @@ def test_the_files_and_modules_that_a_page_names_exist(page):
     for name in re.findall(r"[` ](ramet(?:\.\w+)+)", text):
         within, _, member = name.rpartition(".")
         assert is_module(name) or (is_module(within) and hasattr(import_module(within), member)), name
+
+
+def test_every_kind_of_record_has_its_line_in_the_page_of_records():
+    written = {name for path in (ROOT / "ramet").rglob("*.py") for name in re.findall(r'"record": "(\w+)"', path.read_text())}
+    rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "records.md").read_text(), re.M)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row) if name != "record"]
+    assert sorted(listed) == sorted(written - {"meta"})
