@@ -1,4 +1,4 @@
-"""One tree: actors, budgets, protocol, traces. Knows no torch."""
+"""The agent runtime: branches that spawn clones, their budgets, the protocol between them and the record of it all. Torch-free."""
 
 from ramet.agents.budget import Budget, Ledger
 from ramet.agents.runtime import Job, Runtime

@@ -1,12 +1,11 @@
-"""The loop of one branch. Root and clone run the same code.
+"""The loop of one branch. The root and its clones run the same code.
 
-    reserve -> sample -> spend and refund -> read the newest turn -> answer, or spawn, or be told what is wrong
+    reserve -> sample -> spend and refund -> read the newest turn -> answer, or spawn clones, or report a malformed call
 
-A branch ends with a status and never with an exception that belongs to it: what its policy could not
-do becomes a typed result for the parent. Cancellation passes through, after what the cancelled sample
-had generated is recorded and charged. When the budget is used up, the branch is told so once and
-may state an answer from its reserve. A branch that ends without an answer because failed attempts have used up its
-budget has failed: it ends with the last of their errors.
+A branch ends with a status and never with an exception of its own: what its policy could not do becomes a typed result for the
+parent. Cancellation passes through, once what the cancelled sample had generated is recorded and charged. When the budget is used
+up, the branch is told so once and may state an answer from its reserve. A branch that ends without an answer because failed attempts
+used up its budget has failed: it ends with the last of their errors.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from ramet.errors import BudgetExhausted, CallError, Interrupted, PolicyError, R
 
 @dataclass(slots=True)
 class Growth:
-    """A branch while it grows; `freeze` makes the record. Readable at any time by whoever watches."""
+    """A branch while it grows. It can be read at any time; `freeze` makes the record."""
 
     id: str
     prompt: tuple[int, ...]
@@ -48,29 +47,30 @@ class Growth:
     media: tuple[Segment, ...] = ()
     turns: list[Turn] = field(default_factory=list)
     clones: list[Growth] = field(default_factory=list)
-    """Clones of the call that runs now; afterwards they are part of its turn."""
+    """Clones of the call that is running; once it ends, they are part of its turn."""
     discarded: int = 0
+    """Tokens that failed attempts at the next turn have generated so far."""
     discarded_prefilled: int = 0
-    """What failed attempts at the next turn have cost so far."""
+    """Prompt tokens that they have computed."""
     lost: int = 0
     """Tokens that failed attempts have cost this branch and its clones, over all turns."""
     fault: str = ""
-    """What the last of them failed with."""
+    """The error of the last failed attempt."""
     status: Status | None = None
     answer: str | None = None
     reason: str = ""
     started: float = 0.0
     ended: float | None = None
     scope: anyio.CancelScope | None = None
-    """Its own, in trees that are watched: nobody else could cancel one branch."""
+    """The branch's own cancel scope, in trees that are watched: nothing else can cancel a single branch."""
 
     def cancel(self) -> None:
-        """End this branch and its clones; its parent, told by a typed result, goes on."""
+        """End this branch and its clones. Its parent receives a typed result and goes on."""
         if self.scope is not None:
             self.scope.cancel()
 
     def freeze(self, otherwise: Status, now: float) -> Branch:
-        """The record of this branch, whose clones have been frozen. One that has not ended gets the status `otherwise`."""
+        """The record of this branch at time `now`, its clones already frozen. A branch that has not ended gets the status `otherwise`."""
         turns = list(self.turns)
         if self.discarded or self.discarded_prefilled:
             turns.append(Turn((), (), StopReason.FAILED, discarded=self.discarded, discarded_prefilled=self.discarded_prefilled))
@@ -89,7 +89,7 @@ class Growth:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all branches of one tree share."""
+    """What all branches of one tree share. For the options, see `Runtime`; `group` names the tree in its sample requests."""
 
     policy: Policy
     chat: ChatFormat
@@ -104,46 +104,49 @@ class Setting:
     attempts: int
     clone_system: str
     watched: bool = False
-    tell_all: bool = True
+    always_show_budget: bool = True
 
     @property
     def context(self) -> int | None:
-        known = [limit for limit in (self.budget.context, self.policy.context) if limit is not None]
-        return min(known) if known else None
+        """Tokens that one branch's context may hold: the smaller of the budget's and the policy's limits; None without either."""
+        limits = [limit for limit in (self.budget.context, self.policy.context) if limit is not None]
+        return min(limits) if limits else None
 
     def may_spawn(self, depth: int) -> bool:
-        """Is the tool offered to a branch at this depth?"""
+        """Whether a branch at this depth is offered the tool."""
         limits = self.budget
         return (limits.depth is None or depth < limits.depth) and limits.clones != 0 and limits.width != 0
 
     def growth(
         self, name: str, prompt: Sequence[int], ledger: Ledger, objective: str = "", now: float = 0.0, media: tuple[Segment, ...] = ()
     ) -> Growth:
-        """A branch that is to grow."""
+        """A new branch called `name`, with no turns yet."""
         return Growth(name, tuple(prompt), ledger, objective, media, started=now, scope=anyio.CancelScope() if self.watched else None)
 
     def notice(self, ledger: Ledger) -> str:
+        """The message that asks a branch to answer from its reserve."""
         return "\n".join(filter(None, [OUT_OF_BUDGET_NOTICE, self.left(ledger, final=True)]))
 
     def left(self, ledger: Ledger, final: bool = False) -> str:
+        """The line that states what the branch may still spend, its reserve included if `final`; empty if nothing is limited."""
         return left_line(ledger.sampleable(final), ledger.left("clones"))
 
     def prompt(self, messages: Sequence[Message], ledger: Ledger, tools: bool) -> list[int]:
-        """A branch's prompt ids; the last message says what is left, to branches without the tool only if all are told."""
+        """A branch's prompt ids. The last message ends with what is left, for branches without the tool only by `always_show_budget`."""
         *before, last = messages
-        left = self.left(ledger) if tools or self.tell_all else ""
+        left = self.left(ledger) if tools or self.always_show_budget else ""
         content = "\n".join(filter(None, [last.content, left]))
         return self.chat.render([*before, replace(last, content=content)], tools)
 
 
 def seed_of(seed: int, branch: str, turn: int) -> int:
-    """The seed of one sample: a function of the tree's seed and the sample's place in the tree."""
+    """The seed of one sample, from the tree's seed and the sample's place in the tree."""
     digest = hashlib.blake2b(f"{seed}/{branch}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 async def run_branch(setting: Setting, growth: Growth) -> None:
-    """Grow one branch to its end. Sets status and answer; raises only cancellation from outside, and bugs."""
+    """Grow one branch to its end, setting its status and answer. Only cancellation from outside, and bugs, are raised."""
     growth.started = anyio.current_time()
     try:
         if growth.scope is None:
@@ -166,10 +169,12 @@ async def run_branch(setting: Setting, growth: Growth) -> None:
 
 
 def _end(growth: Growth, status: Status, answer: str | None = None, reason: str = "") -> None:
+    """Set how the branch ended."""
     growth.status, growth.answer, growth.reason = status, answer, reason
 
 
 async def _grow(setting: Setting, growth: Growth) -> None:
+    """Sample turns and append results until the branch ends."""
     chat, ledger = setting.chat, growth.ledger
     tools = setting.may_spawn(growth.id.count("."))
     length = len(growth.prompt)
@@ -220,7 +225,7 @@ async def _grow(setting: Setting, growth: Growth) -> None:
             message, unknown = await _spawn(setting, growth, call.requests())
         appended = _tool_message(setting, ledger, message, unknown, length)
         if appended is None:
-            # No room for the results; there is for being told to answer without them.
+            # The results do not fit the context, but the request to answer without them may.
             appended = _notice(setting, ledger, length, closed=True)
             if appended is None:
                 _end(growth, Status.OUT_OF_BUDGET, reason="context")
@@ -230,7 +235,7 @@ async def _grow(setting: Setting, growth: Growth) -> None:
 
 
 def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> tuple[int, str]:
-    """How many tokens the next sample may have, and which limit says so."""
+    """How many tokens the next sample may have, and the limit that sets this number."""
     room, limit = setting.max_turn_tokens, "max_turn_tokens"
     budget = ledger.sampleable(final)
     if budget is not None and budget <= room:
@@ -244,13 +249,13 @@ def _room(setting: Setting, ledger: Ledger, length: int, final: bool) -> tuple[i
 
 
 def _ending(setting: Setting, ledger: Ledger) -> int:
-    """Tokens of context that a branch keeps for being told to answer, and answering."""
+    """Tokens of context that a branch keeps for the request to answer and for the answer."""
     reserve = setting.budget.answer_reserve
     return reserve + len(setting.chat.after_turn(setting.notice(ledger), closed=False)) if reserve else 0
 
 
 def _notice(setting: Setting, ledger: Ledger, length: int, closed: bool) -> list[int] | None:
-    """The ids that tell a branch to answer from its reserve; None if it has none, or no turn or context for it."""
+    """The ids that ask a branch to answer from its reserve; None if it has no reserve, no turn or no context left for that."""
     if not setting.budget.answer_reserve or ledger.sampleable(final=True) == 0 or ledger.left("turns") == 0:
         return None
     ids = setting.chat.after_turn(setting.notice(ledger), closed)
@@ -258,7 +263,7 @@ def _notice(setting: Setting, ledger: Ledger, length: int, closed: bool) -> list
 
 
 def _append(growth: Growth, ids: list[int]) -> int:
-    """Append ids that were not sampled; to the newest turn, or to the prompt before there is one."""
+    """Append ids that were not sampled, to the newest turn or, if there is none yet, to the prompt. Returns how many."""
     if growth.turns:
         growth.turns[-1] = replace(growth.turns[-1], appended=(*growth.turns[-1].appended, *ids))
     else:
@@ -267,7 +272,7 @@ def _append(growth: Growth, ids: list[int]) -> int:
 
 
 def _tool_message(setting: Setting, ledger: Ledger, results: list[CloneResult], unknown: list[str], length: int) -> list[int] | None:
-    """The results as ids, cut fairly until they fit the context; None if even the shortest form does not."""
+    """The results as ids, shortened evenly until they fit the context; None if even the shortest form does not fit."""
     limit = setting.result_characters
     left = setting.left(ledger)
     if unknown:
@@ -282,9 +287,9 @@ def _tool_message(setting: Setting, ledger: Ledger, results: list[CloneResult], 
 
 
 async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> Sample:
-    """Sample one turn, retrying transient failures. Whatever was generated is charged, kept or not.
+    """Sample one turn, retrying transient failures. All that is generated is charged, whether it is kept or not.
 
-    Raises the last error when the attempts, or what they may spend, are used up.
+    Raises the last error once the attempts, or the tokens that they may spend, are used up.
     """
     seed = seed_of(setting.seed, growth.id, len(growth.turns))
     request = SampleRequest(_ids(growth), room, setting.chat.stop_ids, seed, setting.sampling, setting.group, growth.media)
@@ -298,17 +303,17 @@ async def _sample(setting: Setting, growth: Growth, room: int, final: bool) -> S
         except TransientPolicyError as error:
             failures += 1
             left = growth.ledger.sampleable(final)
-            most = room if left is None else min(room, left)
-            if failures >= setting.attempts or most <= 0:
+            max_tokens = room if left is None else min(room, left)
+            if failures >= setting.attempts or max_tokens <= 0:
                 raise
             await drain.pause(_pause(error, failures, seed))
-            request = replace(request, max_tokens=most)
+            request = replace(request, max_tokens=max_tokens)
     _record(growth, sample)
     return sample
 
 
 async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> Sample:
-    """One try at a sample: reserved, and settled on every way out."""
+    """One attempt at a sample. Its tokens are reserved first, and settled however it ends."""
     await setting.slots.acquire()
     try:
         policy, partial = setting.policy, Partial()
@@ -316,10 +321,10 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
             try:
                 sample = await policy.sample(request, partial)
             except anyio.get_cancelled_exc_class():
-                read = _settle(growth, grant, request, len(partial.ids), partial.prefilled)
+                prefilled = _settle(growth, grant, request, len(partial.ids), partial.prefilled)
                 ids, logprobs, updates = tuple(partial.ids), tuple(partial.logprobs), tuple(partial.updates)
                 version = policy.version if partial.version is None else partial.version
-                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, read, partial.cached, version, updates))
+                _record(growth, Sample(ids, logprobs, StopReason.CANCELLED, prefilled, partial.cached, version, updates))
                 raise
             except PolicyError as error:
                 _discard(growth, grant, request, len(partial.ids), partial.prefilled, error)
@@ -327,28 +332,32 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
                     raise PolicyError(f"{_overrun(len(partial.ids), request)}, then failed: {error}") from error
                 raise
             if len(sample.ids) > request.max_tokens:
-                broken = PolicyError(_overrun(len(sample.ids), request))
-                _discard(growth, grant, request, len(sample.ids), sample.prefilled, broken)
-                raise broken
+                overrun = PolicyError(_overrun(len(sample.ids), request))
+                _discard(growth, grant, request, len(sample.ids), sample.prefilled, overrun)
+                raise overrun
             return replace(sample, prefilled=_settle(growth, grant, request, len(sample.ids), sample.prefilled))
     finally:
         setting.slots.release()
 
 
 def _overrun(generated: int, request: SampleRequest) -> str:
+    """The error message for a backend that generated more than it was granted."""
     return f"the backend generated {generated} tokens for a grant of {request.max_tokens}: it does not keep to max_tokens"
 
 
 def _settle(growth: Growth, grant: Grant, request: SampleRequest, generated: int, prefilled: int, turns: int = 1) -> int:
-    """Charge what an attempt has used, what it generated past its grant included. The prompt tokens that it computed, of those it had."""
-    granted, read = min(generated, request.max_tokens), min(prefilled, len(request.prompt))
-    grant.settle(granted, read, turns)
+    """Charge what an attempt has used, including what it generated past its grant.
+
+    Returns the prompt tokens that it computed, at most the length of the prompt.
+    """
+    granted, prefilled = min(generated, request.max_tokens), min(prefilled, len(request.prompt))
+    grant.settle(granted, prefilled, turns)
     growth.ledger.charge(generated - granted, 0)
-    return read
+    return prefilled
 
 
 def _discard(growth: Growth, grant: Grant, request: SampleRequest, generated: int, prefilled: int, error: PolicyError) -> None:
-    """Charge an attempt that gave no turn."""
+    """Charge an attempt that produced no turn."""
     if isinstance(error, Interrupted):
         grant.settle(0, 0, turns=0)
         growth.ledger.charge(generated, prefilled, past=True)
@@ -361,17 +370,19 @@ def _discard(growth: Growth, grant: Grant, request: SampleRequest, generated: in
 
 
 def _pause(error: TransientPolicyError, failures: int, seed: int) -> float:
-    """Seconds before the next attempt: 0.1, 0.2, 0.4, ... up to 10, or longer if the server asks for it, and up to twice the former on top.
+    """Seconds to wait before the next attempt; none after a failure that is replayed from a journal.
 
-    What is added is drawn from the request's seed, so that requests that failed together do not come back together.
+    The backoff is 0.1, 0.2, 0.4, ... up to 10 seconds, or longer if the server asks for it, plus jitter of up to twice the backoff.
+    The jitter is drawn from the request's seed, so that requests that failed together are not retried together.
     """
     if error.past:
         return 0.0
-    least = min(0.1 * 2.0 ** (failures - 1), 10.0)
-    return max(least, error.retry_after or 0.0) + random.Random(f"{seed}/{failures}").uniform(0.0, 2 * least)
+    backoff = min(0.1 * 2.0 ** (failures - 1), 10.0)
+    return max(backoff, error.retry_after or 0.0) + random.Random(f"{seed}/{failures}").uniform(0.0, 2 * backoff)
 
 
 def _record(growth: Growth, sample: Sample) -> None:
+    """Add a sample to the branch as its newest turn, with what the failed attempts before it cost."""
     growth.turns.append(
         Turn(
             sample.ids,
@@ -389,6 +400,7 @@ def _record(growth: Growth, sample: Sample) -> None:
 
 
 def _ids(growth: Growth) -> tuple[int, ...]:
+    """The whole context of a branch so far."""
     if not growth.turns:
         return growth.prompt
     ids = list(growth.prompt)
@@ -399,7 +411,7 @@ def _ids(growth: Growth) -> tuple[int, ...]:
 
 
 async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) -> tuple[list[CloneResult], list[str]]:
-    """Run the clones of one call; their results in call order, and the keys that do not exist."""
+    """Run the clones of one call. Returns their results in call order, and the context keys that do not exist."""
     allowed = len(requests)
     reason = ""
     if setting.budget.width is not None and allowed > setting.budget.width:
@@ -413,7 +425,7 @@ async def _spawn(setting: Setting, growth: Growth, requests: list[Objective]) ->
     unknown: dict[str, None] = {}
     if not allowed:
         return results, []
-    # The parent reads its own context again afterwards, and results that may be as long.
+    # Afterwards the parent reads its own context again, and results that may be just as long.
     keep = 2 * len(_ids(growth))
     with growth.ledger.fork([request.max_tokens for request in requests[:allowed]], keep) as fork:
         number = sum(len(turn.clones) for turn in growth.turns)

@@ -1,14 +1,14 @@
-r"""The answer that a turn states, read by grammar: where a model says "this is my answer", and how it wraps it.
+r"""The answer that a turn states, found by where a model marks its answer and how it formats it.
 
-Thoughts are not read, closed or not. Then, the first of these that says something:
+Thoughts are ignored, closed or not. Of the rest, the first of these that yields a value counts:
 
-1. the last `Answer: ...` at the beginning of a line, or `<answer>...</answer>`, also spelled
-   `<final_answer>`, `[ANSWER]` and `答案:`. Emphasis, headings and quotes around it, `The` and
-   `Final` before it and a full-width colon are all the same. The value may stand on the next lines: bare, in display maths, in a
-   code block, in tags. One that points elsewhere (`Answer: see above`) says nothing where there is a box;
-2. the last box;
-3. of a finished turn, its last line that is not empty, less the signs of a heading (`#### 72`) or an `A:` that replies to a `Q:`, or the
-   display maths or code block that it ends with.
+1. the last `Answer: ...` at the beginning of a line, or `<answer>...</answer>`, also spelled `<final_answer>`, `[ANSWER]` and `答案:`.
+   Emphasis, heading signs and quotes around it, `The` and `Final` in front of it and a full-width colon make no difference. The value may
+   follow on the next lines: bare, in display maths, in a code block, in tags. A value that only points elsewhere (`Answer: see above`)
+   is passed over if the turn has a box;
+2. the last box, such as `\boxed{72}`;
+3. in a finished turn, the display maths or code block at its end, or else its last non-empty line, without heading signs (`#### 72`)
+   and without an `A:` that replies to a `Q:`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from ramet.agents.thoughts import without_thoughts
 
-LONGEST = 65_536
-"""Characters of a stated answer that are looked at."""
+MAX_CHARACTERS = 65_536
+"""Characters after a marker that are searched for the answer."""
 _LOOSE = r"(?:[ \t*_]|`(?!``))*"
 _MARKER = re.compile(
     rf"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?{_LOOSE}(?:(?P<colon>[:\uff1a]){_LOOSE}|$)"
@@ -44,23 +44,26 @@ _EMPHASIS = " \t\r\n*_`"
 
 
 def extract_answer(text: str, finished: bool = True) -> str | None:
-    """The answer stated in one turn's text, a part of that text; None if it states none. `finished`: the model has ended the turn."""
+    """The answer that one turn states, as a substring of `text`; None if it states none.
+
+    `finished`: the model ended the turn itself, so that its last line may be the answer.
+    """
     text = without_thoughts(text)
     boxed = (last_boxed(text) or "").strip() or None
     for mark in reversed([*_MARKER.finditer(text)]):
-        after = text[mark.end() : mark.end() + LONGEST]
-        said = _CLOSING_TAG.split(after, maxsplit=1)[0].strip() if mark["tag"] else _value(after)
-        if said and not (boxed and _ELSEWHERE.fullmatch(said)):
-            return said
+        after = text[mark.end() : mark.end() + MAX_CHARACTERS]
+        value = _CLOSING_TAG.split(after, maxsplit=1)[0].strip() if mark["tag"] else _value(after)
+        if value and not (boxed and _ELSEWHERE.fullmatch(value)):
+            return value
         if boxed is None and (mark["colon"] or mark["han"]):
             return None
     return boxed or (_ending(text) if finished else None)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}` or `\fbox{...}` of a text, braces balanced, or after `\boxed `; None without one.
+    r"""The content of the last closed `\boxed{...}` or `\fbox{...}` of a text, braces balanced, or what follows a bare `\boxed `.
 
-    Of several in a row (`\boxed{1} and \boxed{2}`), all, with what is between them.
+    If several stand in a row (`\boxed{1} and \boxed{2}`), the whole row. None if there is no box.
     """
     boxes = _boxes(text)
     last = len(boxes) - 1
@@ -72,7 +75,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def unboxed(text: str) -> str:
-    r"""Of a text with boxes, what they hold: `1, 2` of `\boxed{1} and \boxed{2}`. Other texts as they are."""
+    r"""The contents of a text's last boxes: `1, 2` for `\boxed{1} and \boxed{2}`. A text without a box is returned unchanged."""
     boxed = last_boxed(text)
     if boxed is None:
         return text
@@ -87,21 +90,21 @@ class _Box:
 
 
 def _boxes(text: str) -> list[_Box]:
-    """All closed boxes in order, but those that hold another."""
+    """All closed boxes in order, except those that contain another box."""
     opened: list[re.Match[str]] = []
-    found: list[_Box] = []
+    boxes: list[_Box] = []
     for match in _BRACE.finditer(text):
         if match.group() != "}":
             opened.append(match)
         elif opened:
             start = opened.pop()
             if start["box"]:
-                found.append(_Box(start.start(), match.end(), text[start.end() : match.start()]))
-    found += [
-        _Box(match.start(), match.start(1) + len(said), said) for match in _BARE_BOX.finditer(text) if (said := match[1].rstrip(".,;"))
+                boxes.append(_Box(start.start(), match.end(), text[start.end() : match.start()]))
+    boxes += [
+        _Box(match.start(), match.start(1) + len(value), value) for match in _BARE_BOX.finditer(text) if (value := match[1].rstrip(".,;"))
     ]
     inner: list[_Box] = []
-    for box in sorted(found, key=lambda box: box.start):
+    for box in sorted(boxes, key=lambda box: box.start):
         if inner and box.start < inner[-1].end:
             inner.pop()
         inner.append(box)
@@ -109,7 +112,7 @@ def _boxes(text: str) -> list[_Box]:
 
 
 def _value(after: str) -> str:
-    """What is said after a marker: the rest of its line or, if that is empty, what comes next."""
+    """The value after a marker: the rest of its line or, if that is empty, what follows."""
     after = after.lstrip()
     for opening, closing in _BLOCKS:
         if after.startswith(opening):
@@ -122,18 +125,19 @@ def _value(after: str) -> str:
 
 
 def _within(text: str, start: int, closing: str) -> str:
+    """The text from `start` to `closing`, or to the end if it is never closed."""
     end = text.find(closing, start)
     return text[start : end if end >= 0 else None].strip()
 
 
 def _without_language(block: str) -> str:
-    """A code block's lines, less the name of a language before them."""
+    """The lines of a code block, without the language name in front of them."""
     first, newline, rest = block.partition("\n")
     return rest.strip() if newline and re.fullmatch(r"[a-zA-Z]+", first.strip()) else block
 
 
 def _balanced(text: str, start: int) -> str:
-    """From `start`, just inside a brace, to the brace that closes it; empty if none does."""
+    """The text from `start`, just inside a brace, to the brace that closes it; empty if none does."""
     depth = 1
     for match in re.compile(r"[{}]").finditer(text, start):
         depth += 1 if match.group() == "{" else -1
@@ -142,23 +146,24 @@ def _balanced(text: str, start: int) -> str:
     return ""
 
 
-def _unwrapped(said: str) -> str:
-    boxed = last_boxed(said)
-    return said.strip(_EMPHASIS) if boxed is None else boxed.strip()
+def _unwrapped(value: str) -> str:
+    """A value without its box, or else without the emphasis around it."""
+    boxed = last_boxed(value)
+    return value.strip(_EMPHASIS) if boxed is None else boxed.strip()
 
 
 def _ending(text: str) -> str | None:
-    """What a finished text without marker or box ends with."""
+    """The answer at the end of a finished text that has neither marker nor box."""
     text = text.strip()
     for opening, closing in _BLOCKS:
         start = text.rfind(opening, 0, len(text) - len(closing))
         if text.endswith(closing) and start >= 0 and "\n" in text[start:]:
             block = text[start + len(opening) : -len(closing)].strip()
             return (_without_language(block) if opening == "```" else block) or None
-    line = re.sub(r"^#+[ \t]+", "", text.rpartition("\n")[2].strip())  # `#### 72`, as GSM8K ends
+    line = re.sub(r"^#+[ \t]+", "", text.rpartition("\n")[2].strip())  # `#### 72`, as solutions in GSM8K end
     if _QUESTION.search(text):
-        line = _REPLY.sub("", line)  # without a `Q:` it may name a choice
+        line = _REPLY.sub("", line)  # without a `Q:`, the letter may name a choice
     sentence = _SENTENCE.match(line)
-    said = line[sentence.end() :] if sentence else line
-    box = next((match for match in _BRACE.finditer(said) if match["box"]), None)
-    return (said if box is None else said[box.end() :].strip()) or None
+    value = line[sentence.end() :] if sentence else line
+    box = next((match for match in _BRACE.finditer(value) if match["box"]), None)
+    return (value if box is None else value[box.end() :].strip()) or None

@@ -1,27 +1,24 @@
 """Budgets, and the ledgers that enforce them by escrow.
 
-A `Budget` is frozen data: the limits of one tree. `None` is unlimited and 0 is nothing.
+A `Budget` is frozen data: the limits of one tree. `None` is unlimited, 0 allows nothing.
 
-A `Ledger` is the account of one branch. Whatever is to be spent is reserved first, so that in every
-currency and at every moment
+A `Ledger` is the account of one branch. Everything is reserved before it is spent, so that in every currency and at every moment
 
     spent + reserved <= limit
 
-What was spent without a grant is charged all the same (`Ledger.charge`), and the limits give way to it: what a backend
-generated past its grant, against the contract, and what an earlier run had spent on a sample when it was stopped.
+Two things are charged although no grant covers them (`Ledger.charge`), and raise the limits where need be: what a backend generated
+past its grant, against the contract, and what an earlier run had spent on a sample when it was interrupted.
 
-Opening clones (`fork`) reserves their shares in the parent's ledger; each clone's own ledger has its
-share as its limit. What it did not use returns when it closes, on every way out. No method awaits, so
-each is atomic under anyio.
+Starting clones (`fork`) reserves their shares in the parent's ledger; a clone's own ledger has its share as its limit. What the clone
+did not use is returned when its ledger closes, however the clone ends. No method awaits, so each is atomic under anyio.
 
-Three kinds of currency:
+There are three kinds of currency:
 - pooled (`generated`, `prefilled`, `clones`): the shares of parallel clones add up;
-- sequential (`critical_path`): parallel clones run side by side, so a fork reserves the longest share
-  and spends the longest use;
-- of one branch alone (`branch_generated`, `turns`): every branch has the full limit.
+- sequential (`critical_path`): parallel clones run side by side, so a fork reserves the longest share and spends the longest use;
+- per branch (`branch_generated`, `turns`): every branch has the full limit.
 
-Width, depth and context are compared where they arise (`ramet.agents.actor`), and `seconds` is the
-deadline of the tree (`ramet.agents.runtime`).
+Width, depth and context are checked where they arise (`ramet.agents.actor`), and `seconds` is the deadline of the tree
+(`ramet.agents.runtime`).
 """
 
 from __future__ import annotations
@@ -42,13 +39,13 @@ class Budget(Section):
     """Limits of one tree. `None` (in files: "unlimited") is unlimited; 0 allows nothing."""
 
     generated: _Limit | None = None
-    """Sampled tokens, over all branches."""
+    """Sampled tokens over all branches."""
     prefilled: _Limit | None = None
-    """Prompt tokens that the backend must compute, over all branches."""
+    """Prompt tokens that the backend has to compute, over all branches."""
     critical_path: _Limit | None = None
-    """Sampled tokens one after another along the longest chain."""
+    """Sampled tokens along the longest chain of branches that wait for one another."""
     clones: _Limit | None = None
-    """Clones started, over the whole tree."""
+    """Clones started in the whole tree."""
     width: _Limit | None = 32
     """Clones in one call."""
     depth: _Limit | None = 1
@@ -60,9 +57,9 @@ class Budget(Section):
     context: _Limit | None = None
     """Tokens in the context of one branch."""
     answer_reserve: _Limit = 0
-    """Generated tokens that each branch keeps for stating an answer when all else is spent."""
+    """Generated tokens that each branch keeps for stating an answer once everything else is spent."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Wall-clock time of the tree."""
+    """Wall-clock seconds for the whole tree."""
 
     @field_validator("*", mode="before")
     @classmethod
@@ -71,14 +68,16 @@ class Budget(Section):
 
 
 POOLED = ("generated", "prefilled", "clones")
+"""The currencies in which the shares of parallel clones add up."""
 SAMPLED = ("generated", "critical_path", "branch_generated")
-"""What one sampled token is spent in."""
+"""The currencies that every sampled token is charged in."""
 CURRENCIES = (*POOLED, "critical_path", "branch_generated", "turns")
+"""All currencies of a ledger."""
 _NOTHING = dict.fromkeys(CURRENCIES, 0)
 
 
 class Ledger:
-    """The account of one branch. Make the root's with `Ledger.of`, a clone's with `fork`."""
+    """The account of one branch. Create the root's with `Ledger.for_root`, a clone's with `fork`."""
 
     __slots__ = ("_children", "_held", "_limit", "_moves", "_open", "_past", "_share", "_spent", "budget")
 
@@ -94,32 +93,33 @@ class Ledger:
         self._open = True
 
     @classmethod
-    def of(cls, budget: Budget) -> Ledger:
-        """The ledger of a tree's root."""
+    def for_root(cls, budget: Budget) -> Ledger:
+        """The ledger of the root of a tree with this budget."""
         return cls(budget, {currency: getattr(budget, currency) for currency in CURRENCIES})
 
     def limit(self, currency: str) -> int | None:
-        """What may be spent: the share, and what was charged beyond it."""
+        """What may be spent in all: the share, and what was charged beyond it; None if unlimited."""
         return self._limit[currency]
 
     def share(self, currency: str) -> int | None:
-        """What the ledger was opened with."""
+        """The limit that the ledger was opened with; None if unlimited."""
         return self._share[currency]
 
     def spent(self, currency: str) -> int:
-        """Spent by this branch and by its closed clones."""
+        """What this branch and its closed clones have spent."""
         return self._spent[currency]
 
     def reserved(self, currency: str) -> int:
+        """What is reserved for samples in flight and for open clones."""
         return self._held[currency]
 
     def amounts(self) -> tuple[int, ...]:
-        """All that is spent and all that is reserved: equal if nothing has moved."""
+        """Everything spent and reserved, in the order of `CURRENCIES`; two calls return the same if nothing moved between them."""
         return (*self._spent.values(), *self._held.values())
 
     @property
     def moves(self) -> int:
-        """How often anything has been reserved, spent or refunded in the whole tree."""
+        """How many times anything has been reserved, spent or refunded in the whole tree."""
         return self._moves[0]
 
     def left(self, currency: str) -> int | None:
@@ -128,11 +128,11 @@ class Ledger:
         return None if limit is None else limit - self._spent[currency] - self._held[currency]
 
     def total(self, currency: str) -> int:
-        """Spent so far by this branch and everything under it, clones that still run included (pooled currencies)."""
+        """What this branch and everything under it have spent so far, running clones included. For pooled currencies."""
         return sum(ledger._spent[currency] for ledger in self._walk())
 
     def _walk(self) -> Iterator[Ledger]:
-        """This ledger and the open ones under it. No recursion: a chain of clones is deeper than Python's stack."""
+        """This ledger and the open ones under it. Without recursion: a chain of clones may be deeper than Python's stack."""
         stack = [self]
         while stack:
             ledger = stack.pop()
@@ -140,7 +140,7 @@ class Ledger:
             stack.extend(ledger._children)
 
     def sampleable(self, final: bool = False) -> int | None:
-        """How long the next sample may be. All but the answer reserve, which only the `final` one may use."""
+        """Tokens that the next sample may have; None if unlimited. Only the `final` one may use the answer reserve."""
         least: int | None = None
         for currency in SAMPLED:
             limit = self._limit[currency]
@@ -150,24 +150,25 @@ class Ledger:
         return None if least is None else max(least - (0 if final else self.budget.answer_reserve), 0)
 
     def _less_reserve(self, currency: str) -> int | None:
+        """What can still be reserved without touching the answer reserve; None if unlimited."""
         left = self.left(currency)
         return None if left is None else max(left - self.budget.answer_reserve, 0)
 
     def reserve(self, generated: int, prefilled: int) -> Grant:
-        """Reserve one sample. Raises `BudgetExhausted`, reserving nothing, if any currency lacks it."""
+        """Reserve the tokens of one sample. Raises `BudgetExhausted`, reserving nothing, if any currency has too little left."""
         wanted = _sample(generated, prefilled, 1)
         self._hold(wanted)
         return Grant(self, wanted)
 
     def tightest(self) -> str:
-        """The currency of which the fewest tokens can still be sampled."""
+        """The currency that leaves the fewest tokens to sample."""
         left = {currency: amount for currency in SAMPLED if (amount := self.left(currency)) is not None}
         return min(left, key=left.__getitem__, default=SAMPLED[0])
 
     def charge(self, generated: int, prefilled: int, past: bool = False) -> None:
-        """Charge what no grant covers. It comes out of what is left, and what is not left raises the limits.
+        """Charge what no grant covers, from what is left. If too little is left, the limits are raised by the rest.
 
-        What an earlier run spent (`past`) raises them by all of it: a tree is not the shorter for having been interrupted.
+        What an earlier run spent (`past`) raises the limits by all of it, so that being interrupted does not shorten a tree.
         """
         self._moves[0] += 1
         for currency, amount in _sample(generated, prefilled, 0).items():
@@ -178,26 +179,27 @@ class Ledger:
             self._give_way(currency)
 
     def _raise(self, currency: str, amount: int) -> None:
+        """Raise a limit by `amount`."""
         limit = self._limit[currency]
         if limit is not None:
             self._limit[currency] = limit + amount
 
     def _give_way(self, currency: str) -> None:
+        """Raise a limit to what is spent and reserved, if it is lower."""
         limit = self._limit[currency]
         if limit is not None:
             self._limit[currency] = max(limit, self._spent[currency] + self._held[currency])
 
     def can_fork(self) -> bool:
-        """Is there a generated token that a clone could have?"""
+        """Whether at least one generated token is left for a clone."""
         return 0 not in (self._less_reserve("generated"), self._less_reserve("critical_path"))
 
     def fork(self, wants: Sequence[int | None], keep_prefilled: int = 0) -> Fork:
-        """Open one clone ledger per entry of `wants` (its `max_tokens`, None for a fair share).
+        """Open one ledger per clone; `wants` holds the `max_tokens` of each, or None for a fair share.
 
-        Of generated tokens, what is left less this branch's answer reserve is shared by `fair_shares`;
-        what is left of the other pooled currencies is shared equally, prefilled tokens less
-        `keep_prefilled`, which the branch needs to go on. Raises `BudgetExhausted`, reserving nothing,
-        if there are not `clones` enough.
+        The generated tokens that are left, without this branch's answer reserve, are shared by `fair_shares`. The other pooled
+        currencies are shared equally; of the prefilled tokens, the branch keeps `keep_prefilled` to go on with. Raises
+        `BudgetExhausted`, reserving nothing, if too few `clones` are left.
         """
         count = len(wants)
         clones = self.left("clones")
@@ -223,7 +225,7 @@ class Ledger:
         return Fork(self, limits)
 
     def check(self) -> None:
-        """Raise `LedgerError` if the invariant is broken, here or in an open clone's ledger."""
+        """Raise `LedgerError` if the invariant is broken in this ledger or in that of an open clone."""
         for ledger in self._walk():
             for currency in CURRENCIES:
                 limit, spent, held = ledger._limit[currency], ledger._spent[currency], ledger._held[currency]
@@ -231,6 +233,7 @@ class Ledger:
                     raise LedgerError(f"{currency}: spent {spent} + reserved {held} against a limit of {limit}")
 
     def _hold(self, wanted: dict[str, int]) -> None:
+        """Reserve amounts by currency, or raise `BudgetExhausted` and reserve nothing."""
         if not self._open:
             raise LedgerError("the ledger is closed")
         for currency, amount in wanted.items():
@@ -244,6 +247,7 @@ class Ledger:
             self._held[currency] += amount
 
     def _settle(self, held: dict[str, int], used: dict[str, int]) -> None:
+        """Turn reserved amounts into spent ones; what was not used is free again."""
         self._moves[0] += 1
         for currency, amount in held.items():
             self._held[currency] -= amount
@@ -251,7 +255,7 @@ class Ledger:
 
 
 class Grant:
-    """A reservation for one sample. Leaving its `with` block unsettled refunds all of it."""
+    """A reservation for one sample. If its `with` block is left unsettled, all of it is refunded."""
 
     __slots__ = ("_held", "_ledger", "_open")
 
@@ -262,12 +266,13 @@ class Grant:
 
     @property
     def generated(self) -> int:
+        """Tokens that the sample may generate."""
         return self._held["generated"]
 
     def settle(self, generated: int, prefilled: int, turns: int = 1) -> None:
-        """Spend what was used, refund the rest. Once. Using more than was granted is a `LedgerError`.
+        """Spend what was used and refund the rest. `turns` is 0 for a failed attempt, which produced no turn.
 
-        `turns` is 0 for an attempt that failed and gave no turn. What was used past the grant is for `Ledger.charge`.
+        Raises `LedgerError` if more was used than granted (charge that with `Ledger.charge`), or if the grant is settled already.
         """
         if not self._open:
             raise LedgerError("the grant is settled already")
@@ -291,7 +296,7 @@ class Grant:
 
 
 class Fork:
-    """The escrow of one spawn call: `ledgers` has one ledger per clone. Leaving the `with` block closes all."""
+    """The escrow of one spawn call, with one of `ledgers` per clone. Leaving its `with` block closes them all."""
 
     __slots__ = ("_limits", "_parent", "_path", "_without_past", "ledgers")
 
@@ -307,7 +312,7 @@ class Fork:
         parent._children.update(dict.fromkeys(self.ledgers))
 
     def close(self, ledger: Ledger) -> None:
-        """Close one clone's ledger: what it spent becomes its parent's spending, the rest returns."""
+        """Close one clone's ledger: what it spent becomes its parent's spending, and the rest is returned."""
         if not ledger._open:
             return
         if any(ledger._held.values()):
@@ -345,14 +350,14 @@ class Fork:
 
 
 def _sample(generated: int, prefilled: int, turns: int) -> dict[str, int]:
-    """What one sample moves, by currency."""
+    """The cost of one sample, by currency."""
     return {"generated": generated, "critical_path": generated, "branch_generated": generated, "prefilled": prefilled, "turns": turns}
 
 
 def fair_shares(total: int | None, wants: Sequence[int | None]) -> list[int | None]:
-    """Divide `total` tokens: nobody gets more than it wants, and otherwise all get the same.
+    """Max-min fair shares of `total` tokens: none is larger than what is wanted, and otherwise all are equal.
 
-    With an unlimited total each gets what it wants. Whole tokens that do not divide go to the first.
+    If the total is unlimited, each gets what it wants. Tokens left over by the division go to the first ones.
     """
     if total is None:
         return list(wants)

@@ -1,8 +1,8 @@
-"""Documents by key.
+"""The documents of a task, which clones are given by key.
 
-A spawn call names keys; the clone gets the texts. Documents are always laid out in the order of the
-store, whatever order the call named them in, and before the objective, so that sibling clones with
-the same documents share a prompt prefix that the backend computes once.
+A spawn call names keys, and the clone's prompt contains the documents. They always come in the order of the store, whatever order
+the call names them in, and before the objective, so that sibling clones with the same documents share a prompt prefix that the
+backend computes once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from ramet.errors import TaskError
 
 
 class ContextStore:
-    """The documents of one task. Keys match exactly, else ignoring case and surrounding space."""
+    """The documents of one task. A key matches exactly, or else ignoring case and surrounding space.
+
+    Raises `TaskError` if two keys differ only in that.
+    """
 
     def __init__(self, documents: Mapping[str, str | Segment]):
         self._documents = dict(documents)
@@ -29,7 +32,7 @@ class ContextStore:
         return len(self._documents)
 
     def resolve(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
-        """Known keys in canonical order without repeats, and the unknown ones as they were given."""
+        """The known keys in the order of the store without repeats, and the unknown ones as they were given."""
         known: set[str] = set()
         unknown: list[str] = []
         for key in keys:
@@ -41,21 +44,24 @@ class ContextStore:
         return sorted(known, key=self._order.__getitem__), unknown
 
     def render(self, keys: Iterable[str]) -> str:
-        """One `key: text` entry a line, in canonical order; videos by number, as `media` has them. Unknown keys are an error here."""
+        """One `key: text` entry per document in the order of the store; videos are numbered as `media` lists them.
+
+        Raises `KeyError` for an unknown key.
+        """
         known, unknown = self.resolve(keys)
         if unknown:
             raise KeyError(f"unknown context keys: {', '.join(unknown)}")
         numbers = itertools.count(1)
-        found = ((key, self._documents[key]) for key in known)
-        return "\n".join(f"{key}: {f'video {next(numbers)}' if isinstance(d, Segment) else d}" for key, d in found)
+        documents = ((key, self._documents[key]) for key in known)
+        return "\n".join(f"{key}: {f'video {next(numbers)}' if isinstance(d, Segment) else d}" for key, d in documents)
 
     def media(self, keys: Iterable[str]) -> tuple[Segment, ...]:
-        """The videos among the documents of these keys, in canonical order."""
+        """The videos among the documents of these keys, in the order of the store."""
         return tuple(d for key in self.resolve(keys)[0] if isinstance(d := self._documents[key], Segment))
 
 
 def clone_prompt(store: ContextStore, objective: str, keys: Iterable[str]) -> str:
-    """What a clone reads: its documents, then its objective, then a note on keys that do not exist."""
+    """The text of a clone's prompt: its documents, then its objective, then a note on keys that do not exist."""
     known, unknown = store.resolve(keys)
     parts = [store.render(known)] if known else []
     parts.append(objective)

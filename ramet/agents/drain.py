@@ -1,12 +1,12 @@
-"""How a process is stopped.
+"""How a process is stopped: by draining or by an interrupt.
 
-Drained: the first SIGTERM inside `draining()` asks for it, and a long job, which asks `requested()` before it starts the next
-piece of work (a tree to measure, an update), raises `Drained` once nothing is running. What waits for a backend to recover is
-not waited for (`pause`). The second SIGTERM interrupts.
+Draining: the first SIGTERM inside `draining()` requests it. A long command checks `requested()` before it starts the next piece of
+work (a tree to evaluate, an update) and raises `Drained` once nothing is running. Waiting for a backend to recover is cut short
+(`pause`). The second SIGTERM interrupts.
 
-Interrupted: by Ctrl-C, or by a SIGTERM elsewhere, if `handle_signals()` was called. What runs in `run` is cancelled, once, so that
-its cleaning up is not interrupted in its turn by a Ctrl-C that is held down; other code gets a `KeyboardInterrupt`, once. After
-`PATIENCE` seconds the next signal ends the process where it stands, which loses nothing that was kept before.
+Interrupt: by Ctrl-C, or by a SIGTERM outside `draining()`, once `handle_signals()` was called. Code inside `run` is cancelled, once
+only, so that holding down Ctrl-C does not interrupt its cleanup; other code gets one `KeyboardInterrupt`. After `PATIENCE` seconds,
+the next signal ends the process at once; what was written to disk before is kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import anyio
 from ramet.errors import RametError
 
 PATIENCE = 3.0
+"""Seconds that the cleanup after an interrupt may take before another signal ends the process."""
 
 _Result = TypeVar("_Result")
 _requested = False
@@ -46,19 +47,19 @@ class Drained(RametError):
 
 
 def requested() -> bool:
-    """Has this process been asked to start nothing new?"""
+    """Whether this process has been asked to start nothing new."""
     return _requested
 
 
 def status() -> int | None:
-    """The exit status of a process that was interrupted, 128 and the signal's number; None if it was not."""
+    """The exit status of an interrupted process, 128 plus the signal's number; None if it was not interrupted."""
     return None if _signal is None else 128 + _signal
 
 
 def handle_signals(last_words: Callable[[], object]) -> None:
-    """Take SIGINT and SIGTERM from now on, as the module says. A SIGINT that is ignored, as in the background of a shell, stays so.
+    """Handle SIGINT and SIGTERM from now on, as the module describes. An ignored SIGINT, as in a shell's background, stays ignored.
 
-    `last_words` is called before the process ends where it stands.
+    `last_words` is called before a process that does not finish its cleanup is ended.
     """
     global _signal, _last_words
     _signal, _last_words = None, last_words
@@ -68,7 +69,7 @@ def handle_signals(last_words: Callable[[], object]) -> None:
 
 
 def interrupt(number: int, frame: Any) -> None:
-    """The handler."""
+    """The handler of SIGINT and SIGTERM: cancels what `run` runs, or raises `KeyboardInterrupt`."""
     global _signal, _since
     if _signal is not None:
         if time.monotonic() - _since > PATIENCE:
@@ -82,7 +83,7 @@ def interrupt(number: int, frame: Any) -> None:
 
 
 def run(main: Callable[..., Awaitable[_Result]], *arguments: Any, backend_options: dict[str, Any] | None = None) -> _Result:
-    """`anyio.run` on asyncio, such that a signal cancels `main` and is then raised as `KeyboardInterrupt`. Main thread only."""
+    """`anyio.run` on asyncio in which a signal cancels `main` and is then raised as `KeyboardInterrupt`. Main thread only."""
 
     async def watched() -> _Result:
         global _main
@@ -101,7 +102,7 @@ def run(main: Callable[..., Awaitable[_Result]], *arguments: Any, backend_option
 
 
 async def pause(seconds: float) -> None:
-    """Wait before trying again what failed. Raises `Drained`, within a second, where nothing new is to be started."""
+    """Wait `seconds` before a retry. Raises `Drained`, within a second, if draining is requested."""
     until = anyio.current_time() + seconds
     while not _requested and (left := until - anyio.current_time()) > 0:
         await anyio.sleep(min(left, 1.0))
@@ -110,8 +111,8 @@ async def pause(seconds: float) -> None:
 
 
 @contextmanager
-def draining(tell: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the first SIGTERM only makes `requested()` true; `tell` gets a line about it. Main thread only."""
+def draining(notify: Callable[[str], None]) -> Iterator[None]:
+    """A block in which the first SIGTERM only makes `requested()` true and calls `notify` with a line to show. Main thread only."""
     global _requested
     _requested = False
     before: Any = signal.getsignal(signal.SIGTERM)
@@ -122,7 +123,7 @@ def draining(tell: Callable[[str], None]) -> Iterator[None]:
             interrupt(number, frame)
         else:
             _requested = True
-            tell("SIGTERM: finishing what is running; once more stops at once")
+            notify("SIGTERM: finishing what is running; send it again to stop at once")
 
     signal.signal(signal.SIGTERM, handle)
     try:

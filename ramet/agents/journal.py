@@ -1,8 +1,8 @@
 """An append-only record of finished work, from which a run resumes.
 
-One line a record: its CRC-32 in hexadecimal, a space, compact JSON. The first line names the job by a
-fingerprint of its configuration. A crash can cut only the last line, which is then dropped and its
-work done again; damage anywhere else, or another job's journal, is refused with what to do.
+Each line is one record: its CRC-32 in hexadecimal, a space, compact JSON. The first line identifies the run by a fingerprint of its
+configuration. A crash can damage only the last line, which is then dropped and its work done again. Damage anywhere else, or the
+journal of another configuration, is an error that says what to do.
 """
 
 from __future__ import annotations
@@ -23,19 +23,23 @@ FORMAT = 1
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short hash of JSON-able parts, for telling jobs apart."""
+    """A hash of 16 hexadecimal digits of parts that can be written as JSON, for telling configurations apart."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Journal:
-    """Open a journal for the job `job`, for this process alone; `records` are those already in it."""
+    """An open journal, locked for this process. `records` starts with those already in the file.
 
-    def __init__(self, path: Path, job: str):
+    `identity` is the `fingerprint` of the configuration that the journal belongs to. Raises `StorageError` if the file cannot be opened
+    or another process is writing it, and `CheckpointError` if it is damaged or belongs to another configuration.
+    """
+
+    def __init__(self, path: Path, identity: str):
         self.path = path
-        self.job = job
+        self.identity = identity
         self.records: list[dict[str, Any]] = []
-        header = {"journal": FORMAT, "job": job}
+        header = {"journal": FORMAT, "job": identity}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
@@ -52,7 +56,7 @@ class Journal:
             raise StorageError(f"cannot open journal {path}: {error.strerror or error}") from error
 
     def _read(self, header: dict[str, Any]) -> int:
-        """Read what is there; returns the number of bytes that are whole records."""
+        """Read the records in the file. Returns the number of bytes that hold whole records."""
         if not self.path.exists():
             return 0
         data = self.path.read_bytes()
@@ -62,7 +66,7 @@ class Journal:
             if record is None:
                 if end + len(line) == len(data):
                     return end
-                raise CheckpointError(f"journal {self.path} is damaged at line {number}; move it away to start anew")
+                raise CheckpointError(f"journal {self.path} is damaged at line {number}; move it away to start over")
             if number == 1:
                 if record != header:
                     raise CheckpointError(
@@ -74,9 +78,9 @@ class Journal:
         return end
 
     def append(self, record: dict[str, Any], keep: bool = True) -> None:
-        """Add one record; it is handed to the operating system when this returns. Raises `StorageError`.
+        """Add one record, and to `records` too if `keep`. When this returns, the operating system has it.
 
-        `keep` holds it in `records` too.
+        Raises `StorageError` if it cannot be written.
         """
         try:
             self._write(record)
@@ -88,6 +92,7 @@ class Journal:
             self.records.append(record)
 
     def _write(self, record: dict[str, Any]) -> None:
+        """Write one line whole, or leave the file as it was and raise `OSError`."""
         body = json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
         line = b"%08x %b\n" % (zlib.crc32(body), body)
         start = self._file.tell()
@@ -96,11 +101,12 @@ class Journal:
             while written < len(line):
                 written += self._file.write(line[written:])
         except OSError:
-            # What a full disk took of the line must not stand before the next one.
+            # The part of the line that a full disk still took must not precede the next line.
             os.ftruncate(self._file.fileno(), start)
             raise
 
     def close(self) -> None:
+        """Close the file and release its lock."""
         self._file.close()
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -114,7 +120,7 @@ class Journal:
 
 
 def _lock(file: IO[bytes], path: Path) -> None:
-    """Hold the file until it is closed. Where the file system knows no locks, nobody can."""
+    """Lock the file until it is closed. On file systems without locks this does nothing."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -125,12 +131,12 @@ def _lock(file: IO[bytes], path: Path) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a journal, of whatever job, without its header."""
+    """The whole records of a journal without its header, whatever configuration it belongs to."""
     return [record for record in map(_decode, path.read_bytes().splitlines(keepends=True)[1:]) if record is not None]
 
 
 def _decode(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, or None if the line is not whole."""
+    """The record of one line, or None if the line is damaged."""
     if not line.endswith(b"\n") or len(line) < 11 or line[8:9] != b" ":
         return None
     body = line[9:-1]

@@ -1,7 +1,8 @@
-"""Prompt tokens that a tree needs to have computed, whatever a backend's cache happens to hold.
+"""The prompt tokens that a tree needs to have computed, whatever a backend's cache happens to hold.
 
-What a backend really reuses depends on what ran before and beside: on which of several equal trees came first, on the order of methods.
-Prices and comparisons count as with a cache that is perfect, and empty when a tree (or what else counts as one outcome) begins.
+How much a backend really reuses depends on what ran before and alongside: which of several equal trees came first, or the order of the
+methods. Penalties and comparisons therefore count as if the cache were perfect, and empty when a tree (or whatever else counts as one
+outcome) begins.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ramet.agents.sampling import Partial, PolicyWrapper, Sample, SampleRequest
 
 @dataclass(slots=True)
 class _Node:
-    """A stretch of ids that `count` sequences go through, and what follows it by the first id."""
+    """A run of ids that `count` sequences pass through, and what follows it, by its first id."""
 
     edge: tuple[int, ...]
     count: int
@@ -24,13 +25,13 @@ class _Node:
 
 
 class Prefixes:
-    """Sequences of ids, as a tree by what they begin with: adding one costs its length, however many there are."""
+    """A radix tree of id sequences. Adding one takes time linear in its length, however many there are."""
 
     def __init__(self) -> None:
         self._root = _Node((), 0)
 
     def add(self, ids: tuple[int, ...]) -> int:
-        """Add a sequence; returns how many ids it has in common with the beginning of one that was there."""
+        """Add a sequence. Returns the length of its longest common prefix with a sequence already there."""
         node, at = self._root, 0
         while at < len(ids) and (child := node.below.get(ids[at])) is not None:
             shared = _shared(child.edge, ids, at)
@@ -45,7 +46,7 @@ class Prefixes:
         return at
 
     def remove(self, ids: tuple[int, ...]) -> None:
-        """Remove a sequence that was added."""
+        """Remove a sequence that was added before."""
         node, at = self._root, 0
         while at < len(ids):
             child = node.below[ids[at]]
@@ -57,7 +58,7 @@ class Prefixes:
 
 
 def _shared(edge: tuple[int, ...], ids: tuple[int, ...], at: int) -> int:
-    """How many ids `edge` and `ids` from `at` on have in common."""
+    """The length of the common prefix of `edge` and `ids[at:]`."""
     low, high = 0, min(len(edge), len(ids) - at)
     if edge[:high] == ids[at : at + high]:
         return high
@@ -72,7 +73,7 @@ _READ: ContextVar[Prefixes | None] = ContextVar("contexts_read", default=None)
 
 @contextmanager
 def fresh_cache() -> Iterator[None]:
-    """What is sampled within counts as one outcome. Within another one, that goes on: a runtime begins one for each tree."""
+    """All that is sampled inside this block counts as one outcome. Nested blocks, such as a runtime's around each tree, have no effect."""
     if _READ.get() is not None:
         yield
         return
@@ -84,14 +85,15 @@ def fresh_cache() -> Iterator[None]:
 
 
 class FreshCache(PolicyWrapper):
-    """`policy` with prompt tokens counted as by a cache that is perfect, and empty when a `fresh_cache` begins.
+    """A policy whose prompt tokens are counted as if its cache were perfect, and empty when a `fresh_cache` block begins.
 
-    The contexts of one outcome, its samples and its clones share what they begin with; those of different outcomes share nothing.
+    The contexts of one outcome, samples and clones alike, share their prefixes; those of different outcomes share nothing.
     """
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        read = _READ.get() or Prefixes()
-        cached = min(read.add(request.prompt), len(request.prompt) - 1)
+        """Sample one turn; `prefilled` and `cached` follow from the prompts sampled before in this outcome."""
+        prefixes = _READ.get() or Prefixes()
+        cached = min(prefixes.add(request.prompt), len(request.prompt) - 1)
         inner = Partial(partial.ids, partial.logprobs)
         try:
             sample = await self._policy.sample(request, inner)
@@ -99,6 +101,6 @@ class FreshCache(PolicyWrapper):
             if inner.prefilled or inner.cached:
                 partial.prefilled, partial.cached = len(request.prompt) - cached, cached
             else:
-                read.remove(request.prompt)  # an attempt that was refused has read nothing
-        read.add(request.prompt + sample.ids)
+                prefixes.remove(request.prompt)  # a refused attempt has computed nothing
+        prefixes.add(request.prompt + sample.ids)
         return replace(sample, prefilled=len(request.prompt) - cached, cached=cached)

@@ -1,15 +1,15 @@
-"""The spawn tool: what a branch may ask for, and what it gets back.
+"""The `spawn_clone` tool: what a branch may ask for, and what it gets back.
 
-A call is JSON between the chat format's tool-call markers:
+A call is JSON between the tool-call markers of the chat format:
 
     {"name": "spawn_clone", "arguments": {"objectives": [...], "context_keys": [...]}}
 
-Each objective is a string, or `{"objective", "context_keys"?, "max_tokens"?}`; the call's own
-`context_keys` go to every clone. Nothing else is accepted: no sampling parameters, no aliases, no
-repair. What does not validate raises `CallError`, whose text the branch reads and can act on.
+Each objective is a string, or `{"objective", "context_keys"?, "max_tokens"?}`; the call's own `context_keys` go to every clone.
+Nothing else is accepted: no sampling parameters, no aliases, and malformed JSON is not repaired. An invalid call raises `CallError`,
+whose text the branch reads and can act on.
 
-Results go back as one line a clone, in call order, then one line that says what is left. How an answer is stated is the other half
-of what a branch must know: see `answers`.
+Results go back as one line per clone, in call order, followed by one line that says what is left. How a branch states its answer is
+described in `ramet.agents.answers`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ from ramet.agents.tree import Status
 from ramet.errors import CallError
 
 MAX_CALL_CHARACTERS = 65_536
-FEW, LEAST = 16, 40
-"""Of more than so many results, none is cut to less than so many characters."""
+"""Longest call that is parsed."""
+FEW_RESULTS, MIN_RESULT_CHARACTERS = 16, 40
+"""If there are more results than the first number, none is cut to fewer characters than the second: the last ones are left out instead."""
 OUT_OF_BUDGET_NOTICE = "Out of budget. Answer now."
+"""What a branch is told when only its answer reserve is left."""
 
 _Text = Annotated[str, StringConstraints(strict=True, pattern=r"\S")]
 _Keys = Annotated[list[Annotated[str, Field(strict=True)]], Field(default_factory=list)]
 
 
 class Objective(BaseModel):
-    """Work for one clone."""
+    """The work of one clone: what to do, the documents that it gets, and its share of generated tokens (None: a fair share)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +49,7 @@ class Objective(BaseModel):
 
 
 class SpawnClone(BaseModel):
-    """Start one clone per objective, in parallel, and wait for their answers."""
+    """The arguments of a call: one clone per objective is started, in parallel, and the branch waits for their answers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,7 +57,7 @@ class SpawnClone(BaseModel):
     context_keys: _Keys
 
     def requests(self) -> list[Objective]:
-        """The objectives in full, the call's shared keys added to each."""
+        """The objectives as records, each with the call's shared keys added."""
         return [
             Objective(
                 objective=item if isinstance(item, str) else item.objective,
@@ -109,7 +111,7 @@ def tool_schema() -> dict[str, Any]:
 
 
 def render_call(objectives: Sequence[dict[str, Any] | str], context_keys: Sequence[str] = ()) -> str:
-    """The compact JSON of a call, as demonstrations and scripted policies write it."""
+    """The compact JSON of a call, for demonstrations and scripted policies."""
     arguments: dict[str, Any] = {"objectives": list(objectives)}
     if context_keys:
         arguments["context_keys"] = list(context_keys)
@@ -117,7 +119,7 @@ def render_call(objectives: Sequence[dict[str, Any] | str], context_keys: Sequen
 
 
 def parse_call(text: str) -> SpawnClone:
-    """Validate one call. Raises `CallError` with a text for the model, whatever `text` is."""
+    """Validate one call. Whatever `text` is, the only error raised is `CallError`, whose message is meant for the model."""
     if len(text) > MAX_CALL_CHARACTERS:
         raise CallError(f"call of {len(text)} characters; at most {MAX_CALL_CHARACTERS} are read")
     try:
@@ -151,7 +153,7 @@ def _short(text: str, limit: int = 80) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first three problems: where, and what is wrong."""
+    """The first three problems, each with its place in the call."""
     lines = []
     for problem in error.errors(include_url=False, include_input=False)[:3]:
         where = ".".join(_short(str(part), 40) for part in problem["loc"] if part not in ("Objective",)) or "call"
@@ -161,31 +163,32 @@ def _explain(error: ValidationError) -> str:
 
 @dataclass(frozen=True, slots=True)
 class CloneResult:
-    """What one clone hands to its parent."""
+    """What a parent receives from one clone: how it ended, its answer if it stated one, and the reason if it ended early."""
 
     status: Status
     answer: str | None = None
     reason: str = ""
 
     def line(self) -> str:
+        """The result as the parent reads it: the answer, with the status and reason in parentheses unless it ended normally."""
         if self.status is Status.ANSWERED and self.answer is not None:
             return self.answer
-        # That tokens ran out is what the status says.
+        # The status already says that tokens ran out.
         reason = "" if self.status is Status.OUT_OF_BUDGET and self.reason in SAMPLED else self.reason
         note = f"({self.status.value}{': ' + reason if reason else ''})"
         return note if self.answer is None else f"{self.answer} {note}"
 
 
 def render_results(results: Sequence[CloneResult], left: str, limit: int) -> str:
-    """Numbered results in call order within `limit` characters, then the line on what is left.
+    """Numbered results in call order within `limit` characters, followed by the line `left`.
 
-    Short results are kept whole; long ones share what remains equally, each cut in its middle with
-    a marker that says how much is missing. No sibling loses text while a longer one is whole. Where there are so many that each
-    would be cut to nearly nothing, the first are shown as far as they fit, and one line says how many are not.
+    Short results are kept whole. Long ones share the remaining space equally, each cut in the middle with a marker that says how much
+    is missing; none is cut while a longer one is whole. If there are so many that each would be cut to nearly nothing, as many as fit
+    are shown, and one line says how many are left out.
     """
     lines = [" ".join(result.line().split()) for result in results]
     room = limit - sum(len(f"{number}: \n") for number in range(1, len(lines) + 1))
-    if len(lines) > FEW and sum(min(len(line), LEAST) for line in lines) > room:
+    if len(lines) > FEW_RESULTS and sum(min(len(line), MIN_RESULT_CHARACTERS) for line in lines) > room:
         numbered = _first(lines, limit)
     else:
         allowance = _fair_allowance([len(line) for line in lines], room)
@@ -194,11 +197,11 @@ def render_results(results: Sequence[CloneResult], left: str, limit: int) -> str
 
 
 def _first(lines: Sequence[str], limit: int) -> list[str]:
-    """As many numbered lines from the first on as fit `limit`, and one on those that do not."""
+    """The first numbered lines, as many as fit `limit` characters, and one line about those that do not."""
     numbered: list[str] = []
     room = limit - len(f"[... results {len(lines)} to {len(lines)} left out: no room ...]")
     for number, line in enumerate(lines, 1):
-        numbered.append(f"{number}: {elide(line, LEAST)}")
+        numbered.append(f"{number}: {elide(line, MIN_RESULT_CHARACTERS)}")
         room -= len(numbered[-1]) + 1
         if room < 0:
             numbered[-1] = f"[... results {number} to {len(lines)} left out: no room ...]"
@@ -207,7 +210,7 @@ def _first(lines: Sequence[str], limit: int) -> list[str]:
 
 
 def _fair_allowance(lengths: Sequence[int], limit: int) -> int:
-    """The largest cap (at least 1) such that the lengths, cut at it, sum to at most `limit`."""
+    """The largest cap, at least 1, such that the lengths capped at it sum to at most `limit`."""
     left, waiting = limit, len(lengths)
     for length in sorted(lengths):
         share = left // waiting
@@ -219,7 +222,7 @@ def _fair_allowance(lengths: Sequence[int], limit: int) -> int:
 
 
 def elide(text: str, limit: int) -> str:
-    """`text` within `limit` characters: head and tail kept, the cut marked and, where there is room, counted."""
+    """`text` shortened to `limit` characters: its head and tail, with a mark between them that, if there is room, counts what is cut."""
     if len(text) <= limit:
         return text
     room = limit - len(f"[... {len(text)} characters cut ...]")
@@ -230,7 +233,7 @@ def elide(text: str, limit: int) -> str:
 
 
 def left_line(generated: int | None, clones: int | None) -> str:
-    """The one line that tells a branch what it may still spend; empty where nothing is limited."""
+    """The line that tells a branch what it may still spend; empty if nothing is limited."""
     parts = []
     if generated is not None:
         parts.append(f"{generated} tokens")

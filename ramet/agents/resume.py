@@ -1,11 +1,10 @@
-"""What was sampled once is not sampled again: a journal of samples behind the policy.
+"""Resuming trees from a journal of their samples: nothing that was sampled is sampled again.
 
-A tree is a function of its task, its budget, its seed and what its samples return. So a tree that was
-interrupted is grown again from its beginning, and every sample that had finished is taken from the journal
-instead of the engine: finished clones, finished turns of unfinished branches, and failed attempts with
-what they cost. Only what is missing reaches the engine, under the same seeds. What a tree has done is
-kept sample by sample, so a long tree is no likelier to be lost than a short one. What a sample had generated
-when the run was stopped is charged to the tree that asks for it again.
+A tree is a function of its task, its budget, its seed and what its samples return. An interrupted tree is therefore grown again from
+the beginning, and every sample that had finished comes from the journal instead of the engine: finished clones, finished turns of
+unfinished branches, and failed attempts with their cost. Only what is missing reaches the engine, with the same seeds. As the journal
+is written sample by sample, a long tree loses no more than a short one. What an unfinished sample had generated when the run was
+stopped is charged to the tree that requests it again.
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from ramet.agents.tree import StopReason
 from ramet.errors import Interrupted, PolicyError, RefusedRequest, TransientPolicyError
 
 GAVE_UP = "gave_up"
+"""Key of the record that says that a run ended because of errors."""
 KINDS: dict[str, type[PolicyError]] = {
     "interrupted": Interrupted, "transient": TransientPolicyError, "refused": RefusedRequest, "lasting": PolicyError,
 }  # fmt: skip
-"""What ended an attempt that gave no sample, the narrowest first."""
+"""The errors of attempts that produced no sample, the most specific class first."""
 
 
 class JournaledPolicy(PolicyWrapper):
-    """`policy`, with every attempt that ended written to `journal` and those in it given back.
+    """A policy that writes every finished attempt to `journal`, and replays the attempts that are in it already.
 
-    Requests are told apart by (group, seed), which must be unique in the job, and compared by what they
-    ask for: a record of another prompt or grant is not used, and hides none that is. A sample that is cancelled
-    is recorded if it has cost anything, and is sampled again.
+    A request is identified by (group, seed), which must be unique in the journal, and a record is replayed only if its prompt, grant
+    and sampling match; records that do not match are passed over. A cancelled sample is recorded if it has cost anything, and is
+    sampled again.
     """
 
     def __init__(self, policy: Policy, journal: Journal):
@@ -45,33 +45,34 @@ class JournaledPolicy(PolicyWrapper):
             else:
                 self._known.setdefault((record["group"], record["seed"]), []).append(record)
         self.replayed = self.sampled = 0
-        """Attempts taken from the journal, and attempts made."""
+        """Numbers of attempts taken from the journal, and of attempts made."""
 
     def give_up(self) -> None:
-        """Note that the run ends because of errors: the next one asks again, instead of being given them."""
+        """Record that the run ends because of errors, so that the next one tries again instead of replaying them."""
         self._journal.append({GAVE_UP: True}, keep=False)
 
     def _forget_errors(self) -> None:
-        """Drop the failed attempts that no sample came after."""
+        """Drop the failed attempts that were not followed by a sample."""
         for key, records in self._known.items():
             sampled = max((i for i, record in enumerate(records) if "error" not in record), default=-1)
             self._known[key] = [r for i, r in enumerate(records) if i < sampled or r.get("kind") in (None, "interrupted")]
 
-    def _recorded(self, request: SampleRequest, asked: int) -> dict[str, Any] | None:
-        """The first record of this request that has not been given back; of its interruptions, whatever was asked then."""
-        known = self._known.get((request.group, request.seed), [])
-        at = next((i for i, r in enumerate(known) if r["asked"] == asked or r.get("kind") == "interrupted"), None)
-        return None if at is None else known.pop(at)
+    def _recorded(self, request: SampleRequest, checksum: int) -> dict[str, Any] | None:
+        """The first record of this request that has not been replayed; an interruption matches whatever its checksum."""
+        records = self._known.get((request.group, request.seed), [])
+        at = next((i for i, r in enumerate(records) if r["asked"] == checksum or r.get("kind") == "interrupted"), None)
+        return None if at is None else records.pop(at)
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Replay the request's next recorded attempt, its error included, or sample and record it."""
         media = (request.media,) if request.media else ()
-        asked = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling, *media)).encode())
-        if (found := self._recorded(request, asked)) is not None:
+        checksum = zlib.crc32(repr((request.prompt, request.max_tokens, request.sampling, *media)).encode())
+        if (recorded := self._recorded(request, checksum)) is not None:
             await anyio.lowlevel.checkpoint()
             self.replayed += 1
-            return _replay(found, partial)
+            return _replay(recorded, partial)
         self.sampled += 1
-        record = {"group": request.group, "seed": request.seed, "asked": asked}
+        record = {"group": request.group, "seed": request.seed, "asked": checksum}
         try:
             sample = await self._policy.sample(request, partial)
         except anyio.get_cancelled_exc_class():
@@ -79,7 +80,7 @@ class JournaledPolicy(PolicyWrapper):
                 self._journal.append({**record, "error": "interrupted", "kind": "interrupted", **_spent(partial)}, keep=False)
             raise
         except PolicyError as error:
-            kind = next(name for name, of in KINDS.items() if isinstance(error, of))
+            kind = next(name for name, error_class in KINDS.items() if isinstance(error, error_class))
             self._journal.append({**record, "error": str(error), "kind": kind, **_spent(partial)}, keep=False)
             raise
         self._journal.append(
@@ -99,11 +100,12 @@ class JournaledPolicy(PolicyWrapper):
 
 
 def _spent(partial: Partial) -> dict[str, Any]:
+    """The part of a record that holds what an attempt without a sample has cost."""
     return {"ids": list(partial.ids), "logprobs": list(partial.logprobs), "prefilled": partial.prefilled, "cached": partial.cached}
 
 
 def _replay(record: dict[str, Any], partial: Partial) -> Sample:
-    """Give back one attempt: its sample, or what it cost and its error."""
+    """Repeat one recorded attempt: fill `partial`, then return its sample or raise its error."""
     partial.ids += record["ids"]
     partial.logprobs += record["logprobs"]
     partial.prefilled, partial.cached = record["prefilled"], record["cached"]

@@ -1,8 +1,7 @@
 """Runtime: trees of branches on one policy.
 
-`run` grows one tree to its end. `run_many` keeps several growing and hands them out as they finish;
-a consumer that does not take them stops new ones from starting. Works on anyio's asyncio and
-trio backends. The policy must be serving (entered) meanwhile.
+`run` grows one tree to its end. `run_many` keeps several growing and streams them as they finish; while the consumer does not take
+them, no new ones are started. Works on anyio's asyncio and trio backends. The policy must be serving (entered) meanwhile.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ CLONE_SYSTEM = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tree to grow. `key` is the caller's own name for it."""
+    """One tree to grow. `key` identifies it to the caller; the runtime does not use it."""
 
     task: Task
     budget: Budget
@@ -42,15 +41,16 @@ class Job:
 
 @dataclass(slots=True)
 class Runtime:
-    """Grows trees.
+    """Grows trees. Raises `ConfigError` for a number below 1.
 
-    concurrency        samples in flight at most, over all trees
-    max_turn_tokens    longest turn when nothing else limits it
-    result_characters  longest tool message, results together
-    attempts           tries of a sample that fails transiently
-    tell_all           say what may be spent in every prompt, not only where there are clones to spend it on; small models take the
-                       line for part of the question. Tool messages say it always
-    watch              called with each root as it starts to grow, for display and for cancelling single branches
+    concurrency        largest number of samples in flight, over all trees
+    max_turn_tokens    longest turn, in tokens, if nothing else limits it
+    result_characters  longest tool message, in characters, over all results of a call
+    attempts           how often a sample is attempted if it fails transiently
+    clone_system       system message of every clone; none if empty
+    always_show_budget           state in every prompt what may be spent, not only in those of branches that can spawn clones; small models
+                       mistake the line for part of the question. Tool messages always state it
+    watch              called with each root as it starts to grow, to display its tree or to cancel single branches
     """
 
     policy: Policy
@@ -61,7 +61,7 @@ class Runtime:
     result_characters: int = 4096
     attempts: int = 4
     clone_system: str = CLONE_SYSTEM
-    tell_all: bool = True
+    always_show_budget: bool = True
     watch: Callable[[Growth], None] | None = None
     _slots: Slots | None = None
 
@@ -71,15 +71,16 @@ class Runtime:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
     async def run(self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None) -> Tree:
-        """Grow one tree. Past `budget.seconds` it is cut short and returned as timed out.
+        """Grow one tree. After `budget.seconds` it is cut short and returned as timed out.
 
-        `prompt` replaces the rendering of the task's messages, for programs that lay out a context themselves.
+        `prompt` holds token ids that replace the rendering of the task's messages, for callers that lay out the context themselves.
+        Raises `TaskError` if the task has no messages. A failure of the policy is not raised; it is in the tree (`Tree.failed`).
         """
         if not task.messages:
             raise TaskError(f"task {task.id} has no messages")
         if self._slots is None:
             self._slots = Slots(self.concurrency)
-        ledger = Ledger.of(budget)
+        ledger = Ledger.for_root(budget)
         setting = Setting(
             policy=self.policy,
             chat=self.chat,
@@ -94,7 +95,7 @@ class Runtime:
             attempts=self.attempts,
             clone_system=self.clone_system,
             watched=self.watch is not None,
-            tell_all=self.tell_all,
+            always_show_budget=self.always_show_budget,
         )
         media = tuple(segment for message in task.messages for segment in message.media)
         root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger, media=media)
@@ -109,10 +110,10 @@ class Runtime:
         error = branch.reason if branch.status in (Status.FAILED, Status.REFUSED) else ""
         return Tree(task.id, branch, price(branch, now - started), seed, error)
 
-    async def grow(self, job: Job, again: int = 0) -> Tree:
-        """Grow the tree of a job; up to `again` times anew, under other seeds, while the backend fails a branch of it (`Tree.failed`)."""
+    async def grow(self, job: Job, regrow: int = 0) -> Tree:
+        """Grow the tree of a job. If the backend fails a branch (`Tree.failed`), grow it anew, up to `regrow` times with other seeds."""
         tree = await self.run(job.task, job.budget, job.seed)
-        for attempt in range(1, again + 1):
+        for attempt in range(1, regrow + 1):
             if not tree.failed:
                 break
             tree = replace(await self.run(job.task, job.budget, seed_of(job.seed, "again", attempt)), regrown=attempt)
@@ -120,11 +121,11 @@ class Runtime:
 
     @asynccontextmanager
     async def run_many(
-        self, jobs: Iterable[Job], in_flight: int = 64, again: int = 0
+        self, jobs: Iterable[Job], in_flight: int = 64, regrow: int = 0
     ) -> AsyncIterator[MemoryObjectReceiveStream[tuple[Job, Tree]]]:
-        """Stream `(job, tree)` in order of finishing, at most `in_flight` trees growing or waiting to be taken. `again`: see `grow`.
+        """Stream `(job, tree)` pairs as trees finish; at most `in_flight` trees grow or wait to be taken. For `regrow`, see `grow`.
 
-        Leaving the block cancels what still grows.
+        Leaving the block cancels the trees that are still growing. Raises `ConfigError` if `in_flight` is below 1.
         """
         if in_flight < 1:
             raise ConfigError(f"in_flight is {in_flight}; give at least 1, or no tree is grown")
@@ -134,11 +135,11 @@ class Runtime:
         async def worker(results: MemoryObjectSendStream[tuple[Job, Tree]]) -> None:
             async with results:
                 for job in waiting:
-                    tree = await self.grow(job, again)
+                    tree = await self.grow(job, regrow)
                     try:
                         await results.send((job, tree))
                     except anyio.BrokenResourceError:
-                        return  # the block was left, and the cancelling of this task is still on its way
+                        return  # the block was left, and this task is about to be cancelled
 
         async with task_group() as group:
             async with send:
@@ -148,5 +149,5 @@ class Runtime:
                 try:
                     yield receive
                 finally:
-                    # Before the stream closes: also on an interrupt, nobody may find it closed and call that an error.
+                    # Before the stream closes, so that no worker finds it closed and raises an error, not even on an interrupt.
                     group.cancel_scope.cancel()

@@ -1,7 +1,6 @@
-"""What the runtime asks of a policy: `SampleRequest` in, `Sample` out, in token ids.
+"""The interface between the runtime and a policy: `SampleRequest` in, `Sample` out, in token ids.
 
-It stands in `agents` because actors hold it and `agents` imports nothing above itself; the backends
-are in `ramet.policy`.
+It is defined here because branches use it and `ramet.agents` imports nothing above itself. The backends are in `ramet.policy`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ramet.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How tokens are drawn. Temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole."""
+    """How tokens are sampled. Temperature 0 is greedy; top_k 0 and top_p 1 truncate nothing. Raises `ConfigError` for other ranges."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -24,9 +23,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"a temperature of {self.temperature} cannot be sampled at; give 0 (greedy) or a positive number")
+            raise ConfigError(f"temperature is 0 (greedy) or a positive number, not {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is a share above 0 and at most 1 (all tokens), not {self.top_p}")
+            raise ConfigError(f"top_p is above 0 and at most 1 (all tokens), not {self.top_p}")
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise ConfigError(f"top_k is a number of tokens, or 0 for all, not {self.top_k}")
 
@@ -38,8 +37,9 @@ class SampleRequest:
     prompt      the branch's whole context
     max_tokens  the grant: no token past it is generated
     stop_ids    ids that end the turn; the one that does is part of the sample
-    seed        of this request alone: it fixes the tokens whatever else is sampled at the same time
-    group       requests of one group share prefixes (a tree's id)
+    seed        of this request alone: it determines the tokens, whatever else is sampled at the same time
+    sampling    how tokens are sampled
+    group       an identifier of the tree; requests of one group share prefixes
     media       what the placeholders in the prompt stand for, in order; empty for text
     """
 
@@ -54,10 +54,15 @@ class SampleRequest:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sampled turn. `logprobs` are under the sampling distribution, temperature and truncation included.
+    """One sampled turn.
 
-    version  of the weights that sampled the first token
-    updates  for each change of weights while it was sampled: how many tokens came before it
+    ids        sampled token ids, the stop id included
+    logprobs   natural-log probability of each id under the sampling distribution, after temperature and truncation
+    stop       why the sample ended
+    prefilled  prompt tokens that were computed
+    cached     prompt tokens that were reused
+    version    version of the weights that sampled the first token
+    updates    for each change of weights during the sample, the number of tokens sampled before it
     """
 
     ids: tuple[int, ...]
@@ -71,10 +76,10 @@ class Sample:
 
 @dataclass(slots=True)
 class Partial:
-    """Filled by the backend while it samples, so that a sample that never returns can be charged.
+    """What a sample has produced so far. The backend fills it in, so that a sample that never returns can still be charged.
 
-    `ids` and `logprobs` grow by one a token; `prefilled` is set when the prompt has been computed. A backend whose weights
-    change while it samples says which sampled the first token (`version`) and where the others took over (`updates`).
+    `ids` and `logprobs` grow by one per token; `prefilled` and `cached` are set once the prompt has been computed. A backend whose
+    weights change during a sample sets `version` and `updates`, as in `Sample`.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -90,32 +95,35 @@ class Policy(Protocol):
 
     @property
     def version(self) -> int:
-        """The weight version that a request made now would be sampled with."""
+        """The version of the weights that a request made now would be sampled with."""
 
     @property
     def context(self) -> int | None:
-        """The longest context, prompt and sample together, that the backend takes; None if it has no limit."""
+        """The longest context in tokens, prompt and sample together, that the backend accepts; None if it has no limit."""
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        """Sample one turn. Cancelling the await aborts the generation.
+        """Sample one turn, keeping `partial` up to date. Cancelling the await aborts the generation.
 
-        Raises `TransientPolicyError` for what may pass, `PolicyError` for what will not.
+        Raises `TransientPolicyError` for a failure that a retry may mend, and `PolicyError` for one that it will not.
         """
 
 
 class PolicyWrapper:
-    """A policy that passes on what it is asked to another one. Subclasses say what they do besides."""
+    """A policy that forwards everything to another one. Subclasses override what they change."""
 
     def __init__(self, policy: Policy):
         self._policy = policy
 
     @property
     def version(self) -> int:
+        """The wrapped policy's weight version."""
         return self._policy.version
 
     @property
     def context(self) -> int | None:
+        """The wrapped policy's longest context in tokens, or None."""
         return self._policy.context
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Sample one turn from the wrapped policy."""
         return await self._policy.sample(request, partial)

@@ -1,8 +1,7 @@
-"""A policy whose turns a program writes, with latency and faults, for simulation and tests.
+"""A policy whose turns are written by a program, with latency and faults, for simulation and tests.
 
-One token is one character, so what a branch reads and says can be read. Faults are functions of the
-request's seed and of how often it was tried, never of the order in which requests arrive: the same seed meets
-the same faults in every interleaving.
+One token is one character, so that contexts are legible. Faults depend on the request's seed and on how often it was attempted,
+never on the order in which requests arrive: the same seed meets the same faults in every interleaving.
 """
 
 from __future__ import annotations
@@ -21,30 +20,35 @@ from ramet.agents.tree import Message, StopReason
 from ramet.errors import ConfigError, PolicyError, TransientPolicyError
 
 STOP = 0
+"""The token id that ends a turn."""
 
 
 class PlainFormat:
-    """One token per character; 0 ends a turn. A prompt opens with T where the tool is offered, else with -."""
+    """A chat format of one token per character, its code point; 0 ends a turn. Only text, no system messages and no videos."""
 
     stop_ids = frozenset({STOP})
     placeholder_ids: PlaceholderIds = staticmethod(no_vision)
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+        """`T` if the tool is offered, else `-`, then each message followed by `|`."""
         return [ord(c) for c in ("T" if tools else "-") + "".join(m.content + "|" for m in messages if m.role != "system")]
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
+        """The stop id unless the turn is closed, then the tool message in angle brackets."""
         return [*([] if closed else [STOP]), *map(ord, f"<{text}>")]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
+        """Read a turn whose calls stand between `<tool_call>` tags."""
         return parse_spelled("".join(chr(i) for i in sampled if i != STOP))
 
     def text(self, ids: Sequence[int]) -> str:
+        """Ids as text; `$` is the stop id."""
         return "".join(chr(i) if i != STOP else "$" for i in ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """After `after` tokens of a sample: wait `delay` seconds, then raise `error` if there is one."""
+    """What goes wrong with a sample: after `after` tokens it waits `delay` seconds, then raises `error` if there is one."""
 
     after: int
     delay: float = 0.0
@@ -53,13 +57,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """Draws faults: one sample in `every` meets one. `lasting` includes errors that no retry mends."""
+    """Random faults: on average, one attempt in `every` meets one. `lasting`: some are errors that no retry mends."""
 
     seed: int
     every: float
     lasting: bool = True
 
     def __call__(self, request: SampleRequest, attempt: int) -> Fault | None:
+        """The fault of one attempt (counted from 0), or None."""
         rng = random.Random(f"{self.seed}/{request.seed}/{attempt}")
         if rng.random() * self.every >= 1:
             return None
@@ -78,11 +83,15 @@ class Faults:
 
 @dataclass(slots=True)
 class ScriptedPolicy:
-    """`program(context as text)` gives a turn's text; a NUL in it ends the turn. What the program raises is raised.
+    """A policy whose turn is `program(context as text)`. A NUL in it ends the turn; what the program raises is raised.
 
-    delay    seconds that one token takes
-    stride   tokens between two awaits; the last await of a sample comes after its last token
-    faults   given a request and how often it was tried before, the fault that it meets
+    delay         seconds that one token takes
+    stride        tokens between two awaits; the last await of a sample comes after its last token
+    faults        maps a request and the number of earlier attempts at it to the fault that it meets, or None
+    requests      all requests, in order of arrival
+    running       samples in flight; `most_running` is the largest number so far
+    injected      faults that have been met
+    down_until    time before which every request is refused
     """
 
     program: Callable[[str], str]
@@ -93,9 +102,9 @@ class ScriptedPolicy:
     context: int | None = None
     requests: list[SampleRequest] = field(default_factory=list)
     emitted: dict[tuple[str, int], list[int]] = field(default_factory=dict)
-    """Tokens of every attempt, by the request's group and seed."""
+    """Numbers of tokens that each attempt generated, by the request's (group, seed)."""
     tried: dict[tuple[str, int], int] = field(default_factory=dict)
-    """Attempts that were made before this policy was, by the same."""
+    """Numbers of attempts made before this policy was created, by (group, seed)."""
     running: int = 0
     most_running: int = 0
     injected: int = 0
@@ -107,11 +116,12 @@ class ScriptedPolicy:
             raise ConfigError(f"a stride of {self.stride} and a delay of {self.delay}; give at least 1 token and 0 seconds")
 
     def crash(self, seconds: float) -> None:
-        """Everything in flight fails at its next token; for `seconds` nothing is served."""
+        """Make everything in flight fail at its next token, and refuse requests for `seconds`."""
         self._crashes += 1
         self.down_until = anyio.current_time() + seconds
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """Sample the program's turn token by token. Raises the attempt's fault, or `TransientPolicyError` after a `crash`."""
         key = (request.group, request.seed)
         attempts = self.emitted.setdefault(key, [])
         number = len(attempts)

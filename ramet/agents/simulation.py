@@ -2,15 +2,14 @@
 
 `simulate(main, seed)` runs `main` on an asyncio event loop of its own, in which
 
-- time stands still while anything can run and then jumps to the next timer, so that an hour of
-  simulated latency costs nothing;
-- of all that is ready, what runs next is drawn from the seed, the task's number and how often it has been
-  scheduled. Memory addresses and hash seeds play no part: the same seed is the same run in every process.
-  Unlike a draw among all that is ready this is fair: nothing is overtaken by more than `PATIENCE` later ones,
-  so that what waits busily for another (as asyncio and anyio do) waits for a time that is bounded;
-- an observer is called after every step, to check what must always hold.
+- time stands still while anything can run and then jumps to the next timer, so that an hour of simulated latency costs nothing;
+- what runs next, of all that is ready, follows from the seed, the task's number and how often the task has been scheduled. Memory
+  addresses and hash seeds play no part: the same seed is the same run in every process. Unlike a uniform draw among all that is
+  ready, this is fair: nothing is overtaken by more than `PATIENCE` later callbacks, so that busy waiting (as asyncio and anyio do)
+  is bounded;
+- an observer is called after every step, to check invariants.
 
-There is no input and output on this loop. Where nothing can ever run again, that is a deadlock and an error.
+The loop has no input or output. If nothing can ever run again, that is a deadlock and raises an error.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from ramet.errors import RametError
 
 T = TypeVar("T")
 PATIENCE = 1000
+"""Number of later callbacks that may run before an earlier one."""
 _WORD = 2**64 - 1
 
 
@@ -40,7 +40,7 @@ class _Task(asyncio.Task[Any]):
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):
-    """See the module. `steps` counts the callbacks that ran; more than `limit` of them is a `SimulationError`."""
+    """The event loop that the module describes. `steps` counts the callbacks that ran; at `limit` steps it raises `SimulationError`."""
 
     def __init__(self, seed: int, observe: Callable[[], None] | None = None, limit: int = 10_000_000):
         super().__init__()
@@ -52,11 +52,11 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Virtual seconds since the loop was created."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass while nothing runs, as a call that blocks would."""
+        """Let `seconds` of virtual time pass while nothing runs, as a blocking call would."""
         self._now += seconds
 
     def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
@@ -72,7 +72,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         return handle
 
     def _enter(self, handle: events.Handle) -> None:
-        """Queue what is ready under a number that decides when its turn comes."""
+        """Queue a ready callback under a number that decides when it runs."""
         task = getattr(handle._callback, "__self__", None)  # type: ignore[attr-defined]
         if isinstance(task, _Task):
             task.scheduled += 1
@@ -101,7 +101,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
             return
         self.steps += 1
         handle._run()
-        # What is raised here ends the run. Tasks are then cancelled, on this loop and unobserved.
+        # An error raised here ends the run. Tasks are then cancelled on this loop, without the observer.
         if self.steps == self._limit:
             self._observe = None
             raise SimulationError(f"no end after {self._limit} steps")
@@ -112,7 +112,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
 
 def _mixed(seed: int, a: int, b: int) -> int:
-    """64 well-mixed bits of three numbers."""
+    """A 64-bit hash of three numbers."""
     x = (seed * 0x9E3779B97F4A7C15 + a * 0xBF58476D1CE4E5B9 + b * 0x94D049BB133111EB) & _WORD
     x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _WORD
     x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _WORD
@@ -120,7 +120,7 @@ def _mixed(seed: int, a: int, b: int) -> int:
 
 
 class _ExploringLoop(SimulatedLoop):
-    """Runs what `choices` say where more than one task is ready, then always the first; notes how many were."""
+    """Where several callbacks are ready, runs those that `choices` name, then always the first; `ready` records how many were."""
 
     def __init__(self, choices: list[int], observe: Callable[[], None] | None, limit: int):
         super().__init__(0, observe, limit)
@@ -128,7 +128,7 @@ class _ExploringLoop(SimulatedLoop):
         self.ready: list[int] = []
 
     def _next(self) -> events.Handle:
-        # What was cancelled does nothing; it is no choice.
+        # A cancelled callback does nothing, so it is not a choice.
         self._queue = [item for item in self._queue if not item[2]._cancelled] or self._queue[:1]
         if len(self._queue) == 1:
             return self._queue.pop()[2]
@@ -138,14 +138,14 @@ class _ExploringLoop(SimulatedLoop):
         return self._queue.pop(at)[2]
 
 
-def explore(main: Callable[[], Awaitable[object]], observe: Callable[[], None] | None = None, most: int = 100_000) -> tuple[int, bool]:
-    """Run `main` in every interleaving of its tasks there is, or in the first `most`: (how many, whether that is all).
+def explore(main: Callable[[], Awaitable[object]], observe: Callable[[], None] | None = None, max_runs: int = 100_000) -> tuple[int, bool]:
+    """Run `main` in every interleaving of its tasks, or in the first `max_runs`. Returns the number of runs, and whether that is all.
 
-    Depth first over the choice at each step, from the start each time; `main` must do the same in every run
-    but for what runs first.
+    The search is depth first over the choice at each step, and every run starts from the beginning; apart from the order in which
+    its tasks run, `main` must do the same each time.
     """
     choices: list[int] = []
-    for count in range(1, most + 1):
+    for count in range(1, max_runs + 1):
         loops: list[_ExploringLoop] = []
 
         def factory(choices: list[int] = choices, loops: list[_ExploringLoop] = loops) -> _ExploringLoop:
@@ -154,15 +154,18 @@ def explore(main: Callable[[], Awaitable[object]], observe: Callable[[], None] |
 
         drain.run(main, backend_options={"loop_factory": factory})
         ready = loops[0].ready
-        taken = (choices + [0] * len(ready))[: len(ready)]
-        while taken and taken[-1] + 1 >= ready[len(taken) - 1]:
-            taken.pop()
-        if not taken:
+        path = (choices + [0] * len(ready))[: len(ready)]
+        while path and path[-1] + 1 >= ready[len(path) - 1]:
+            path.pop()
+        if not path:
             return count, True
-        choices = [*taken[:-1], taken[-1] + 1]
-    return most, False
+        choices = [*path[:-1], path[-1] + 1]
+    return max_runs, False
 
 
 def simulate(main: Callable[[], Awaitable[T]], seed: int, observe: Callable[[], None] | None = None, limit: int = 10_000_000) -> T:
-    """Run `main` to its end in the interleaving `seed`. Whatever it or `observe` raises is raised."""
+    """Run `main` to its end in the interleaving that `seed` selects. What `main` or `observe` raises is raised.
+
+    Raises `SimulationError` for a deadlock, or after `limit` steps.
+    """
     return drain.run(main, backend_options={"loop_factory": lambda: SimulatedLoop(seed, observe, limit)})

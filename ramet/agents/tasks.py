@@ -1,7 +1,7 @@
-"""Task groups whose error is the error, and a limiter for very many waiting tasks.
+"""Task groups that raise a plain error, and a limiter for very many waiting tasks.
 
-anyio wraps what a task group's tasks raise into an exception group. Here the first error comes out by
-itself, with the group as its cause, so that callers can catch it by its class.
+anyio wraps the errors of a task group's tasks in an exception group. Here the first error is raised by itself, with the group as its
+cause, so that callers can catch it by its class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ramet.errors import ConfigError
 
 @asynccontextmanager
 async def task_group() -> AsyncIterator[TaskGroup]:
-    """`anyio.create_task_group()`, raising the first error plainly."""
+    """`anyio.create_task_group()` that raises the `first_error` instead of an exception group."""
     try:
         async with anyio.create_task_group() as group:
             yield group
@@ -27,22 +27,22 @@ async def task_group() -> AsyncIterator[TaskGroup]:
 
 
 class Slots:
-    """At most `count` holders at a time, first come first served.
+    """A semaphore with `count` slots, first come first served. Raises `ConfigError` if `count` is below 1.
 
-    As `anyio.CapacityLimiter`, which keeps an exception with its frames for each task that waits: with a
-    hundred thousand clones waiting, that is most of their memory and of the collector's time.
+    It replaces `anyio.CapacityLimiter`, which keeps an exception with its frames for each waiting task: with a hundred thousand clones
+    waiting, that would be most of their memory and of the garbage collector's time.
     """
 
     __slots__ = ("_free", "_waiting")
 
     def __init__(self, count: int):
         if count < 1:
-            raise ConfigError(f"at least 1 may go on at a time, not {count}: with none, all would wait for ever")
+            raise ConfigError(f"a limit of {count} would let nothing run; give at least 1")
         self._free = count
         self._waiting: OrderedDict[anyio.Event, None] = OrderedDict()
 
     async def acquire(self) -> None:
-        """Take a slot, waiting for one if none is free."""
+        """Take a slot, waiting until one is free."""
         if self._free:
             self._free -= 1
             return
@@ -52,13 +52,13 @@ class Slots:
             await turn.wait()
         except BaseException:
             if turn.is_set():
-                self.release()  # it was handed over as the wait was cancelled
+                self.release()  # the slot was handed over just as the wait was cancelled
             else:
                 del self._waiting[turn]
             raise
 
     def release(self) -> None:
-        """Give a slot back: to whoever waits longest, else to all."""
+        """Give a slot back, to the task that has waited longest if any is waiting."""
         if self._waiting:
             self._waiting.popitem(last=False)[0].set()
         else:
@@ -66,9 +66,9 @@ class Slots:
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The first error inside nested exception groups: an interrupt before all others, a cancellation after them.
+    """The first error inside nested exception groups; an interrupt goes before all others and a cancellation after them.
 
-    A cancelled sibling must not hide the error that is the cause.
+    The cancellation of a sibling thus does not hide the error that caused it.
     """
     if not isinstance(error, BaseExceptionGroup):
         return error
@@ -77,6 +77,7 @@ def first_error(error: BaseException) -> BaseException:
 
 
 def _rank(error: BaseException) -> int:
+    """The precedence of an error, 0 the highest."""
     if isinstance(error, KeyboardInterrupt):
         return 0
     # asyncio.CancelledError and trio.Cancelled, without importing trio.

@@ -1,8 +1,8 @@
-"""What a turn says, apart from what its model only thought and from what it only quotes.
+"""The text and calls of a turn, without what its model only thought and what it only quotes.
 
-Models mark their thoughts in many ways (`MARKS`); in which of them is for no setting to say, for all are looked for. A thought may
-have been opened by the prompt, so that the turn has its end alone, and one that is never closed lasts to the end of the turn.
-A call that stands in a thought is no call, nor is one in a block of code or between backticks.
+Models mark their thoughts in many ways (`MARKS`). There is no setting for it: all of them are recognised. A thought may have been
+opened by the prompt, so that the turn contains only its end, and one that is never closed lasts to the end of the turn. A call inside
+a thought, a code block or backticks is not a call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MARKS = (
     (r"<\|channel>thought", r"<channel\|>"),
     (r"Here(?:'s| is) my thought process:", r"Here(?:'s| is) my response:"),
 )
-"""How thoughts begin and end: (Qwen, DeepSeek, Seed and others; Mistral; Kimi; Command; Sky; ...; Gemma; Granite)."""
+"""Patterns for the beginning and end of thoughts: Qwen, DeepSeek, Seed and others; Mistral; Kimi; Command; Sky; ...; Gemma; Granite."""
 _OPENINGS = re.compile(
     "(?P<line>^[ \\t]{0,20})?(?:" + "|".join(f"(?P<o{i}>{opening})" for i, (opening, _) in enumerate(MARKS)) + ")",
     re.IGNORECASE | re.MULTILINE,
@@ -35,8 +35,8 @@ _QUOTED = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})|(?<!`)(?P<ticks>`{1,2})(?!`
 
 
 def without_thoughts(text: str) -> str:
-    """The text of a turn without its thoughts, closed or not."""
-    text = _final(text)
+    """The text of a turn without its thoughts, whether they are closed or not."""
+    text = _without_analysis(text)
     closings = [(closing.lastgroup, closing.start(), closing.end()) for closing in _CLOSINGS.finditer(text)]
     last = {group: start for group, start, _ in closings}
     fences = _fences(text)
@@ -56,15 +56,15 @@ def without_thoughts(text: str) -> str:
 
 
 def _after_end(text: str) -> str:
-    """What follows the end of a thought that the prompt had opened. An end that nothing follows is none."""
+    """The text after the end of a thought that the prompt had opened. An end that no text follows does not count."""
     length = len(text.rstrip())
     ends = [closing.end() for closing in _CLOSINGS.finditer(text) if closing.end() < length]
     return _CLOSINGS.sub("", text[ends[-1] :] if ends else text)
 
 
-def _final(text: str) -> str:
-    """Of a turn in channels (Harmony), what is said on others than that for analysis."""
-    if text.startswith("analysis") and "assistantfinal" in text:  # the marks themselves were stripped
+def _without_analysis(text: str) -> str:
+    """A turn without what it writes to the analysis channel (Harmony format); a turn without channels is unchanged."""
+    if text.startswith("analysis") and "assistantfinal" in text:  # the markers themselves were stripped
         return text.rpartition("assistantfinal")[2]
     messages = list(_MESSAGE.finditer(text))
     if not messages:
@@ -78,34 +78,35 @@ def _final(text: str) -> str:
 
 
 def _fences(text: str) -> list[tuple[int, int]]:
-    """Blocks of code, as (start, end); one that is not closed is none."""
-    found = []
+    """The closed code blocks of a text, as (start, end)."""
+    blocks = []
     at = 0
     while (fence := _FENCE.search(text, at)) is not None:
         end = _fence_end(text, fence)
         if end is None:
             break
-        found.append((fence.start(), end))
+        blocks.append((fence.start(), end))
         at = end
-    return found
+    return blocks
 
 
 def _inside(spans: list[tuple[int, int]], place: int) -> bool:
-    """Is a place in one of these spans, which are in order?"""
+    """Whether a position is inside one of these spans, which are in order."""
     at = bisect_right(spans, (place, place)) - 1
     return at >= 0 and place < spans[at][1]
 
 
 def _fence_end(text: str, fence: re.Match[str]) -> int | None:
+    """Where the code block that `fence` opens ends; None if it is not closed."""
     mark = fence["fence"]
     closed = re.compile(rf"^[ \t]*{mark[0]}{{{len(mark)},}}[ \t]*$", re.MULTILINE).search(text, fence.end())
     return None if closed is None else closed.end()
 
 
 def split_calls(text: str, opening: str, closing: str) -> tuple[str, list[str], bool]:
-    """Of what a turn says: the text apart from its calls, the calls, and whether the last of them is not closed.
+    """Split a turn's text at its calls: (the text without them, the calls, whether the last call is unclosed).
 
-    Without `closing`, the first call takes the rest.
+    If `closing` is empty, the first call takes the rest of the text.
     """
     pattern = re.compile(f"{_QUOTED.pattern}|(?P<call>{re.escape(opening)})", _QUOTED.flags)
     last = text.rfind(closing)
@@ -128,7 +129,7 @@ def split_calls(text: str, opening: str, closing: str) -> tuple[str, list[str], 
 
 
 def _quote_end(text: str, match: re.Match[str]) -> int:
-    """Where what a quote opens ends; where it opens nothing, its own end."""
+    """Where the quotation that `match` opens ends; the end of `match` if it opens none."""
     if match["fence"] is not None:
         end = _fence_end(text, match)
         return len(text) if end is None else end

@@ -128,7 +128,7 @@ def run_workloads(
                 beside = journal.path.with_name(f"{journal.path.stem}-{entry.name}-{workload.split}.jsonl")
                 with (
                     progress.measuring(f"{label}: {shown}, {workload.split}", outcomes) as report,
-                    Journal(beside, journal.job) as samples,
+                    Journal(beside, journal.identity) as samples,
                 ):
                     policy = JournaledPolicy(engine, samples)
                     backend = Backend(policy, chat, in_flight, attempts, config.tell_budget == "all")

@@ -81,7 +81,7 @@ def _surviving(data, root, child, depth, log) -> int:
 @settings(max_examples=400)
 @given(budgets, st.data())
 def test_conservation_over_random_trees(budget: Budget, data: st.DataObject):
-    ledger = Ledger.of(budget)
+    ledger = Ledger.for_root(budget)
     log = {"generated": 0, "clones": 0}
     path = grow(data, ledger, ledger, 2, log)
     ledger.check()
@@ -96,7 +96,7 @@ def test_conservation_over_random_trees(budget: Budget, data: st.DataObject):
 
 
 def test_siblings_cannot_both_spend_the_same_remainder():
-    ledger = Ledger.of(Budget(generated=10))
+    ledger = Ledger.for_root(Budget(generated=10))
     with ledger.fork([8, 8]) as fork:
         first, second = fork.ledgers
         assert first.left("generated") + second.left("generated") == 10
@@ -108,7 +108,7 @@ def test_siblings_cannot_both_spend_the_same_remainder():
 
 
 def test_what_a_clone_spent_is_not_lost_when_it_crashes():
-    ledger = Ledger.of(Budget(generated=10))
+    ledger = Ledger.for_root(Budget(generated=10))
     with contextlib.suppress(Crash), ledger.fork([None]) as fork:
         with fork.ledgers[0].reserve(7, 0) as grant:
             grant.settle(4, 0)
@@ -118,20 +118,20 @@ def test_what_a_clone_spent_is_not_lost_when_it_crashes():
 
 def test_zero_is_nothing_and_none_is_unlimited():
     with pytest.raises(BudgetExhausted):
-        Ledger.of(Budget(generated=0)).reserve(1, 0)
-    assert Ledger.of(Budget(generated=0)).sampleable() == 0
-    assert Ledger.of(Budget()).sampleable() is None
-    Ledger.of(Budget()).reserve(10**9, 10**9)
+        Ledger.for_root(Budget(generated=0)).reserve(1, 0)
+    assert Ledger.for_root(Budget(generated=0)).sampleable() == 0
+    assert Ledger.for_root(Budget()).sampleable() is None
+    Ledger.for_root(Budget()).reserve(10**9, 10**9)
     with pytest.raises(BudgetExhausted):
-        Ledger.of(Budget(clones=0)).fork([None])
-    with Ledger.of(Budget(generated=100)).fork([None]) as fork:
+        Ledger.for_root(Budget(clones=0)).fork([None])
+    with Ledger.for_root(Budget(generated=100)).fork([None]) as fork:
         assert fork.ledgers[0].limit("clones") is None and fork.ledgers[0].limit("generated") == 100
-    with Ledger.of(Budget(generated=0)).fork([None, 5]) as fork:
+    with Ledger.for_root(Budget(generated=0)).fork([None, 5]) as fork:
         assert [child.limit("generated") for child in fork.ledgers] == [0, 0]
 
 
 def test_parallel_clones_share_the_critical_path_and_do_not_add_it_up():
-    ledger = Ledger.of(Budget(critical_path=50))
+    ledger = Ledger.for_root(Budget(critical_path=50))
     with ledger.reserve(10, 0) as grant:
         grant.settle(10, 0)
     with ledger.fork([None, None, None]) as fork:
@@ -144,7 +144,7 @@ def test_parallel_clones_share_the_critical_path_and_do_not_add_it_up():
 
 
 def test_the_answer_reserve_is_kept_from_samples_and_from_clones():
-    ledger = Ledger.of(Budget(generated=20, answer_reserve=6))
+    ledger = Ledger.for_root(Budget(generated=20, answer_reserve=6))
     assert ledger.sampleable() == 14 and ledger.sampleable(final=True) == 20
     with ledger.fork([None, None]) as fork:
         assert sum(child.limit("generated") for child in fork.ledgers) == 14
@@ -152,7 +152,7 @@ def test_the_answer_reserve_is_kept_from_samples_and_from_clones():
 
 
 def test_misuse_is_an_error_of_its_own():
-    ledger = Ledger.of(Budget(generated=10))
+    ledger = Ledger.for_root(Budget(generated=10))
     grant = ledger.reserve(5, 0)
     with pytest.raises(LedgerError, match="used 6"):
         grant.settle(6, 0)

@@ -98,7 +98,7 @@ def test_small_trees_hold_in_every_interleaving(case, cancel):
         statuses.add(tuple(branch.status for branch in trees[0].branches))
 
     # With a cancellation at any point there are too many to see all; the first of them differ at the end of the run.
-    count, everything = explore(main, observe, most=500)
+    count, everything = explore(main, observe, max_runs=500)
     assert everything or (cancel and count == 500)
     assert statuses
 
@@ -151,7 +151,7 @@ class World:
     """Real ledgers and the model side by side; `moves` are the operations that can come next, by name."""
 
     def __init__(self) -> None:
-        root = Ledger.of(LIMITS)
+        root = Ledger.for_root(LIMITS)
         self.root = Account({c: root.limit(c) for c in CURRENCIES})
         self.branches: list[tuple[Ledger, Account]] = [(root, self.root)]
         self.grants: list[tuple[Grant, Account, tuple[int, int]]] = []

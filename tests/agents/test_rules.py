@@ -25,7 +25,7 @@ pytestmark = pytest.mark.anyio
 
 
 def test_totals_count_clones_that_still_run():
-    ledger = Ledger.of(Budget())
+    ledger = Ledger.for_root(Budget())
     with ledger.reserve(10, 3) as grant:
         grant.settle(7, 3)
     with ledger.fork([None, None]) as fork:
@@ -38,22 +38,22 @@ def test_totals_count_clones_that_still_run():
 
 
 def test_a_fork_shares_what_is_left_in_every_currency():
-    ledger = Ledger.of(Budget(generated=100, prefilled=101, critical_path=60, clones=9, answer_reserve=10))
+    ledger = Ledger.for_root(Budget(generated=100, prefilled=101, critical_path=60, clones=9, answer_reserve=10))
     with ledger.fork([None, 20], keep_prefilled=20) as fork:
         lefts = [[clone.left(c) for c in ("generated", "prefilled", "critical_path", "clones")] for clone in fork.ledgers]
         assert lefts == [[70, 40, 50, 3], [20, 40, 20, 3]]
         assert ledger.reserved("prefilled") == 80
     with ledger.fork([None], keep_prefilled=200) as fork:
         assert fork.ledgers[0].left("prefilled") == 0
-    with Ledger.of(Budget(critical_path=30)).fork([None, 50, 8]) as fork:
+    with Ledger.for_root(Budget(critical_path=30)).fork([None, 50, 8]) as fork:
         assert [clone.left("critical_path") for clone in fork.ledgers] == [30, 30, 8], "a clone's own limit is also its path's"
         assert [clone.left("generated") for clone in fork.ledgers] == [None, 50, 8]
-    with Ledger.of(Budget()).fork([None, 9]) as fork:
+    with Ledger.for_root(Budget()).fork([None, 9]) as fork:
         assert [clone.left("critical_path") for clone in fork.ledgers] == [None, 9]
 
 
 def test_errors_say_what_and_how_much():
-    ledger = Ledger.of(Budget(clones=2))
+    ledger = Ledger.for_root(Budget(clones=2))
     with pytest.raises(BudgetExhausted) as caught:
         ledger.fork([None] * 3)
     assert (caught.value.currency, caught.value.wanted, caught.value.left) == ("clones", 3, 2)
@@ -386,7 +386,7 @@ async def test_a_notice_and_an_answer_are_given_the_context_that_is_kept_for_the
 
 def test_a_broken_ledger_is_noticed():
     for currency, spent, held in (("generated", 11, 0), ("generated", 5, 6), ("prefilled", -1, 0), ("prefilled", 0, -1)):
-        ledger = Ledger.of(Budget(generated=10))
+        ledger = Ledger.for_root(Budget(generated=10))
         ledger.check()
         ledger._spent[currency], ledger._held[currency] = spent, held
         with pytest.raises(LedgerError, match=rf"^{currency}: spent {spent} \+ reserved {held} against a limit of"):
@@ -502,7 +502,7 @@ async def test_a_watched_branch_can_be_cancelled_alone():
     (tree,) = trees
     assert [clone.status for clone in tree.root.clones] == [Status.CANCELLED, Status.ANSWERED]
     assert tree.answer == "up"
-    Growth("0", (), Ledger.of(Budget())).cancel()  # not watched: nothing to cancel, and no error
+    Growth("0", (), Ledger.for_root(Budget())).cancel()  # not watched: nothing to cancel, and no error
 
 
 def test_errors_cross_processes_as_they_are():

@@ -49,10 +49,10 @@ async def test_no_trees_in_flight():
 
 def test_messages_and_parts_of_videos_that_there_are_not():
     for role in ("usr", "", "User", "developer"):
-        with pytest.raises(TaskError, match="a message is of system, user, assistant, tool"):
+        with pytest.raises(TaskError, match="choose one of system, user, assistant, tool"):
             Message(role, "x")
     for content in (None, 3, ["x"], b"x"):
-        with pytest.raises(TaskError, match="the content of a message is a text"):
+        with pytest.raises(TaskError, match="the content of a message is text"):
             Message("user", content)
     for start, end in ((-1, None), (2, 1), (1, 1), (math.nan, None), (0, math.nan), (math.inf, None)):
         with pytest.raises(TaskError, match="a part of a video"):

@@ -47,7 +47,7 @@ def run(policy: ScriptedPolicy, path: Path, budgets: tuple[int, ...] = (60,), in
     async def main() -> list[Measured]:
         with Journal(path, "job") as journal:
             workload = Workload("iid", env.tasks("iid", 6, 0), budgets, Budget(), 0)
-            return await measure(entry, env, workload, Backend(policy, PlainFormat(), in_flight, tell_all=False), journal)
+            return await measure(entry, env, workload, Backend(policy, PlainFormat(), in_flight, always_show_budget=False), journal)
 
     return anyio.run(main)
 

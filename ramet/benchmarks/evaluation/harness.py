@@ -61,13 +61,13 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What samples. `in_flight` tasks run at a time; for `attempts` and `tell_all` see `Runtime`."""
+    """What samples. `in_flight` tasks run at a time; for `attempts` and `always_show_budget` see `Runtime`."""
 
     policy: Policy
     chat: ChatFormat
     in_flight: int = 64
     attempts: int = 4
-    tell_all: bool = True
+    always_show_budget: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ async def measure(
     if report is not None:
         report(len(wanted) - len(todo))
     runtime = Runtime(
-        FreshCache(backend.policy), backend.chat, entry.sampling, attempts=backend.attempts, tell_all=backend.tell_all
+        FreshCache(backend.policy), backend.chat, entry.sampling, attempts=backend.attempts, always_show_budget=backend.always_show_budget
     )
     grading = anyio.CapacityLimiter(1)  # off the event loop, and one at a time: a reward may be a model
 

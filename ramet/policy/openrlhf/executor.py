@@ -25,7 +25,7 @@ class Rollout:
     model: Path
     chat: Any
     temperature: float
-    tell_all: bool
+    always_show_budget: bool
 
 
 class EngineLost(RuntimeError):
@@ -56,8 +56,9 @@ class TreeExecutor(AgentExecutorBase):
         return whole(tree)
 
     def _runtime(self, asked: Rollout, policy: EnginePolicy) -> Runtime:
-        key = (asked.model, asked.chat, asked.temperature, asked.tell_all)
+        key = (asked.model, asked.chat, asked.temperature, asked.always_show_budget)
         if key not in self._runtimes:
             _, chat = load_tokenizer(asked.model, asked.chat)
-            self._runtimes[key] = Runtime(FreshCache(policy), chat, Sampling(asked.temperature), tell_all=asked.tell_all)
+            sampling = Sampling(asked.temperature)
+            self._runtimes[key] = Runtime(FreshCache(policy), chat, sampling, always_show_budget=asked.always_show_budget)
         return self._runtimes[key]

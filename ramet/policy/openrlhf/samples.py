@@ -67,7 +67,7 @@ class TreeSamples(SamplesGenerator):
                 load, places[group] = heapq.heappop(loads)
                 heapq.heappush(loads, (load + train.group_size, places[group]))
             engine = places[group]
-            rollout = Rollout(job, self.spec.model, self.spec.chat, train.temperature, self.spec.tell_all)
+            rollout = Rollout(job, self.spec.model, self.spec.chat, train.temperature, self.spec.always_show_budget)
             ref = self.vllm_engines[engine].generate_responses.remote(
                 prompt=rollout, label=None, sampling_params=None, max_length=0, hf_tokenizer=None, num_samples=1
             )

@@ -97,7 +97,7 @@ class RunSpec:
     chat         name of the chat format, as in `ramet.policy.models.load.load_tokenizer`
     dtype        "bfloat16" or "float32": the type in which engines and trainers compute
     fingerprint  differs between runs that must not resume each other
-    tell_all     as in `ramet.agents.runtime.Runtime`
+    always_show_budget     as in `ramet.agents.runtime.Runtime`
     recipe       called with a function that counts the tokens of a text; returns the run's task sampler and reward function
     """
 
@@ -109,7 +109,7 @@ class RunSpec:
     dtype: str
     seed: int
     fingerprint: str
-    tell_all: bool
+    always_show_budget: bool
     recipe: Callable[[Callable[[str], int]], tuple[TaskSampler, RewardFunction]]
 
     def identified(self, sample_tasks: TaskSampler, reward_function: RewardFunction) -> RunSpec:

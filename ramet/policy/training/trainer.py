@@ -67,7 +67,7 @@ class Trainer:
 
     A model in bfloat16 samples and computes gradients in it; what is stepped, stored and left in its place at the end is float32.
     `job` names what `draw` and `judge` depend on besides their code; a checkpoint of another job, or of another draw or judge
-    (`identity`), is not resumed. `tell_all`: see `Runtime`. `policy` samples, by
+    (`identity`), is not resumed. `always_show_budget`: see `Runtime`. `policy` samples, by
     default an `HFPolicy` of the model.
     """
 
@@ -82,7 +82,7 @@ class Trainer:
         directory: Path,
         seed: int = 0,
         job: str = "",
-        tell_all: bool = True,
+        always_show_budget: bool = True,
         policy: HFPolicy | None = None,
     ):
         self._identity = {
@@ -91,7 +91,7 @@ class Trainer:
         self.model, self.tokenizer, self.chat = model.eval(), tokenizer, chat
         self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
         self.directory = directory
-        self._tell_all = tell_all
+        self._always_show_budget = always_show_budget
         self.policy = policy or HFPolicy(model, max_batch=config.max_batch)
         self._reference = _frozen_copy(model) if config.kl_coef else None
         if config.lora_rank:
@@ -181,7 +181,8 @@ class Trainer:
         draft.unlink(missing_ok=True)
         with Journal(whole if whole.exists() else draft, fingerprint(self._identity, update)) as journal:
             policy = JournaledPolicy(self.policy, journal)
-            runtime = Runtime(FreshCache(policy), self.chat, Sampling(temperature=self.config.temperature), tell_all=self._tell_all)
+            sampling = Sampling(temperature=self.config.temperature)
+            runtime = Runtime(FreshCache(policy), self.chat, sampling, always_show_budget=self._always_show_budget)
             trees = await grow(runtime, jobs, 4 * self.config.max_batch)
         if draft.exists():
             draft.replace(whole)

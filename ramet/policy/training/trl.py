@@ -52,7 +52,7 @@ class TreeRollouts:
         *,
         temperature: float = 1.0,
         seed: int = 0,
-        tell_all: bool = True,
+        always_show_budget: bool = True,
         max_batch: int = 64,
     ) -> None:
         self._tasks = {
@@ -62,7 +62,7 @@ class TreeRollouts:
         if len(self._tasks) != len(tasks):
             raise ConfigError("two tasks have the same id; TRL is given ids in the place of prompts")
         self._judge, self._chat, self._temperature, self._seed = judge, chat, temperature, seed
-        self._tell_all, self._max_batch = tell_all, max_batch
+        self._always_show_budget, self._max_batch = always_show_budget, max_batch
         self.rows = clones + 1
         self.grown: list[Tree] = []
         self._call = (-1, -1)
@@ -111,7 +111,7 @@ class TreeRollouts:
 
     async def _grow(self, model: Any, jobs: list[Job]) -> dict[tuple[object, ...], Tree]:
         async with HFPolicy(model, max_batch=self._max_batch) as policy:
-            runtime = Runtime(FreshCache(policy), self._chat, Sampling(self._temperature), tell_all=self._tell_all)
+            runtime = Runtime(FreshCache(policy), self._chat, Sampling(self._temperature), always_show_budget=self._always_show_budget)
             return await grow(runtime, jobs, 4 * self._max_batch)
 
 

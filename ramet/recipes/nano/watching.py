@@ -68,7 +68,7 @@ def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float]
     teacher = Teacher(chat, truth)
 
     async def main() -> list[Tree]:
-        runtime = Runtime(teacher, chat, tell_all=False)
+        runtime = Runtime(teacher, chat, always_show_budget=False)
         jobs = []
         for n, task in enumerate(tasks):
             rng = random.Random(f"watching/{seed}/{n}")

@@ -128,6 +128,6 @@ def grm_trainer(grm: VideoGRM, pairs: Sequence[PreferencePair], config: TrainCon
         return Reward(float(reward > VALID), {}, reward)
 
     return Trainer(
-        grm.model, grm.tokenizer, grm.chat, draw, judge, config, folder, seed, fingerprint("grm", job), tell_all=False,
+        grm.model, grm.tokenizer, grm.chat, draw, judge, config, folder, seed, fingerprint("grm", job), always_show_budget=False,
         policy=VisionPolicy(grm.model, grm.reader, max_batch=config.max_batch),
     )  # fmt: skip
