@@ -18,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
-from ramet.errors import TaskError, first_line
+from ramet.errors import TaskError, first_line, require
 
 Row = Mapping[str, Any]
 Model = TypeVar("Model", bound=BaseModel)
@@ -74,11 +74,10 @@ def _line(path: Path, number: int, line: str) -> Any:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise TaskError("Parquet files need pyarrow: pip install 'ramet[data]'") from None
+    require("pyarrow", f"the Parquet file {path}")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
     if not path.exists():
         raise TaskError(f"there is no file {path}")
     try:
@@ -91,10 +90,9 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _hub(*args: Any, **kwargs: Any) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise TaskError("this source needs the datasets library: pip install 'ramet[data]'") from None
+    require("datasets", f"{args[0]}, a data set of the hub,")
+    from datasets import load_dataset
+
     try:
         return load_dataset(*args, **kwargs)
     except Exception as error:  # it raises many classes, for what is missing, offline or broken

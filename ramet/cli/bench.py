@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ramet import storage, terminal
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, require
 
 bench = typer.Typer(help="Measure this machine. Example: ramet bench sampling --json sampling.json", no_args_is_help=True)
 attention = typer.Typer(
@@ -30,10 +30,30 @@ def _destination(path: Path | None) -> Path | None:
 Json = Annotated[
     Path | None, typer.Option("--json", callback=_destination, help="Write machine-readable results there; -: to standard output.")
 ]
-Png = Annotated[Path | None, typer.Option("--png", callback=_destination, help="Draw the result there.")]
+
+
+def _picture(path: Path | None) -> Path | None:
+    """The same of a picture, which also wants something that draws it."""
+    if path is not None:
+        require("matplotlib", "--png")
+    return _destination(path)
+
+
+Png = Annotated[Path | None, typer.Option("--png", callback=_picture, help="Draw the result there.")]
 Hosts = Annotated[int, typer.Option(min=1, help="Hosts that share a context.")]
 Anchor = Annotated[int | None, typer.Option(min=0, help="Rows that every block sees; by default 1/64 of the context.")]
 Passing = Annotated[int | None, typer.Option(min=0, help="Rows that a block passes on; by default 1/128 of the context.")]
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The positive whole numbers of an option that takes several. Raises `ConfigError` for what is none."""
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(f"--{option} must be whole numbers with commas between them (got {text!r})") from None
+    if any(number < 1 for number in found):
+        raise ConfigError(f"--{option} must be positive (got {text!r})")
+    return found
 
 
 @bench.command("sampling")
@@ -222,7 +242,8 @@ def bench_attention(
     """
     from ramet.benchmarks.speed.attention_speed import bench_attention
 
-    bench_attention(method, hosts, length, wall_length, query, bandwidth, repeats, png, json)
+    lists = (numbers("hosts", hosts), numbers("length", length), numbers("wall-length", wall_length))
+    bench_attention(method, *lists, query, bandwidth, repeats, png, json)
 
 
 @bench.command("needle")
@@ -242,7 +263,6 @@ def bench_needle(
     Example: ramet bench needle --model smollm2-135m --hosts 4
     """
     from ramet.benchmarks.speed.attention_quality import bench_needle
-    from ramet.benchmarks.speed.attention_speed import numbers
 
     lists = (numbers("hosts", hosts), numbers("anchors", anchors), numbers("passings", passings))
     bench_needle(model, length, *lists, depths, samples, seed or 0, out)

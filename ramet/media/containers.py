@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ramet.errors import ConfigError, TaskError, first_line
+from ramet.errors import TaskError, first_line, require
 
 try:
     import av
@@ -143,8 +143,7 @@ def reading_errors(path: Path, what: str = "cannot read video") -> Iterator[None
 
 def _opened(path: Path) -> Any:
     """PyAV's container of a file that may be read. Raises `TaskError`."""
-    if av is None:
-        raise ConfigError("reading videos needs PyAV: pip install 'ramet[video]'")
+    require("av", "reading videos")
     guard = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     for name in ("", f"video{path.suffix.lower()}"):
         try:

@@ -53,7 +53,7 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     if config.backend == "chat":
         wire = WireFormat()
         return ChatPolicy(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
-    from ramet.policy.models.load import load_tokenizer
+    from ramet.policy.models.tokenizer import load_tokenizer
 
     path = find(str(model))
     if config.attention.method != "dense":
@@ -88,7 +88,7 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
     from ramet.attention.methods import Method
     from ramet.policy.engines.sequence_parallel import SequenceParallelPolicy
     from ramet.policy.engines.vision import VideoReader
-    from ramet.policy.models.load import load_tokenizer
+    from ramet.policy.models.tokenizer import load_tokenizer
 
     tokenizer, chat = load_tokenizer(path, config.chat)
     model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ramet.errors import CheckpointError
-from ramet.policy.models.load import load_tokenizer
+from ramet.policy.models.tokenizer import load_tokenizer
 from tests.agents.test_chat import CHATML, byte_tokenizer
 
 

@@ -34,7 +34,7 @@ from ramet.benchmarks.evaluation.baselines import (
 from ramet.env.environment import Environment
 from ramet.env.instructions import COT, DIRECT, instructed
 from ramet.env.multihop import MultihopEnvironment
-from ramet.errors import ConfigError
+from ramet.errors import require
 
 LEAST = 24
 """Tokens that a context needs to say anything; fewer samples, or larger parts, are made rather than smaller shares."""
@@ -132,7 +132,11 @@ def map_reduce(documents: int) -> BudgetedMethod:
 
 
 def retrieve(env: MultihopEnvironment, count: int) -> BudgetedMethod:
-    """The `count` documents that BM25 ranks first for the question, in their own order, then one context."""
+    """The `count` documents that BM25 ranks first for the question, in their own order, then one context.
+
+    Raises `ConfigError` without bm25s.
+    """
+    require("bm25s", "retrieve")
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         keys = ranked(task, count)
@@ -145,10 +149,8 @@ def retrieve(env: MultihopEnvironment, count: int) -> BudgetedMethod:
 
 def ranked(task: Task, count: int) -> list[str]:
     """Keys of the `count` documents that match the question best by BM25, in the order of the task."""
-    try:
-        import bm25s
-    except ImportError:
-        raise ConfigError("retrieval needs bm25s: pip install 'ramet[data]'") from None
+    import bm25s
+
     keys = list(task.documents)
     texts = [f"{key} {task.documents[key]}" for key in keys]
     index = bm25s.BM25()

@@ -36,7 +36,6 @@ from ramet.attention.methods import NAMES, Method
 from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.display import progress
 from ramet.display.plots import save
-from ramet.errors import ConfigError
 from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
@@ -286,9 +285,9 @@ def wall(names: Sequence[str], hosts: int, lengths: Sequence[int], query: int, r
 
 def bench_attention(
     method: str,
-    hosts: str,
-    length: str,
-    wall_length: str,
+    hosts: Sequence[int],
+    lengths: Sequence[int],
+    wall_lengths: Sequence[int],
     query: int,
     bandwidth: float,
     repeats: int,
@@ -299,12 +298,11 @@ def bench_attention(
     names = list(NAMES) if method == "all" else [name.strip() for name in method.split(",")]
     for name in names:
         Method(name)  # type: ignore[arg-type]
-    counts, lengths, walls = (numbers(what, text) for what, text in (("hosts", hosts), ("length", length), ("wall-length", wall_length)))
     started = time.perf_counter()
-    records = critical_path(names, counts, lengths, query, bandwidth * 1e9, repeats)
+    records = critical_path(names, hosts, lengths, query, bandwidth * 1e9, repeats)
     threads = torch.get_num_threads()
-    if walls:
-        records += wall(names, 2, walls, query, repeats)
+    if wall_lengths:
+        records += wall(names, 2, wall_lengths, query, repeats)
     torch.set_num_threads(threads)
     if out is not None:
         write_json(out, [meta("bench attention", 0, time.perf_counter() - started), *records])
@@ -312,16 +310,6 @@ def bench_attention(
     if picture is not None:
         plot(records, picture)
         console.print(f"picture in {picture}")
-
-
-def numbers(what: str, text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ConfigError(f"--{what} must be whole numbers with commas between them (got {text!r})") from None
-    if any(number < 1 for number in numbers):
-        raise ConfigError(f"--{what} must be positive (got {text!r})")
-    return numbers
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
 from ramet.policy.engines.vllm import VLLMPolicy
 from ramet.policy.models.catalogue import resolve
-from ramet.policy.models.load import load_tokenizer
+from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 

