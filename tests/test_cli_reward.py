@@ -36,7 +36,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SMALL = ("--frames", 2, "--pixels", 3136)
+SEEN = (2, 3136)
+"""Frames, and pixels of one."""
+SMALL = ("--frames", SEEN[0], "--pixels", SEEN[1])
 
 
 def test_from_videos_to_a_benchmark(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +135,12 @@ def test_a_generative_model_is_trained_twice_and_asked(folder: Path, capsys: pyt
     sft = ("--traces", folder / "traces.jsonl", "--steps", 6, "--batch", 8, "--lora-rank", 0, "--learning-rate", 0.003)
     run("reward", "sft-grm", "--model", folder / "base", *common, *sft, "--out", folder / "sft")
     rl = ("--updates", 2, "--duels", 2, "--group-size", 2)
-    run("reward", "train-grm", "--model", folder / "sft" / "grm", *common, *rl, "--out", folder / "rl")
+    run("reward", "train-grm", "--model", folder / "sft" / "grm", *common[:4], *rl, "--out", folder / "rl")
+    bench = ("reward", "bench", "--model", folder / "rl" / "grm", *common[:4], "--limit", 1, "--conditions", "right")
+    for flags, expected in (((), (*SEEN, 30)), (("--frames", 1, "--max-tokens", 8), (1, SEEN[1], 8))):
+        run(*bench, *flags, "--out", folder / f"bench-grm-{len(flags)}", "--json", folder / "grm.json")
+        (protocol,) = (r for r in json.loads((folder / "grm.json").read_text()) if r["record"] == "protocol")
+        assert (protocol["frames"], protocol["pixels"], protocol["max_tokens"]) == expected, "as it was trained, unless flags say otherwise"
     video = sorted(clips.glob("*.mp4"))[0]
     capsys.readouterr()
     asked = ("--video", video, "--question", "What?", "--first", "a", "--second", "b", "-k", 2)

@@ -23,47 +23,46 @@ _Out = Annotated[Path, typer.Option("--out", help="Run folder; the same command 
 _Pairs = Annotated[str, typer.Option("--pairs", help="Pairs (.jsonl, .json, .parquet).")]
 _Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default the file's own.")]
 _Fields = Annotated[list[str] | None, typer.Option("--field", help="Where a row has what, such as question=prompt. May be repeated.")]
-_Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video, at most.")]
+_Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video, at most; by default as trained, or 16.")]
 _Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames a second, --frames at most; without it --frames of any video.")]
-_Pixels = Annotated[int | None, typer.Option("--pixels", min=784, help="Pixels of a frame, at most.")]
+_Pixels = Annotated[int | None, typer.Option("--pixels", min=784, help="Pixels of a frame, at most; by default as trained, or 100,352.")]
 _Base = Annotated[str, typer.Option("--model", help="Directory of a vision-language model, or hf:owner/name.")]
 _Model = Annotated[str, typer.Option("--model", help="A VideoDRM, a vision-language model that judges, or fake:oracle and its like.")]
-_Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Of sampling.")]
-_Tokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of an output.")]
+_Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Of sampling; by default as trained, or 1.")]
+_Tokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of an output, at most; by default as trained, or 512.")]
 _Rank = Annotated[int, typer.Option("--lora-rank", min=0, help="Of adapters; 0 trains all weights of the decoder.")]
 _Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps; by default one pass over the data.")]
 _Rate = Annotated[float | None, typer.Option("--learning-rate", help="By default 1e-4 with adapters, 1e-5 without.")]
 
 
 def _map(fields: list[str] | None) -> dict[str, str]:
-    found = {}
-    for given in fields or []:
-        name, equals, where = given.partition("=")
+    columns = {}
+    for text in fields or []:
+        name, equals, where = text.partition("=")
         if not equals or not name or not where:
-            raise ConfigError(f"--field {given!r} is not of the form question=prompt")
-        found[name] = where
-    return found
+            raise ConfigError(f"--field {text!r} is not of the form question=prompt")
+        columns[name] = where
+    return columns
 
 
-def _seen(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
-    """What is said of how a model looks; a VideoDRM keeps to what it was trained with in the rest."""
+def _look(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
+    """What is said of how a model watches."""
     return {name: value for name, value in (("frames", frames), ("fps", fps), ("most", pixels)) if value is not None}
 
 
-def _look(frames: int | None, fps: float | None, pixels: int | None) -> Any:
-    from ramet.policy.engines.vision import Look
-
-    return Look(**_seen(frames, fps, pixels))
+def _sampling(temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
+    """What is said of how a model samples."""
+    return {name: value for name, value in (("temperature", temperature), ("max_tokens", max_tokens)) if value is not None}
 
 
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        found = [int(part) for part in text.split(",") if part.strip()]
+        numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        found = [0]
-    if any(n < 1 for n in found):
+        numbers = [0]
+    if any(n < 1 for n in numbers):
         raise ConfigError(f"{option} takes numbers from 1 on with commas between them (got {text!r})")
-    return found
+    return numbers
 
 
 @reward.command("demo")
@@ -109,23 +108,12 @@ def build_pairs(
     Example: ramet reward build-pairs --questions questions.jsonl --answers models/qwen --out runs/pairs
     """
     from ramet.rewards.video.build import BuildConfig
-    from ramet.runs.reward_jobs import build_job
+    from ramet.runs.reward_models import Overrides, Source
+    from ramet.runs.reward_training import PairModels, build_command
 
     config = BuildConfig(n, blind, easy, per_question, seed=seed)
-    build_job(
-        questions,
-        videos,
-        _map(field),
-        answers,
-        judge,
-        score_model,
-        weak,
-        benchmark or [],
-        config,
-        _seen(frames, fps, pixels),
-        out,
-        json,
-    )
+    models = PairModels(answers, judge, score_model, weak, benchmark or [])
+    build_command(Source(questions, _map(field), videos), models, config, Overrides(_look(frames, fps, pixels)), out, json)
 
 
 @reward.command("train-drm")
@@ -156,13 +144,15 @@ def train_drm(
 
     Example: ramet reward train-drm --model models/qwen --pairs runs/pairs/pairs.jsonl --videos clips --out runs/drm
     """
+    from ramet.policy.engines.vision import Look
     from ramet.rewards.video.discriminative import DRMSettings
     from ramet.rewards.video.train_drm import DRMTraining
-    from ramet.runs.reward_jobs import train_drm_job
+    from ramet.runs.reward_models import Source
+    from ramet.runs.reward_training import train_drm_command
 
     if pooling not in ("last", "mean"):
         raise ConfigError(f"no pooling {pooling!r}; there are last and mean")
-    settings = DRMSettings(pooling, _look(frames, fps, pixels))  # type: ignore[arg-type]
+    settings = DRMSettings(pooling, Look(**_look(frames, fps, pixels)))  # type: ignore[arg-type]
     config = DRMTraining(
         steps,
         epochs,
@@ -175,7 +165,7 @@ def train_drm(
         seed=seed,
         bf16=bf16,
     )
-    train_drm_job(model, pairs, videos, _map(field), settings, config, held_out, out, json)
+    train_drm_command(model, Source(pairs, _map(field), videos), settings, config, held_out, out, json)
 
 
 @reward.command("sft-grm")
@@ -191,8 +181,8 @@ def sft_grm(
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
-    max_tokens: _Tokens = 512,
-    temperature: _Temperature = 1.0,
+    max_tokens: _Tokens = None,
+    temperature: _Temperature = None,
     steps: _Steps = None,
     batch: Annotated[int, typer.Option(min=1, help="Verdicts of a step.")] = 32,
     at_once: Annotated[int, typer.Option(min=1, help="Verdicts of a pass.")] = 16,
@@ -205,12 +195,12 @@ def sft_grm(
     Example: ramet reward sft-grm --model models/qwen --pairs pairs.jsonl --out runs/grm-sft
     """
     from ramet.policy.training.sft import SFTTraining
-    from ramet.rewards.video.generative import GRMSettings
-    from ramet.runs.reward_jobs import sft_grm_job
+    from ramet.runs.reward_models import Overrides, Source
+    from ramet.runs.reward_training import sft_grm_command
 
-    settings = GRMSettings(_look(frames, fps, pixels), temperature, max_tokens)
+    overrides = Overrides(_look(frames, fps, pixels), _sampling(temperature, max_tokens))
     config = SFTTraining(steps, 1.0, batch, at_once, learning_rate, lora_rank=lora_rank, seed=seed)
-    sft_grm_job(model, pairs, videos, _map(field), traces, judge, k, settings, config, out)
+    sft_grm_command(model, Source(pairs, _map(field), videos), traces, judge, k, overrides, config, out)
 
 
 @reward.command("train-grm")
@@ -223,7 +213,7 @@ def train_grm(
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
-    max_tokens: _Tokens = 512,
+    max_tokens: _Tokens = None,
     updates: Annotated[int, typer.Option(min=1)] = 100,
     duels: Annotated[int, typer.Option(min=2, help="Of an update: pairs times two orders.")] = 16,
     group_size: Annotated[int, typer.Option(min=2, help="Samples of a duel.")] = 8,
@@ -237,16 +227,16 @@ def train_grm(
     Example: ramet reward train-grm --model runs/grm-sft/grm --pairs pairs.jsonl --out runs/grm
     """
     from ramet.policy.training.update import TrainConfig
-    from ramet.rewards.video.generative import GRMSettings
-    from ramet.runs.reward_jobs import train_grm_job
+    from ramet.runs.reward_models import Overrides, Source
+    from ramet.runs.reward_training import train_grm_command
 
-    settings = GRMSettings(_look(frames, fps, pixels), 1.0, max_tokens)
+    overrides = Overrides(_look(frames, fps, pixels), _sampling(None, max_tokens))
     config = TrainConfig(
         updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl_coef=kl_coef, lora_rank=lora_rank,
         temperature=1.0,
     )
     with draining(messages.print):
-        train_grm_job(model, pairs, videos, _map(field), settings, config, seed, out)
+        train_grm_command(model, Source(pairs, _map(field), videos), overrides, config, seed, out)
 
 
 @reward.command("score")
@@ -264,9 +254,10 @@ def score(
 
     Example: ramet reward score --model runs/drm/drm --video clip.mp4 --question "What colour is the car?" --answer red --answer blue
     """
-    from ramet.runs.reward_jobs import score_job
+    from ramet.runs.reward_measuring import score_command
+    from ramet.runs.reward_models import Overrides
 
-    score_job(model, _seen(frames, fps, pixels), video, question, answer, json)
+    score_command(model, Overrides(_look(frames, fps, pixels)), video, question, answer, json)
 
 
 @reward.command("judge")
@@ -281,18 +272,22 @@ def judge(
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
-    max_tokens: _Tokens = 512,
-    temperature: _Temperature = 1.0,
+    max_tokens: _Tokens = None,
+    temperature: _Temperature = None,
     seed: _Seed = 0,
 ) -> None:
     """Which of two answers is better, by votes in both orders.
 
     Example: ramet reward judge --model models/qwen --video clip.mp4 --question "What happens?" --first "A cat" --second "A dog" -k 5
     """
-    from ramet.runs.reward_jobs import judge_job
+    from ramet.agents.tree import Segment
+    from ramet.rewards.video.judge import AnswerPair
+    from ramet.runs.reward_measuring import judge_command
+    from ramet.runs.reward_models import Overrides
 
-    settings = {"temperature": temperature, "max_tokens": max_tokens}
-    judge_job(model, _seen(frames, fps, pixels), settings, video, question, first, second, k, order, seed)  # type: ignore[arg-type]
+    overrides = Overrides(_look(frames, fps, pixels), _sampling(temperature, max_tokens))
+    pair = AnswerPair("duel", None if video is None else Segment(video), question, first, second)
+    judge_command(model, overrides, pair, k, order, seed)  # type: ignore[arg-type]
 
 
 @reward.command("bench")
@@ -307,11 +302,11 @@ def bench(
     ] = "right,wrong,none",
     k: Annotated[str, typer.Option("-k", help="Votes of an order, several with commas between them.")] = "1",
     order: Annotated[str, typer.Option(help="both, or random: one order a pair, by the seed.")] = "both",
-    temperature: _Temperature = 1.0,
-    max_tokens: _Tokens = 512,
+    temperature: _Temperature = None,
+    max_tokens: _Tokens = None,
     pointwise: Annotated[bool, typer.Option("--pointwise", help="Let a model that judges rate answers one by one.")] = False,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
-    frames: Annotated[str, typer.Option(help="Frames of a video, several with commas between them.")] = "",
+    frames: Annotated[str, typer.Option(help="Frames of a video, several with commas between them; by default as trained, or 16.")] = "",
     pixels: _Pixels = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first pairs only.")] = None,
     seed: _Seed = 0,
@@ -321,8 +316,9 @@ def bench(
 
     Example: ramet reward bench --model runs/drm/drm --pairs pairs.jsonl --out runs/bench --json bench.json
     """
-    from ramet.benchmarks.evaluation.video_reward import CONDITIONS, Protocol
-    from ramet.runs.reward_jobs import bench_job
+    from ramet.benchmarks.evaluation.video_reward import CONDITIONS, BenchmarkProtocol
+    from ramet.runs.reward_measuring import BenchmarkPlan, bench_command
+    from ramet.runs.reward_models import Overrides, Source
 
     chosen = [c.strip() for c in conditions.split(",") if c.strip()]
     for condition in chosen:
@@ -332,8 +328,11 @@ def bench(
         raise ConfigError("--order is both or random, --ties is 0 or 0.5")
     if not chosen:
         raise ConfigError("--conditions names none")
-    protocol: Any = Protocol("pointwise" if pointwise else "pairwise", 1, order, temperature, max_tokens, ties, None, pixels, seed)  # type: ignore[arg-type]
-    bench_job(model, pairs, videos, _map(field), protocol, _numbers(k, "-k"), _numbers(frames, "--frames"), chosen, limit, out, json)
+    mode: Any = "pointwise" if pointwise else "pairwise"
+    protocol = BenchmarkProtocol(mode, order=order, ties=ties, seed=seed)  # type: ignore[arg-type]
+    plan = BenchmarkPlan(chosen, _numbers(k, "-k"), _numbers(frames, "--frames"), limit)
+    overrides = Overrides(_look(None, None, pixels), _sampling(temperature, max_tokens))
+    bench_command(model, Source(pairs, _map(field), videos), protocol, plan, overrides, out, json)
 
 
 @reward.command("report")
@@ -347,9 +346,9 @@ def report(
 
     Example: ramet reward report runs/bench-drm runs/bench-grm
     """
-    from ramet.runs.reward_jobs import report_job
+    from ramet.runs.reward_measuring import report_command
 
-    report_job(run, other, ties, json)
+    report_command(run, other, ties, json)
 
 
 @reward.command("best-of-n")
@@ -363,8 +362,8 @@ def best_of_n(
     ns: Annotated[str, typer.Option("-n", help="Answers to pick from.")] = "1,2,4,8",
     method: Annotated[str, typer.Option(help="Of a judge: knockout or round-robin.")] = "knockout",
     k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 1,
-    temperature: _Temperature = 1.0,
-    max_tokens: _Tokens = 512,
+    temperature: _Temperature = None,
+    max_tokens: _Tokens = None,
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
@@ -375,14 +374,14 @@ def best_of_n(
 
     Example: ramet reward best-of-n --model runs/drm/drm --questions questions.jsonl --answers guesser --out runs/best
     """
-    from ramet.runs.reward_jobs import best_of_n_job
+    from ramet.runs.reward_measuring import SelectionPlan, best_of_n_command
+    from ramet.runs.reward_models import Overrides, Source
 
     if method not in ("knockout", "round-robin"):
         raise ConfigError(f"no method {method!r}; there are knockout and round-robin")
-    settings = {"temperature": temperature, "max_tokens": max_tokens}
-    best_of_n_job(
-        model, questions, answers, videos, _map(field), _seen(frames, fps, pixels), settings, _numbers(ns, "-n"), method, k, seed, out, json
-    )
+    plan = SelectionPlan(_numbers(ns, "-n"), method, k, seed)  # type: ignore[arg-type]
+    overrides = Overrides(_look(frames, fps, pixels), _sampling(temperature, max_tokens))
+    best_of_n_command(model, Source(questions, _map(field), videos), answers, plan, overrides, out, json)
 
 
 @reward.command("serve")
@@ -402,10 +401,10 @@ def serve(
     """
     from ramet.env.longvideo import TOKEN
     from ramet.rewards.video.server import serve as run
-    from ramet.runs.reward_jobs import open_reward
+    from ramet.runs.reward_models import Overrides, open_reward
 
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    served = open_reward(model, _seen(frames, fps, pixels), {}, "score")
+    served = open_reward(model, Overrides(_look(frames, fps, pixels)), "score")
     said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
     messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
     run(served, videos, token, host, port, linked or [])

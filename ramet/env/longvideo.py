@@ -189,7 +189,7 @@ def _question(task: Task) -> VideoQuestion:
 
 def reward_of(model: str, videos: Path | None, token: str, look: Look, patience: float = 300.0) -> Callable[[VideoAnswer], float]:
     """The reward of a VideoDRM or a VideoGRM in a directory, or of a server at an address, which is waited for up to
-    `patience` seconds when it is away. A VideoDRM looks as it was trained to."""
+    `patience` seconds when it is away. A trained model watches as it was trained to; others as `look` says."""
     from ramet.media.frames import content_id
     from ramet.rewards.video.discriminative import SCORES, SETTINGS, VideoDRM
     from ramet.rewards.video.pairs import segments_of
@@ -204,9 +204,9 @@ def reward_of(model: str, videos: Path | None, token: str, look: Look, patience:
     elif (Path(model) / SETTINGS).exists():
         reward = VideoDRM.load(Path(model))
     else:
-        from ramet.rewards.video.generative import GRMSettings, VideoGRM
+        from ramet.rewards.video.generative import GRMSettings, VideoGRM, saved_settings
 
-        reward = VideoGRM.load(Path(model), GRMSettings(look))
+        reward = VideoGRM.load(Path(model), saved_settings(Path(model)) or GRMSettings(look))
     known: dict[tuple[VideoAnswer, tuple[str, ...]], float] = {}
 
     def probability(item: VideoAnswer) -> float:

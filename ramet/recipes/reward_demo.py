@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from ramet.agents.journal import Journal, fingerprint
 from ramet.benchmarks.evaluation.best_of_n import best_of_n
-from ramet.benchmarks.evaluation.video_reward import Protocol, misjudged, protocol_record, results, run_bench, warnings
+from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, misjudged, protocol_record, results, run_bench, warnings
 from ramet.display import progress
 from ramet.display.video_report import accuracy_bars, best_of_n_curves, print_results, training_curve, write_page, wrong_pairs
 from ramet.media.clips import make_questions
@@ -58,7 +58,7 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     console.print(Heading("2. a VideoDRM, trained by TRL"))
     drm, log = trained_drm(folder, pairs, seed, LOOK, STEPS)
     console.print(Heading("3. does it look? held-out pairs, with four videos each"))
-    protocol = Protocol("pointwise", frames=LOOK.frames, pixels=LOOK.most, seed=seed)
+    protocol = BenchmarkProtocol("pointwise", frames=LOOK.frames, pixels=LOOK.most, seed=seed)
     with Journal(folder / "bench.jsonl", fingerprint("reward demo", seed)) as journal:
         conditions = ("right", "wrong", "none", "reversed")
         with progress.measuring("judging", len(held) * len(conditions)) as report:

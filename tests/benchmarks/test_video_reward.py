@@ -10,7 +10,7 @@ import pytest
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
-from ramet.benchmarks.evaluation.video_reward import Protocol, against, measures, results, run_bench, shown_videos, warnings
+from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, against, measures, results, run_bench, shown_videos, warnings
 from ramet.errors import ConfigError, TaskError
 from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
 from ramet.rewards.video.judge import AnswerPair, PairwisePrompt, Vote, compare, decided, majority, parse_choice, parse_rating
@@ -26,7 +26,7 @@ BETTER = {f"{pair.id}/0": pair.chosen for pair in PAIRS}
 def bench(
     judge: Any, tmp_path: Path, conditions: tuple[str, ...] = ("right",), pairs: list[PreferencePair] = PAIRS, **protocol: Any
 ) -> list[Any]:
-    settings = Protocol(**({"mode": "pairwise"} | protocol))
+    settings = BenchmarkProtocol(**({"mode": "pairwise"} | protocol))
     with Journal(tmp_path / f"{judge.name}-{len(list(tmp_path.iterdir()))}.jsonl", "test") as journal:
         return run_bench(judge, pairs, settings, list(conditions), journal)
 
@@ -115,7 +115,7 @@ def test_a_pair_that_failed_is_asked_again(tmp_path: Path) -> None:
         model.missing = missing
         asked.clear()
         with Journal(tmp_path / "journal.jsonl", "job") as journal:
-            records = run_bench(model, PAIRS[:20], Protocol("pointwise"), ["right"], journal)
+            records = run_bench(model, PAIRS[:20], BenchmarkProtocol("pointwise"), ["right"], journal)
         assert results(records)[0]["accuracy"] == accuracy
         assert len(records) == 20
     assert set(asked) == {"question 3"}
@@ -169,10 +169,10 @@ def test_a_run_that_was_cut_off_goes_on_with_the_pairs_that_are_left(tmp_path: P
             if sum(calls) >= 48:
                 raise KeyboardInterrupt
 
-        run_bench(model, PAIRS, Protocol("pointwise"), ["right"], journal, stop)
+        run_bench(model, PAIRS, BenchmarkProtocol("pointwise"), ["right"], journal, stop)
     assert model.asked == 96
     with Journal(path, "job") as journal:
-        records = run_bench(model, PAIRS, Protocol("pointwise"), ["right"], journal)
+        records = run_bench(model, PAIRS, BenchmarkProtocol("pointwise"), ["right"], journal)
     assert model.asked == 600
     assert [r["id"] for r in records] == [pair.id for pair in PAIRS]
     with Journal(path, "job") as journal:

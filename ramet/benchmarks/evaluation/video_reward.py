@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Protocol:
+class BenchmarkProtocol:
     """What has to be said beside every number.
 
     k, order, temperature, max_tokens  of pairwise judging
@@ -79,7 +79,7 @@ def shown_videos(pairs: Sequence[PreferencePair], condition: str, seed: int) -> 
 
 
 def run_bench(
-    model: Any, pairs: Sequence[PreferencePair], protocol: Protocol, conditions: Sequence[str], journal: Journal,
+    model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol, conditions: Sequence[str], journal: Journal,
     report: Callable[[int], None] | None = None, at_once: int = 16,
 ) -> list[Record]:  # fmt: skip
     """Ask `model`, a `PairwiseJudge` or a `VideoRewardModel`, about every pair under every condition; known ones come from the journal.
@@ -106,7 +106,7 @@ def run_bench(
     return sorted(chosen, key=lambda r: (conditions.index(r["condition"]), order[r["id"]]))
 
 
-def _ask(model: Any, pairs: Sequence[PreferencePair], protocol: Protocol) -> list[Record]:
+def _ask(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol) -> list[Record]:
     """What the model says of each pair; `failed` where its video cannot be read, it is too long, or no score comes of it."""
     try:
         return _asked(model, pairs, protocol)
@@ -116,7 +116,7 @@ def _ask(model: Any, pairs: Sequence[PreferencePair], protocol: Protocol) -> lis
         return [{"failed": str(error)}]
 
 
-def _asked(model: Any, pairs: Sequence[PreferencePair], protocol: Protocol) -> list[Record]:
+def _asked(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol) -> list[Record]:
     if protocol.mode == "pointwise":
         scores = iter(model.score([VideoAnswer(p.video, p.question, answer) for p in pairs for answer in (p.chosen, *p.rejected)]))
         return [{"chosen": next(scores), "rejected": [next(scores) for _ in pair.rejected]} for pair in pairs]
@@ -269,5 +269,5 @@ def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -
     return found
 
 
-def protocol_record(protocol: Protocol) -> Record:
+def protocol_record(protocol: BenchmarkProtocol) -> Record:
     return {"record": "protocol", **asdict(protocol), "line": protocol.line()}

@@ -9,10 +9,11 @@ delegation policy: k votes read the video once.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from ramet.agents.encoding import TextEncoder
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message
-from ramet.errors import RewardError
+from ramet.errors import CheckpointError, RewardError, StorageError, first_line
 from ramet.policy.engines.vision import Look, VideoReader, VisionPolicy, shown_id
 from ramet.policy.models.load import load_model
+from ramet.policy.models.lora import merged
 from ramet.policy.training.rows import token_logprobs
 from ramet.rewards.video.discriminative import SCORES, VideoAnswer
 from ramet.rewards.video.judge import PairwisePrompt, parse_rating
 from ramet.rewards.video.pairs import segments_of
+from ramet.terminal import quiet
 
 PAIRWISE = (
     "A video, a question about it, and two answers. Which answer is right about the video?\nQuestion: {question}\nAnswer 1: {first}\n"
@@ -43,9 +46,13 @@ POINTWISE = (
 )
 
 
+GRM_SETTINGS = "video_grm.json"
+
+
 @dataclass(frozen=True)
 class GRMSettings:
-    """
+    """How a VideoGRM watches and samples.
+
     expected  of ratings: the mean under the model's own odds of 1 to 10 after its critique, instead of the number that it writes
     votes     ratings of one answer; their mean counts
     """
@@ -55,6 +62,17 @@ class GRMSettings:
     max_tokens: int = 512
     expected: bool = False
     votes: int = 1
+
+
+def saved_settings(path: Path) -> GRMSettings | None:
+    """The settings that a VideoGRM was trained with; None for a directory of a model that was not. Raises `CheckpointError`."""
+    if not (path / GRM_SETTINGS).exists():
+        return None
+    try:
+        data = json.loads((path / GRM_SETTINGS).read_text(encoding="utf-8"))
+        return GRMSettings(**{**data, "look": Look(**data["look"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / GRM_SETTINGS} does not hold the settings of a VideoGRM: {first_line(error)}") from error
 
 
 def pairwise(shown: PairwisePrompt) -> Message:
@@ -76,9 +94,21 @@ class VideoGRM:
 
     @classmethod
     def load(cls, path: Path, settings: GRMSettings | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoGRM:
-        """From a model directory. Raises `CheckpointError`."""
+        """From a model directory; by default with the settings that it was trained with. Raises `CheckpointError`."""
+        settings = settings or saved_settings(path) or GRMSettings()
         model, tokenizer, chat = load_model(path, dtype=dtype, device=device)
-        return cls(model, tokenizer, chat, settings or GRMSettings())
+        return cls(model, tokenizer, chat, settings)
+
+    def save(self, path: Path) -> None:
+        """Weights (adapters merged), tokenizer and settings as a model directory. Raises `StorageError`."""
+        state = merged(self.model)
+        try:
+            with quiet():
+                self.model.save_pretrained(path, **({} if state is None else {"state_dict": state}))
+            self.tokenizer.save_pretrained(path)
+            (path / GRM_SETTINGS).write_text(json.dumps(asdict(self.settings), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
     def look(self, **changes: Any) -> VideoGRM:
         """The same model looking at videos otherwise."""

@@ -11,7 +11,7 @@ import torch
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
-from ramet.benchmarks.evaluation.video_reward import Protocol, results, run_bench
+from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, results, run_bench
 from ramet.errors import RewardError, TaskError
 from ramet.policy.engines.vision import Look
 from ramet.policy.training.sft import SFTTraining
@@ -93,7 +93,7 @@ def test_a_model_that_learned_one_place_is_seen_as_one(grm: VideoGRM, questions:
     assert log[-1]["loss"] < 0.05
     judge = VideoGRM(grm.model, grm.tokenizer, grm.chat, replace(SETTINGS, temperature=0.0))
     with Journal(tmp_path / "j.jsonl", "job") as journal:
-        found = results(run_bench(judge, pairs, Protocol("pairwise", k=2), ["right"], journal))[0]
+        found = results(run_bench(judge, pairs, BenchmarkProtocol("pairwise", k=2), ["right"], journal))[0]
     expected = {"invalid_rate": 0.0, "forward": 0.0, "reversed": 1.0, "consistent": 0.0, "letter_agreement": 1.0, "first_share": 0.0}
     assert {n: found[n] for n in expected} == expected
     with pytest.raises(RewardError, match="nothing to learn from"):
