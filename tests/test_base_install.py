@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import ramet
 from ramet.errors import EXTRAS, extra, missing_extra
@@ -137,6 +138,20 @@ def test_everything_that_is_imported_is_in_the_base_install_or_in_an_extra():
     known = base | {"pydantic_core", "ramet", "setuptools"} | EXTRAS.keys() | UNLISTED | sys.stdlib_module_names
     strange = {str(path.relative_to(SOURCE)): names - known for path in SOURCE.rglob("*.py") if (names := imported(path)) - known}
     assert not strange
+
+
+def test_what_the_tests_run_with_is_what_is_asked_for():
+    lines = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    pins = {Requirement(line).name: Requirement(line).specifier for line in lines}
+    assert all(str(pin).startswith("==") for pin in pins.values()) and len(pins) == len(lines)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    per_environment = {name for line in re.findall(r"^PINNED.* = .*$", makefile, re.MULTILINE) for name in re.findall(r"([\w-]+)==", line)}
+    # Of vLLM and the fuzzer the tests install another build, or nothing; setuptools comes with the environment.
+    elsewhere = {"ramet", "vllm", "atheris", "setuptools"} | per_environment
+    for line in [*PROJECT["dependencies"], *(line for lines in PROJECT["optional-dependencies"].values() for line in lines)]:
+        if (asked := Requirement(line)).name not in elsewhere:
+            (pin,) = pins[asked.name]
+            assert asked.specifier.contains(pin.version), (line, pin)
 
 
 def test_every_extra_that_is_named_to_a_person_exists():
