@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from ramet.display.sizes import ample_sizes, spawn_rates
 from ramet.errors import missing_extra
@@ -42,13 +42,16 @@ DASHES = {"best_of_n": "--", "map_reduce": "--", "best_of_n_solo": ":"}
 SPLITS = {"iid": "lengths as trained", "ood": "at least twice as long"}
 
 
-def picture(draw: Callable[[Any, Path], None]) -> Callable[[Any, Path], None]:
+P = ParamSpec("P")
+
+
+def picture(draw: Callable[Concatenate[Any, Path, P], None]) -> Callable[Concatenate[Any, Path, P], None]:
     """One picture of a run folder: where matplotlib is not installed it is left out, and a note says so."""
 
     @wraps(draw)
-    def drawn(shown: Any, path: Path) -> None:
+    def drawn(shown: Any, path: Path, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            draw(shown, path)
+            draw(shown, path, *args, **kwargs)
         except ModuleNotFoundError as error:
             if not (missing := missing_extra(error)):
                 raise
@@ -163,8 +166,8 @@ def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 @picture
-def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Accuracy, spawn rate and tokens over the updates of each run."""
+def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path, score: str = "accuracy") -> None:
+    """Score, spawn rate and tokens over the updates of each run; `score` is what the score of a tree is called."""
     figure, axes = subplots(1, 3)
     for name, metrics in curves.items():
         xs = [m["update"] for m in metrics]
@@ -172,7 +175,7 @@ def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
             ys = [m[field] for m in metrics]
             axes[0][column].plot(xs, ys, color=COLOURS.get(name), alpha=0.25, lw=1)
             axes[0][column].plot(xs, _smooth(ys), color=COLOURS.get(name), lw=2, label=LABELS.get(name, name))
-    for column, label in enumerate(("accuracy of sampled trees", "spawn rate", "generated tokens per tree")):
+    for column, label in enumerate((f"{score} of sampled trees", "spawn rate", "generated tokens per tree")):
         axes[0][column].set(xlabel="update", title=label)
     axes[0][0].legend(frameon=False, fontsize=8.5)
     save(figure, path)

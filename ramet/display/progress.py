@@ -77,8 +77,11 @@ def _progress(label: str, total: int, done: int, unit: str, clock: type[Progress
 
 
 @contextmanager
-def training(label: str, updates: int, done: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Reports updates: reward, accuracy, spawn rate, tokens, critical path, smoothed over about ten updates."""
+def training(label: str, updates: int, done: int, score: str = "accuracy") -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Reports updates: reward, score, spawn rate, tokens, critical path, smoothed over about ten updates.
+
+    `score` is what the score of a tree is called.
+    """
     smooth: dict[str, float] = {}
     with _progress(label, updates, done, "updates", TimeRemainingColumn) as tell:
 
@@ -87,7 +90,7 @@ def training(label: str, updates: int, done: int) -> Iterator[Callable[[dict[str
                 smooth[name] = 0.8 * smooth.get(name, metrics[name]) + 0.2 * metrics[name]
             facts = [
                 f"reward {smooth['reward']:.2f}",
-                f"accuracy {smooth['accuracy']:.0%}",
+                f"{score} {smooth['accuracy']:.0%}",
                 f"spawns {smooth['spawn_rate']:.0%}",
                 f"tokens {smooth['generated']:.0f}",
                 f"path {smooth['critical_path']:.0f}",

@@ -29,7 +29,7 @@ from ramet.policy.training.sft import SFTTraining, fine_tune
 from ramet.recipes.nano.vision import VisionSize, write_vision_model
 from ramet.recipes.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
 from ramet.recipes.reward_demo import built_pairs, trained_drm
-from ramet.runs.build import engine_of, open_model, read_metrics
+from ramet.runs.build import engine_of, open_model, read_metrics, score_name
 from ramet.runs.jobs import claim_folder, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig, load
 from ramet.runs.sweep import results
@@ -83,7 +83,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     metrics = read_metrics(folder / "trained")
     records += [{"record": "update", **m} for m in metrics]
     write_json(folder / "longvideo.json", records)
-    plots.learning({"trained": metrics}, folder / "learning.png")
+    plots.learning({"trained": metrics}, folder / "learning.png", score_name(config))
     _print(records)
     console.print(f"run folder {folder}: longvideo.json, learning.png, drm/, base/, trained/")
 

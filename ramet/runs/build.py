@@ -121,6 +121,12 @@ def token_count(tokenizer: Any) -> Callable[[str], int]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 
 
+def score_name(config: RunConfig) -> str:
+    """What the score of a tree is called in tables and pictures: accuracy, or what else the environment grades by."""
+    metric = getattr(config.env, "metric", "em")
+    return {"em": "accuracy", "reward": "reward model's score"}.get(metric, metric)
+
+
 def engine_id(config: RunConfig, model: str | Path) -> str:
     """What tells engines apart in a journal: the weights, or for a chat server its name for them."""
     return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))

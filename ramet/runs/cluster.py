@@ -24,7 +24,7 @@ from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.placement import GIB, ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
-from ramet.runs.build import read_metrics
+from ramet.runs.build import read_metrics, score_name
 from ramet.runs.cluster_job import OUTCOME, longest, run_spec
 from ramet.runs.jobs import claim_folder
 from ramet.runs.settings import RunConfig, held, write
@@ -170,7 +170,8 @@ def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
     done = int(last.name.removeprefix("step-")) if last else 0
     command = [sys.executable, "-m", "ramet.runs.cluster_job", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
     start = _submitted if config.openrlhf.address else _started
-    with progress.training("openrlhf", config.train.updates, done) as report, start(config, directory, command) as (running, why):
+    shown_progress = progress.training("openrlhf", config.train.updates, done, score_name(config))
+    with shown_progress as report, start(config, directory, command) as (running, why):
         shown, asked = done, False
         while running():
             time.sleep(0.5)

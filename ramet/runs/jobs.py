@@ -24,7 +24,7 @@ from ramet.errors import ConfigError, PolicyError
 from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.training.update import nothing_sampled
-from ramet.runs.build import engine_id, make_trainer, open_engine, open_model
+from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, score_name
 from ramet.runs.settings import RunConfig, dumps, held, validate, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
 from ramet.terminal import Table, console
@@ -63,7 +63,7 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
     if 0 < done < config.train.updates:
         console.print(f"{label}: resuming after update {done}")
     if done < config.train.updates:
-        with progress.training(label, config.train.updates, done) as report:
+        with progress.training(label, config.train.updates, done, score_name(config)) as report:
             drain.run(trainer.train, report)
     if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
         trees = config.train.tasks * config.train.group_size
@@ -192,12 +192,12 @@ def data_records(config: RunConfig, training: bool = False) -> list[dict[str, An
     return records
 
 
-def print_points(records: Sequence[dict[str, Any]]) -> None:
-    """Accuracy with its interval, tokens, critical path and spawn rate, a table a split."""
+def print_points(records: Sequence[dict[str, Any]], score: str = "accuracy") -> None:
+    """Score with its interval, tokens, critical path and spawn rate, a table a split."""
     points = [r for r in records if r["record"] == "point"]
     for split in dict.fromkeys(p["split"] for p in points):
         shown = Table(
-            "policy", "budget", "accuracy", "95%", "generated", "critical path", "spawns", title=f"{split} ({points[0]['n']} tasks a point)"
+            "policy", "budget", score, "95%", "generated", "critical path", "spawns", title=f"{split} ({points[0]['n']} tasks a point)"
         )
         for column in shown.columns[1:]:
             column.justify = "right"
@@ -230,7 +230,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     write_json(directory / "evaluation.json", records)
     if out is not None:
         write_json(out, records)
-    print_points(records)
+    print_points(records, score_name(config))
     console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
 
 
@@ -251,7 +251,7 @@ def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: 
     write_json(directory / "results.json", records)
     if out is not None:
         write_json(out, records)
-    print_points(records)
+    print_points(records, score_name(config))
 
 
 def list_models() -> None:

@@ -29,7 +29,7 @@ from ramet.env.splits import TUNING
 from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.runs import tuning
-from ramet.runs.build import engine_id
+from ramet.runs.build import engine_id, score_name
 from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry, workload_of
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, write_json, write_text
@@ -164,7 +164,7 @@ def frontier_job(
     write_text(directory / "results.csv", table(records))
     write_text(directory / "results.tex", latex(records))
     first = env.metrics[0]
-    print_points([r for r in records if r["record"] == "point" and r["metric"] == first])
+    print_points([r for r in records if r["record"] == "point" and r["metric"] == first], score_name(config))
     _say(records, first)
     console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
 
