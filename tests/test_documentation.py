@@ -104,6 +104,8 @@ def test_the_settings_that_a_page_names_exist(page):
     named = set(re.findall(rf"(?<![\w./-])(?:{tables})\.[a-z_]+(?=[`\s=),\]])", page.read_text()))
     named = {name for name in named if not name.endswith((".md", ".json", ".jsonl", ".toml", ".py", ".png", ".html"))}
     assert named <= known, named - known
+    assigned = set(re.findall(r"(?:`|--set '?)([a-z_.]{2,}) ?= ?[\w\"\[{.]", page.read_text())) - {"key.sub"}
+    assert assigned <= known | {name.rpartition(".")[2] for name in known}, assigned - known
 
 
 def is_module(name: str) -> bool:
