@@ -127,3 +127,9 @@ def test_every_kind_of_record_has_its_line_in_the_page_of_records():
     rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "records.md").read_text(), re.M)
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row) if name != "record"]
     assert sorted(listed) == sorted(written - {"meta"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_prose_of_a_page_is_at_most_120_columns_wide(page):
+    long = [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long, long

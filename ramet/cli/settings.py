@@ -18,9 +18,11 @@ from ramet.terminal import Table, console
 INTRODUCTION = """\
 # Settings
 
-A run is described by a TOML file (`--config FILE`), whose keys `--set key.sub=value` overrides. This page is what
-`ramet config reference --markdown` prints; `ramet config show FILE` prints the settings that a run of that file would have, and where each
-value comes from.
+What can be set for a run, and what does each setting mean?
+
+A run is described by a TOML file (`--config FILE`); `--set key.sub=value` overrides a key of it. This page is the
+output of `ramet config reference --markdown`. `ramet config show FILE` prints the settings that a run of that file
+would have, and where each value comes from.
 """
 
 
