@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from ramet.errors import RametError
+from ramet.errors import Drained, RametError
 
 PATIENCE = 3.0
 """Seconds that the cleanup after an interrupt may take before another signal ends the process."""
@@ -32,18 +32,6 @@ _signal: int | None = None
 _since = 0.0
 _main: asyncio.Task[Any] | None = None
 _last_words: Callable[[], object] = bool
-
-
-class Drained(RametError):
-    """What was running is finished and nothing new was started."""
-
-    exit_code = 143
-
-    def __init__(self) -> None:
-        super().__init__("stopped on SIGTERM after what was running; run the same command again to resume")
-
-    def __reduce__(self) -> tuple[type[Drained], tuple[()]]:
-        return type(self), ()
 
 
 def requested() -> bool:

@@ -17,14 +17,10 @@ import anyio
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tree import StopReason
-from ramet.errors import Interrupted, PolicyError, RefusedRequest, TransientPolicyError
+from ramet.errors import Interrupted, PolicyError, TransientPolicyError, from_record, to_record
 
 GAVE_UP = "gave_up"
 """Key of the record that says that a run ended because of errors."""
-KINDS: dict[str, type[PolicyError]] = {
-    "interrupted": Interrupted, "transient": TransientPolicyError, "refused": RefusedRequest, "lasting": PolicyError,
-}  # fmt: skip
-"""The errors of attempts that produced no sample, the most specific class first."""
 
 
 class JournaledPolicy(PolicyWrapper):
@@ -55,12 +51,12 @@ class JournaledPolicy(PolicyWrapper):
         """Drop the failed attempts that were not followed by a sample."""
         for key, records in self._known.items():
             sampled = max((i for i, record in enumerate(records) if "error" not in record), default=-1)
-            self._known[key] = [r for i, r in enumerate(records) if i < sampled or r.get("kind") in (None, "interrupted")]
+            self._known[key] = [r for i, r in enumerate(records) if i < sampled or r.get("kind") in (None, Interrupted.kind)]
 
     def _recorded(self, request: SampleRequest, checksum: int) -> dict[str, Any] | None:
         """The first record of this request that has not been replayed; an interruption matches whatever its checksum."""
         records = self._known.get((request.group, request.seed), [])
-        at = next((i for i, r in enumerate(records) if r["asked"] == checksum or r.get("kind") == "interrupted"), None)
+        at = next((i for i, r in enumerate(records) if r["asked"] == checksum or r.get("kind") == Interrupted.kind), None)
         return None if at is None else records.pop(at)
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
@@ -77,11 +73,10 @@ class JournaledPolicy(PolicyWrapper):
             sample = await self._policy.sample(request, partial)
         except anyio.get_cancelled_exc_class():
             if partial.ids or partial.prefilled:
-                self._journal.append({**record, "error": "interrupted", "kind": "interrupted", **_spent(partial)}, keep=False)
+                self._journal.append({**record, **to_record(Interrupted("interrupted")), **_spent(partial)}, keep=False)
             raise
         except PolicyError as error:
-            kind = next(name for name, error_class in KINDS.items() if isinstance(error, error_class))
-            self._journal.append({**record, "error": str(error), "kind": kind, **_spent(partial)}, keep=False)
+            self._journal.append({**record, **to_record(error), **_spent(partial)}, keep=False)
             raise
         self._journal.append(
             {
@@ -110,8 +105,10 @@ def _replay(record: dict[str, Any], partial: Partial) -> Sample:
     partial.logprobs += record["logprobs"]
     partial.prefilled, partial.cached = record["prefilled"], record["cached"]
     if "error" in record:
-        kind = KINDS[record["kind"]]
-        raise kind(record["error"], past=True) if issubclass(kind, TransientPolicyError) else kind(record["error"])
+        error = from_record(record)
+        if isinstance(error, TransientPolicyError):
+            error.past = True
+        raise error
     return Sample(
         tuple(partial.ids), tuple(partial.logprobs), StopReason(record["stop"]), partial.prefilled, partial.cached, record["version"],
         tuple(record.get("updates", ())),

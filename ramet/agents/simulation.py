@@ -22,16 +22,12 @@ from contextvars import Context
 from typing import Any, TypeVar
 
 from ramet.agents import drain
-from ramet.errors import RametError
+from ramet.errors import SimulationError
 
 T = TypeVar("T")
 PATIENCE = 1000
 """Number of later callbacks that may run before an earlier one."""
 _WORD = 2**64 - 1
-
-
-class SimulationError(RametError):
-    """The simulated program stands still, or does not end."""
 
 
 class _Task(asyncio.Task[Any]):

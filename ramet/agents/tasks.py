@@ -80,5 +80,5 @@ def _rank(error: BaseException) -> int:
     """The precedence of an error, 0 the highest."""
     if isinstance(error, KeyboardInterrupt):
         return 0
-    # asyncio.CancelledError and trio.Cancelled, without importing trio.
-    return 2 if type(error).__name__ in ("CancelledError", "Cancelled") else 1
+    # Cancellations, of asyncio as of trio, are no `Exception`.
+    return 1 if isinstance(error, Exception | SystemExit) else 2

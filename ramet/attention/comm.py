@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ramet.errors import RametError
+from ramet.errors import RankAborted
 
 _T = TypeVar("_T")
 
@@ -163,7 +163,7 @@ class _Simulated:
         with self._hub.condition:
             self._hub.condition.wait_for(lambda: self._hub.running is None or self._hub.failed)
             if self._hub.failed:
-                raise _Aborted
+                raise RankAborted
             self._hub.running = self.rank
         self._since = time.perf_counter()
 
@@ -217,10 +217,6 @@ class _Meeting:
         return self.take(self.rank.all_posted(self.call))
 
 
-class _Aborted(RametError):
-    """Another simulated rank has failed."""
-
-
 def simulated(size: int, function: Callable[[RankGroup], _T]) -> list[_T]:
     """Run `function(group)` for each rank as a thread of this process, one at a time; results in rank order.
 
@@ -240,7 +236,7 @@ def simulated(size: int, function: Callable[[RankGroup], _T]) -> list[_T]:
                     results[group.rank] = function(group)
             finally:
                 group.release()
-        except _Aborted:
+        except RankAborted:
             pass
         except BaseException as error:
             errors.append(error)

@@ -14,11 +14,11 @@ import re
 from fractions import Fraction
 
 from ramet.agents.tree import Task
-from ramet.errors import TaskError
+from ramet.errors import NotationError, TaskError
 from ramet.rewards.algebra.equality import same
 from ramet.rewards.algebra.lexing import LONGEST, WORD_COMMANDS, cleaned, plain_words
 from ramet.rewards.algebra.notation import AS_WRITTEN, read
-from ramet.rewards.algebra.trees import Node, Quantity, Sym, Text, Unreadable, number_of, written
+from ramet.rewards.algebra.trees import Node, Quantity, Sym, Text, number_of, written
 from ramet.rewards.algebra.units import NUMBER_WORDS
 
 _PLAIN = re.compile(r"\s*\$?\s*([+-]?\d{1,300}(?:\.\d{1,300})?)\s*\$?\s*\.?\s*")
@@ -49,7 +49,7 @@ def number(text: str) -> Fraction | None:
         return Fraction(plain[1])
     try:
         value = number_of(read(text)) if re.search(r"\d", text) else None
-    except Unreadable:
+    except NotationError:
         return None
     return None if value is None else value.value
 
@@ -58,7 +58,7 @@ def canonical(answer: str) -> str:
     """The same for answers that are written alike, and for equal numbers, units aside."""
     try:
         node = read(answer)
-    except Unreadable:
+    except NotationError:
         return " ".join(answer.split())
     while isinstance(node, Quantity):
         node = node.amount
@@ -77,7 +77,7 @@ def parse_reference(text: str, where: str) -> Node:
     """The reference as a tree. Raises `TaskError`, naming `where`, for what is no notation."""
     try:
         return read(text)
-    except Unreadable as error:
+    except NotationError as error:
         shown = text if len(text) <= 60 else text[:60] + "…"
         raise TaskError(f"{where}: its reference answer {shown!r} cannot be read ({error}); mend it or leave the row out") from None
 
@@ -103,7 +103,7 @@ def math_match(task: Task, answer: str | None) -> float:
         return 0.0
     try:
         equal = same(expected, said)
-    except Unreadable:
+    except NotationError:
         return 0.0
     return float(equal and (written(expected) == written(said) or not _copied(answer, task)))
 
@@ -116,7 +116,7 @@ def _understood(answer: str, prose: bool) -> Node | None:
     for text in (*stated, answer) if _SENTENCE.match(answer) else (answer, *stated):
         try:
             node = read(text)
-        except Unreadable:
+        except NotationError:
             continue
         if not (isinstance(node, Text) and node.words.startswith(AS_WRITTEN)):
             return node

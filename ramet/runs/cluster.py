@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -15,30 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ramet import errors
 from ramet.agents import drain
 from ramet.display import progress
-from ramet.errors import ConfigError, PolicyError
+from ramet.errors import ConfigError, PartLost, RunLost
 from ramet.policy.models.checkpoint import checkpoint_path, latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.placement import GIB, ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
 from ramet.runs.build import read_metrics, score_name
-from ramet.runs.cluster_job import OUTCOME, longest, run_spec
+from ramet.runs.cluster_job import LOG, OUTCOME, longest, read_outcome, run_spec
 from ramet.runs.jobs import claim_folder
 from ramet.runs.settings import RunConfig, held, write
-from ramet.storage import meta, read_text, write_json
+from ramet.storage import meta, write_json
 from ramet.terminal import Table, console, tagged
 
-LOG = "openrlhf.log"
 LEAVE_SECONDS = 30.0
 SETTLE_SECONDS = 30.0
 """Ray takes that long to notice that a node is gone; until then it puts what is new there."""
-
-
-class RunLost(PolicyError):
-    """A part of a run was lost more often than it may be restarted. What was done is kept."""
 
 
 def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
@@ -106,17 +99,8 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     _claim(directory, config)
     (directory / STOP).unlink(missing_ok=True)
     final = checkpoint_path(directory / "checkpoints", config.train.updates)
-    outcome: dict[str, Any] = {"kind": "done"}
-    for attempt in range(0 if final.exists() else config.openrlhf.restarts + 1):
-        outcome = _attempt(config, directory, spawn)
-        if outcome["kind"] != "lost" or drain.requested():
-            break
-        left = config.openrlhf.restarts - attempt
-        again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
-        console.print(tagged("lost:", "yellow", f"{outcome['said']}{again}"))
-        if left and config.openrlhf.address:
-            time.sleep(SETTLE_SECONDS)
-    _raise(outcome, directory)
+    if not final.exists():
+        _run(config, directory, spawn)
     metrics = read_metrics(directory)
     records = [meta("train", config.seed), *({"record": "update", **m} for m in metrics)]
     write_json(directory / "training.json", records)
@@ -124,6 +108,24 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
         write_json(out, records)
     console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
     console.print(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
+
+
+def _run(config: RunConfig, directory: Path, spawn: bool) -> None:
+    """Run the job to its end, again from the last checkpoint where it loses a part. Raises what ended it; `RunLost` for a last loss."""
+    lost: PartLost | None = None
+    for left in reversed(range(config.openrlhf.restarts + 1)):
+        try:
+            _attempt(config, directory, spawn)
+            return
+        except PartLost as error:
+            lost = error
+        if drain.requested():
+            break
+        again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
+        console.print(tagged("lost:", "yellow", f"{lost}{again}"))
+        if left and config.openrlhf.address:
+            time.sleep(SETTLE_SECONDS)
+    raise RunLost(f"{lost}; the last checkpoint and all finished trees are kept: run the same command again to resume") from lost
 
 
 def _absolute(config: RunConfig) -> RunConfig:
@@ -146,25 +148,12 @@ def _placed(before: RunConfig, config: RunConfig) -> ClusterConfig:
     return before.openrlhf.model_copy(update={name: getattr(config.openrlhf, name) for name in FREE})
 
 
-def _raise(outcome: dict[str, Any], directory: Path) -> None:
-    """The error that an outcome tells of, if it does."""
-    kind = outcome["kind"]
-    if kind == "drained":
-        raise drain.Drained
-    if kind == "lost":
-        raise RunLost(f"{outcome['said']}; the last checkpoint and all finished trees are kept: run the same command again to resume")
-    if kind == "error":
-        raise getattr(errors, outcome["error"], PolicyError)(outcome["said"])
-    if kind == "internal":
-        raise PolicyError(f"the run ended with {outcome['said']}; see {directory / LOG}")
-
-
 _Job = tuple[Callable[[], bool], Callable[[], str]]
 """Is a job running? And when it is not: how did it end?"""
 
 
-def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
-    """Run the job once. Returns its outcome."""
+def _attempt(config: RunConfig, directory: Path, spawn: bool) -> None:
+    """Run the job once. Raises the error that ended it, `PartLost` where it has left none."""
     (directory / OUTCOME).unlink(missing_ok=True)
     last = latest_checkpoint(directory / "checkpoints")
     done = int(last.name.removeprefix("step-")) if last else 0
@@ -180,12 +169,11 @@ def _attempt(config: RunConfig, directory: Path, spawn: bool) -> dict[str, Any]:
                 asked = True
                 (directory / STOP).touch()
         _report(directory, shown, report)
-        said = why()
-    path = directory / OUTCOME
-    if not path.exists():
-        return {"kind": "lost", "said": f"the process that holds the run has died ({said}); see {directory / LOG}"}
-    found: dict[str, Any] = json.loads(read_text(path))
-    return found
+        end = why()
+    if not (directory / OUTCOME).exists():
+        raise PartLost(f"the process that holds the run has died ({end}); see {directory / LOG}")
+    if (error := read_outcome(directory)) is not None:
+        raise error
 
 
 def _report(directory: Path, shown: int, report: Callable[[dict[str, Any]], None]) -> int:

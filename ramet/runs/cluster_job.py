@@ -1,6 +1,6 @@
 """The process that starts a run on Ray: `python -m ramet.runs.cluster_job RUN_FOLDER`. `ramet train --trainer openrlhf` starts it.
 
-It ends with what became of the run in `RUN_FOLDER/openrlhf/outcome.json`.
+It ends with the error that ended the run in `RUN_FOLDER/openrlhf/outcome.json`, or null.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ramet.agents.drain import Drained
-from ramet.errors import CheckpointError, ConfigError, RametError, StorageError, first_line
+from ramet.errors import CheckpointError, ConfigError, PartLost, PolicyError, RametError, StorageError, first_line, from_record, to_record
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
-from ramet.policy.openrlhf.settings import LOST, RunSpec
+from ramet.policy.openrlhf.settings import RunSpec, part_lost
 from ramet.policy.training.update import RewardFunction, TaskSampler
 from ramet.runs.build import recipe, run_fingerprint
 from ramet.runs.settings import RunConfig, load
-from ramet.storage import lock, write_text
+from ramet.storage import lock, read_text, write_text
 
+LOG = "openrlhf.log"
 OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
 
@@ -98,36 +98,33 @@ def _guard(spec: RunSpec, directory: Path, over: threading.Event) -> None:
     """End this process when the cluster has become too small: what waits for a place on it would wait for ever."""
     while not over.wait(GUARD_SECONDS):
         if short := _short(spec):
-            _write(directory, {"kind": "lost", "said": short})
+            _write(directory, PartLost(short))
             os._exit(1)
 
 
-def outcome_of(error: BaseException) -> dict[str, Any]:
-    """What is written of an error that ended a run: `kind` is drained, lost, error or internal."""
-    import ray.exceptions
+def ours(error: BaseException, log: Path) -> RametError:
+    """What ended a run, as an error of ours: `PartLost` where a part of the run has died. `log` says more about what nobody foresaw."""
+    import ray.exceptions as r
 
-    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, BaseException):
+    while isinstance(error, r.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
-    said = f"{type(error).__name__}: {first_line(error)[:200]}"
-    if isinstance(error, Drained):
-        return {"kind": "drained"}
-    if isinstance(error, OSError):
-        return {"kind": "error", "error": StorageError.__name__, "said": f"{said}; free space or mend it, and run again to resume"}
-    r = ray.exceptions
+    if isinstance(error, RametError):
+        return error
+    shown = f"{type(error).__name__}: {first_line(error)[:200]}"
     if getattr(error, "actor_init_failed", False):
         # It would fail again. What it raised stands last.
-        return {"kind": "internal", "said": str(error).strip().splitlines()[-1][:200]}
+        return PolicyError(f"the run ended with {str(error).strip().splitlines()[-1][:200]}; see {log}")
     gone = (r.RaySystemError, r.RayActorError, r.WorkerCrashedError, r.OutOfMemoryError, r.ObjectLostError, r.NodeDiedError)
-    if isinstance(error, gone) or type(error).__name__ in LOST:
-        return {"kind": "lost", "said": said}
-    if isinstance(error, RametError):
-        return {"kind": "error", "error": type(error).__name__, "said": str(error)}
-    return {"kind": "internal", "said": said}
+    if isinstance(error, gone) or part_lost(error):
+        return PartLost(shown)
+    if isinstance(error, OSError):
+        return StorageError(f"{shown}; free space or mend it, and run again to resume")
+    return PolicyError(f"the run ended with {shown}; see {log}")
 
 
 def main() -> None:
     directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
-    outcome: dict[str, Any] = {"kind": "done"}
+    ended: RametError | None = None
     over = threading.Event()
     try:
         # Whoever started this may be gone while it goes on.
@@ -141,14 +138,20 @@ def main() -> None:
         run(spec, flags(spec, longest(config, spec.model)))
     except BaseException as error:
         traceback.print_exc()
-        outcome = outcome_of(error)
+        ended = ours(error, directory / LOG)
     over.set()
-    _write(directory, outcome)
-    sys.exit(0 if outcome["kind"] == "done" else 1)
+    _write(directory, ended)
+    sys.exit(1 if ended else 0)
 
 
-def _write(directory: Path, outcome: dict[str, Any]) -> None:
-    write_text(directory / OUTCOME, json.dumps(outcome) + "\n")
+def _write(directory: Path, ended: RametError | None) -> None:
+    write_text(directory / OUTCOME, json.dumps(None if ended is None else to_record(ended)) + "\n")
+
+
+def read_outcome(directory: Path) -> RametError | None:
+    """The error that ended the run; None if it is done."""
+    record = json.loads(read_text(directory / OUTCOME))
+    return None if record is None else from_record(record)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -11,14 +10,13 @@ import pytest
 
 from ramet.agents.actor import Growth, _pause, seed_of
 from ramet.agents.budget import Budget, Ledger
-from ramet.agents.drain import Drained
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_results
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, StopReason, Tree
-from ramet.errors import BudgetExhausted, LedgerError, PolicyError, RametError, RefusedRequest, TransientPolicyError
+from ramet.errors import BudgetExhausted, LedgerError, PolicyError, RefusedRequest, TransientPolicyError
 from tests.agents.test_runtime import failing, grow, spawn, task
 
 pytestmark = pytest.mark.anyio
@@ -503,14 +501,3 @@ async def test_a_watched_branch_can_be_cancelled_alone():
     assert [clone.status for clone in tree.root.clones] == [Status.CANCELLED, Status.ANSWERED]
     assert tree.answer == "up"
     Growth("0", (), Ledger.for_root(Budget())).cancel()  # not watched: nothing to cancel, and no error
-
-
-def test_errors_cross_processes_as_they_are():
-    def below(kind: type[RametError]) -> list[type[RametError]]:
-        return [kind] + [deeper for k in kind.__subclasses__() for deeper in below(k)]
-
-    made = {BudgetExhausted: ("generated", 5, 2), Drained: (), TransientPolicyError: ("busy", 3.0)}
-    for kind in below(RametError):
-        error = kind(*made.get(kind, ("what is wrong",)))
-        again = pickle.loads(pickle.dumps(error))
-        assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)

@@ -16,12 +16,12 @@ from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
-from ramet.agents.simulation import PATIENCE, SimulationError, simulate
+from ramet.agents.simulation import PATIENCE, simulate
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
-from ramet.benchmarks.faults.invariants import Violation, check_growth
+from ramet.benchmarks.faults.invariants import check_growth
 from ramet.benchmarks.faults.simulate import Run, Scenario, run_seed
-from ramet.errors import BudgetExhausted, PolicyError, RametError, TransientPolicyError
+from ramet.errors import BudgetExhausted, InvariantViolation, PolicyError, RametError, SimulationError, TransientPolicyError
 
 
 async def order() -> list[tuple[int, int, float]]:
@@ -159,9 +159,9 @@ def test_a_chain_of_clones_is_checked_at_every_step_and_cut_by_its_deadline():
 
 def test_what_the_observer_raises_comes_out():
     def observe() -> None:
-        raise Violation("no")
+        raise InvariantViolation("no")
 
-    with pytest.raises(Violation, match="no"):
+    with pytest.raises(InvariantViolation, match="no"):
         simulate(order, 0, observe)
 
 

@@ -14,7 +14,7 @@ import anyio
 import pytest
 
 from ramet.agents.budget import Budget
-from ramet.agents.drain import Drained, draining
+from ramet.agents.drain import draining
 from ramet.agents.journal import Journal
 from ramet.agents.prefixes import Prefixes
 from ramet.agents.sampling import Sampling
@@ -22,7 +22,7 @@ from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Message, Task
 from ramet.benchmarks.evaluation import baselines
 from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, failures, grouped, measure, point
-from ramet.errors import PolicyError, RefusedRequest, TaskError, TransientPolicyError
+from ramet.errors import Drained, PolicyError, RefusedRequest, TaskError, TransientPolicyError
 
 
 class Env:

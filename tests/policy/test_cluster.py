@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.agents.drain import Drained
-from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, TaskError
+from ramet.errors import BudgetExhausted, CheckpointError, ConfigError, Drained, EngineLost, PartLost, RewardError, RunLost, TaskError
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.placement import ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.advantages import gae
 from ramet.policy.training.update import TrainConfig
-from ramet.runs.cluster import RunLost
+from ramet.runs import cluster, cluster_job
 from ramet.runs.settings import RunConfig, load
 
 FOUR_BILLION = Path(__file__).parents[2] / "examples" / "shapes" / "4b"
@@ -210,18 +212,43 @@ def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("outcome", "kind"),
+    ("ended", "kind"),
     [
-        ({"kind": "drained"}, Drained),
-        ({"kind": "lost", "said": "a node"}, RunLost),
-        ({"kind": "error", "error": "RewardError", "said": "x"}, RewardError),
-        ({"kind": "error", "error": "TaskError", "said": "x"}, TaskError),
-        ({"kind": "internal", "said": "x"}, PolicyError),
+        (Drained(), Drained),
+        (PartLost("a node"), RunLost),
+        (EngineLost("an engine"), RunLost),
+        (RewardError("x"), RewardError),
+        (TaskError("x"), TaskError),
+        (BudgetExhausted("turns", 2, 1), BudgetExhausted),
     ],
 )
-def test_what_ended_a_run_is_raised_as_what_it_was(outcome, kind, tmp_path):
-    from ramet.runs.cluster import _raise
+def test_what_ended_a_run_is_raised_as_what_it_was(ended, kind, tmp_path, monkeypatch):
+    config = load(RunConfig, None, ["openrlhf.restarts=1"])
+    attempts: list[int] = []
 
-    _raise({"kind": "done"}, tmp_path)
-    with pytest.raises(kind):
-        _raise(outcome, tmp_path)
+    @contextmanager
+    def started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[Any]:
+        attempts.append(1)
+        (directory / "openrlhf").mkdir(exist_ok=True)
+        cluster_job._write(directory, ended if len(attempts) < 3 else None)
+        yield lambda: False, lambda: "exit status 1"
+
+    monkeypatch.setattr(cluster, "_started", started)
+    with pytest.raises(kind) as raised:
+        cluster._run(config, tmp_path, True)
+    assert str(ended) in str(raised.value) and raised.value.exit_code == ended.exit_code
+    assert len(attempts) == (2 if kind is RunLost else 1)
+    if kind is not RunLost:
+        assert vars(raised.value) == vars(ended)
+        attempts += [1]
+    cluster._run(config, tmp_path, True)  # the third attempt is done
+
+
+def test_a_job_that_leaves_no_word_is_lost(tmp_path, monkeypatch):
+    @contextmanager
+    def started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[Any]:
+        yield lambda: False, lambda: "exit status -9"
+
+    monkeypatch.setattr(cluster, "_started", started)
+    with pytest.raises(RunLost, match=r"has died \(exit status -9\); see .*openrlhf\.log; the last checkpoint"):
+        cluster._run(load(RunConfig, None, ["openrlhf.restarts=0"]), tmp_path, True)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Message
-from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError
+from ramet.errors import Drained, PolicyError, RefusedRequest, TransientPolicyError
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
 from ramet.policy.engines.openai.faults import Masker, one_line
 from tests.policy.raw_server import HEAD, MODELS, bound, reply, says, serve, stream, usage
@@ -449,7 +449,7 @@ async def test_nothing_is_waited_for_once_the_process_is_to_stop(monkeypatch):
     from ramet.agents import drain
 
     monkeypatch.setattr(drain, "_requested", True)
-    with pytest.raises(drain.Drained):
+    with pytest.raises(Drained):
         await ask("http://127.0.0.1:9/v1")
 
 

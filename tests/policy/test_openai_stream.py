@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ramet.errors import EventTooLong
 from ramet.policy.engines.openai import stream
-from ramet.policy.engines.openai.stream import Event, EventReader, TooLong
+from ramet.policy.engines.openai.stream import Event, EventReader
 
 
 def events(body: bytes, size: int = 0) -> list[tuple[str, str]]:
@@ -74,6 +75,6 @@ def test_no_bytes_break_the_reader_and_cutting_changes_nothing(body, size):
 def test_an_event_has_an_end(body, monkeypatch):
     monkeypatch.setattr(stream, "MOST", 1000)
     for size in (0, 7):
-        with pytest.raises(TooLong):
+        with pytest.raises(EventTooLong):
             events(body, size)
     assert len(events(b"data: x\n\n" * 1000, 7)) == 1000

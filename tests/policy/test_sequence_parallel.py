@@ -25,7 +25,7 @@ from ramet.agents.tree import Message, Segment, Status
 from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.methods import Method
 from ramet.env.arithmetic import RowsEnvironment
-from ramet.errors import PolicyError, TransientPolicyError
+from ramet.errors import CheckpointError, PolicyError, TransientPolicyError
 from ramet.media.clips import make_questions
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.sequence_parallel import Pool, Replica, SequenceParallelPolicy, Step
@@ -287,7 +287,7 @@ async def test_a_model_that_workers_refuse_is_named_and_not_tried_again(tmp_path
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     for file in BASE.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(PolicyError, match="GPTNeoForCausalLM does not support") as raised:
+    with pytest.raises(CheckpointError, match="GPTNeoForCausalLM does not support") as raised:
         async with SequenceParallelPolicy(tmp_path, 2, threads=1):
             pass
     assert not isinstance(raised.value, TransientPolicyError)

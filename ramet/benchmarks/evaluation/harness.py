@@ -25,7 +25,7 @@ from ramet.agents.tree import Task
 from ramet.benchmarks.evaluation.baselines import BudgetedMethod, Outcome
 from ramet.benchmarks.evaluation.statistics import accuracy_interval
 from ramet.env.environment import Environment
-from ramet.errors import RefusedRequest, TaskError
+from ramet.errors import Drained, RefusedRequest, TaskError
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ async def measure(
             except RefusedRequest as error:
                 refused[budget, task.id, repeat] = error
                 continue
-            except drain.Drained:
+            except Drained:
                 return  # what it waits for may take long; it is grown again
             outcome = replace(outcome, seconds=anyio.current_time() - started)
             with anyio.CancelScope(shield=True):  # what was paid for is kept
@@ -166,7 +166,7 @@ async def measure(
         if report is not None:
             report(1)
     if any((b, t.id, r) not in done for b, t, r in todo):
-        raise drain.Drained
+        raise Drained
     return [done[budget, task.id, repeat] for budget, task, repeat in wanted]
 
 

@@ -16,16 +16,12 @@ from ramet.agents.budget import CURRENCIES, Budget
 from ramet.agents.protocol import parse_call
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn
-from ramet.errors import RametError
-
-
-class Violation(RametError):
-    """An invariant does not hold."""
+from ramet.errors import InvariantViolation
 
 
 def require(holds: bool, what: str) -> None:
     if not holds:
-        raise Violation(what)
+        raise InvariantViolation(what)
 
 
 def _prefilled(turns: Sequence[Turn]) -> int:

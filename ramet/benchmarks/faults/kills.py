@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.journal import read_records
-from ramet.errors import RametError
+from ramet.errors import InvariantViolation, RametError
 from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Table, console
 
@@ -101,7 +101,7 @@ def bench_kills(jobs: Mapping[str, Job], kills: int, seed: int, out: Path | None
         write_json(out, records)
     console.print(shown)
     if any(r.get("lost") or r.get("duplicated") or r.get("differing") for r in records):
-        raise RametError("a killed and resumed run is not the undisturbed one")
+        raise InvariantViolation("a killed and resumed run is not the undisturbed one")
 
 
 def _until_done(job: Job, folder: Path, rng: random.Random, seconds: float) -> int:

@@ -32,9 +32,9 @@ from ramet.agents.scripted import Faults, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import SimulatedLoop, simulate
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Task, Tree
-from ramet.benchmarks.faults.invariants import Violation, check_growth, check_quiet, check_tree
+from ramet.benchmarks.faults.invariants import check_growth, check_quiet, check_tree
 from ramet.display import progress
-from ramet.errors import RametError, StorageError
+from ramet.errors import InvariantViolation, SimulatedKill, StorageError
 from ramet.storage import meta, write_json
 from ramet.terminal import console
 
@@ -175,10 +175,6 @@ class _Disk(Journal):
         super()._write(record)
 
 
-class _Killed(Exception):
-    pass
-
-
 @dataclass(slots=True)
 class Run:
     """One simulated run of a scenario."""
@@ -200,10 +196,10 @@ class Run:
         self.policy = ScriptedPolicy(s.program, s.delay, s.stride, faults, context=s.context)
 
     def go(self) -> Run:
-        """Run to the end, or to the step at which it is killed. Raises `Violation`."""
+        """Run to the end, or to the step at which it is killed. Raises `InvariantViolation`."""
         try:
             simulate(self._main, self.scenario.seed, self._observe, limit=400_000)
-        except (_Killed, RuntimeError):
+        except (SimulatedKill, RuntimeError):
             if self.killed is None:
                 raise
         except StorageError:
@@ -215,7 +211,7 @@ class Run:
         self.steps += 1
         if self.killed is None and self.steps == self.kill_at:
             self.killed = self.journal.read_bytes()
-            raise _Killed
+            raise SimulatedKill
         for root in self.roots:
             check_growth(root, self.seen.setdefault(id(root), {}))
 
@@ -236,7 +232,7 @@ class Run:
                         async with runtime.run_many(jobs, s.in_flight) as finished:
                             async for job, tree in finished:
                                 if job.key[0] in self.trees:
-                                    raise Violation(f"tree {job.key[0]} came twice")
+                                    raise InvariantViolation(f"tree {job.key[0]} came twice")
                                 self.trees[int(str(job.key[0]))] = tree
                                 check_tree(tree, s.budget, self.policy, s.disk != "slow", policy.replayed > 0)
                                 await anyio.sleep(s.stall)
@@ -245,7 +241,7 @@ class Run:
                     group.cancel_scope.cancel()
             check_quiet(self.policy)
             if s.leave_after is None and len(self.trees) != s.trees:
-                raise Violation(f"{len(self.trees)} of {s.trees} trees came back")
+                raise InvariantViolation(f"{len(self.trees)} of {s.trees} trees came back")
 
     async def _events(self) -> None:
         s = self.scenario
@@ -269,7 +265,7 @@ class Run:
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, int]:
-    """One seed with all that belongs to it; what was counted. Raises `Violation`."""
+    """One seed with all that belongs to it; what was counted. Raises `InvariantViolation`."""
     scenario = Scenario.of(seed)
     path = folder / f"{seed}.jsonl"
     first = Run(scenario, path).go()
@@ -279,7 +275,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, int]:
         again = folder / f"{seed}-again.jsonl"
         Run(scenario, again).go()
         if again.read_bytes() != path.read_bytes():
-            raise Violation("two runs of one seed wrote different journals")
+            raise InvariantViolation("two runs of one seed wrote different journals")
         again.unlink()
     if seed % 4 == 0 and scenario.disk == "good":
         _killed_and_resumed(scenario, first, folder / f"{seed}-killed.jsonl")
@@ -300,12 +296,12 @@ def _killed_and_resumed(scenario: Scenario, whole: Run, path: Path) -> None:
     if scenario.calm:
         for key, tree in whole.trees.items():
             if _contents(resumed.trees[key]) != _contents(tree):
-                raise Violation(f"tree {key} differs after a kill at step {killed.steps} and a resume")
+                raise InvariantViolation(f"tree {key} differs after a kill at step {killed.steps} and a resume")
         attempts = _attempts(scenario, path)
         if attempts != _attempts(scenario, whole.journal):
-            raise Violation("a killed and resumed run made other attempts than an undisturbed one")
+            raise InvariantViolation("a killed and resumed run made other attempts than an undisturbed one")
         if len(resumed.policy.requests) != len(attempts) - kept:
-            raise Violation(f"{len(resumed.policy.requests)} samples after a resume that had {kept} of {len(attempts)}")
+            raise InvariantViolation(f"{len(resumed.policy.requests)} samples after a resume that had {kept} of {len(attempts)}")
     path.unlink()
 
 
@@ -360,7 +356,7 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
         f"{totals['faults']} faults, {len(failures)} violations"
     )
     if failures:
-        raise RametError(f"{len(failures)} seeds violate an invariant; replay one with ramet bench simulate --seed N --verbose")
+        raise InvariantViolation(f"{len(failures)} seeds violate an invariant; replay one with ramet bench simulate --seed N --verbose")
 
 
 def _describe(seed: int, folder: Path) -> None:

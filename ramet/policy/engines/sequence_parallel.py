@@ -44,7 +44,7 @@ from ramet.attention import cache, hf
 from ramet.attention.comm import DistributedGroup, RankGroup
 from ramet.attention.methods import Method
 from ramet.attention.vision import prefill_video
-from ramet.errors import PolicyError, TransientPolicyError, first_line
+from ramet.errors import PolicyError, RametError, TransientPolicyError, first_line
 from ramet.policy.engines.kv import common_prefix
 from ramet.policy.engines.sampler import RequestState, draw
 from ramet.policy.engines.serving import Serving
@@ -136,7 +136,7 @@ def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> No
             reader = None if config.look is None else VideoReader(model.config, tokenizer, config.look)
             replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), config.method, reader)
         except Exception as error:  # told to the engine, which ends the pool
-            pipe.send(first_line(error))
+            pipe.send(_ours(error))
             pipe.recv()
             return
         pipe.send(None)
@@ -145,11 +145,16 @@ def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> No
             try:
                 logits = replica.run(step)
             except Exception as error:  # told to the engine, which fails what was in flight
-                pipe.send(first_line(error))
+                pipe.send(_ours(error))
                 continue
             pipe.send({number: row.float().cpu() for number, row in logits.items()} if rank == 0 else {})
     except (EOFError, ConnectionError):
         return
+
+
+def _ours(error: Exception) -> RametError:
+    """An error of ours as it is, any other one as a `PolicyError`, which a process that lacks its class can read too."""
+    return error if isinstance(error, RametError) else PolicyError(f"the model failed: {first_line(error)}")
 
 
 UNGUARDED = 97
@@ -201,9 +206,9 @@ class Pool:
                         reply = pipe.recv()
                     except (EOFError, OSError) as error:
                         raise self._died() from error
-                    if isinstance(reply, str):
+                    if isinstance(reply, RametError):
                         # Where one dies, the others fail at their next exchange, and may be heard first.
-                        raise self._died() if wait(sentinels, 1.0) else PolicyError(f"the model failed: {reply}")
+                        raise self._died() if wait(sentinels, 1.0) else reply
                     replies[self._pipes.index(pipe)] = reply
             if not any(isinstance(pipe, Connection) for pipe in ready):
                 raise self._died()

@@ -20,7 +20,7 @@ import anyio
 
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import StopReason
-from ramet.errors import CheckpointError, PolicyError, TransientPolicyError, first_line
+from ramet.errors import CheckpointError, EngineLost, PolicyError, TransientPolicyError, first_line
 
 
 class Reload:
@@ -100,7 +100,7 @@ class EnginePolicy:
                 pauses = self._pauses
                 finished = await self._stretch(request, partial)
         except EngineDeadError as error:
-            raise PolicyError(f"the vLLM engine has died: {first_line(error)}; start again to resume") from error
+            raise EngineLost(f"the vLLM engine has died: {first_line(error)}; start again to resume") from error
         except EngineGenerateError as error:
             raise TransientPolicyError(f"vLLM: {first_line(error)}") from error
         except ValueError as error:  # a request that it does not take

@@ -12,6 +12,7 @@ from ramet.agents.prefixes import FreshCache
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Tree
+from ramet.errors import EngineLost
 from ramet.policy.engines.vllm import EnginePolicy
 from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.policy.training.update import AGAIN, whole
@@ -26,10 +27,6 @@ class Rollout:
     chat: Any
     temperature: float
     always_show_budget: bool
-
-
-class EngineLost(RuntimeError):
-    """The engine has died under its actor."""
 
 
 class TreeExecutor(AgentExecutorBase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ramet.agents.journal import fingerprint
+from ramet.errors import PartLost
 from ramet.policy.training.identity import identity
 from ramet.policy.training.update import RewardFunction, TaskSampler, TrainConfig
 from ramet.schema import Section
 
-LOST = ("Lost", "EngineLost", "EngineDeadError")
-"""Errors, of ours and of vLLM, that say that a part of a run has died."""
 FREE = ("address", "restarts", "reward_concurrency", "gpu_memory")
 """Settings with which a run may go on that began with others: they change nothing of what it computes."""
 _Count = Annotated[int, Field(ge=1)]
@@ -84,6 +84,13 @@ class ClusterConfig(Section):
         """(nodes, GPUs of each) that train."""
         nodes = max(self.trainers // self.gpus_per_node, 1)
         return nodes, self.trainers // nodes
+
+
+def part_lost(error: BaseException | None) -> bool:
+    """Does an error, ours or vLLM's, say that a part of a run has died?"""
+    # Where vLLM is not imported there can be no error of its.
+    vllm = sys.modules.get("vllm.v1.engine.exceptions")
+    return isinstance(error, PartLost) or (vllm is not None and isinstance(error, vllm.EngineDeadError))
 
 
 @dataclass(frozen=True)

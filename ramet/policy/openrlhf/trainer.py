@@ -12,15 +12,14 @@ import ray
 import ray.exceptions
 from openrlhf.trainer.ppo_trainer import BasePPOTrainer
 
-from ramet.agents.drain import Drained
-from ramet.errors import ConfigError, PolicyError, RametError, StorageError
+from ramet.errors import ConfigError, Drained, PartLost, PolicyError, RametError, StorageError
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path, prune_checkpoints
 from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.policy.openrlhf import cpu
 from ramet.policy.openrlhf.experience import TreeExperience
 from ramet.policy.openrlhf.flags import STOP
 from ramet.policy.openrlhf.samples import TreeSamples
-from ramet.policy.openrlhf.settings import LOST, RunSpec
+from ramet.policy.openrlhf.settings import RunSpec, part_lost
 from ramet.policy.training.loss import SUMS
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import Metrics, advantages_of, check_sampled, learning_rate, loss_metrics, minibatches, starved, summary
@@ -28,10 +27,6 @@ from ramet.policy.training.update import Metrics, advantages_of, check_sampled, 
 WATCH_SECONDS = 2.0
 NOTICE_SECONDS = 30.0
 """Ray takes that long to notice that a node is gone."""
-
-
-class Lost(RuntimeError):
-    """A part of the run has died: an engine, a trainer, a node."""
 
 
 class TreeTrainer(BasePPOTrainer):
@@ -189,7 +184,7 @@ class TreeTrainer(BasePPOTrainer):
         return int(states["step"]) if states else 0
 
     def _some(self, refs: list[Any]) -> dict[Any, Any]:
-        """The values of those of Ray's references that are done, of one at least. Raises `Lost` if an actor of the run has died."""
+        """The values of those of Ray's references that are done, of one at least. Raises `PartLost` if an actor of the run has died."""
         while not ray.wait(refs, num_returns=1, timeout=WATCH_SECONDS)[0]:
             self._watch()
         values: dict[Any, Any] = {}
@@ -206,9 +201,9 @@ class TreeTrainer(BasePPOTrainer):
         return values
 
     def _explain(self, error: BaseException) -> None:
-        """What exchanged weights or gradients with a dead actor may fail before the death is known: wait for that, and raise `Lost`."""
+        """What exchanged weights or gradients with a dead actor may fail before the death is known: wait for that, and raise `PartLost`."""
         cause = getattr(error, "cause", None)
-        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, RametError) and type(cause).__name__ not in LOST:
+        if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, RametError) and not part_lost(cause):
             until = time.monotonic() + NOTICE_SECONDS
             while time.monotonic() < until:
                 self._watch()
@@ -229,4 +224,4 @@ class TreeTrainer(BasePPOTrainer):
         for handle in [*self.vllm_engines, *(handle for group in groups for handle in group)]:
             found = ray._private.state.actors(handle._actor_id.hex())
             if found.get("State") == "DEAD":
-                raise Lost(f"{found.get('ActorClassName', 'an actor')} (process {found.get('Pid')}) has died")
+                raise PartLost(f"{found.get('ActorClassName', 'an actor')} (process {found.get('Pid')}) has died")

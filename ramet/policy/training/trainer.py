@@ -31,7 +31,7 @@ from ramet.agents.prefixes import FreshCache
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
-from ramet.errors import ConfigError, PolicyError
+from ramet.errors import ConfigError, Drained, PolicyError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.models.lora import adapt
@@ -141,7 +141,7 @@ class Trainer:
                     if report is not None:
                         report(metrics)
                     if stopping:
-                        raise drain.Drained
+                        raise Drained
                 self._masters.hand_over()
                 self.policy.refresh(self.config.updates)
 

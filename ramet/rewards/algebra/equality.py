@@ -36,7 +36,7 @@ _FLOAT_ERROR = Fraction(1, 10**14)
 
 
 def same(gold: Node, said: Node) -> bool:
-    """Does `said` state the answer `gold`? Raises `Unreadable` for values beyond all bounds."""
+    """Does `said` state the answer `gold`? Raises `NotationError` for values beyond all bounds."""
     gold, said = _single(gold), _single(said)
     if gold == said:
         return True

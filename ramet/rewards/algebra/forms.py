@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from math import gcd, prod
 
+from ramet.errors import NotationError
 from ramet.rewards.algebra.trees import (
     CONSTANTS,
     Node,
@@ -18,7 +19,6 @@ from ramet.rewards.algebra.trees import (
     Op,
     Quantity,
     Sym,
-    Unreadable,
     integer_of,
     is_scientific,
     literal,
@@ -63,7 +63,7 @@ def _count(node: Node, found: Counter[str], below: bool, times: int = 1) -> None
         return
     if not isinstance(node, Op):
         if not isinstance(node, Num):
-            raise Unreadable("no expression")
+            raise NotationError("no expression")
         return
     if literal(node):
         return

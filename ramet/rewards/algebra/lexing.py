@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ramet.agents.answers import unboxed
-from ramet.rewards.algebra.trees import Unreadable
+from ramet.errors import NotationError
 from ramet.rewards.algebra.units import SHORT_UNITS, SMALL_UNITS
 
 LONGEST = 1000
@@ -59,7 +59,7 @@ _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{\s*,\s*\}|,\s*\\!\s*|\\,|[ \u00
 def cleaned(text: str) -> str:
     """The text without box, mathematics delimiters, emphasis, spacing commands and final full stop; Unicode signs as LaTeX has them."""
     if len(text) > LONGEST:
-        raise Unreadable(f"{len(text)} characters")
+        raise NotationError(f"{len(text)} characters")
     text = unboxed(text)
     text = "".join(_SIGNS.get(c, chr(ord(c) - 0xFEE0) if "\uff01" <= c <= "\uff5e" else c) for c in text)
     if "\\begin" not in text:

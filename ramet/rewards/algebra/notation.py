@@ -10,7 +10,7 @@ from the characters is read as its author will have meant it:
 - `1/2x` is `x/2`; `x^10` is a tenth power; `\frac12` is a half.
 
 The time that reading takes is linear in the text, whose length and depth are limited. Balanced text that is no notation known here
-is kept as it is written; `Unreadable` is raised for the rest.
+is kept as it is written; `NotationError` is raised for the rest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from ramet.errors import NotationError, UnknownNotation
 from ramet.rewards.algebra.lexing import FUNCTIONS, WORD_COMMANDS, Token, cleaned, plain_words, tokens_of
-from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, Unreadable, depth_of, written
+from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, depth_of, written
 from ramet.rewards.algebra.units import CURRENCIES, MULTIPLES, NUMBER_WORDS, NUMBERS, unit_name
 
 DEEPEST = 60
@@ -49,13 +50,13 @@ _ASIDE = re.compile(r"\s+\((?:(?!base\b)[^\W\d_]{2,}(?:[ ,.'-]+[^\W\d_]+)*[.,]?|
 
 
 def read(text: str) -> Node:
-    """The tree of a text. Raises `Unreadable`."""
+    """The tree of a text. Raises `NotationError`."""
     text = cleaned(text)
     if not text:
-        raise Unreadable("nothing is said")
+        raise NotationError("nothing is said")
     found = _words(text) or _clock(text) or _parsed(text)
     if depth_of(found) > 2 * DEEPEST:
-        raise Unreadable("nested too deep")
+        raise NotationError("nested too deep")
     return found
 
 
@@ -111,7 +112,7 @@ def _parsed(text: str) -> Node:
             return _Parser(tokens).whole()
         both = [_Parser([_signed(t, swap) for t in tokens]).whole() for swap in (False, True)]
         return Group("list", tuple(item for node in both for item in _items(node)))
-    except _Unknown:
+    except UnknownNotation:
         return Text(AS_WRITTEN + "".join(t.text for t in tokens))
 
 
@@ -126,23 +127,19 @@ def _signed(token: Token, swap: bool) -> Token:
 
 
 def _check_balance(tokens: list[Token]) -> None:
-    """Raises `Unreadable` for brackets that do not match or nest too deep. Intervals may open with one kind and close with another."""
+    """Raises `NotationError` for brackets that do not match or nest too deep. Intervals may open with one kind and close with another."""
     opened: list[str] = []
     for token in tokens:
         if token.kind == "begin" or token.text in ("{", "\\{", "(", "["):
             opened.append("b" if token.kind == "begin" else "(" if token.text in "([" else token.text)
             if len(opened) > DEEPEST:
-                raise Unreadable("nested too deep")
+                raise NotationError("nested too deep")
         elif token.kind == "end" or token.text in ("}", "\\}", ")", "]"):
             wanted = "b" if token.kind == "end" else "(" if token.text in ")]" else {"}": "{", "\\}": "\\{"}[token.text]
             if not opened or opened.pop() != wanted:
-                raise Unreadable(f"{token.text} closes nothing")
+                raise NotationError(f"{token.text} closes nothing")
     if opened:
-        raise Unreadable(f"{opened[-1]} is not closed")
-
-
-class _Unknown(Exception):
-    """Balanced text that this grammar does not know."""
+        raise NotationError(f"{opened[-1]} is not closed")
 
 
 class _Parser:
@@ -162,14 +159,14 @@ class _Parser:
 
     def take(self, wanted: str = "") -> str:
         if self.at >= len(self.tokens) or (wanted and self.next != wanted):
-            raise _Unknown
+            raise UnknownNotation
         self.at += 1
         return self.tokens[self.at - 1].text
 
     def whole(self) -> Node:
         found = self.sequence()
         if self.at < len(self.tokens):
-            raise _Unknown
+            raise UnknownNotation
         return found[0] if len(found) == 1 else Group("list", tuple(found))
 
     def sequence(self) -> list[Node]:
@@ -184,7 +181,7 @@ class _Parser:
     def relation(self) -> Node:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise Unreadable("nested too deep")
+            raise NotationError("nested too deep")
         operators, parts = [], []
         if self.next == "\\approx":
             self.take()
@@ -237,7 +234,7 @@ class _Parser:
                 product = [Op("div", (_product(product), self.factor(signed=True)))]
             elif self.starts_factor():
                 if isinstance(product[-1], Num) and self.kind in ("number", "thousands", "repeating", "scientific"):
-                    raise _Unknown
+                    raise UnknownNotation
                 product.append(self.factor())
             else:
                 break
@@ -264,7 +261,7 @@ class _Parser:
             amount = Num(amount.value * 10 ** MULTIPLES[words[0].casefold()], "decimal")
             words = words[1:]
         if any(word.casefold() in NUMBER_WORDS or re.search(r"[^\w^%-]", word) for word in words):
-            raise _Unknown
+            raise UnknownNotation
         return Quantity(amount, unit_name(words)) if words else amount
 
     def starts_factor(self) -> bool:
@@ -331,7 +328,7 @@ class _Parser:
     def primary(self) -> Node:
         self.depth += 1
         if self.depth > 2 * DEEPEST:
-            raise Unreadable("nested too deep")
+            raise NotationError("nested too deep")
         found = self._primary()
         self.depth -= 1
         return found
@@ -379,7 +376,7 @@ class _Parser:
                 return Sym(plain_words(token))
         if token in CURRENCIES.values():
             return Quantity(self.factor(signed=True), token)
-        raise _Unknown
+        raise UnknownNotation
 
     def number(self, token: str) -> Node:
         token = token.replace(",", "")
@@ -389,7 +386,7 @@ class _Parser:
             self.take()
             try:
                 above, below = self.argument(), self.argument()
-            except _Unknown:
+            except UnknownNotation:
                 above = below = Sym("")
             if _proper(above, below):
                 assert isinstance(above, Num) and isinstance(below, Num)
@@ -425,7 +422,7 @@ class _Parser:
         self.bars = bars
         closing = self.take()
         if closing not in (")", "]"):
-            raise _Unknown
+            raise UnknownNotation
         if len(items) == 1 and opening + closing in ("()", "[]"):
             return items[0]
         if opening == "[" and closing == "]" and all(isinstance(i, Group) and i.kind == "[]" for i in items):
@@ -481,7 +478,7 @@ class _Parser:
             return self.argument(whole=True)
         if re.fullmatch(r"\\[a-zA-Z]+", token):
             return self.subscripted(token)
-        raise _Unknown
+        raise UnknownNotation
 
     def skip(self) -> None:
         """One token, or all of a bracket."""
@@ -499,7 +496,7 @@ class _Parser:
         if opening == "\\langle":
             return Group("()", tuple(items))
         if len(items) != 1:
-            raise _Unknown
+            raise UnknownNotation
         return Op({"\\lfloor": "floor", "\\lceil": "ceil"}[opening], (items[0],))
 
     def function(self, name: str) -> Node:
@@ -545,7 +542,7 @@ def _product(factors: list[Node]) -> Node:
     if len(factors) == 1:
         return factors[0]
     if any(isinstance(f, (Text, Relation)) for f in factors):
-        raise _Unknown
+        raise UnknownNotation
     return Op("mul", tuple(factors))
 
 
@@ -556,7 +553,7 @@ def _proper(above: Node, below: Node) -> bool:
 def _digits_of(node: Node) -> str:
     if isinstance(node, Num):
         return str(node.value)
-    raise _Unknown
+    raise UnknownNotation
 
 
 def _repeating(token: str) -> Fraction:
@@ -570,7 +567,7 @@ def _repeating(token: str) -> Fraction:
 def _scientific(token: str) -> Fraction:
     mantissa, _, exponent = token.lower().partition("e")
     if abs(int(exponent)) > 1000:
-        raise Unreadable("too large")
+        raise NotationError("too large")
     return Fraction(mantissa) * Fraction(10) ** int(exponent)
 
 
@@ -579,5 +576,5 @@ def _base(said: str) -> int:
     if word in NUMBERS:
         return NUMBERS.index(word)
     if not word.isdigit():
-        raise _Unknown
+        raise UnknownNotation
     return int(word)

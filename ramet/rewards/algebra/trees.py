@@ -8,10 +8,6 @@ from fractions import Fraction
 CONSTANTS = ("\\pi", "e", "i", "\\infty")
 
 
-class Unreadable(ValueError):
-    """A text that is no notation."""
-
-
 @dataclass(frozen=True, slots=True)
 class Num:
     """A literal number. `digits`: significant digits of a decimal, 0 of others. `kind`: integer, decimal, mixed or scientific."""

@@ -10,7 +10,8 @@ from typing import Any
 
 from mpmath import MPContext
 
-from ramet.rewards.algebra.trees import Node, Num, Op, Quantity, Sym, Unreadable, inside, number_of, symbols_of, written
+from ramet.errors import NotationError
+from ramet.rewards.algebra.trees import Node, Num, Op, Quantity, Sym, inside, number_of, symbols_of, written
 
 _POINTS = 4
 _DIGITS = 60
@@ -71,7 +72,7 @@ def _point(name: str, point: int) -> Any:
 
 
 def _value(node: Node, point: int, spreads: list[int]) -> Any:
-    """Raises `Unreadable` where there is none, or none that can be had in bounded time. The spread of each sum is put into `spreads`."""
+    """Raises `NotationError` where there is none, or none that can be had in bounded time. The spread of each sum is put into `spreads`."""
     c = _CONTEXT
     if isinstance(node, Num):
         return c.mpf(node.value.numerator) / node.value.denominator
@@ -82,7 +83,7 @@ def _value(node: Node, point: int, spreads: list[int]) -> Any:
         scale = {"%": c.mpf(1) / 100, "°": c.pi / 180}.get(node.unit, c.mpf(1))
         return _value(node.amount, point, spreads) * scale
     if not isinstance(node, Op):
-        raise Unreadable("no expression")
+        raise NotationError("no expression")
     arguments = [_value(child, point, spreads) for child in node.args]
     if node.name == "add":
         spreads.append(_spread(arguments))
@@ -92,9 +93,9 @@ def _value(node: Node, point: int, spreads: list[int]) -> Any:
             arguments = [_root(arguments[0], _CONTEXT.mpf(power.value.denominator)), _CONTEXT.mpf(power.value.numerator)]
         result = _EVALUATE[node.name](*arguments) if node.name in _EVALUATE else _point(written(node), point)
     except (ArithmeticError, ValueError, TypeError, NotImplementedError) as error:
-        raise Unreadable(str(error)) from None
+        raise NotationError(str(error)) from None
     if result is None or (c.isfinite(result) and abs(c.mag(result)) > 4 * _LARGEST if result else False):
-        raise Unreadable("too large")
+        raise NotationError("too large")
     return result
 
 

@@ -174,11 +174,12 @@ def _pair(columns: Columns, said: Preference, video: VideoInput) -> PreferencePa
 def video_of_row(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoInput:
     """The parts of videos that a row names, whose paths must stay below `root`. None only where the field map allows it."""
     columns = Columns(row, fields, where)
+    names = media(columns)
     try:
-        files = [str(below(root, name)) for name in media(columns)]
+        files = [str(below(root, name)) for name in names]
         frames = frames_of(files)
     except TaskError as error:
-        raise error if str(error).startswith(where) else TaskError(f"{where}: {error}") from error
+        raise TaskError(f"{where}: {error}") from error
     if not files:
         if fields.get("video") == WITHOUT:
             return None

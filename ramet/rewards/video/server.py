@@ -35,7 +35,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from ramet.agents.tree import Segment
-from ramet.errors import ConfigError, RewardError, TaskError, first_line
+from ramet.errors import ConfigError, HTTPRefusal, RewardError, TaskError, TransientRewardError, first_line, from_record, to_record
 from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.rewards.video.judge import ServedRewardModel
 from ramet.rewards.video.pairs import below, name_of, segments_of
@@ -83,14 +83,6 @@ class _OpenRLHF(BaseModel):
     query: list[str] = Field(min_length=1, max_length=ITEMS)
     prompts: list[str]
     labels: list[str]
-
-
-class RequestRefused(Exception):
-    """A request that is answered with a status and one line."""
-
-    def __init__(self, status: int, said: str):
-        super().__init__(said)
-        self.status = status
 
 
 @dataclass(eq=False)
@@ -148,15 +140,13 @@ class RewardService:
             try:
                 self._authorised(request)
                 return JSONResponse(await handler(await _body(request)))
-            except RequestRefused as refused:
-                return JSONResponse({"error": str(refused)}, refused.status)
+            except HTTPRefusal as refused:
+                return JSONResponse(to_record(refused), refused.status)
             except ValidationError as error:
                 problem = error.errors(include_url=False, include_input=False)[0]
                 return JSONResponse({"error": f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"}, 422)
-            except TaskError as error:
-                return JSONResponse({"error": _without(self.videos, str(error))}, 422)
-            except RewardError as error:
-                return JSONResponse({"error": str(error)}, 422)
+            except (TaskError, RewardError) as error:
+                return JSONResponse({**to_record(error), "error": _without(self.videos, str(error))}, 422)
             except Exception as error:  # a bug, or a device that failed: the client is to try again or to stop
                 return JSONResponse({"error": f"the reward model failed: {type(error).__name__}"}, 500)
 
@@ -165,7 +155,7 @@ class RewardService:
     def _authorised(self, request: Request) -> None:
         given = request.headers.get("authorization", f"Bearer {request.query_params.get('token', '')}").encode("utf-8", "replace")
         if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
-            raise RequestRefused(401, "wrong or missing bearer token")
+            raise HTTPRefusal(401, "wrong or missing bearer token")
 
     async def _score(self, body: Any) -> dict[str, Any]:
         asked = _Score.model_validate(body)
@@ -176,7 +166,7 @@ class RewardService:
     async def _openrlhf(self, body: Any) -> dict[str, Any]:
         asked = _OpenRLHF.model_validate(body)
         if not len(asked.query) == len(asked.prompts) == len(asked.labels):
-            raise RequestRefused(422, "query, prompts and labels differ in number")
+            raise HTTPRefusal(422, "query, prompts and labels differ in number")
         scores = await self.score(await self._off(self._answers, asked))
         mean = sum(scores) / len(scores)
         return {"rewards": scores, "scores": self.model.rewards(scores), "extra_logs": {"reward_model_score": mean}}
@@ -190,7 +180,7 @@ class RewardService:
         for n, (query, prompt, label) in enumerate(zip(asked.query, asked.prompts, asked.labels, strict=True), 1):
             answer = answer_of(query, prompt, self.stops)
             if answer is None:
-                raise RequestRefused(
+                raise HTTPRefusal(
                     422,
                     f"query {n} ({query[:40]!r}) begins neither with its prompt ({prompt[:40]!r}) nor with the end of one cut at the left: "
                     "`prompts` must hold the texts that were encoded, after the chat template",
@@ -250,15 +240,15 @@ class RewardService:
 
 async def _body(request: Request) -> Any:
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise RequestRefused(415, "compressed bodies are not read")
+        raise HTTPRefusal(415, "compressed bodies are not read")
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > BODY:
-        raise RequestRefused(413, f"a request has at most {BODY} bytes")
+        raise HTTPRefusal(413, f"a request has at most {BODY} bytes")
     read = bytearray()
     async for part in request.stream():
         read += part
         if len(read) > BODY:
-            raise RequestRefused(413, f"a request has at most {BODY} bytes")
+            raise HTTPRefusal(413, f"a request has at most {BODY} bytes")
     return _json(bytes(read), "the body")
 
 
@@ -267,11 +257,9 @@ def _json(data: bytes, what: str) -> Any:
         found = json.loads(data)
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise RequestRefused(
-            422, f"{what} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character"
-        ) from None
+        raise HTTPRefusal(422, f"{what} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character") from None
     except (ValueError, RecursionError) as error:
-        raise RequestRefused(400, f"{what} is no JSON: {first_line(error)}") from None
+        raise HTTPRefusal(400, f"{what} is no JSON: {first_line(error)}") from None
     return found
 
 
@@ -297,14 +285,6 @@ def serve(model: ServedRewardModel, videos: Path, token: str, host: str, port: i
     server.run([bound])
 
 
-class TransientFailure(Exception):
-    """A failure that may pass. `after`: seconds that the server asks to wait; `tries`: after how many it is taken to stay."""
-
-    def __init__(self, said: str, after: float = 0.0, tries: float = math.inf):
-        super().__init__(said)
-        self.after, self.tries = after, tries
-
-
 class RemoteReward:
     """The client: scores of a server, with retries of what may pass. `videos` is this side's folder of the same videos.
 
@@ -324,7 +304,9 @@ class RemoteReward:
             raise ConfigError(f"{url!r} is no address of a reward server, or the token no header: {first_line(error)}") from None
 
     def score(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """Raises `RewardError` with what the server says, and where it cannot be reached for longer than `patience`."""
+        """Raises what the server says: `TaskError` where a model here would, such as for a video that cannot be read, else `RewardError`;
+        `RewardError` also where it cannot be reached for longer than `patience`.
+        """
         return self._all(items, "scores")
 
     def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
@@ -356,7 +338,7 @@ class RemoteReward:
         return asked | {"video": name, "start": item.video.start, "end": item.video.end}
 
     def _some(self, asked: list[dict[str, Any]], name: str) -> list[float]:
-        """Raises `RewardError` for an answer that is not one number for each item."""
+        """Raises what the server says, and `RewardError` for an answer that is not one number for each item."""
         response = self._posted(asked)
         try:
             said = response.json()
@@ -365,7 +347,8 @@ class RemoteReward:
         if not isinstance(said, dict) or (response.status_code == 200 and name not in said):
             said = {"error": f"status {response.status_code}; is this the address of a reward server?"}
         if response.status_code != 200 or "error" in said:
-            raise RewardError(f"{self.name} refuses: {said.get('error', response.status_code)}")
+            kind = said.get("kind") if said.get("kind") in (TaskError.kind, RewardError.kind) else RewardError.kind
+            raise from_record({"kind": kind, "error": f"{self.name} refuses: {said.get('error', response.status_code)}"})
         found = said[name]
         numbers = isinstance(found, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in found)
         if not numbers or len(found) != len(asked):
@@ -378,25 +361,31 @@ class RemoteReward:
 
         backoff = wait_random_exponential(0.5, max=20, min=0.2)
 
-        def failure(state: RetryCallState) -> TransientFailure:
+        def failure(state: RetryCallState) -> TransientRewardError:
             error = state.outcome.exception() if state.outcome else None
-            return error if isinstance(error, TransientFailure) else TransientFailure("")
+            return error if isinstance(error, TransientRewardError) else TransientRewardError("")
 
         def wait(state: RetryCallState) -> float:
-            return min(max(backoff(state), failure(state).after), max(self.patience - state.idle_for, 0.0))
+            return min(max(backoff(state), failure(state).retry_after), max(self.patience - state.idle_for, 0.0))
 
         def stop(state: RetryCallState) -> bool:
-            return max(state.idle_for, state.seconds_since_start or 0.0) >= self.patience or state.attempt_number >= failure(state).tries
+            waited, tries = max(state.idle_for, state.seconds_since_start or 0.0), failure(state).tries
+            return waited >= self.patience or (tries is not None and state.attempt_number >= tries)
 
-        def told(state: RetryCallState) -> None:
+        def log_retry(state: RetryCallState) -> None:
             logger.warning("%s: %s; trying again in %.1f s", self.name, failure(state), state.upcoming_sleep)
 
         retrying = Retrying(
-            retry=retry_if_exception_type(TransientFailure), wait=wait, stop=stop, sleep=self._sleep, before_sleep=told, reraise=True
+            retry=retry_if_exception_type(TransientRewardError),
+            wait=wait,
+            stop=stop,
+            sleep=self._sleep,
+            before_sleep=log_retry,
+            reraise=True,
         )
         try:
             return retrying(self._post, asked)
-        except TransientFailure as error:
+        except TransientRewardError as error:
             raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
 
     def _post(self, asked: list[dict[str, Any]]) -> Any:
@@ -407,12 +396,12 @@ class RemoteReward:
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
             raise RewardError(f"{self.name} cannot be asked: {first_line(error)}") from error
         except httpx.TransportError as error:
-            raise TransientFailure(first_line(error)) from error
+            raise TransientRewardError(first_line(error)) from error
         if response.status_code in TRANSIENT:
             said, after = " ".join(response.text.split())[:200], response.headers.get("retry-after", "")
-            raise TransientFailure(
+            raise TransientRewardError(
                 f"status {response.status_code}: {said}",
-                after=float(after) if after.isdecimal() else 0.0,
-                tries=FAILURES if response.status_code == 500 else math.inf,
+                retry_after=float(after) if after.isdecimal() else 0.0,
+                tries=FAILURES if response.status_code == 500 else None,
             )
         return response

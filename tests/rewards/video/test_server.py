@@ -149,7 +149,7 @@ def test_links_are_followed_to_where_the_owner_allows_it(tmp_path: Path) -> None
         with served(Lengths(), videos, linked=linked) as (url, _):
             for name in ("clip.mp4", "pictures"):
                 assert post(url, {"items": [item | {"video": name}]}).status_code == allowed
-                with suppress(RewardError):
+                with suppress(TaskError):
                     assert RemoteReward(url, TOKEN, videos).score([VideoAnswer(Segment(str(videos / name)), "q", "1")]) == [1.0]
             for name in ("secret.mp4", "secrets"):
                 refused = post(url, {"items": [item | {"video": name}]})
@@ -227,7 +227,7 @@ def test_the_client_gets_the_models_own_scores(drm: VideoDRM, clips: Path, quest
         for token in ("not the right token", ""):
             with pytest.raises(RewardError, match="wrong or missing bearer token"):
                 RemoteReward(url, token, clips).score(items)
-        with pytest.raises(RewardError, match=r"cannot read video none\.mp4"):
+        with pytest.raises(TaskError, match=r"cannot read video none\.mp4"):
             RemoteReward(url, TOKEN, clips).score([VideoAnswer(Segment(str(clips / "none.mp4")), "q", "a")])
     with pytest.raises(RewardError, match="cannot be reached"):
         RemoteReward("http://127.0.0.1:9", TOKEN, clips, patience=0).score(items)

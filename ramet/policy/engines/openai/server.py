@@ -19,12 +19,12 @@ from ramet.agents import drain
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import StopReason
-from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError, first_line
+from ramet.errors import EventTooLong, PolicyError, RefusedRequest, TransientPolicyError, first_line
 from ramet.policy.engines.openai.client import Address, connected
 from ramet.policy.engines.openai.faults import Masker, error_in, failure, is_page, one_line, passes, said_by, wait_of
 from ramet.policy.engines.openai.fields import Fields, names_field
 from ramet.policy.engines.openai.said import Said, Usage, read, stop_of
-from ramet.policy.engines.openai.stream import Event, EventReader, TooLong
+from ramet.policy.engines.openai.stream import Event, EventReader
 
 log = logging.getLogger(__name__)
 
@@ -425,7 +425,7 @@ class Exchange:
             for event in reader.close() if block is None else reader.feed(block):
                 if not self._over:
                     self._take(event)
-        except TooLong as error:
+        except EventTooLong as error:
             self._end(PolicyError(f"{self._server._url} sends {error}"))
 
     def _take(self, event: Event) -> None:

@@ -13,6 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from ramet.errors import EventTooLong
+
 MOST = 2**22
 """Characters of one event, or of a body that is none."""
 _BREAK = re.compile("\r\n|\n|\r")
@@ -33,13 +35,6 @@ class Event:
         return self.text.strip().strip('"').upper() == "[DONE]"
 
 
-class TooLong(ValueError):
-    """An event of more than `MOST` characters."""
-
-    def __init__(self) -> None:
-        super().__init__(f"an event of more than {MOST} bytes")
-
-
 class EventReader:
     """Feed it the blocks of a body as they come; close it at the end. Comments make no event."""
 
@@ -55,7 +50,7 @@ class EventReader:
         self._begun = False
 
     def feed(self, block: bytes) -> list[Event]:
-        """The events that this block completes. Raises `TooLong`."""
+        """The events that this block completes. Raises `EventTooLong`."""
         return self._read(self._decoder.decode(block))
 
     def close(self) -> list[Event]:
@@ -85,7 +80,7 @@ class EventReader:
         where.append(text)
         self._length += len(text) + 1
         if self._length > MOST:
-            raise TooLong
+            raise EventTooLong(f"an event of more than {MOST} bytes")
 
     def _take(self, line: str) -> list[Event]:
         if self._body:
