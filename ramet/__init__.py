@@ -1,3 +1,90 @@
-"""ramet: a language model that learns to delegate to clones of itself under one budget."""
+"""ramet: a language model that learns to delegate to clones of itself under one budget.
+
+What a user needs is found here by name, such as `ramet.Runtime`, and imported when it is first asked for: `import ramet` imports no
+torch, and neither do the names that need none.
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    # One line a name. `_exported` reads it, so that what type checkers see is what there is.
+    from ramet.agents.budget import Budget as Budget
+    from ramet.agents.chat import ChatFormat as ChatFormat
+    from ramet.agents.chat import ChatMLFormat as ChatMLFormat
+    from ramet.agents.chat import chat_format as chat_format
+    from ramet.agents.protocol import CloneResult as CloneResult
+    from ramet.agents.protocol import Objective as Objective
+    from ramet.agents.runtime import Runtime as Runtime
+    from ramet.agents.sampling import Policy as Policy
+    from ramet.agents.sampling import Sampling as Sampling
+    from ramet.agents.templates import TemplateFormat as TemplateFormat
+    from ramet.agents.tree import Branch as Branch
+    from ramet.agents.tree import Message as Message
+    from ramet.agents.tree import Segment as Segment
+    from ramet.agents.tree import Status as Status
+    from ramet.agents.tree import Task as Task
+    from ramet.agents.tree import Tree as Tree
+    from ramet.agents.tree import Turn as Turn
+    from ramet.agents.tree import Usage as Usage
+    from ramet.env.environment import Environment as Environment
+    from ramet.env.settings import EnvSettings as EnvSettings
+    from ramet.errors import BudgetExhausted as BudgetExhausted
+    from ramet.errors import ChatFormatError as ChatFormatError
+    from ramet.errors import CheckpointError as CheckpointError
+    from ramet.errors import ConfigError as ConfigError
+    from ramet.errors import PolicyError as PolicyError
+    from ramet.errors import RametError as RametError
+    from ramet.errors import RefusedRequest as RefusedRequest
+    from ramet.errors import RewardError as RewardError
+    from ramet.errors import StorageError as StorageError
+    from ramet.errors import TaskError as TaskError
+    from ramet.errors import TransientPolicyError as TransientPolicyError
+    from ramet.policy.engines.hf import HFPolicy as HFPolicy
+    from ramet.policy.engines.openai import ChatPolicy as ChatPolicy
+    from ramet.policy.engines.openai import CompletionsPolicy as CompletionsPolicy
+    from ramet.policy.engines.openai import WireFormat as WireFormat
+    from ramet.policy.engines.vllm import VLLMPolicy as VLLMPolicy
+    from ramet.policy.models.load import load_model as load_model
+    from ramet.policy.models.tokenizer import load_tokenizer as load_tokenizer
+    from ramet.policy.training.trainer import Trainer as Trainer
+    from ramet.policy.training.update import Reward as Reward
+    from ramet.policy.training.update import RewardFunction as RewardFunction
+    from ramet.policy.training.update import TaskSampler as TaskSampler
+    from ramet.policy.training.update import TrainConfig as TrainConfig
+
+
+def _exported() -> dict[str, str]:
+    """The module of each name that is imported above."""
+    assert __spec__ is not None
+    source = __spec__.loader.get_source(__name__)  # type: ignore[union-attr]
+    imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return {alias.name: str(node.module) for node in imports for alias in node.names if alias.name == alias.asname}
+
+
+_EXPORTS = _exported()
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = import_module(_EXPORTS[name])
+    except ModuleNotFoundError as error:
+        from ramet.errors import missing_extra
+
+        if not (missing := missing_extra(error)):
+            raise
+        raise ModuleNotFoundError(f"ramet.{name}: {missing}", name=error.name) from error
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,66 @@
+"""What `import ramet` offers, and what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import ramet
+from ramet.errors import extra
+from tests.test_base_install import without_extras
+
+
+def test_importing_ramet_imports_nothing_heavy():
+    program = """
+import sys, ramet
+assert ramet.__version__ and "Runtime" in dir(ramet)
+heavy = {"torch", "transformers", "numpy", "httpx", "pydantic", "anyio", "typer", "rich"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ramet.__all__)
+def test_every_name_that_is_exported_is_there(name):
+    assert getattr(ramet, name) is getattr(ramet, name) is not None
+    assert name in dir(ramet)
+
+
+def test_the_names_are_those_of_the_modules_that_define_them():
+    from ramet import ChatPolicy, Runtime
+    from ramet.agents.runtime import Runtime as defined
+    from ramet.policy.engines.openai import ChatPolicy as policy
+
+    assert Runtime is defined and ChatPolicy is policy
+    assert len(ramet.__all__) == len(set(ramet.__all__)) > 20
+
+
+def test_an_unknown_name_is_an_attribute_error_and_a_room_is_still_a_module():
+    with pytest.raises(AttributeError, match="module 'ramet' has no attribute 'Runtme'"):
+        ramet.Runtme  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'Runtme'"):
+        exec("from ramet import Runtme")
+    from ramet import storage
+
+    assert storage.__name__ == "ramet.storage"
+
+
+def test_without_extras_the_names_that_need_none_are_there_and_the_others_say_what_they_need():
+    program = """
+import ramet
+needed = {}
+for name in ramet.__all__:
+    try:
+        getattr(ramet, name)
+    except ModuleNotFoundError as error:
+        needed[name] = str(error)
+print(needed)
+"""
+    done = without_extras(program)
+    assert done.returncode == 0, done.stderr
+    needed = eval(done.stdout)
+    assert needed.keys() <= {"HFPolicy", "Trainer", "VLLMPolicy", "load_model"}
+    assert all(extra("torch") in line and name in line and "\n" not in line for name, line in needed.items())
