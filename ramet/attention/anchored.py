@@ -1,14 +1,15 @@
-"""Spava, Star and APB: blocks that see an anchor, the selections of earlier blocks and themselves; a query that sees all.
+"""Attention in blocks with an anchor: Spava (arXiv 2601.21444), APB (arXiv 2502.12085) and Star Attention (arXiv 2411.17116).
 
-What a rank computes for one sequence and one layer (specification, sections 1.8 to 1.10 and 2.1), in this order, so that
-what is sent travels while the next part is computed:
+The anchor attends to itself causally. A block attends to the whole anchor, to the rows that earlier blocks pass on, and to itself
+causally. The query attends to every row of the context, and to itself causally. There is no backward pass.
 
-    select in each own block and send         query on the keys held here, and send out and lse
-    anchor, and every block on [A | B]        passing blocks have come: attend to them and merge by log-sum-exp
-    the query's parts have come: merge
+For one sequence and one layer, a rank works in this order, so that communication overlaps with computation:
 
-Rows \\ keys: anchor causal; a block all of the anchor, all that earlier blocks pass on, itself causal; the query every
-row of the context and itself causal. Nothing here has a backward pass.
+    1. select rows in each of its blocks and start to send them
+    2. compute the query's attention over the keys held here and start to send its output and log-sum-exp
+    3. compute the attention of the anchor, and of each block over the anchor and itself
+    4. wait for the selected rows, attend to them, and merge by log-sum-exp
+    5. wait for the query's partial results and merge them
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ramet.attention.select import Scorer, mean_scores, pooled, rows_at, top
 
 @dataclass(frozen=True)
 class LocalRows:
-    """The local rows of one sequence in one layer: q [Hq, T, D], k and v [Hk, T, D], rotated; T as `plan.slices` says."""
+    """The local rows of one sequence in one layer, in the order of `plan.slices`: q [Hq, T, D], k and v [Hk, T, D]; q and k rotated."""
 
     q: Tensor
     k: Tensor
@@ -37,17 +38,21 @@ class LocalRows:
 
 @dataclass
 class Selections:
-    """What was passed on, for tests and measurements: per virtual host, rows of the sequence [Hk, kept]."""
+    """The rows that were passed on in one layer, for tests and measurements."""
 
     rows: dict[int, Tensor] = field(default_factory=dict)
+    """Sequence rows [Hk, kept] for each virtual host."""
 
 
 def send_selected(
-    plan: BlockPlan, group: RankGroup, x: LocalRows, score: Callable[[slice], Tensor], seen: Selections | None = None
+    plan: BlockPlan, group: RankGroup, x: LocalRows, score: Callable[[slice], Tensor], selections: Selections | None = None
 ) -> list[Work]:
-    """Select in each own block and start to pass it on; the gathers in the order of the rank's blocks.
+    """Select rows in each block of this rank and start to gather them. Returns one gather per block, in the order of the blocks.
 
-    `score` gives [Hk, T] for a slice of local rows. A buffer is [2, Hk, widest, D], keys and values, padded with zeros.
+    score       gives scores [Hk, T] of a slice of local rows
+    selections  receives the selected rows of each block
+
+    Each gathered buffer is [2, Hk, widest, D], holding keys and values padded with zeros.
     """
     works: list[Work] = []
     if not plan.widest:
@@ -60,14 +65,14 @@ def send_selected(
             index = top(pooled(score(where))[:, low:high], plan.kept(virtual)) + low
             buffer[0, :, : plan.kept(virtual)] = rows_at(x.k[:, where], index)
             buffer[1, :, : plan.kept(virtual)] = rows_at(x.v[:, where], index)
-            if seen is not None:
-                seen.rows[virtual] = index + plan.blocks[virtual][0]
+            if selections is not None:
+                selections.rows[virtual] = index + plan.blocks[virtual][0]
         works.append(group.gather(buffer))
     return works
 
 
 def query_on_cache(plan: BlockPlan, group: RankGroup, x: LocalRows, scale: float, backend: str) -> PartialAttention:
-    """The query on the keys that this rank keeps: its share of the anchor, its blocks, and on their owner itself."""
+    """Attention of the query over the keys cached on this rank: its share of the anchor, its blocks and, on its owner, the query itself."""
     query, own = plan.slices(group.rank)[2], plan.query_rows(group.rank)
     parts = [attend(x.q[:, query], x.k[:, where], x.v[:, where], scale, backend=backend) for where in plan.cached_rows(group.rank)]
     if own.stop:
@@ -76,7 +81,7 @@ def query_on_cache(plan: BlockPlan, group: RankGroup, x: LocalRows, scale: float
 
 
 def gather_partial(group: RankGroup, part: PartialAttention) -> Callable[[], Tensor]:
-    """Start to share a partial attention; the function that is returned waits and merges all ranks' to out [Hq, T, D]."""
+    """Start to gather every rank's partial attention. The function returned waits for them and gives the merged output [Hq, T, D]."""
     wide = torch.cat([part.out.to(part.lse.dtype), part.lse[..., None]], -1)
     work = group.gather(wide)
 
@@ -88,7 +93,7 @@ def gather_partial(group: RankGroup, part: PartialAttention) -> Callable[[], Ten
 
 
 def passed(plan: BlockPlan, virtual: int, gathered: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values [Hk, sum of kept, D] that `virtual` attends to, out of the gathered buffers [ranks, 2, Hk, widest, D]."""
+    """The selected keys and values [Hk, n, D] that `virtual` attends to, from the gathered buffers [ranks, 2, Hk, widest, D]."""
     rounds = {v: r for rank in range(plan.hosts) for r, v in enumerate(plan.owned(rank))}
     pieces = [gathered[rounds[v]][plan.owners[v], :, :, : plan.kept(v)] for v in plan.before(virtual)]
     keys, values = torch.cat(pieces, dim=2) if pieces else gathered[0][0, :, :, :0]
@@ -103,12 +108,14 @@ def anchored(
     scorer: Scorer = mean_scores,
     scores: Tensor | None = None,
     backend: str = "auto",
-    seen: Selections | None = None,
+    selections: Selections | None = None,
 ) -> Tensor:
-    """Attention [Hq, T, D] of the local rows. Raises nothing but what `attend` does.
+    """Attention output [Hq, T, D] of the local rows. Raises what `attend` raises.
 
-    scorer   how the query ranks a block's rows; `scores` [Hk, T] over the local rows are taken instead where given,
-             as APB's retaining heads do
+    scorer      ranks the rows of a block for the query
+    scores      importance [Hk, T] of the local rows, taken instead of the scorer's (APB's retaining heads)
+    backend     attention kernel; see `kernels`
+    selections  receives the selected rows of each block
     """
     anchor, blocks, query = plan.slices(group.rank)
     out = torch.empty_like(x.q)
@@ -116,7 +123,7 @@ def anchored(
     def score(where: slice) -> Tensor:
         return scorer(x.q[:, query], x.k[:, where]) if scores is None else scores[:, where]
 
-    works = send_selected(plan, group, x, score, seen)
+    works = send_selected(plan, group, x, score, selections)
     finish_query = gather_partial(group, query_on_cache(plan, group, x, scale, backend))
     if anchor.stop:
         out[:, anchor] = attend(x.q[:, anchor], x.k[:, anchor], x.v[:, anchor], scale, True, backend).out
@@ -142,5 +149,5 @@ def anchored(
 
 
 def rank_round(plan: BlockPlan, virtual: int) -> int:
-    """In which round `virtual` is passed on: its place among its owner's blocks."""
+    """The round in which the selection of `virtual` is sent: its index among its owner's blocks."""
     return plan.owned(plan.owners[virtual]).index(virtual)

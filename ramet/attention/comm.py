@@ -1,12 +1,12 @@
-"""What ranks say to one another: gather, shift, exchange. Every call is collective, asynchronous, and padded by its caller.
+"""Communication among the ranks that share a sequence: gather, shift and exchange. All calls are collective and asynchronous.
 
-    work = group.gather(x)      # [..] on every rank -> work.wait() [ranks, ..], the same on every rank
-    work = group.shift(x)       # rank r gets the x of rank r - 1
-    work = group.exchange(xs)   # one tensor per rank, sent to it -> the tensors that were meant for this one
+    work = group.gather(x)             # all-gather: work.wait() is [ranks, *x.shape], the same on every rank
+    work = group.shift(x, like)        # ring step: rank r receives the x of rank r - 1
+    work = group.exchange(xs, shapes)  # all-to-all: sends xs[r] to rank r, and receives what each rank sent to this one
 
-Two implementations: `DistributedGroup` over a torch.distributed process group (gloo or NCCL, usually one dimension of a
-DeviceMesh), and `simulated`, which runs the ranks as threads of one process, one at a time. In a simulation a rank's own
-work is timed alone (`Traffic.seconds`), as if on a machine of its own; what its bytes would cost is for the caller to say.
+There are two implementations: `DistributedGroup`, over a torch.distributed process group (gloo or NCCL, usually one dimension of a
+DeviceMesh), and `simulated`, which runs the ranks as threads of one process, one at a time. A simulation measures the time that each
+rank computes by itself (`Traffic.seconds`), as if it had a machine of its own; the time that its bytes would travel is not included.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ _T = TypeVar("_T")
 
 @dataclass
 class Traffic:
-    """What one rank received from others in bytes, in how many collectives; in a simulation, how long it worked."""
+    """The communication of one rank.
+
+    received  bytes received from other ranks
+    calls     collective operations
+    seconds   time computed, in seconds; measured in a simulation only
+    """
 
     received: int = 0
     calls: int = 0
@@ -37,61 +42,72 @@ class Traffic:
 
 
 class Work(Protocol):
-    """A collective on its way. Buffers handed in must stay as they are until `wait` has returned."""
+    """A collective operation in progress. Tensors handed to it must not be changed until `wait` has returned."""
 
-    def wait(self) -> Any: ...
+    def wait(self) -> Any:
+        """Block until the operation is done, and return its result."""
+        ...
 
 
 class RankGroup(Protocol):
-    """One rank's view of the ranks that share a sequence."""
+    """One rank's view of the group of ranks that share a sequence.
+
+    rank     this rank, from 0
+    size     number of ranks
+    traffic  this rank's communication so far
+    """
 
     rank: int
     size: int
     traffic: Traffic
 
     def gather(self, x: Tensor) -> Work:
-        """x has the same shape on every rank; waits for [size, *x.shape]."""
+        """Gather x, which has the same shape on every rank. The result is [size, *x.shape], the same on every rank."""
         ...
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
-        """Send x to the next rank; waits for the tensor of the previous one, which has the shape of `like`."""
+        """Send x to the next rank, cyclically. The result is the previous rank's tensor, of the shape and type of `like`."""
         ...
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
-        """Send parts[r] to rank r; waits for a list of what each rank sent here, of shapes `like`."""
+        """Send parts[r] to rank r. The result is a list of the tensors that each rank sent to this one, of the shapes `like`."""
         ...
 
 
 @dataclass
 class CompletedWork:
-    """A collective that has its result already."""
+    """An operation that is already complete."""
 
     result: Any
 
     def wait(self) -> Any:
+        """Return the result."""
         return self.result
 
 
 @dataclass
 class SingleRank:
-    """A group of one."""
+    """A group of one rank, which communicates with itself only."""
 
     rank: int = 0
     size: int = 1
     traffic: Traffic = field(default_factory=Traffic)
 
     def gather(self, x: Tensor) -> Work:
+        """See `RankGroup`: x with a leading dimension of 1."""
         return CompletedWork(x[None])
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
+        """See `RankGroup`: x itself."""
         return CompletedWork(x)
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
+        """See `RankGroup`: the one part."""
         return CompletedWork(list(parts))
 
 
 class DistributedGroup:
-    """A torch.distributed process group. `DistributedGroup(mesh.get_group("sequence"))`, or without one the default group."""
+    """A group over a torch.distributed process group, by default the global one: `DistributedGroup(mesh.get_group("sequence"))`."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
@@ -99,6 +115,7 @@ class DistributedGroup:
         self.traffic = Traffic()
 
     def gather(self, x: Tensor) -> Work:
+        """See `RankGroup`: an all-gather."""
         x = x.contiguous()
         out = x.new_empty((self.size, *x.shape))
         self._count(x.nbytes * (self.size - 1))
@@ -106,6 +123,7 @@ class DistributedGroup:
         return _Pending([handle], out, x)
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
+        """See `RankGroup`: a send to the next rank and a receive from the previous one; empty tensors are not sent."""
         if self.size == 1:
             return CompletedWork(x)
         x, out = x.contiguous(), torch.empty_like(like)
@@ -116,6 +134,7 @@ class DistributedGroup:
         return _Pending(dist.batch_isend_irecv(sends + receives) if sends or receives else [], out, x)
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
+        """See `RankGroup`: an all-to-all of the flattened parts."""
         sizes_in, sizes_out = [p.numel() for p in parts], [int(torch.Size(s).numel()) for s in like]
         x = torch.cat([p.reshape(-1) for p in parts])
         out = x.new_empty(sum(sizes_out))
@@ -130,6 +149,8 @@ class DistributedGroup:
 
 @dataclass
 class _Pending:
+    """Operations of torch.distributed in progress. `sent` keeps the buffers alive that they read."""
+
     handles: Sequence[Any]
     result: Any
     sent: Tensor
@@ -141,7 +162,7 @@ class _Pending:
 
 
 class _Hub:
-    """Where simulated ranks meet. One rank runs at a time: it holds the baton except while it waits for others."""
+    """The state that simulated ranks share. One rank runs at a time, and gives way only while it waits for others."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -152,7 +173,9 @@ class _Hub:
         self.failed = False
 
 
-class _Simulated:
+class _SimulatedGroup:
+    """One simulated rank. A collective is posted by every rank under its number, and is complete when all have posted."""
+
     def __init__(self, hub: _Hub, rank: int) -> None:
         self._hub, self.rank, self.size = hub, rank, hub.size
         self.traffic = Traffic()
@@ -182,6 +205,7 @@ class _Simulated:
         return call
 
     def all_posted(self, call: int) -> dict[int, Any]:
+        """What each rank posted for collective number `call`, once all have. The last rank to take it removes it."""
         if len(self._hub.posted[call]) < self.size:
             self.release()
             with self._hub.condition:
@@ -196,20 +220,22 @@ class _Simulated:
 
     def gather(self, x: Tensor) -> Work:
         self.traffic.received += x.nbytes * (self.size - 1)
-        return _Meeting(self, self._post(x), lambda posted: torch.stack([posted[r] for r in range(self.size)]))
+        return _SimulatedWork(self, self._post(x), lambda posted: torch.stack([posted[r] for r in range(self.size)]))
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
         self.traffic.received += like.nbytes if self.size > 1 else 0
-        return _Meeting(self, self._post(x), lambda posted: posted[(self.rank - 1) % self.size])
+        return _SimulatedWork(self, self._post(x), lambda posted: posted[(self.rank - 1) % self.size])
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
         self.traffic.received += sum(torch.Size(s).numel() for r, s in enumerate(like) if r != self.rank) * parts[0].element_size()
-        return _Meeting(self, self._post(list(parts)), lambda posted: [posted[r][self.rank] for r in range(self.size)])
+        return _SimulatedWork(self, self._post(list(parts)), lambda posted: [posted[r][self.rank] for r in range(self.size)])
 
 
 @dataclass
-class _Meeting:
-    rank: _Simulated
+class _SimulatedWork:
+    """A simulated collective: `take` makes this rank's result of what all have posted."""
+
+    rank: _SimulatedGroup
     call: int
     take: Callable[[dict[int, Any]], Any]
 
@@ -218,17 +244,17 @@ class _Meeting:
 
 
 def simulated(size: int, function: Callable[[RankGroup], _T]) -> list[_T]:
-    """Run `function(group)` for each rank as a thread of this process, one at a time; results in rank order.
+    """Run `function(group)` for each of `size` ranks, as threads of this process that take turns. Returns the results in rank order.
 
-    The first exception of any rank stops the others and is raised. The caller's gradient mode and context variables
-    hold in every rank.
+    If a rank raises, the others are stopped and its exception is raised. Every rank inherits the caller's gradient mode and context
+    variables.
     """
     hub = _Hub(size)
     results: dict[int, _T] = {}
     errors: list[BaseException] = []
     grad = torch.is_grad_enabled()
 
-    def run(group: _Simulated) -> None:
+    def run(group: _SimulatedGroup) -> None:
         try:
             group.acquire()
             try:
@@ -245,7 +271,7 @@ def simulated(size: int, function: Callable[[RankGroup], _T]) -> list[_T]:
                 hub.condition.notify_all()
 
     threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(run, _Simulated(hub, rank)), name=f"rank-{rank}", daemon=True)
+        threading.Thread(target=contextvars.copy_context().run, args=(run, _SimulatedGroup(hub, rank)), name=f"rank-{rank}", daemon=True)
         for rank in range(size)
     ]
     for thread in threads:

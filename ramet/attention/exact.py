@@ -1,8 +1,9 @@
-"""Exact attention of a sharded sequence: ring, zigzag ring, Ulysses. All have a backward pass, so long rows can be trained.
+"""Exact causal attention over a sharded sequence: ring, zigzag ring and Ulysses. All have a backward pass, for training on long rows.
 
-Ring: keys and values go round; after `hosts` steps every rank has seen those that its rows may see. With one run of rows
-a rank the last rank does the most; in zigzag all do the same. Ulysses: rows are exchanged for heads, each rank attends
-with its heads to the whole sequence, and heads are exchanged for rows again.
+Ring attention (Liu et al. 2023, arXiv 2310.01889): keys and values travel around the ring of ranks, and after `hosts` steps each rank has
+attended to every key that its rows may see. With one range of rows per rank the last rank does the most work; the zigzag layout gives
+all ranks the same. Ulysses (Jacobs et al. 2023, arXiv 2309.14509): an all-to-all exchange turns shards of rows into shards of heads, each
+rank attends with its heads over the whole sequence, and a second exchange restores the shards of rows.
 """
 
 from __future__ import annotations
@@ -22,37 +23,39 @@ from ramet.errors import ConfigError
 
 
 def ring(plan: ShardedPlan, group: RankGroup, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> Tensor:
-    """Causal attention [Hq, T, D] of the local rows; q [Hq, T, D], k and v [Hk, T, D], rows as `plan.rows(rank)`."""
+    """Ring attention output [Hq, T, D] for the local rows q [Hq, T, D], k and v [Hk, T, D], which are those of `plan.rows(rank)`."""
     out: Tensor = _Ring.apply(q, k, v, plan, group, scale, backend)  # type: ignore[no-untyped-call]
     return out
 
 
 def visible(plan: ShardedPlan, rank: int, source: int) -> list[tuple[slice, int]]:
-    """Local rows of `rank`, and how many of the first rows of `source` they see in full.
+    """The slices of local rows of `rank` that attend to rows of `source` without a mask, each with the number of rows that it attends to.
 
-    Runs that see as much are one slice; runs that see nothing are left out. The causal squares of a rank's own runs are
-    not among them.
+    The rows attended to are always the first of `source`. Slices that attend to equally many are joined, and those that attend to none
+    are left out. The causal squares on the diagonal are not included.
     """
-    seen, at = [], 0
+    attending, offset = [], 0
     for start, stop in plan.blocks(rank):
         count = sum(b - a for a, b in plan.blocks(source) if b <= start)
-        seen.append((slice(at, at + stop - start), count))
-        at += stop - start
-    if len({count for _, count in seen}) == 1:
-        seen = [(slice(0, at), seen[0][1])]
-    return [(rows, count) for rows, count in seen if count]
+        attending.append((slice(offset, offset + stop - start), count))
+        offset += stop - start
+    if len({count for _, count in attending}) == 1:
+        attending = [(slice(0, offset), attending[0][1])]
+    return [(rows, count) for rows, count in attending if count]
 
 
 def _squares(plan: ShardedPlan, rank: int) -> list[slice]:
-    """The rank's own runs among its local rows."""
-    squares, at = [], 0
+    """The local slice of each of the rank's ranges of rows, which attends to itself causally."""
+    squares, offset = [], 0
     for start, stop in plan.blocks(rank):
-        squares.append(slice(at, at + stop - start))
-        at += stop - start
+        squares.append(slice(offset, offset + stop - start))
+        offset += stop - start
     return squares
 
 
 class _Ring(Function):
+    """Ring attention with its backward pass, in which the gradients of keys and values travel the ring with them."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: ShardedPlan, group: RankGroup, scale: float, backend: str) -> Tensor:
         rank, size = group.rank, group.size
@@ -102,15 +105,19 @@ class _Ring(Function):
 
 
 def _like(kv: Tensor, plan: ShardedPlan, source: int) -> Tensor:
-    """An empty buffer for the keys and values of rank `source`."""
+    """An empty buffer [2, Hk, T, D] for the keys and values of rank `source`."""
     return kv.new_empty((2, kv.shape[1], plan.size(source % plan.hosts), kv.shape[3]))
 
 
 def ulysses(plan: ShardedPlan, group: RankGroup, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "auto") -> Tensor:
-    """As `ring`. Query heads must be a multiple of the ranks, KV heads a multiple or a divisor (then they are repeated)."""
+    """Ulysses attention output [Hq, T, D], with the arguments of `ring`.
+
+    The number of query heads must be a multiple of the number of ranks, and that of KV heads a multiple or a divisor of it; with fewer KV
+    heads than ranks, several ranks use the same one. Raises `ConfigError` otherwise.
+    """
     size, heads, kv_heads = group.size, q.shape[0], k.shape[0]
     if heads % size or (kv_heads % size and size % kv_heads):
-        raise ConfigError(f"Ulysses cannot share {heads} heads and {kv_heads} KV heads among {size} ranks; use ring")
+        raise ConfigError(f"Ulysses cannot divide {heads} query heads and {kv_heads} KV heads among {size} ranks; use ring")
     own = [_heads(rank, size, heads) for rank in range(size)]
     own_kv = [_heads(rank, size, kv_heads) for rank in range(size)]
     whole = [_to_heads(plan, group, x, share) for x, share in ((q, own), (k, own_kv), (v, own_kv))]
@@ -121,20 +128,25 @@ def ulysses(plan: ShardedPlan, group: RankGroup, q: Tensor, k: Tensor, v: Tensor
 
 
 def _heads(rank: int, size: int, heads: int) -> slice:
+    """The heads of `rank` of `size` ranks: at least one, shared with other ranks where there are fewer heads than ranks."""
     return slice(rank * heads // size, max((rank + 1) * heads // size, rank * heads // size + 1))
 
 
 def _to_heads(plan: ShardedPlan, group: RankGroup, x: Tensor, share: list[slice]) -> Tensor:
+    """Exchange the local rows of all heads, x [H, T, D], for all rows of this rank's heads; `share` gives the heads of each rank."""
     own = share[group.rank]
     like = [(own.stop - own.start, plan.size(r), x.shape[2]) for r in range(group.size)]
     return torch.cat(_exchange(group, [x[s] for s in share], like), 1)
 
 
 def _exchange(group: RankGroup, parts: list[Tensor], like: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """A differentiable `group.exchange`."""
     return list(_Exchange.apply(group, like, *parts))  # type: ignore[no-untyped-call]
 
 
 class _Exchange(Function):
+    """All-to-all exchange. Its backward pass is the exchange in the opposite direction."""
+
     @staticmethod
     def forward(ctx: Any, group: RankGroup, like: Sequence[tuple[int, ...]], *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.group, ctx.like = group, [tuple(part.shape) for part in parts]
@@ -146,6 +158,8 @@ class _Exchange(Function):
 
 
 class _Attend(Function):
+    """Causal attention on one rank, with the backward pass of `attend_backward`."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
         out, lse = attend(q, k, v, scale, True, backend)

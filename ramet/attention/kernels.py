@@ -1,17 +1,17 @@
-"""Exact attention of some queries on some keys, with the log-sum-exp that merging needs.
+"""Exact attention of a set of queries over a set of keys, returning the log-sum-exp that merging needs.
 
-    attend(q, k, v, scale, causal) -> PartialAttention(out [Hq, Tq, D] in q's type, lse [Hq, Tq] in float32 or better)
+    attend(q, k, v, scale, causal) -> PartialAttention(out [Hq, Tq, D] in q's type, lse [Hq, Tq] in float32 or wider)
 
-q is [Hq, Tq, D], k and v are [Hk, Tk, D]; each KV head serves Hq / Hk consecutive query heads and is never copied for
-them. `causal` aligns the last query with the last key (lower right). No keys give out 0 and lse -inf, which `merge` ignores.
+q is [Hq, Tq, D]; k and v are [Hk, Tk, D]. Each KV head serves Hq / Hk consecutive query heads and is never copied. A `causal` mask is
+aligned to the lower right: the last query sees all keys. Without keys the output is 0 and its lse is -inf, which `merge` ignores.
 
-Backends, chosen by `backend` or, with "auto", by device:
-    flash       torch's flash kernels on CPU and CUDA (aten), which return the log-sum-exp that SDPA hides
-    flash_attn  the flash-attn package, on CUDA
-    flex        FlexAttention
-    reference   a softmax written out in float64: slow, the oracle
+Backends, selected by `backend` or, for "auto", by device and type:
+    flash       torch's flash kernels for CPU and CUDA (aten), which return the log-sum-exp that SDPA does not expose
+    flash_attn  the flash-attn package, on CUDA (Dao 2023, FlashAttention-2, arXiv 2307.08691)
+    flex        torch's FlexAttention
+    reference   a plain softmax in float64: slow, for tests
 
-What is attended is counted: `with metered() as meter: ...; meter.flops` (4 Tq Tk D per head, half in a causal square).
+Operations can be counted: `with metered() as meter: ...; meter.flops` (4 Tq Tk D per head, half of that for a causal square).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ramet.errors import ConfigError
 
 @dataclass
 class Meter:
-    """What was attended: floating-point operations by the convention of the specification, section 2.3."""
+    """Counts the floating-point operations of `attend`, by the convention of `cost`."""
 
     flops: float = 0.0
 
@@ -41,7 +41,7 @@ _METER: ContextVar[Meter | None] = ContextVar("attention_meter", default=None)
 
 @contextmanager
 def metered() -> Iterator[Meter]:
-    """Count the attention of this thread or task."""
+    """Count the operations of all `attend` calls of this thread or task inside the block."""
     meter = Meter()
     token = _METER.set(meter)
     try:
@@ -51,12 +51,15 @@ def metered() -> Iterator[Meter]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, backend: str = "auto") -> PartialAttention:
-    """See the module. Raises `ConfigError` for an unknown backend or shapes that do not fit."""
+    """Attention of q [Hq, Tq, D] over k and v [Hk, Tk, D], scaled by `scale`; see the module.
+
+    Raises `ConfigError` for an unknown backend, for shapes that do not fit, and for a causal mask over fewer keys than queries.
+    """
     (heads, rows, _), (kv_heads, keys, _) = q.shape, k.shape
     if heads % kv_heads or k.shape != v.shape:
         raise ConfigError(f"attention shapes do not fit: queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}")
     if causal and rows > keys:
-        raise ConfigError(f"causal attention needs a key for each of the {rows} queries, there are {keys}")
+        raise ConfigError(f"causal attention needs a key for each of the {rows} queries (got {keys} keys)")
     if not rows or not keys:
         return PartialAttention(torch.zeros_like(q), q.new_full((heads, rows), -torch.inf, dtype=wide(q)))
     if causal and rows == 1:
@@ -73,11 +76,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False, 
 def attend_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, whole: PartialAttention, scale: float, causal: bool, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients for q, k and v of attention on *a part* of the keys, given the output and lse on *all* of them.
+    """Gradients of q, k and v for attention over *part* of the keys, given the output and lse over *all* of them.
 
-    `grad` and `whole` are of the merged attention; summed over the parts of the keys, the gradients are those of the whole.
-    They come in the type in which sums are kept (`wide`), for parts are added up. `causal` is a square here. On CPU with
-    "auto" or "flash" by torch's flash kernel, otherwise written out, by query rows, scores and sums in that type too.
+    grad   gradient [Hq, Tq, D] of the merged output
+    whole  the merged output and lse; summed over the parts of the keys, the gradients are those of attention over all keys
+
+    Gradients have the accumulation type (`wide`), because callers add parts up. With `causal`, keys and queries must be equal in number.
+    On CPU, "auto" and "flash" use torch's flash kernel; everything else is computed here, `_ROWS` query rows at a time. See
+    FlashAttention (arXiv 2205.14135), appendix B.2, for the derivation from the output and the log-sum-exp.
     """
     kind = wide(q)
     if not q.shape[1] or not k.shape[1]:
@@ -107,15 +113,17 @@ def attend_backward(
 
 
 _ROWS = 512
+"""Query rows whose scores are held at once in the backward pass."""
 _Kernel = Callable[[Tensor, Tensor, Tensor, float, bool], PartialAttention]
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The type in which sums over x are kept: float32, or float64 for float64."""
+    """The type in which sums over x are accumulated: float32, or float64 for a float64 tensor."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _kernel(backend: str, q: Tensor) -> _Kernel:
+    """The kernel called `backend`, or the one that "auto" selects for q. Raises `ConfigError` for an unknown name."""
     if backend == "auto":
         backend = "flash_attn" if q.is_cuda and _flash_attn() is not None and q.dtype != torch.float32 else "flash"
         if q.is_cuda and q.dtype in (torch.float32, torch.float64):
@@ -123,11 +131,11 @@ def _kernel(backend: str, q: Tensor) -> _Kernel:
     try:
         return KERNELS[backend]
     except KeyError:
-        raise ConfigError(f"unknown attention backend {backend!r}; there are auto, {', '.join(KERNELS)}") from None
+        raise ConfigError(f"unknown attention backend {backend!r}; choose one of auto, {', '.join(KERNELS)}") from None
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """KV heads as the batch and the group as the heads: keys are repeated by a stride of 0."""
+    """q [Hk, g, Tq, D], k and v [Hk, g, Tk, D], with KV heads as the batch; keys repeat over the group by a stride of 0, uncopied."""
     group = q.shape[0] // k.shape[0]
     shape = (k.shape[0], group, k.shape[1], k.shape[2])
     return q.reshape(k.shape[0], group, *q.shape[1:]), k[:, None].expand(shape), v[:, None].expand(shape)
@@ -144,7 +152,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Parti
 def _flash_package(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> PartialAttention:
     function = _flash_attn()
     if function is None:
-        raise ConfigError("attention backend flash_attn needs the flash-attn package and a GPU; use backend auto")
+        raise ConfigError("the attention backend flash_attn needs the flash-attn package and a GPU; use the backend auto")
     out, lse, _ = function(*(x.transpose(0, 1)[None] for x in (q, k, v)), softmax_scale=scale, causal=causal, return_attn_probs=True)
     return PartialAttention(out[0].transpose(0, 1), lse[0])
 

@@ -1,4 +1,8 @@
-"""One attention out of partial ones: parts weigh as their sums of exponentials (specification, section 1.9)."""
+"""Merging attention computed over disjoint sets of keys into attention over their union, by log-sum-exp.
+
+This is the online softmax of FlashAttention (Dao et al. 2022, arXiv 2205.14135, section 3.1), applied across ranks: each part is
+weighted by the share of its sum of exponentials in the total.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +14,21 @@ from torch import Tensor
 
 
 class PartialAttention(NamedTuple):
-    """Attention on a part of the keys: its output and the log of the sum of exponentials that normalised it."""
+    """Attention over a subset of the keys.
+
+    out  the output [.., Tq, D], normalised over the subset
+    lse  the logarithm of the sum of exponentials [.., Tq] that normalised it, in float32 or float64; -inf for a subset without keys
+    """
 
     out: Tensor
     lse: Tensor
 
 
 def merge(parts: Sequence[PartialAttention]) -> PartialAttention:
-    """Attention on the union of the parts' keys; the parts' keys must be disjoint.
+    """Attention over the union of the parts' keys, which must be disjoint. All parts have the same shapes.
 
-    Computed in float32 (float64 for float64 parts) and in the order given, so that equal parts merge to equal bits on
-    every rank. A part with lse -inf has no keys and adds nothing; all such gives out 0, lse -inf.
+    The sum is computed in float32 (float64 for float64 parts) and in the order of `parts`, so that the same parts give bitwise the
+    same result on every rank. A part whose lse is -inf contributes nothing; if all are, the result is out 0 and lse -inf.
     """
     if len(parts) == 1:
         return parts[0]

@@ -1,4 +1,7 @@
-"""Training of retaining heads: each learns which keys the questions that follow will look at."""
+"""Training retaining heads: each learns which keys the question that follows a context will attend to.
+
+The default schedule is the one published for APB (arXiv 2502.12085): 3,000 steps of AdamW at 5e-4 with 300 steps of warm-up.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,13 @@ def train_heads(
     warmup: int = 300,
     report: Callable[[int, float], None] | None = None,
 ) -> list[float]:
-    """Train all layers' heads, one sample a step. Returns the loss, the mean over layers, of every step.
+    """Train the heads of all layers, one sample per step. Returns each step's loss, averaged over layers.
 
-    samples  token ids of a context and its question, and how many of the last rows are the question
+    samples  token ids of a context followed by a question, and the number of ids that belong to the question
+    steps    most steps; training also ends with the samples
+    rate     peak learning rate
+    warmup   steps over which the learning rate rises linearly
+    report   called with the number of the step, from 1, and its loss
     """
     optimiser = torch.optim.AdamW(heads.parameters(), lr=rate, betas=(0.9, 0.95))
     losses: list[float] = []

@@ -1,7 +1,7 @@
-"""A vision tower on several ranks: each encodes a run of the frames, all get all features (specification, section 1.2).
+"""Sharing a vision encoder among ranks: each encodes a contiguous range of frames, and all receive all features.
 
-Qwen2.5-VL's tower attends inside one step of time only (two frames), so encoding runs of steps apart is exact. Runs may be
-uneven, and there may be more ranks than steps.
+This is the frame parallelism of Spava (Huang et al. 2026, arXiv 2601.21444). It is exact for Qwen2.5-VL, whose encoder attends only within
+one temporal step (two frames). Ranges may differ in length, and there may be more ranks than steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from ramet.attention.positions import VideoPatches, layout
 
 @torch.no_grad()
 def encode(tower: Any, group: RankGroup, videos: list[VideoPatches]) -> list[Tensor]:
-    """Features [t h w / merge^2, d] of each video, the same on every rank; each rank runs the tower on its steps of time."""
+    """Features [t h w / merge^2, d] of each video, the same on every rank. Each rank runs the encoder on its own temporal steps.
+
+    tower   the model's vision encoder, with the interface of Qwen2.5-VL's
+    videos  the same on every rank, in the order of the prompt
+    """
     steps = [(index, step) for index, video in enumerate(videos) for step in range(video.grid[0])]
     shares = balanced(0, len(steps), group.size)
     start, stop = shares[group.rank]
@@ -48,10 +52,12 @@ def encode(tower: Any, group: RankGroup, videos: list[VideoPatches]) -> list[Ten
 def prefill_video(
     model: Any, group: RankGroup, method: Method, ids: list[int], query: int, videos: list[VideoPatches]
 ) -> tuple[SequenceShard, Tensor]:
-    """Read a prompt with videos on all ranks. Returns this rank's share and logits [1, vocabulary].
+    """Prefill a prompt with videos on all ranks. Returns this rank's share of the sequence, and logits [1, vocabulary] after the last row.
 
-    `ids` hold one video token per feature; further ones were sampled and stand for nothing (see `positions`). Go on with
-    `hf.extend`; what follows is text.
+    ids    token ids, with one video token for each feature; further video tokens count as text (see `positions`)
+    query  number of last rows that are the question
+
+    Continue with `hf.extend`: what follows the prompt is text. Raises `ConfigError` where the ids do not fit the videos.
     """
     if not videos:
         (sequence,), logits = prefill(model, group, method, [ids], [query])

@@ -19,13 +19,13 @@ SCALE = 0.3
 
 def run(plan: BlockPlan, q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[list[Tensor], Selections]:
     """Each rank's output, and all that was passed on."""
-    seen = Selections()
+    selections = Selections()
 
     def rank(group: RankGroup) -> Tensor:
         rows = plan.rows(group.rank)
-        return anchored(plan, group, LocalRows(q[:, rows], k[:, rows], v[:, rows]), SCALE, seen=seen, **options)  # type: ignore[arg-type]
+        return anchored(plan, group, LocalRows(q[:, rows], k[:, rows], v[:, rows]), SCALE, selections=selections, **options)  # type: ignore[arg-type]
 
-    return simulated(plan.hosts, rank), seen
+    return simulated(plan.hosts, rank), selections
 
 
 def assert_equal_rows(plan: BlockPlan, outs: list[Tensor], expected: Tensor) -> None:
@@ -39,9 +39,9 @@ def assert_equal_rows(plan: BlockPlan, outs: list[Tensor], expected: Tensor) -> 
 def test_spava_is_attention_under_its_mask(hosts: int, heads: int, kv_heads: int, name: str) -> None:
     plan = spava(83, 5, hosts, anchor=6, passing=2)
     q, k, v = tensors(hosts, heads, kv_heads, plan.length)
-    outs, seen = run(plan, q, k, v, scorer=select.scorer(name))
-    assert set(seen.rows) == set(range(2 * hosts))
-    assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, seen, kv_heads), SCALE))
+    outs, selections = run(plan, q, k, v, scorer=select.scorer(name))
+    assert set(selections.rows) == set(range(2 * hosts))
+    assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, selections, kv_heads), SCALE))
 
 
 @settings(max_examples=150)
@@ -56,8 +56,8 @@ def test_spava_is_attention_under_its_mask(hosts: int, heads: int, kv_heads: int
 def test_any_lengths(context: int, query: int, hosts: int, anchor: int, passing: int, backend: str) -> None:
     plan = spava(context, query, hosts, min(anchor, context), passing)
     q, k, v = tensors(context, 4, 2, plan.length)
-    outs, seen = run(plan, q, k, v, backend=backend)
-    assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, seen, 2), SCALE))
+    outs, selections = run(plan, q, k, v, backend=backend)
+    assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, selections, 2), SCALE))
     kept = [s for rank in range(hosts) for s in (*plan.cached_rows(rank), plan.query_rows(rank))]
     assert sum(s.stop - s.start for s in kept) == plan.length
     assert all(torch.equal(out[:, -query:], outs[0][:, -query:]) for out in outs), "ranks disagree about the query"
@@ -83,9 +83,9 @@ def test_the_query_is_exact_whatever_is_passed_on() -> None:
 def test_star_is_attention_under_its_mask(hosts: int) -> None:
     plan = star(47, 4, hosts)
     q, k, v = tensors(9, 4, 2, plan.length)
-    outs, seen = run(plan, q, k, v)
-    assert not seen.rows
-    assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, seen, 2), SCALE))
+    outs, selections = run(plan, q, k, v)
+    assert not selections.rows
+    assert_equal_rows(plan, outs, masked(q, k, v, spava_mask(plan, selections, 2), SCALE))
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 4])
@@ -95,7 +95,7 @@ def test_apb_is_attention_under_its_mask(hosts: int) -> None:
     copies = [tensors(100 + rank, 4, 2, len(plan.anchor_rows(rank))) for rank in range(hosts)]
     q, k, v = tensors(10, 4, 2, plan.length)
     scores = torch.rand(2, plan.length, dtype=torch.float64)
-    seen = Selections()
+    selections = Selections()
 
     def local(rank: int) -> tuple[Tensor, Tensor, Tensor]:
         rows = plan.rows(rank)[len(plan.anchor_rows(rank)) :]
@@ -103,7 +103,7 @@ def test_apb_is_attention_under_its_mask(hosts: int) -> None:
         return q_, k_, v_
 
     def rank(group: RankGroup) -> Tensor:
-        return anchored(plan, group, LocalRows(*local(group.rank)), SCALE, scores=scores[:, plan.rows(group.rank)], seen=seen)
+        return anchored(plan, group, LocalRows(*local(group.rank)), SCALE, scores=scores[:, plan.rows(group.rank)], selections=selections)
 
     for r, out in enumerate(simulated(hosts, rank)):
         copied = len(plan.anchor_rows(r))
@@ -116,8 +116,8 @@ def test_apb_is_attention_under_its_mask(hosts: int) -> None:
         mask[:, at : at + stop - start, copied + start : copied + stop] = causal(stop - start)
         for earlier in range(r):
             for head in range(2):
-                assert seen.rows[earlier][head].min() >= (5 if earlier == 0 else 0), "anchor rows are everywhere already"
-                mask[head, at : at + stop - start, copied + seen.rows[earlier][head]] = True
+                assert selections.rows[earlier][head].min() >= (5 if earlier == 0 else 0), "anchor rows are everywhere already"
+                mask[head, at : at + stop - start, copied + selections.rows[earlier][head]] = True
         mask[:, -3:, copied:] = causal(plan.length)[-3:]
         assert (out - masked(local(r)[0], keys, values, mask, SCALE)).abs().amax() < 1e-14
 
@@ -128,9 +128,9 @@ def test_a_planted_needle_is_passed_on_and_seen() -> None:
     q, k, v = tensors(11, 4, 2, plan.length)
     row = plan.blocks[0][0] + 9
     k[1, row] = 20 * q[2:, -3:].mean((0, 1))
-    _, seen = run(plan, q, k, v)
-    assert row in seen.rows[0][1]
-    assert row not in seen.rows[0][0] or (k[0, row] @ q[:2, -3:].mean((0, 1))) > 0
+    _, selections = run(plan, q, k, v)
+    assert row in selections.rows[0][1]
+    assert row not in selections.rows[0][0] or (k[0, row] @ q[:2, -3:].mean((0, 1))) > 0
 
 
 def test_the_load_is_the_same_on_all_hosts_and_as_computed() -> None:

@@ -149,9 +149,9 @@ def test_cached_rows_sum_to_the_sequence_and_forks_share_it() -> None:
 def test_selections_are_recorded_by_layer() -> None:
     model, prompt = tiny(), ids(8, 50)
     attach(model)
-    seen = [[Selections() for _ in range(3)]]
-    simulated(2, lambda group: prefill(model, group, Method("spava", 4, 3), [prompt], [4], seen=seen))
-    assert all(set(layer.rows) == {0, 1, 2, 3} for layer in seen[0])
+    selections = [[Selections() for _ in range(3)]]
+    simulated(2, lambda group: prefill(model, group, Method("spava", 4, 3), [prompt], [4], selections=selections))
+    assert all(set(layer.rows) == {0, 1, 2, 3} for layer in selections[0])
 
 
 @pytest.mark.parametrize(

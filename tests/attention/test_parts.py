@@ -40,7 +40,7 @@ def test_shapes_and_backends_that_do_not_fit_are_named() -> None:
     q, k, v = tensors(3, 3, 2, 4)
     with pytest.raises(ConfigError, match="do not fit"):
         attend(q, k, v, 1.0)
-    with pytest.raises(ConfigError, match="unknown attention backend 'fast'; there are auto, flash"):
+    with pytest.raises(ConfigError, match="unknown attention backend 'fast'; choose one of auto, flash"):
         attend(q[:2], k, v, 1.0, backend="fast")
     with pytest.raises(ConfigError, match="needs the flash-attn package"):
         attend(q[:2], k, v, 1.0, backend="flash_attn")

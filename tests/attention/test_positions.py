@@ -92,7 +92,7 @@ def test_any_prompt(data: st.DataObject) -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     clip = VideoPatches(torch.empty(0), (2, 4, 4), 1.0)
-    with pytest.raises(ConfigError, match="has 7 video tokens, its videos have 8"):
+    with pytest.raises(ConfigError, match="has 7 video tokens, but its videos need 8"):
         layout(config(), [VIDEO] * 7, [clip])
-    with pytest.raises(ConfigError, match="other tokens stand among the 8 of a video"):
+    with pytest.raises(ConfigError, match="other tokens stand among the 8 video tokens of a video"):
         layout(config(), [*[VIDEO] * 5, 1, *[VIDEO] * 3], [clip])

@@ -53,21 +53,21 @@ def test_heads_learn_and_are_used(tmp_path: Path) -> None:
     model = tiny()
     attach(model)
     torch.manual_seed(0)
-    heads = RetainingHeads.of(model, width=32)
+    heads = RetainingHeads.for_model(model, width=32)
     before = sum(recall(model, heads, seed) for seed in range(100, 110)) / 10
     losses = train_heads(model, heads, ((ids(seed, 60), 10) for seed in range(10_000)), steps=150, rate=5e-3, warmup=10)
     after = sum(recall(model, heads, seed) for seed in range(100, 110)) / 10
     assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
     assert before < 0.35 < after, "chance is 0.2"
-    seen, other = ([[Selections() for _ in range(3)]] for _ in range(2))
+    selections, other = ([[Selections() for _ in range(3)]] for _ in range(2))
     method = Method("apb", anchor=4, passing=3)
-    simulated(3, lambda group: prefill(model, group, method, [ids(1, 60)], [6], seen=seen, heads=heads))
-    simulated(3, lambda group: prefill(model, group, method, [ids(1, 60)], [6], seen=other))
-    assert any(not torch.equal(seen[0][layer].rows[1], other[0][layer].rows[1]) for layer in range(3))
+    simulated(3, lambda group: prefill(model, group, method, [ids(1, 60)], [6], selections=selections, heads=heads))
+    simulated(3, lambda group: prefill(model, group, method, [ids(1, 60)], [6], selections=other))
+    assert any(not torch.equal(selections[0][layer].rows[1], other[0][layer].rows[1]) for layer in range(3))
     heads.save(tmp_path / "heads.safetensors")
-    again = RetainingHeads.of(model, width=32)
+    again = RetainingHeads.for_model(model, width=32)
     again.load(tmp_path / "heads.safetensors")
     assert recall(model, again, 200) == recall(model, heads, 200)
     with pytest.raises(CheckpointError, match="do not fit this model"):
-        RetainingHeads.of(model, width=16).load(tmp_path / "heads.safetensors")
+        RetainingHeads.for_model(model, width=16).load(tmp_path / "heads.safetensors")
     assert retaining.WIDTH == 1024

@@ -146,7 +146,7 @@ def test_from_a_file_to_an_answer(model: Any, tmp_path: Path) -> None:
 
 def test_tokens_and_features_must_agree(model: Any) -> None:
     attach(model)
-    with pytest.raises(ConfigError, match="has 31 video tokens, its videos have 32"):
+    with pytest.raises(ConfigError, match="has 31 video tokens, but its videos need 32"):
         prefill_video(model, SingleRank(), Method("dense"), prompt(31), 5, [video(4, 8, 4, 3)])
-    with pytest.raises(ConfigError, match="takes no positions of its own"):
+    with pytest.raises(ConfigError, match="does not support given positions"):
         simulated(2, lambda group: prefill_video(model, group, Method("apb"), prompt(32), 5, [video(4, 8, 4, 3)]))

@@ -28,7 +28,7 @@ SMALL = LayerShape(64, 8, 4, 8, 128)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_operations_and_bytes_are_predicted(name: str, hosts: int) -> None:
-    """Against counters in the code that attends and communicates. Causal squares count half, as in the specification."""
+    """Against counters in the code that attends and communicates. Causal squares count half, as in APB (arXiv 2502.12085)."""
     if name == "dense" and hosts > 1:
         return
     method = Method(name, **({"anchor": 16, "passing": 4} if name in ("apb", "spava") else {}))  # type: ignore[arg-type]

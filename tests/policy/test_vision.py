@@ -193,7 +193,7 @@ def test_what_does_not_see_says_so(sights: Any) -> None:
     with pytest.raises(ChatFormatError, match="this model has no vision"):
         WireFormat().render(task.messages, tools=False)
     request = SampleRequest((1, 2), 2, frozenset(), media=(clips[0],))
-    with pytest.raises(PolicyError, match="the prompt has 0 video tokens, its videos have 8"):
+    with pytest.raises(PolicyError, match="the prompt has 0 video tokens, but its videos need 8"):
         anyio.run(sampled, VisionPolicy(model, reader), [request])
     with pytest.raises(CheckpointError, match="takes no video"):
         VideoReader(text.config, tokenizer, LOOK)

@@ -109,7 +109,7 @@ def lengths(root: int, clone: int = 0, calls: int = 0) -> Tree:
     ],
 )
 def test_the_presets_are_the_releases_formulas(root, clone, calls, score, plain, maths):
-    """Golden values of the specification's table, negative ones included: no floor of ours."""
+    """Golden values computed with the SELFCEST release's formulas, negative ones included: rewards have no floor."""
     grown = lengths(root, clone, calls)
     for preset, wanted in (("selfcest", plain), ("selfcest_maths", maths)):
         prices = Prices(preset=preset)

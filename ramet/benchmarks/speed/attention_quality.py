@@ -102,10 +102,10 @@ def decode(
     given: Sample,
     stop: int,
     forced: Sequence[int] = (),
-    seen: list[list[Selections]] | None = None,
+    selections: list[list[Selections]] | None = None,
 ) -> tuple[list[int], Tensor]:
     """The ids that the method decodes greedily, `stop` included, and its logits [ids, vocabulary] along `forced` ids, or its own."""
-    (sequence,), first = prefill(model, group, method, [given.ids], [given.query], seen=seen)
+    (sequence,), first = prefill(model, group, method, [given.ids], [given.query], selections=selections)
 
     def along(path: Sequence[int]) -> tuple[list[int], Tensor]:
         at, rows, taken = sequence.fork(), [first[0]], list[int]()
@@ -128,10 +128,10 @@ def attended(model: Any, given: Sample) -> list[Tensor]:
     return shares
 
 
-def recall(plan: BlockPlan, seen: Sequence[Selections], shares: Sequence[Tensor]) -> float:
+def recall(plan: BlockPlan, selections: Sequence[Selections], shares: Sequence[Tensor]) -> float:
     """See the module; 1 where nothing is passed on and nothing could be."""
     found: list[Tensor] = []
-    for layer, share in zip(seen, shares, strict=True):
+    for layer, share in zip(selections, shares, strict=True):
         held = torch.zeros_like(share, dtype=torch.bool)
         held[:, : plan.anchor] = True
         for rows in layer.rows.values():
@@ -182,8 +182,8 @@ def bench_needle(
             for label, method, count in progress.each(todo, f"text {index + 1} of {len(texts)}"):
                 plan = method.plan(context, given.query, count)
                 assert isinstance(plan, BlockPlan)
-                seen = [[Selections() for _ in shares]]
-                task = partial(decode, model, method=method, given=given, stop=tokenizer.eos_token_id, forced=said, seen=seen)
+                selections = [[Selections() for _ in shares]]
+                task = partial(decode, model, method=method, given=given, stop=tokenizer.eos_token_id, forced=said, selections=selections)
                 own, logits = simulated(count, task)[0]
                 journal.append(
                     about
@@ -192,7 +192,7 @@ def bench_needle(
                         "hosts": count,
                         "found": given.code in tokenizer.decode(own),
                         "divergence": divergence(expected, logits),
-                        "recall": recall(plan, seen[0], shares),
+                        "recall": recall(plan, selections[0], shares),
                         "pairs": max(pairs(plan, r) for r in range(count)) / (plan.length * (plan.length + 1) / 2),
                     }
                 )
