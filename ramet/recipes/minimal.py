@@ -37,7 +37,7 @@ from ramet.policy.models.load import load_model
 from ramet.policy.training.advantages import ScoredTree, rloo
 from ramet.policy.training.loss import policy_loss
 from ramet.policy.training.rows import batches, rows_of, token_logprobs
-from ramet.policy.training.update import Group, Reward, Targets, grouped, grow, jobs_of
+from ramet.policy.training.update import Group, Reward, Targets, group_trees, grow_trees, tree_jobs
 from ramet.rewards.penalty import Prices
 
 ENVIRONMENT = RowsEnvironment(operands=(6, 24))
@@ -77,7 +77,7 @@ async def sample(policy: Policy, chat: ChatFormat, update: int, seed: int) -> li
     """
     drawn = tasks_of(update, seed)
     runtime = Runtime(policy, chat, Sampling(temperature=TEMPERATURE))
-    return grouped(drawn, await grow(runtime, jobs_of(drawn, update, TREES, seed), in_flight=TASKS * TREES), TREES)
+    return group_trees(drawn, await grow_trees(runtime, tree_jobs(drawn, update, TREES, seed), in_flight=TASKS * TREES), TREES)
 
 
 def backward(model: Any, groups: list[Group]) -> list[float]:
@@ -94,7 +94,7 @@ def backward(model: Any, groups: list[Group]) -> list[float]:
         rewards += [item.reward for item in scored]
     # Branches of like length are computed together; the loss is a sum, so how they are batched changes nothing but speed.
     for batch in batches([row.ids for row in rows], BATCH_TOKENS):
-        target = Targets.of(batch, rows)
+        target = Targets.from_rows(batch, rows)
         # The distribution that was sampled from, temperature included; else the gradient would be that of another policy.
         logprobs, entropy, kl = token_logprobs(model, batch.ids, TEMPERATURE)
         # Only sampled tokens count: prompts, and what tools and clones wrote into a context, were nobody's decision there.

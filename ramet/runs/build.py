@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireForma
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.runlog import RunLog
-from ramet.policy.training.update import Reward, RewardFunction, TaskSampler
+from ramet.policy.training.update import Objective, Reward
 from ramet.runs.settings import RunConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -132,12 +133,12 @@ def engine_id(config: RunConfig, model: str | Path) -> str:
     return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
-def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> tuple[TaskSampler, RewardFunction]:
-    """What a training run does, whichever trainer runs it: the tasks of an update, and what a tree earns."""
+def build_objective(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> Objective:
+    """The configured tasks and reward of a training run, for any trainer. `count` returns the tokens of a text."""
     env = config.env.build(count)
     depth = config.budget.depth if spawn else 0
 
-    def draw(update: int) -> list[tuple[Task, Budget]]:
+    def sample_tasks(update: int) -> list[tuple[Task, Budget]]:
         rng = random.Random(f"budgets/{config.seed}/{update}")
         if isinstance(env, Questions):
             tasks = env.training(update * config.train.tasks, config.train.tasks, config.seed)
@@ -153,36 +154,33 @@ def recipe(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -
             for task in tasks
         ]
 
-    def judge(task: Task, tree: Tree) -> Reward:
+    def reward_function(task: Task, tree: Tree) -> Reward:
         score = env.grade(task, tree.answer)
         penalties = config.penalty.penalties(tree)
         return Reward(score, penalties, config.penalty.reward(tree, score, penalties))
 
-    return draw, judge
+    return Objective(sample_tasks, reward_function)
 
 
 def run_fingerprint(config: RunConfig, spawn: bool) -> str:
     """What tells training runs apart: settings, data and first weights."""
-    said = config.identity()
-    said["openrlhf"] = {name: value for name, value in said["openrlhf"].items() if name not in FREE}
-    return fingerprint(said, config.env.files(), spawn, weights_id(find(config.model)))
+    settings = config.identity()
+    settings["openrlhf"] = {name: value for name, value in settings["openrlhf"].items() if name not in FREE}
+    return fingerprint(settings, config.env.files(), spawn, weights_id(find(config.model)))
 
 
 def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trainer:
     """A trainer of the configured model; without `spawn` the tool is never offered."""
-    from ramet.policy.training.trainer import Trainer
+    from ramet.policy.training.trainer import Learner, Trainer
 
     if config.backend != "transformers":
         raise ConfigError(f"training samples with the backend transformers; {config.backend} measures only")
     if config.attention.method != "dense":
         raise ConfigError("training samples with dense attention; attention.method is for measuring")
     model, tokenizer, chat = open_model(config)
-    draw, judge = recipe(config, token_count(tokenizer), spawn)
-    policy = engine_of(config, model, tokenizer, chat)
-    return Trainer(
-        model, tokenizer, chat, draw, judge, config.train, directory, config.seed, run_fingerprint(config, spawn),
-        config.tell_budget == "all", policy,
-    )  # fmt: skip
+    learner = Learner(engine_of(config, model, tokenizer, chat), tokenizer, chat, config.tell_budget == "all")
+    objective = replace(build_objective(config, token_count(tokenizer), spawn), fingerprint=run_fingerprint(config, spawn))
+    return Trainer(learner, objective, config.train, directory, config.seed)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

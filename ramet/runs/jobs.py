@@ -23,7 +23,7 @@ from ramet.env.splits import TUNING
 from ramet.errors import ConfigError, PolicyError
 from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
-from ramet.policy.training.update import nothing_sampled
+from ramet.policy.training.update import nothing_sampled_message
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, score_name
 from ramet.runs.settings import RunConfig, dumps, held, validate, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
@@ -68,7 +68,7 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
     if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
         trees = config.train.tasks * config.train.group_size
         most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
-        console.print(f"warning: {nothing_sampled(most, 'their prompts leave nothing of a limit, such as the context')}")
+        console.print(f"warning: {nothing_sampled_message(most, 'their prompts leave nothing of a limit, such as the context')}")
     return trainer
 
 
@@ -151,12 +151,12 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
     """Say how many outcomes nothing could be sampled for. Raises `ConfigError` if that is all of them."""
     starved = [m for m in measured if m.outcome.starved]
     if starved and len(starved) == len(measured):
-        raise ConfigError(nothing_sampled(f"any of {len(measured)} outcomes", starved[0].outcome.starved))
+        raise ConfigError(nothing_sampled_message(f"any of {len(measured)} outcomes", starved[0].outcome.starved))
     for method, split in dict.fromkeys((m.method, m.split) for m in starved):
         reasons = [m.outcome.starved for m in starved if (m.method, m.split) == (method, split)]
         total = sum((m.method, m.split) == (method, split) for m in measured)
         what = f"{len(reasons)} of {total} outcomes ({method}, {split}), which count as wrong"
-        console.print(f"warning: {nothing_sampled(what, reasons[0])}")
+        console.print(f"warning: {nothing_sampled_message(what, reasons[0])}")
 
 
 def tree_entry(name: str, config: RunConfig, spawn: bool) -> MethodEntry:

@@ -15,8 +15,8 @@ import torch
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
-from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import TrainConfig
+from ramet.policy.training.trainer import Learner, Trainer
+from ramet.policy.training.update import Objective, TrainConfig
 from ramet.recipes import minimal
 
 TASKS, TREES, UPDATES = 3, 4, 3
@@ -35,9 +35,10 @@ def trainer(directory: Path, seed: int, **changed: Any) -> Trainer:
     config = TrainConfig(
         updates=UPDATES, tasks=TASKS, group_size=TREES, minibatches=1, warmup=0, learning_rate=minimal.LEARNING_RATE, estimator="rloo",
         max_grad_norm=minimal.CLIP, temperature=minimal.TEMPERATURE, length_scale=minimal.LENGTH, batch_tokens=minimal.BATCH_TOKENS,
-        max_batch=TASKS * TREES, **changed,
+        **changed,
     )  # fmt: skip
-    return Trainer(model, tokenizer, chat, partial(minimal.tasks_of, seed=seed), minimal.reward_of, config, directory, seed)
+    learner = Learner(HFPolicy(model, max_batch=TASKS * TREES), tokenizer, chat)
+    return Trainer(learner, Objective(partial(minimal.tasks_of, seed=seed), minimal.reward_of), config, directory, seed)
 
 
 def trained(seed: int) -> tuple[list[tuple[int, float, float]], list[torch.Tensor]]:

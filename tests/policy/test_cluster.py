@@ -19,7 +19,7 @@ from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.placement import ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.advantages import gae
-from ramet.policy.training.update import TrainConfig
+from ramet.policy.training.update import Objective, TrainConfig
 from ramet.runs import cluster, cluster_job
 from ramet.runs.settings import RunConfig, load
 
@@ -46,9 +46,9 @@ def test_a_run_with_other_tasks_or_rewards_is_another_run(tmp_path):
         return lambda task, tree: worth
 
     run = spec(tmp_path)
-    identified = run.identified(draw, judge(1.0)).fingerprint
-    assert identified == run.identified(draw, judge(1.0)).fingerprint != run.fingerprint
-    others = {run.identified(draw, judge(2.0)).fingerprint, run.identified(lambda update: [], judge(1.0)).fingerprint}
+    identified = run.identified(Objective(draw, judge(1.0))).fingerprint
+    assert identified == run.identified(Objective(draw, judge(1.0))).fingerprint != run.fingerprint
+    others = {run.identified(Objective(draw, judge(2.0))).fingerprint, run.identified(Objective(lambda update: [], judge(1.0))).fingerprint}
     assert len({identified, *others}) == 3
 
 

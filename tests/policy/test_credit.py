@@ -18,7 +18,7 @@ import pytest
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, price
 from ramet.errors import ConfigError
 from ramet.policy.training.advantages import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, grpo, ratio, rloo, selfcest
-from ramet.policy.training.update import Reward, TrainConfig, advantages_of
+from ramet.policy.training.update import Reward, TrainConfig, compute_advantages
 
 STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
 
@@ -188,7 +188,7 @@ def test_what_scales_and_repairs_reaches_the_selfcest_estimator():
     tree = leaves(np.random.default_rng(0))[2].tree
     task, chat = Task("game", ()), SimpleNamespace(text=lambda ids: "Answer: 1")
     verdicts = [Reward(1.0, {REPAIRS: 0.05}, 0.95), Reward(1.0, {}, 1.0), Reward(0.0, {}, 0.0), Reward(0.5, {}, 0.5)]
-    (got,) = advantages_of([(task, [tree] * 4)], [verdicts], "selfcest", chat, clone_scale=1 / 2.5)
+    (got,) = compute_advantages([(task, [tree] * 4)], [verdicts], "selfcest", chat, clone_scale=1 / 2.5)
     rewards = np.array([0.95, 1.0, 0.0, 0.5])
     roots = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
     clones = roots * np.array([1.0 / 2.5 / 0.95, 0.4, 0.0, 0.4])

@@ -19,10 +19,11 @@ from ramet.benchmarks.evaluation import baselines
 from ramet.benchmarks.evaluation.harness import Backend, MethodEntry, Workload, measure
 from ramet.env.arithmetic import RowsEnvironment, parse_sum, spell
 from ramet.env.splits import part_of
+from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.training.rows import token_logprobs
-from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import Reward, TrainConfig, advantages_of, judged, minibatches
-from ramet.runs.build import recipe
+from ramet.policy.training.trainer import Learner, Trainer
+from ramet.policy.training.update import Objective, Reward, TrainConfig, compute_advantages, compute_reward, minibatches
+from ramet.runs.build import build_objective
 from ramet.runs.settings import RunConfig
 
 CONFIG = TrainConfig(updates=2, tasks=2, group_size=4, minibatches=2, learning_rate=3e-3, warmup=0)
@@ -40,7 +41,8 @@ def judge(task: Task, tree: Tree) -> Reward:
 
 def trainer(model, tokenizer, directory: Path, **changed: object) -> Trainer:
     config = CONFIG.model_copy(update=changed)
-    return Trainer(copy.deepcopy(model), tokenizer, ControlTokenFormat(tokenizer), draw, judge, config, directory)
+    learner = Learner(HFPolicy(copy.deepcopy(model)), tokenizer, ControlTokenFormat(tokenizer))
+    return Trainer(learner, Objective(draw, judge), config, directory)
 
 
 def updates(made: Trainer, count: int) -> list[dict]:
@@ -56,15 +58,15 @@ def content(task: Task) -> str:
 
 
 def test_a_run_learns_from_training_tasks_alone():
-    drawing, _ = recipe(RunConfig(), len)
-    drawn = [task for update in range(10) for task, _ in drawing(update)]
+    sample_tasks = build_objective(RunConfig(), len).sample_tasks
+    drawn = [task for update in range(10) for task, _ in sample_tasks(update)]
     assert {part_of(content(task)) for task in drawn} == {"train"} and len({task.id for task in drawn}) == len(drawn)
 
 
 def test_only_who_may_spawn_is_trained_with_the_tool():
     for spawn, depths in ((True, {1}), (False, {0})):
-        drawing, _ = recipe(RunConfig(), len, spawn)
-        assert {budget.depth for update in range(5) for _, budget in drawing(update)} == depths
+        sample_tasks = build_objective(RunConfig(), len, spawn).sample_tasks
+        assert {budget.depth for update in range(5) for _, budget in sample_tasks(update)} == depths
 
 
 def test_repeats_of_a_task_are_sampled_with_seeds_of_their_own(nano_tokenizer, tmp_path):
@@ -119,8 +121,8 @@ def test_the_first_step_follows_the_gradient_of_advantage_times_log_probability(
 
     before = copy.deepcopy(made.model).double()
     grown = anyio.run(groups)
-    verdicts = [[judged(judge, task, tree) for tree in trees] for task, trees in grown]
-    [rows] = minibatches(grown, advantages_of(grown, verdicts, "rloo", made.chat), made.config)
+    verdicts = [[compute_reward(judge, task, tree) for tree in trees] for task, trees in grown]
+    [rows] = minibatches(grown, compute_advantages(grown, verdicts, "rloo", made.chat), made.config)
     loss = torch.zeros((), dtype=torch.float64)
     for row in rows:
         logits = before(torch.tensor([row.ids])).logits[0, :-1] / temperature
@@ -153,8 +155,8 @@ def test_the_divergence_is_from_the_weights_that_training_began_with(random_mode
             return await made.update(1)
 
     second = anyio.run(again)
-    verdicts = [[judged(judge, task, tree) for tree in trees] for task, trees in grown]
-    [rows] = minibatches(grown, advantages_of(grown, verdicts, "rloo", made.chat), made.config)
+    verdicts = [[compute_reward(judge, task, tree) for tree in trees] for task, trees in grown]
+    [rows] = minibatches(grown, compute_advantages(grown, verdicts, "rloo", made.chat), made.config)
     total = tokens = 0.0
     with torch.no_grad():
         for row in rows:

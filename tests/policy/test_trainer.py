@@ -20,12 +20,13 @@ from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
+from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.checkpoint import latest_checkpoint
 from ramet.policy.models.load import load_model, without_dropout
 from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
-from ramet.policy.training.trainer import Trainer, run_trainer
-from ramet.policy.training.update import Reward, RewardFunction, TrainConfig, learning_rate
+from ramet.policy.training.trainer import Learner, Trainer, run_trainer
+from ramet.policy.training.update import Objective, Reward, RewardFunction, TrainConfig, learning_rate
 from ramet.rewards.penalty import Prices, saturating, scored, selfcest_penalties
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
@@ -48,7 +49,8 @@ def draw(update: int) -> list[tuple[Task, Budget]]:
 
 
 def trainer(model, tokenizer, directory: Path, config: TrainConfig = CONFIG, seed: int = 0, judge_=judge) -> Trainer:
-    return Trainer(copy.deepcopy(model), tokenizer, ControlTokenFormat(tokenizer), draw, judge_, config, directory, seed)
+    learner = Learner(HFPolicy(copy.deepcopy(model)), tokenizer, ControlTokenFormat(tokenizer))
+    return Trainer(learner, Objective(draw, judge_), config, directory, seed)
 
 
 def curve(directory: Path) -> list[dict]:
@@ -145,7 +147,7 @@ def test_training_moves_the_policy_towards_reward(random_model, nano_tokenizer, 
 @pytest.mark.parametrize(
     ("verdict", "said"),
     [
-        (Reward(1.0, {}, math.nan), "the reward of task .* is nan, which is no finite number"),
+        (Reward(1.0, {}, math.nan), "the reward of task .* is nan, which is not a finite number"),
         (Reward(math.inf, {}, 1.0), "the score of task .* is inf"),
         (Reward(1.0, {"words": -math.inf}, 1.0), "the words of task .* is -inf"),
         (Reward(1.0, {}, "0.5"), "the reward of task .* is '0.5'"),
@@ -220,7 +222,8 @@ def test_nothing_is_dropped_out_in_an_update(nano_tokenizer, tmp_path, kind):
         for weight in model.parameters():
             weight.mul_(3.0 if weight.ndim > 1 else 1.0)
     run = CONFIG.model_copy(update={"updates": 1, "minibatches": 1, "kl_coef": 0.1})
-    run_trainer(Trainer(model, nano_tokenizer, ControlTokenFormat(nano_tokenizer), draw, judge, run, tmp_path))
+    learner = Learner(HFPolicy(model), nano_tokenizer, ControlTokenFormat(nano_tokenizer))
+    run_trainer(Trainer(learner, Objective(draw, judge), run, tmp_path))
     (metrics,) = curve(tmp_path)
     assert abs(metrics["behaviour_log_ratio"]) < 1e-5 and metrics["clip_fraction"] == 0 and abs(metrics["kl_to_reference"]) < 1e-6
 
@@ -441,7 +444,7 @@ def _with_context(context: int, at_update: int = 0):
 
 def test_a_run_that_can_sample_nothing_ends_with_the_limit_and_leaves_no_checkpoint(random_model, nano_tokenizer, tmp_path):
     made = trainer(random_model, nano_tokenizer, tmp_path)
-    made.draw = _with_context(8)
+    made.sample_tasks = _with_context(8)
     with pytest.raises(ConfigError, match=r"nothing was sampled for any tree .* a prompt of \d+ tokens .* budget's context of 8 tokens"):
         run_trainer(made)
     assert latest_checkpoint(made.checkpoints) is None and [m["starved"] for m in made.log.read()] == [1.0]
@@ -449,6 +452,6 @@ def test_a_run_that_can_sample_nothing_ends_with_the_limit_and_leaves_no_checkpo
 
 def test_trees_that_found_no_room_are_counted(random_model, nano_tokenizer, tmp_path):
     made = trainer(random_model, nano_tokenizer, tmp_path, CONFIG.model_copy(update={"updates": 2}))
-    made.draw = _with_context(8, at_update=1)
+    made.sample_tasks = _with_context(8, at_update=1)
     run_trainer(made)
     assert [m["starved"] for m in made.log.read()] == [0.0, 1.0]

@@ -20,7 +20,7 @@ from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.errors import PolicyError
 from ramet.policy.training.runlog import STORED
-from ramet.policy.training.update import AGAIN, Group, Reward, grouped, grow, jobs_of, summary
+from ramet.policy.training.update import MAX_REGROWTHS, Group, Reward, group_trees, grow_trees, rollout_metrics, tree_jobs
 
 DRAWN = [(Task(f"t{i}", (Message("user", f"go {i}"),)), Budget()) for i in range(2)]
 
@@ -50,7 +50,7 @@ def trees(broken: int, path: Path) -> tuple[list[Group], Failing]:
     async def main() -> list[Group]:
         with Journal(path, "job") as journal:
             runtime = Runtime(JournaledPolicy(policy, journal), PlainFormat())
-            return grouped(DRAWN, await grow(runtime, jobs_of(DRAWN, 0, 4, 0), 2), 4)
+            return group_trees(DRAWN, await grow_trees(runtime, tree_jobs(DRAWN, 0, 4, 0), 2), 4)
 
     return anyio.run(main), policy
 
@@ -62,8 +62,8 @@ def test_a_tree_whose_clone_the_backend_failed_is_grown_anew_and_counted(tmp_pat
     assert all(branch.status is Status.ANSWERED for tree in grown for branch in tree.branches)
     verdicts = [[Reward(1.0, {}, 1.0)] * 4] * 2
     none = [[[0.0] * 3] * 4] * 2
-    assert 2 <= summary(0, groups, verdicts, none)["regrown"] <= 3
-    assert summary(0, calm, verdicts, none)["regrown"] == 0
+    assert 2 <= rollout_metrics(0, groups, verdicts, none)["regrown"] <= 3
+    assert rollout_metrics(0, calm, verdicts, none)["regrown"] == 0
     ids = [[[branch.ids for branch in tree.branches] for tree in of] for _, of in calm]
     assert all([b.ids for b in t.branches] == ids[g][n] for g, (_, of) in enumerate(groups) for n, t in enumerate(of) if not t.regrown)
     # Read again, stored or from the samples, they are the same.
@@ -97,5 +97,5 @@ def test_trees_that_were_stored_with_clones_inside_their_parents_can_be_read(tmp
 
 
 def test_a_backend_that_stays_away_ends_the_update_with_what_it_said(tmp_path):
-    with pytest.raises(PolicyError, match=rf"task t\d failed {AGAIN + 1} times, the last with: 503 service unavailable; .* resume"):
+    with pytest.raises(PolicyError, match=rf"task t\d failed {MAX_REGROWTHS + 1} times, the last with: 503 service unavailable; .* resume"):
         trees(1000, tmp_path / "j")

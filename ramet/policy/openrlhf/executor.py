@@ -15,7 +15,7 @@ from ramet.agents.tree import Tree
 from ramet.errors import EngineLost
 from ramet.policy.engines.vllm import EnginePolicy
 from ramet.policy.models.tokenizer import load_tokenizer
-from ramet.policy.training.update import AGAIN, whole
+from ramet.policy.training.update import MAX_REGROWTHS, require_complete
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class TreeExecutor(AgentExecutorBase):
     ) -> Tree:
         """The finished tree. Raises `EngineLost`, or `PolicyError` for a tree that the backend fails again and again."""
         runtime = self._runtime(prompt, self.policy(llm_engine))
-        tree = await runtime.grow(prompt.job, AGAIN)
+        tree = await runtime.grow(prompt.job, MAX_REGROWTHS)
         if tree.failed and llm_engine.llm.errored:
             raise EngineLost(tree.failed)
-        return whole(tree)
+        return require_complete(tree)
 
     def _runtime(self, asked: Rollout, policy: EnginePolicy) -> Runtime:
         key = (asked.model, asked.chat, asked.temperature, asked.always_show_budget)

@@ -60,7 +60,7 @@ def deal(minibatches: Sequence[Sequence[TrainingRow]], trainers: int, tokens: in
 
 
 def _experience(batch: Any, rows: Sequence[TrainingRow]) -> Experience:
-    targets = Targets.of(batch, rows)
+    targets = Targets.from_rows(batch, rows)
     return Experience(
         sequences=batch.ids,
         attention_mask=batch.spread([[1] * len(row.ids) for row in rows], torch.long),

@@ -1,4 +1,4 @@
-"""The samples of updates: trees, from a journal or from the engines, in any order and none of them twice."""
+"""The samples of updates: trees, read from a journal or grown on the engines, in any order and none of them twice."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from typing import Any
 
 from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
 
+from ramet.agents.budget import Budget
 from ramet.agents.journal import Journal, fingerprint
-from ramet.agents.tree import Tree
+from ramet.agents.tree import Task, Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import RunSpec
 from ramet.policy.training.runlog import STORED
-from ramet.policy.training.update import Group, Reward, RewardFunction, TaskSampler, grouped, jobs_of, judged
+from ramet.policy.training.update import Group, Objective, Reward, compute_reward, group_trees, tree_jobs
 
 
 class TreeSamples(SamplesGenerator):
-    """Grows the trees of updates, several updates at a time, and judges each as soon as it is there.
+    """Grows the trees of updates, of several at a time, and computes the reward of each tree as soon as it is finished.
 
-    Every finished tree goes to the journal of its update first: one that was interrupted goes on with the trees that are missing.
-    The trees of a task grow on one engine, which reads what they share once. `wait(refs)` gives the values of those of Ray's references
-    that are done, of one at least, and raises if none ever will be. `rollouts` is the folder of the journals.
+    Every finished tree is first written to the journal of its update, so that an interrupted update grows only the missing trees.
+    The trees of a task grow on one engine, which prefills what they share once.
+
+    rollouts  the folder of the journals
+    wait      waits until at least one of Ray's references is done; returns the values of all that are, and raises if none ever will be
     """
 
     def __init__(
@@ -32,24 +35,23 @@ class TreeSamples(SamplesGenerator):
         engines: list[Any],
         spec: RunSpec,
         rollouts: Path,
-        draw: TaskSampler,
-        judge: RewardFunction,
+        objective: Objective,
         wait: Callable[[list[Any]], dict[Any, Any]],
     ) -> None:
         super().__init__(strategy, None, None, None, engines)
-        self.spec, self._rollouts, self.draw, self._judge, self._wait = spec, rollouts, draw, judge, wait
+        self.spec, self._rollouts, self._objective, self._wait = spec, rollouts, objective, wait
         self._begun: dict[int, _Update] = {}
         self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
         self._loads = [0] * len(engines)
-        self._judges = ThreadPoolExecutor(spec.cluster.reward_concurrency)
+        self._reward_threads = ThreadPoolExecutor(spec.cluster.reward_concurrency)
 
     def begin(self, update: int) -> None:
-        """Start the trees of an update that are not in its journal. Does not wait."""
+        """Start to grow the trees of an update that are not in its journal. Returns at once."""
         if update in self._begun:
             return
         path = self._rollouts / f"{update:06d}.jsonl"
-        drawn = list(self.draw(update))
-        begun = _Update(drawn, Journal(path, fingerprint(self.spec.fingerprint, update)))
+        tasks = list(self._objective.sample_tasks(update))
+        begun = _Update(tasks, Journal(path, fingerprint(self.spec.fingerprint, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
             self._keep(begun, (record["group"], record["number"]), STORED.validate_json(record["tree"]))
@@ -58,7 +60,7 @@ class TreeSamples(SamplesGenerator):
         heapq.heapify(loads)
         places: dict[int, int] = {}
         train = self.spec.train
-        for job in jobs_of(drawn, update, train.group_size, self.spec.seed):
+        for job in tree_jobs(tasks, update, train.group_size, self.spec.seed):
             group, number = job.key
             assert isinstance(group, int) and isinstance(number, int)
             if (group, number) in begun.trees:
@@ -75,39 +77,43 @@ class TreeSamples(SamplesGenerator):
             self._loads[engine] += 1
 
     def collect(self, update: int) -> tuple[list[Group], list[list[Reward]]]:
-        """The groups of an update that was begun, and what each tree earned. Raises what the engines or the rewards raise."""
+        """Wait for the trees of an update that was begun. Returns its groups, and the rewards by group and tree.
+
+        Raises what the engines or the reward function raise.
+        """
         begun = self._begun[update]
         size = self.spec.train.group_size
-        while len(begun.trees) < len(begun.drawn) * size:
+        while len(begun.trees) < len(begun.tasks) * size:
             self.keep(self._wait(self.growing))
         del self._begun[update]
         begun.journal.close()
-        groups = grouped(begun.drawn, begun.trees, size)
-        return groups, [[begun.verdicts[g, n].result() for n in range(size)] for g in range(len(groups))]
+        groups = group_trees(begun.tasks, begun.trees, size)
+        return groups, [[begun.rewards[g, n].result() for n in range(size)] for g in range(len(groups))]
 
     @property
     def growing(self) -> list[Any]:
-        """Ray's references to the trees that are not here yet."""
+        """Ray's references to the unfinished trees."""
         return list(self._pending)
 
-    def keep(self, found: Mapping[Any, Any]) -> None:
-        """Take trees by their references: into the journal, then to the judge."""
-        for ref, (tree,) in found.items():
-            where, key, engine = self._pending.pop(ref)
+    def keep(self, finished: Mapping[Any, Any]) -> None:
+        """Write trees, given by their references, to the journal, and start to compute their rewards."""
+        for ref, (tree,) in finished.items():
+            update, key, engine = self._pending.pop(ref)
             self._loads[engine] -= 1
-            begun = self._begun[where]
+            begun = self._begun[update]
             begun.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
             self._keep(begun, key, tree)
 
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:
         begun.trees[key] = tree
-        begun.verdicts[key] = self._judges.submit(judged, self._judge, begun.drawn[key[0]][0], tree)
+        task, _ = begun.tasks[key[0]]
+        begun.rewards[key] = self._reward_threads.submit(compute_reward, self._objective.reward_function, task, tree)
 
 
 class _Update:
-    """Trees of one update as they come."""
+    """An update whose trees are growing: its tasks, its journal, and the trees and rewards so far by (group, number)."""
 
-    def __init__(self, drawn: list[Any], journal: Journal) -> None:
-        self.drawn, self.journal = drawn, journal
+    def __init__(self, tasks: list[tuple[Task, Budget]], journal: Journal) -> None:
+        self.tasks, self.journal = tasks, journal
         self.trees: dict[tuple[object, ...], Tree] = {}
-        self.verdicts: dict[tuple[int, int], Future[Reward]] = {}
+        self.rewards: dict[tuple[int, int], Future[Reward]] = {}

@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from ramet.agents.journal import fingerprint
 from ramet.errors import PartLost
 from ramet.policy.training.identity import identity
-from ramet.policy.training.update import RewardFunction, TaskSampler, TrainConfig
+from ramet.policy.training.update import Objective, TrainConfig
 from ramet.schema import Section
 
 FREE = ("address", "restarts", "reward_concurrency", "gpu_memory")
@@ -104,8 +104,8 @@ class RunSpec:
     chat         name of the chat format, as in `ramet.policy.models.load.load_tokenizer`
     dtype        "bfloat16" or "float32": the type in which engines and trainers compute
     fingerprint  differs between runs that must not resume each other
-    always_show_budget     as in `ramet.agents.runtime.Runtime`
-    recipe       called with a function that counts the tokens of a text; returns the run's task sampler and reward function
+    always_show_budget  as in `ramet.agents.runtime.Runtime`
+    objective    called with a function that counts the tokens of a text; returns the run's objective
     """
 
     train: TrainConfig
@@ -117,8 +117,9 @@ class RunSpec:
     seed: int
     fingerprint: str
     always_show_budget: bool
-    recipe: Callable[[Callable[[str], int]], tuple[TaskSampler, RewardFunction]]
+    objective: Callable[[Callable[[str], int]], Objective]
 
-    def identified(self, sample_tasks: TaskSampler, reward_function: RewardFunction) -> RunSpec:
-        """A copy whose fingerprint also covers the code of the task sampler and the reward function that `recipe` returned."""
-        return replace(self, fingerprint=fingerprint(self.fingerprint, identity(sample_tasks), identity(reward_function)))
+    def identified(self, objective: Objective) -> RunSpec:
+        """A copy whose fingerprint also covers the objective that was built: the code of its task sampler and reward function."""
+        parts = (objective.fingerprint, identity(objective.sample_tasks), identity(objective.reward_function))
+        return replace(self, fingerprint=fingerprint(self.fingerprint, *parts))

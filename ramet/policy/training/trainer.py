@@ -1,24 +1,23 @@
-"""The local trainer: sample trees, score them, one policy update, again.
+"""The local trainer: sample trees, compute their rewards, update the policy, repeat.
 
-One iteration:
+One update:
 
-1. `draw` gives the update's tasks with their budgets; each is rolled out `group_size` times.
-2. `judge` scores each tree; `credit` turns a group's rewards into one advantage per branch.
+1. The task sampler returns the update's tasks with their budgets; `group_size` trees are grown for each.
+2. The reward function grades each tree; an estimator (`advantages`) turns a group's rewards into one advantage per branch.
 3. Rows of whole groups are dealt into `minibatches`; each gets one AdamW step per epoch. The number of
-   optimiser steps is fixed, whatever the fan-out. A tree's weight is 1/trees, whatever its fan-out. The model computes
-   as it does when it samples: nothing is dropped out.
-4. The sampling engine is told the new weight version.
+   optimiser steps and the weight of a tree, 1/trees, do not depend on the fan-out. The model computes
+   as it does when it samples: without dropout.
+4. The sampling policy gets the number of the new weight version, and drops what it had cached.
 
-Every random choice is a function of the configured seed and the update's number, and an update starts
-from nothing but weights and optimiser state, so a run that was killed continues, from its last
-checkpoint, the curve that it was on.
+Every random choice is a function of the configured seed and the update's number, and an update depends on
+weights and optimiser state alone, so a run that was killed continues the same curve from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,60 +42,61 @@ from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (
     Group,
     Metrics,
-    RewardFunction,
+    Objective,
     Targets,
-    TaskSampler,
     TrainConfig,
-    advantages_of,
     check_sampled,
-    grouped,
-    grow,
-    jobs_of,
-    judged,
+    compute_advantages,
+    compute_reward,
+    group_trees,
+    grow_trees,
     learning_rate,
+    limits_reached,
     loss_metrics,
     minibatches,
-    starved,
-    summary,
+    rollout_metrics,
+    tree_jobs,
     update_loss,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Learner:
+    """The policy that is trained, and what is needed to grow trees with it.
+
+    policy              samples from the model, whose weights are changed in place
+    tokenizer           saved beside the weights of each checkpoint; its padding id pads batches
+    always_show_budget  as in `ramet.agents.runtime.Runtime`
+    """
+
+    policy: HFPolicy
+    tokenizer: Any
+    chat: ChatFormat
+    always_show_budget: bool = True
 
 
 class Trainer:
     """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
 
-    A model in bfloat16 samples and computes gradients in it; what is stepped, stored and left in its place at the end is float32.
-    `job` names what `draw` and `judge` depend on besides their code; a checkpoint of another job, or of another draw or judge
-    (`identity`), is not resumed. `always_show_budget`: see `Runtime`. `policy` samples, by
-    default an `HFPolicy` of the model.
+    A bfloat16 model samples and computes gradients in bfloat16; its optimiser steps and its checkpoints are float32, and so is the
+    model itself after the last update. A checkpoint is resumed only by a trainer with the same seed, configuration and objective:
+    the code of the task sampler and of the reward function is compared (`identity`), and so is the objective's fingerprint.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        chat: ChatFormat,
-        draw: TaskSampler,
-        judge: RewardFunction,
-        config: TrainConfig,
-        directory: Path,
-        seed: int = 0,
-        job: str = "",
-        always_show_budget: bool = True,
-        policy: HFPolicy | None = None,
-    ):
+    def __init__(self, learner: Learner, objective: Objective, config: TrainConfig, directory: Path, seed: int = 0):
+        self.sample_tasks, self.reward_function = objective.sample_tasks, objective.reward_function
         self._identity = {
-            "seed": seed, "config": config.model_dump(), "job": job, "tasks": identity(draw), "reward function": identity(judge)
+            "seed": seed, "config": config.model_dump(), "data fingerprint": objective.fingerprint, "tasks": identity(self.sample_tasks),
+            "reward function": identity(self.reward_function),
         }  # fmt: skip
-        self.model, self.tokenizer, self.chat = model.eval(), tokenizer, chat
-        self.draw, self.judge, self.config, self.seed = draw, judge, config, seed
-        self.directory = directory
-        self._always_show_budget = always_show_budget
-        self.policy = policy or HFPolicy(model, max_batch=config.max_batch)
-        self._reference = _frozen_copy(model) if config.kl_coef else None
+        self.policy, self.tokenizer, self.chat = learner.policy, learner.tokenizer, learner.chat
+        self.model = self.policy.model.eval()
+        self.config, self.seed, self.directory = config, seed, directory
+        self._always_show_budget = learner.always_show_budget
+        self._reference = _frozen_copy(self.model) if config.kl_coef else None
         if config.lora_rank:
-            adapt(model, config.lora_rank, seed)
-        self._masters = Masters(model)
+            adapt(self.model, config.lora_rank, seed)
+        self._masters = Masters(self.model)
         self._weights = list(self._masters.weights.values())
         # Biases and the scales of norms do not decay.
         decays: list[dict[str, Any]] = [{"params": [w for w in self._weights if w.ndim > 1]}]
@@ -104,14 +104,18 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(decays, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.start = 0
         self.log = RunLog(directory)
-        self._starved = ""
+        self._limit_reached = ""
 
     @property
     def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
         return self.directory / "checkpoints"
 
     def resume(self) -> int:
-        """Load the last checkpoint, if there is one; metrics past it are dropped. Returns the next update."""
+        """Load the last checkpoint, if there is one, and drop the metrics of later updates. Returns the number of the next update.
+
+        Raises `ConfigError` if the checkpoint is of another run, `CheckpointError` if it cannot be read.
+        """
         path = latest_checkpoint(self.checkpoints)
         if path is not None:
             state = load_checkpoint(path, self._masters, self.optimizer)
@@ -123,9 +127,9 @@ class Trainer:
         return self.start
 
     async def train(self, report: Callable[[Metrics], None] | None = None) -> None:
-        """Run the updates that are left. `report` gets each update's metrics.
+        """Run the remaining updates. `report` is called with the metrics of each.
 
-        Asked to stop (`ramet.agents.drain`), it ends the update, saves a checkpoint and raises `Drained`.
+        When a stop is requested (`ramet.agents.drain`), the update is finished, a checkpoint saved, and `Drained` raised.
         """
         with self.log:
             async with self.policy:
@@ -133,7 +137,7 @@ class Trainer:
                 for update in range(self.start, self.config.updates):
                     metrics = await self.update(update)
                     self.log.write(metrics)
-                    check_sampled(metrics, self._starved)
+                    check_sampled(metrics, self._limit_reached)
                     done = update + 1
                     stopping = drain.requested() and done < self.config.updates
                     if done % self.config.checkpoint_every == 0 or done == self.config.updates or stopping:
@@ -146,25 +150,26 @@ class Trainer:
                 self.policy.refresh(self.config.updates)
 
     async def update_in_service(self, update: int) -> Metrics:
-        """One iteration by itself, serving the policy for as long as it takes."""
+        """As `update`, for a policy that is not serving: it serves for this one update."""
         async with self.policy:
             return await self.update(update)
 
     def save(self, step: int) -> Path:
+        """Write the checkpoint of `step` finished updates, and keep the last two. Raises `StorageError` if the disk refuses."""
         path = save_checkpoint(self.checkpoints, step, self._masters, self.tokenizer, self.optimizer, self._identity)
         prune_checkpoints(self.checkpoints, keep=2)
         self.log.forget_rollouts(step)
         return path
 
     async def update(self, update: int) -> Metrics:
-        """One iteration; returns its metrics."""
+        """Make update number `update`, from sampling to the last optimiser step. Returns its metrics."""
         started = time.perf_counter()
         groups = await self.rollout(update)
-        self._starved = next(iter(starved(groups)), "")
+        self._limit_reached = next(iter(limits_reached(groups)), "")
         sampled = time.perf_counter()
-        verdicts = [[judged(self.judge, task, tree) for tree in trees] for task, trees in groups]
-        advantages = advantages_of(groups, verdicts, self.config.estimator, self.chat, self.config.clone_scale)
-        metrics = summary(update, groups, verdicts, advantages)
+        rewards = [[compute_reward(self.reward_function, task, tree) for tree in trees] for task, trees in groups]
+        advantages = compute_advantages(groups, rewards, self.config.estimator, self.chat, self.config.clone_scale)
+        metrics = rollout_metrics(update, groups, rewards, advantages)
         metrics |= self._optimise(update, minibatches(groups, advantages, self.config))
         self.policy.refresh(update + 1)
         metrics["seconds_sampling"] = sampled - started
@@ -172,34 +177,34 @@ class Trainer:
         return metrics
 
     async def rollout(self, update: int) -> list[Group]:
-        """The update's groups, in the order of `draw` whatever the order in which trees finished."""
-        drawn = list(self.draw(update))
-        jobs = jobs_of(drawn, update, self.config.group_size, self.seed)
-        whole = self.log.rollouts / f"{update:06d}.jsonl"
-        draft = whole.with_suffix(".draft")
+        """Grow the trees of an update. Returns its groups in the order of the task sampler, whatever the order in which trees finish."""
+        tasks = list(self.sample_tasks(update))
+        jobs = tree_jobs(tasks, update, self.config.group_size, self.seed)
+        finished = self.log.rollouts / f"{update:06d}.jsonl"
+        draft = finished.with_suffix(".draft")
         # Half an update is sampled again as a whole: in other batches, the rest of it would differ in the last bits.
         draft.unlink(missing_ok=True)
-        with Journal(whole if whole.exists() else draft, fingerprint(self._identity, update)) as journal:
+        with Journal(finished if finished.exists() else draft, fingerprint(self._identity, update)) as journal:
             policy = JournaledPolicy(self.policy, journal)
             sampling = Sampling(temperature=self.config.temperature)
             runtime = Runtime(FreshCache(policy), self.chat, sampling, always_show_budget=self._always_show_budget)
-            trees = await grow(runtime, jobs, 4 * self.config.max_batch)
+            trees = await grow_trees(runtime, jobs, 4 * self.config.max_batch)
         if draft.exists():
-            draft.replace(whole)
-        return grouped(drawn, trees, self.config.group_size)
+            draft.replace(finished)
+        return group_trees(tasks, trees, self.config.group_size)
 
-    def _optimise(self, update: int, parts: list[list[TrainingRow]]) -> Metrics:
-        """The update's fixed number of optimiser steps. Returns loss metrics, averaged over sampled tokens."""
+    def _optimise(self, update: int, steps: list[list[TrainingRow]]) -> Metrics:
+        """Make one optimiser step per epoch for the rows of each of `steps`. Returns the metrics of the loss and the gradient."""
         config = self.config
         rate = learning_rate(config, update)
-        for setting in self.optimizer.param_groups:
-            setting["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         sums = dict.fromkeys(SUMS, 0.0)
-        norms, fed, padded = [], 0, 0
+        norms, row_tokens, padded_tokens = [], 0, 0
         for _ in range(config.epochs):
-            for rows in parts:
-                for batch_sums, real, all_ in self._backward(rows):
-                    fed, padded = fed + real, padded + all_
+            for rows in steps:
+                for batch_sums, unpadded, padded in self._backward(rows):
+                    row_tokens, padded_tokens = row_tokens + unpadded, padded_tokens + padded
                     for name in sums:
                         sums[name] += batch_sums[name]
                 norm = torch.nn.utils.clip_grad_norm_(self._weights, config.max_grad_norm)
@@ -216,22 +221,23 @@ class Trainer:
             "gradient_norm": sum(norms) / len(norms),
             "learning_rate": rate,
             "optimizer_steps": len(norms),
-            "trained_tokens": fed,
-            "padding": 1 - fed / max(padded, 1),
+            "trained_tokens": row_tokens,
+            "padding": 1 - row_tokens / max(padded_tokens, 1),
         }
 
     def _backward(self, rows: list[TrainingRow]) -> list[tuple[dict[str, float], int, int]]:
+        """Add the gradient of the loss of the rows. Returns for each batch the sums of its loss, its tokens, and those with padding."""
         results = []
         for batch in batches([row.ids for row in rows], self.config.batch_tokens, self.tokenizer.pad_token_id or 0):
-            chosen = [rows[i] for i in batch.members]
+            members = [rows[i] for i in batch.members]
             batch = replace(batch, ids=batch.ids.to(self.policy.device))
             ids = batch.ids
-            inputs = self.policy.training_inputs(ids, [row.ids for row in chosen], [row.media for row in chosen])
+            inputs = self.policy.training_inputs(ids, [row.ids for row in members], [row.media for row in members])
             logprobs, entropy, kl = token_logprobs(self.model, ids, self.config.temperature, self._reference, inputs)
-            sums = update_loss(logprobs, entropy, kl, Targets.of(batch, rows), self.config)
+            sums = update_loss(logprobs, entropy, kl, Targets.from_rows(batch, rows), self.config)
             sums.loss.backward()
             self._masters.collect()
-            results.append((sums.values(), sum(len(row.ids) for row in chosen), ids.numel()))
+            results.append((sums.values(), sum(len(row.ids) for row in members), ids.numel()))
         return results
 
 
@@ -242,6 +248,6 @@ def _frozen_copy(model: Any) -> Any:
 
 
 def run_trainer(trainer: Trainer, report: Callable[[Metrics], None] | None = None) -> None:
-    """Resume and train to the end, from synchronous code."""
+    """Resume from the last checkpoint and train to the last update, from synchronous code."""
     trainer.resume()
     drain.run(trainer.train, report)

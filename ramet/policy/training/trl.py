@@ -30,7 +30,7 @@ from ramet.agents.tree import Branch, Task, Tree
 from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.load import without_dropout
-from ramet.policy.training.update import RewardFunction, grow, judged
+from ramet.policy.training.update import RewardFunction, compute_reward, grow_trees
 
 REWARD = "tree_reward"
 
@@ -101,7 +101,7 @@ class TreeRollouts:
         self.grown = [trees[n,] for n in range(len(jobs))]
         out: dict[str, list[Any]] = {name: [] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", REWARD)}
         for job, tree in zip(jobs, self.grown, strict=True):
-            reward = judged(self._judge, job.task, tree).reward
+            reward = compute_reward(self._judge, job.task, tree).reward
             rows = [_row(branch) for branch in tree.branches if branch.generated]
             rows += [(list(tree.root.prompt), [trainer.processing_class.pad_token_id], [0.0], [0])] * (self.rows - len(rows))
             for name, values in zip(out, zip(*rows, strict=True), strict=False):
@@ -112,7 +112,7 @@ class TreeRollouts:
     async def _grow(self, model: Any, jobs: list[Job]) -> dict[tuple[object, ...], Tree]:
         async with HFPolicy(model, max_batch=self._max_batch) as policy:
             runtime = Runtime(FreshCache(policy), self._chat, Sampling(self._temperature), always_show_budget=self._always_show_budget)
-            return await grow(runtime, jobs, 4 * self._max_batch)
+            return await grow_trees(runtime, jobs, 4 * self._max_batch)
 
 
 def _row(branch: Branch) -> tuple[list[int], list[int], list[float], list[int]]:

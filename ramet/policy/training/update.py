@@ -1,7 +1,7 @@
-"""One update, whichever trainer makes it: its settings, its rewards and credit, its minibatches of rows, its loss.
+"""One policy update, shared by all trainers: its settings, rewards, advantages, minibatches of rows and loss.
 
-The local trainer and the cluster trainer differ in who samples and who holds the weights. What an update is stands
-here, once. torch is imported where it computes: the settings and rewards of an update are read without it.
+The local trainer and the cluster trainer differ in who samples and who holds the weights; what an update computes is
+defined here, once. torch is imported only by the functions that compute with it: settings and rewards work without it.
 """
 
 from __future__ import annotations
@@ -105,71 +105,91 @@ def learning_rate(config: TrainConfig, update: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """What a tree earned: its score in [0, 1], its penalties by name, and the reward that they make."""
+    """What a tree earned: its score in [0, 1], its penalties by name, and the reward computed from both."""
 
     score: float
     penalties: Mapping[str, float]
     reward: float
 
 
-AGAIN = 3
-"""How often a tree that the backend failed is grown anew."""
+MAX_REGROWTHS = 3
+"""How many more times a tree is grown after the backend failed one of its branches."""
 TaskSampler = Callable[[int], Sequence[tuple[Task, Budget]]]
-"""The tasks of an update and the budget of each."""
+"""Given the number of an update, returns its tasks, each with the budget of its trees. Must be a function of that number alone."""
 RewardFunction = Callable[[Task, Tree], Reward]
+"""Grades a finished tree of a task."""
 Metrics = dict[str, float | int]
 Group = tuple[Task, list[Tree]]
+"""A task and its `group_size` trees."""
 
 
-def jobs_of(drawn: Sequence[tuple[Task, Budget]], update: int, group_size: int, seed: int) -> list[Job]:
-    """The trees of an update, each with a seed of its own; their keys are (group, number in the group)."""
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a run trains for: the tasks of its updates and the reward of a tree.
+
+    fingerprint  differs where the data or settings that the two functions read differ; their own code is compared besides
+    """
+
+    sample_tasks: TaskSampler
+    reward_function: RewardFunction
+    fingerprint: str = ""
+
+
+def tree_jobs(tasks: Sequence[tuple[Task, Budget]], update: int, group_size: int, seed: int) -> list[Job]:
+    """The trees to grow for an update, each with its own seed. A job's key is (group, number within the group)."""
     return [
         Job(task, budget, seed_of(seed, f"train/{update}/{g}", n), (g, n))
-        for g, (task, budget) in enumerate(drawn)
+        for g, (task, budget) in enumerate(tasks)
         for n in range(group_size)
     ]
 
 
-def grouped(drawn: Sequence[tuple[Task, Budget]], trees: Mapping[tuple[object, ...], Tree], group_size: int) -> list[Group]:
-    """The finished trees by task, in the order of `drawn`, whatever the order in which they finished."""
-    return [(task, [trees[g, n] for n in range(group_size)]) for g, (task, _) in enumerate(drawn)]
+def group_trees(tasks: Sequence[tuple[Task, Budget]], trees: Mapping[tuple[object, ...], Tree], group_size: int) -> list[Group]:
+    """The finished trees, given by the key of their job, as one group per task, in the order of `tasks`."""
+    return [(task, [trees[g, n] for n in range(group_size)]) for g, (task, _) in enumerate(tasks)]
 
 
-async def grow(runtime: Runtime, jobs: Sequence[Job], in_flight: int) -> dict[tuple[object, ...], Tree]:
-    """The trees of the jobs by their keys, none of which the backend has failed (`whole`)."""
-    async with runtime.run_many(jobs, in_flight, AGAIN) as finished:
-        return {job.key: whole(tree) async for job, tree in finished}
+async def grow_trees(runtime: Runtime, jobs: Sequence[Job], in_flight: int) -> dict[tuple[object, ...], Tree]:
+    """Grow the trees, at most `in_flight` at a time; returns them by the key of their job. Raises as `require_complete`."""
+    async with runtime.run_many(jobs, in_flight, MAX_REGROWTHS) as finished:
+        return {job.key: require_complete(tree) async for job, tree in finished}
 
 
-def whole(tree: Tree) -> Tree:
-    """The tree, unless the backend failed a branch of it: what such a tree earns says nothing about the policy. Raises `PolicyError`."""
+def require_complete(tree: Tree) -> Tree:
+    """The tree itself. Raises `PolicyError` if the backend failed one of its branches: its reward would say nothing about the policy."""
     if tree.failed:
-        times = f"{tree.regrown + 1} times, the last with"
-        raise PolicyError(f"task {tree.task_id} failed {times}: {tree.failed}; see to the backend, and run again to resume")
+        attempts = f"{tree.regrown + 1} times, the last with"
+        raise PolicyError(f"task {tree.task_id} failed {attempts}: {tree.failed}; fix the backend, and run again to resume")
     return tree
 
 
-def judged(judge: RewardFunction, task: Task, tree: Tree) -> Reward:
-    """What `judge` says. Raises `RewardError` for whatever it raises that is not ours, and for what is no number."""
+def compute_reward(reward_function: RewardFunction, task: Task, tree: Tree) -> Reward:
+    """The reward of a tree, checked.
+
+    Raises `RewardError` if the function raises anything but a `RametError`, or returns anything but a `Reward` of finite numbers.
+    """
     try:
-        verdict = judge(task, tree)
+        reward = reward_function(task, tree)
     except RametError:
         raise
     except Exception as error:
-        said = f"{type(error).__name__}: {first_line(error)}"
-        raise RewardError(f"the reward of task {task.id} raised {said}; fix the reward function") from error
-    if not isinstance(verdict, Reward):
-        raise RewardError(f"the reward of task {task.id} is a {type(verdict).__name__}, not a Reward; fix the reward function")
-    for name, value in {"reward": verdict.reward, "score": verdict.score, **verdict.penalties}.items():
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise RewardError(f"the reward of task {task.id} raised {cause}; fix the reward function") from error
+    if not isinstance(reward, Reward):
+        raise RewardError(f"the reward of task {task.id} is a {type(reward).__name__}, not a Reward; fix the reward function")
+    for name, value in {"reward": reward.reward, "score": reward.score, **reward.penalties}.items():
         if not isinstance(value, Real) or not math.isfinite(value):
-            raise RewardError(f"the {name} of task {task.id} is {value!r}, which is no finite number; fix the reward function")
-    return verdict
+            raise RewardError(f"the {name} of task {task.id} is {value!r}, which is not a finite number; fix the reward function")
+    return reward
 
 
-def advantages_of(
-    groups: Sequence[Group], verdicts: Sequence[Sequence[Reward]], estimator: str, chat: ChatFormat, clone_scale: float = 1.0
+def compute_advantages(
+    groups: Sequence[Group], rewards: Sequence[Sequence[Reward]], estimator: str, chat: ChatFormat, clone_scale: float = 1.0
 ) -> list[list[list[float]]]:
-    """Per group, tree and branch: the advantage. The penalty named `REPAIRS` is the root's alone, for the estimator "selfcest"."""
+    """The advantage of every branch, indexed by group, tree and branch; `rewards` are indexed by group and tree.
+
+    The estimator "selfcest" alone reads the sampled text, and lets the root alone pay the penalty named `REPAIRS`.
+    """
     estimate = partial(selfcest, clone_scale=clone_scale) if estimator == "selfcest" else ESTIMATORS[estimator]
 
     def texts(tree: Tree) -> tuple[str, ...]:
@@ -177,9 +197,12 @@ def advantages_of(
             return ()
         return tuple(chat.text([i for turn in branch.turns for i in turn.sampled]) for branch in tree.branches)
 
+    def scored(tree: Tree, reward: Reward) -> ScoredTree:
+        return ScoredTree(tree, reward.reward, reward.penalties.get(REPAIRS, 0.0), texts(tree))
+
     return [
-        estimate([ScoredTree(tree, v.reward, v.penalties.get(REPAIRS, 0.0), texts(tree)) for tree, v in zip(trees, judged_, strict=True)])
-        for (_, trees), judged_ in zip(groups, verdicts, strict=True)
+        estimate([scored(tree, reward) for tree, reward in zip(trees, group_rewards, strict=True)])
+        for (_, trees), group_rewards in zip(groups, rewards, strict=True)
     ]
 
 
@@ -187,21 +210,23 @@ def minibatches(groups: Sequence[Group], advantages: Sequence[Sequence[Sequence[
     """The rows of each optimiser step: whole groups, dealt out in turn. A tree's weight is 1/trees, whatever its fan-out."""
     from ramet.policy.training.rows import rows_of
 
-    made = []
-    for part in range(config.minibatches):
-        chosen = range(part, len(groups), config.minibatches)
-        trees = [(tree, a) for g in chosen for tree, a in zip(groups[g][1], advantages[g], strict=True)]
+    steps = []
+    for step in range(config.minibatches):
+        members = range(step, len(groups), config.minibatches)
+        trees = [(tree, a) for g in members for tree, a in zip(groups[g][1], advantages[g], strict=True)]
         weight = 1.0 / (len(trees) * config.length_scale) if trees else 0.0
-        made.append([row for tree, a in trees for row in rows_of(tree, a, weight)])
-    return made
+        steps.append([row for tree, a in trees for row in rows_of(tree, a, weight)])
+    return steps
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a batch of rows is trained towards. All (B, T), one entry a token id.
+    """What the loss of a batch is computed from besides the model's outputs. All (B, T), one entry per token id.
 
-    mask        where a token was sampled
-    behaviour   its log-probability under the weights that sampled it
+    mask        bool, True where a token was sampled
+    behaviour   the log-probability of each sampled token under the weights that sampled it
+    advantages  of each row, repeated along it
+    weights     of each row's terms in the loss, repeated along it
     """
 
     mask: torch.Tensor
@@ -210,22 +235,22 @@ class Targets:
     weights: torch.Tensor
 
     @classmethod
-    def of(cls, batch: Batch, rows: Sequence[TrainingRow]) -> Targets:
-        """Of the rows that `batch` was made from."""
+    def from_rows(cls, batch: Batch, rows: Sequence[TrainingRow]) -> Targets:
+        """The targets of `batch`; `rows` are all the rows that were given to `batches`."""
         import torch
 
-        chosen = [rows[i] for i in batch.members]
+        members = [rows[i] for i in batch.members]
         mask = batch.spread([row.mask for row in rows], torch.bool)
 
-        def alike(values: Sequence[float]) -> torch.Tensor:
+        def along_row(values: Sequence[float]) -> torch.Tensor:
             return torch.tensor(values, device=mask.device)[:, None].expand(mask.shape)
 
         behaviour = batch.spread([row.logprobs for row in rows])
-        return cls(mask, behaviour, alike([row.advantage for row in chosen]), alike([row.weight for row in chosen]))
+        return cls(mask, behaviour, along_row([row.advantage for row in members]), along_row([row.weight for row in members]))
 
 
 def update_loss(logprobs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor, targets: Targets, config: TrainConfig) -> LossSums:
-    """The loss of a batch; the model's side (B, T) as `rows.token_logprobs` gives it."""
+    """The loss of a batch. `logprobs`, `entropy` and `kl` (B, T) are the model's, as `rows.token_logprobs` returns them."""
     from ramet.policy.training.loss import policy_loss
 
     t = targets
@@ -234,7 +259,7 @@ def update_loss(logprobs: torch.Tensor, entropy: torch.Tensor, kl: torch.Tensor,
 
 
 def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:
-    """Of the sums of `LossSums` over an update: averages over sampled tokens."""
+    """Averages over sampled tokens, from the sums of `LossSums` over an update; `loss` is the mean over epochs of the summed loss."""
     tokens = max(sums["tokens"], 1.0)
     return {
         "loss": sums["loss"] / config.epochs,
@@ -245,38 +270,42 @@ def loss_metrics(sums: Mapping[str, float], config: TrainConfig) -> Metrics:
     }
 
 
-def nothing_sampled(what: str, why: str) -> str:
-    """One line on trees for which nothing could be sampled: which, and for want of what (`Tree.starved`)."""
+def nothing_sampled_message(trees: str, limit: str) -> str:
+    """The line that says that nothing could be sampled for `trees`, because of `limit` (`Tree.starved`)."""
     return (
-        f"nothing was sampled for {what}: {why}; raise that limit (budget.context, where it is the budget's context), take a model that "
-        "reads more, or make the tasks shorter"
+        f"nothing was sampled for {trees}: {limit}; raise that limit (budget.context, where it is the budget's context), use a model with "
+        "a longer context, or make the tasks shorter"
     )
 
 
-def check_sampled(metrics: Metrics, why: str) -> None:
-    """Raises `ConfigError` where nothing could be sampled for any tree of a run's first update, for want of `why`.
+def check_sampled(metrics: Metrics, limit: str) -> None:
+    """Raises `ConfigError` if nothing could be sampled for any tree of a run's first update, because of `limit`.
 
-    Later ones, whose tasks may all be too long by chance, only count such trees as `starved`.
+    In later updates, where all tasks may be too long by chance, such trees are only counted (`starved`).
     """
     if metrics["update"] == 0 and metrics["starved"] == 1:
-        raise ConfigError(nothing_sampled("any tree of the first update", why))
+        raise ConfigError(nothing_sampled_message("any tree of the first update", limit))
 
 
-def starved(groups: Sequence[Group]) -> list[str]:
-    """For each tree that nothing could be sampled for, the limit."""
+def limits_reached(groups: Sequence[Group]) -> list[str]:
+    """The limits that left no token to sample, one for each tree without a sampled token."""
     return [tree.starved for _, trees in groups for tree in trees if tree.starved]
 
 
-def summary(
-    update: int, groups: Sequence[Group], judged_: Sequence[Sequence[Reward]], advantages: Sequence[Sequence[Sequence[float]]]
+def rollout_metrics(
+    update: int, groups: Sequence[Group], rewards: Sequence[Sequence[Reward]], advantages: Sequence[Sequence[Sequence[float]]]
 ) -> Metrics:
-    """What was sampled for an update: means over trees, how many were given up and grown anew, and the groups that teach nothing."""
-    trees, verdicts = [tree for _, of in groups for tree in of], [v for of in judged_ for v in of]
+    """Metrics of what was sampled for an update: means over trees, but for the counts `regrown` and `zero_advantage_groups`.
+
+    `rewards` are indexed by group and tree, `advantages` by group, tree and branch.
+    """
+    trees = [tree for _, group_trees in groups for tree in group_trees]
+    tree_rewards = [reward for group_rewards in rewards for reward in group_rewards]
     count = len(trees)
-    found: Metrics = {
+    metrics: Metrics = {
         "update": update,
-        "reward": sum(v.reward for v in verdicts) / count,
-        "accuracy": sum(v.score for v in verdicts) / count,
+        "reward": sum(reward.reward for reward in tree_rewards) / count,
+        "accuracy": sum(reward.score for reward in tree_rewards) / count,
         "spawn_rate": sum(tree.spawned for tree in trees) / count,
         "clones": sum(tree.usage.clones for tree in trees) / count,
         "generated": sum(tree.usage.generated for tree in trees) / count,
@@ -284,11 +313,11 @@ def summary(
         "prefilled": sum(tree.usage.prefilled for tree in trees) / count,
         "cached": sum(tree.usage.cached for tree in trees) / count,
     }
-    for name in sorted({name for v in verdicts for name in v.penalties}):
-        found[f"penalty_{name}"] = sum(v.penalties.get(name, 0.0) for v in verdicts) / count
+    for name in sorted({name for reward in tree_rewards for name in reward.penalties}):
+        metrics[f"penalty_{name}"] = sum(reward.penalties.get(name, 0.0) for reward in tree_rewards) / count
     for status in Status:
-        found[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
-    found["regrown"] = sum(tree.regrown for tree in trees)
-    found["starved"] = len(starved(groups)) / count
-    found["zero_advantage_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
-    return found
+        metrics[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
+    metrics["regrown"] = sum(tree.regrown for tree in trees)
+    metrics["starved"] = len(limits_reached(groups)) / count
+    metrics["zero_advantage_groups"] = sum(all(a == 0 for tree in group for a in tree) for group in advantages)
+    return metrics

@@ -21,8 +21,8 @@ from ramet.agents.tree import Task, Tree
 from ramet.errors import RewardError, TaskError
 from ramet.policy.engines.vision import VisionPolicy
 from ramet.policy.training.sft import Example, SFTTraining, fine_tune
-from ramet.policy.training.trainer import Trainer
-from ramet.policy.training.update import Reward, TrainConfig
+from ramet.policy.training.trainer import Learner, Trainer
+from ramet.policy.training.update import Objective, Reward, TrainConfig
 from ramet.rewards.video.generative import VideoGRM, pairwise
 from ramet.rewards.video.judge import AnswerPair, PairwiseJudge, PairwisePrompt, compare, parse_choice
 from ramet.rewards.video.pairs import PreferencePair, readable
@@ -104,8 +104,13 @@ def verdict_reward(said: str, better: int) -> float:
     return CORRECT * (choice == better) + VALID * (choice is not None)
 
 
-def grm_trainer(grm: VideoGRM, pairs: Sequence[PreferencePair], config: TrainConfig, folder: Path, seed: int = 0, job: str = "") -> Trainer:
-    """The trainer of the delegation policy on duels. Each update draws pairs, and shows each in both orders."""
+def grm_trainer(
+    grm: VideoGRM, pairs: Sequence[PreferencePair], config: TrainConfig, folder: Path, seed: int = 0, data: str = ""
+) -> Trainer:
+    """A trainer of the generative reward model on pairs. Each update samples pairs, and shows each in both orders.
+
+    data  a fingerprint of the pairs' files; a run on other data is not resumed
+    """
     if config.tasks % 2:
         raise RewardError("tasks must be even: each pair is judged in both orders")
     pairs = _seen(grm, pairs)
@@ -113,21 +118,20 @@ def grm_trainer(grm: VideoGRM, pairs: Sequence[PreferencePair], config: TrainCon
     limit = grm.model.config.get_text_config().max_position_embeddings
     budget = Budget(generated=grm.settings.max_tokens, depth=0, turns=1, context=limit)
 
-    def draw(update: int) -> list[tuple[Task, Budget]]:
-        drawn = random.Random(f"grm/{seed}/{update}").choices(pairs, k=config.tasks // 2)
+    def sample_tasks(update: int) -> list[tuple[Task, Budget]]:
+        sampled = random.Random(f"grm/{seed}/{update}").choices(pairs, k=config.tasks // 2)
         tasks = []
-        for n, pair in enumerate(drawn):
+        for n, pair in enumerate(sampled):
             for forward in (True, False):
                 tasks.append(Task(f"{update}/{n}/{pair.id}/{forward}", (pairwise(shown(pair, forward)),), reference=1 if forward else 2))
         return [(task, budget) for task in tasks]
 
-    def judge(task: Task, tree: Tree) -> Reward:
+    def reward_function(task: Task, tree: Tree) -> Reward:
         sampled = [i for turn in tree.root.turns for i in turn.sampled]
         said = grm.chat.text([i for i in sampled if i not in grm.chat.stop_ids])
         reward = verdict_reward(said, task.reference)
         return Reward(float(reward > VALID), {}, reward)
 
-    return Trainer(
-        grm.model, grm.tokenizer, grm.chat, draw, judge, config, folder, seed, fingerprint("grm", job), always_show_budget=False,
-        policy=VisionPolicy(grm.model, grm.reader, max_batch=config.max_batch),
-    )  # fmt: skip
+    policy = VisionPolicy(grm.model, grm.reader, max_batch=config.max_batch)
+    objective = Objective(sample_tasks, reward_function, fingerprint("grm", data))
+    return Trainer(Learner(policy, grm.tokenizer, grm.chat, always_show_budget=False), objective, config, folder, seed)

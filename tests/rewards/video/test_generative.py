@@ -80,7 +80,7 @@ def test_pairs_whose_videos_cannot_be_read_are_left_out_with_a_count(grm: VideoG
         sft_grm(grm, traces, SFTTraining(steps=1, batch=2, at_once=2, lora_rank=0), tmp_path / "sft")
     with pytest.warns(UserWarning, match="1 of 4 are left out"):
         trainer = grm_trainer(grm, pairs, TrainConfig(tasks=8), tmp_path / "rl")
-    assert all("broken" not in task.id for update in range(8) for task, _ in trainer.draw(update))
+    assert all("broken" not in task.id for update in range(8) for task, _ in trainer.sample_tasks(update))
     with pytest.raises(RewardError, match=r"the videos of all 1 cannot be read, such as: .*none.mp4"):
         grm_trainer(grm, pairs[1:2], TrainConfig(tasks=2), tmp_path)
 
@@ -114,12 +114,12 @@ def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(gr
         sampled = [i for turn in tree.root.turns for i in turn.sampled if i not in grm.chat.stop_ids]
         return Reward(0.0, {}, verdict_reward(grm.chat.text(sampled), 1))
 
-    drawn = trainer.draw(0)
+    drawn = trainer.sample_tasks(0)
     assert [task.reference for task, _ in drawn] == [1, 2, 1, 2]  # both orders of each pair
     right = next(p for p in pairs if p.id in drawn[0][0].id)
     assert shown(right, True).first in drawn[0][0].messages[0].content.split("Answer 1: ")[1]
-    assert trainer.judge.__name__ == "judge"
-    trainer.judge = judge
+    assert trainer.reward_function.__name__ == "reward_function"
+    trainer.reward_function = judge
     told: list[dict[str, float]] = []
     run_trainer(trainer, told.append)
     first, last = (sum(m["reward"] for m in part) / 3 for part in (told[:3], told[-3:]))
@@ -199,13 +199,13 @@ def test_a_training_that_was_cut_off_ends_with_the_weights_of_one_that_was_not(
 def test_the_reward_of_a_verdict_is_by_the_order_that_was_shown(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
     """The trainer's own judge on trees that say 1, 2 and nothing readable, for a pair in both orders."""
     trainer = grm_trainer(grm, pairs_of(questions), TrainConfig(tasks=2), tmp_path)
-    for task, _ in trainer.draw(3):
+    for task, _ in trainer.sample_tasks(3):
         earned = {}
         for said in (says(1), says(2), "I cannot say."):
             ids = (*grm._encode(said), min(grm.chat.stop_ids))
             turn = Turn(ids, (0.0,) * len(ids), StopReason.END)
             branch = Branch("0", (1,), (turn,), Status.ANSWERED, None)
-            earned[said] = trainer.judge(task, Tree(task.id, branch, price(branch))).reward
+            earned[said] = trainer.reward_function(task, Tree(task.id, branch, price(branch))).reward
         assert earned == {says(task.reference): 1.5, says(3 - task.reference): 0.5, "I cannot say.": 0.0}
         shown_first = task.messages[0].content.split("Answer 1: ")[1].split("\n")[0]
         better = next(p.chosen for p in pairs_of(questions) if f"/{p.id}/" in task.id)
