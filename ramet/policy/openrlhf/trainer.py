@@ -215,7 +215,7 @@ class TreeTrainer(BasePPOTrainer):
         return values
 
     def _explain(self, error: BaseException) -> None:
-        """Raise `PartLost` if the error came of an actor's death, which Ray may report only after those that it exchanged tensors with fail."""
+        """Raise `PartLost` if an actor's death caused the error: its peers may fail before Ray reports it, so that is waited for."""
         cause = getattr(error, "cause", None)
         if isinstance(error, ray.exceptions.RayTaskError) and not isinstance(cause, RametError) and not part_lost(cause):
             until = time.monotonic() + NOTICE_SECONDS
