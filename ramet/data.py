@@ -1,9 +1,9 @@
 """Rows of a data set: from a local JSONL, JSON or Parquet file, or from a hub id, through a field map, into typed models.
 
-A field map says where a row has what is asked for: `{"question": "problem", "answer": "meta.answer"}`. What it does not name
-is looked up under its own name. A hub id may name a configuration and a split: `hotpotqa/hotpot_qa:distractor:validation`.
+A field map names the columns that hold the fields: `{"question": "problem", "answer": "meta.answer"}`. A field that it does not
+mention is looked up under its own name. A hub id may name a configuration and a split: `hotpotqa/hotpot_qa:distractor:validation`.
 
-`parsed` reads a row as a pydantic model. Nothing is guessed and nothing is made into text that is none: what does not fit is one line
+`parsed` reads a row as a pydantic model. Nothing is guessed, and values that are not text are not turned into text: an error is one line
 that names the file, the row, the column, and what to do.
 """
 
@@ -21,11 +21,15 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from ramet.errors import TaskError, first_line, require
 
 Row = Mapping[str, Any]
+"""One row of a data set, by column."""
 Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_rows(source: str) -> tuple[Row, ...]:
-    """All rows of a file or hub data set, in order; read once for as long as a file stays as it is. Raises `TaskError`, naming the line."""
+    """All rows of a file or hub data set, in order. A file that has not changed is read only once.
+
+    Raises `TaskError`, naming the line, if they cannot be read.
+    """
     try:
         state = Path(source).stat()
     except OSError:
@@ -49,6 +53,7 @@ def _load(source: str, changed: int, size: int) -> tuple[Row, ...]:
 
 
 def _read_json(path: Path, kind: str) -> list[Row]:
+    """The rows of a JSONL file, or of a JSON file with a list of rows or one row."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -100,9 +105,10 @@ def _hub(*args: Any, **kwargs: Any) -> Any:
 
 
 def field(row: Row, name: str, fields: Mapping[str, str], where: str, default: Any = ...) -> Any:
-    """The row's `name`, found where the field map says. Raises `TaskError` with what the row has, unless there is a default.
+    """The value of the field `name`, in the column that the field map names.
 
-    What the field map names has to be there, default or not.
+    Raises `TaskError`, listing the row's columns, if there is no such column and no default; a column that the field map names must exist
+    in any case.
     """
     column = fields.get(name, name)
     at: Any = row
@@ -116,51 +122,53 @@ def field(row: Row, name: str, fields: Mapping[str, str], where: str, default: A
 
 
 def parsed(model: type[Model], row: Row, fields: Mapping[str, str], where: str) -> Model:
-    """The row's columns of the names of `model`'s fields, found through the field map, as a `model`. Raises `TaskError`."""
+    """The row as a `model`, whose fields are found through the field map. Raises `TaskError` for what does not fit."""
     values = {}
-    for name, asked in model.model_fields.items():
-        value = field(row, name, fields, where, ... if asked.is_required() else _ABSENT)
+    for name, info in model.model_fields.items():
+        value = field(row, name, fields, where, ... if info.is_required() else _ABSENT)
         if value is not _ABSENT:
             values[name] = value
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        said = error.errors(include_url=False)[0]
-    name, below = str(said["loc"][0]), said["loc"][1:]
+        problem = error.errors(include_url=False)[0]
+    name, below = str(problem["loc"][0]), problem["loc"][1:]
     column = fields.get(name, name)
     place = "".join(f", item {key + 1}" if isinstance(key, int) else f", {key}" for key in below)
-    wrong = _WRONG.get(said["type"]) or said["msg"].removeprefix("Value error, ")
+    message = _MESSAGES.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
     raise TaskError(
-        f"{where}, column {column!r}{place}: {wrong} (got {_shown(said['input'])}); "
-        "mend the row or leave it out, or name the right column in env.fields"
+        f"{where}, column {column!r}{place}: {message} (got {_shortened(problem['input'])}); "
+        "correct the row or leave it out, or name the right column in env.fields"
     )
 
 
 _ABSENT: Any = object()
-_WRONG = {"list_type": "should be a list", "string_type": "should be text", "missing": "is missing", "model_type": "should be an object"}
+_MESSAGES = {"list_type": "should be a list", "string_type": "should be text", "missing": "is missing", "model_type": "should be an object"}
 
 
-def _shown(value: object) -> str:
-    said = json.dumps(value, ensure_ascii=False, default=str)
-    return said if len(said) <= 60 else f"{said[:57]}..."
+def _shortened(value: object) -> str:
+    """A value as JSON of at most 60 characters, for an error message."""
+    written = json.dumps(value, ensure_ascii=False, default=str)
+    return written if len(written) <= 60 else f"{written[:57]}..."
 
 
 def text(value: object, what: str, where: str) -> str:
-    """`value` if it is text that says something. Raises `TaskError`."""
+    """`value` as stripped, non-empty text; a number is written out. Raises `TaskError`."""
     try:
-        return _said(value)
+        return _non_empty_text(value)
     except ValueError:
         raise TaskError(f"{where}: its {what} is {str(value)[:40]!r}, not text") from None
 
 
 def texts(value: object, what: str, where: str) -> Sequence[str]:
-    """`value` if it is a list of texts."""
+    """`value` as a list of texts. Raises `TaskError` if it is not one."""
     if not isinstance(value, (list, tuple)):
         raise TaskError(f"{where}: its {what} is {type(value).__name__}, not a list")
     return [text(item, what, where) for item in value]
 
 
-def _said(value: object) -> str:
+def _non_empty_text(value: object) -> str:
+    """Stripped text; a number is written out. Raises `ValueError` for anything else, and for empty text."""
     if isinstance(value, float) and math.isfinite(value):
         value = int(value) if value == int(value) else repr(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -168,16 +176,17 @@ def _said(value: object) -> str:
     if not isinstance(value, str):
         raise ValueError("should be text")
     if not value.strip():
-        raise ValueError("says nothing")
+        raise ValueError("is empty")
     return value.strip()
 
 
 def _flag(value: object) -> bool:
-    known = {"true": True, "false": False, "1": True, "0": False}
-    said = str(value).strip().lower()
-    if not isinstance(value, (bool, int, str)) or said not in known:
+    """The truth value that `value` spells. Raises `ValueError` for anything else."""
+    spellings = {"true": True, "false": False, "1": True, "0": False}
+    spelling = str(value).strip().lower()
+    if not isinstance(value, (bool, int, str)) or spelling not in spellings:
         raise ValueError("should be true or false")
-    return known[said]
+    return spellings[spelling]
 
 
 def _decoded(value: object) -> object:
@@ -186,14 +195,14 @@ def _decoded(value: object) -> object:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise ValueError("should be a list, and is text that is none") from None
+        raise ValueError("should be a list, but is text that is not a JSON list") from None
 
 
 def listed(*names: str) -> Callable[[object], object]:
-    """For a list of things with these columns: makes whatever form it has in a file a list of mappings.
+    """A validator that turns any form of a list of records with the columns `names` into a list of mappings.
 
-    A list of mappings, or of lists in the order of `names`; a mapping of lists, one for each name; any of these as JSON text. A text in the
-    place of a thing has the first name only.
+    The forms are a list of mappings; a list of lists in the order of `names`; a mapping of lists, one per name; and any of these as JSON
+    text. A text in place of a record is its first column. The validator raises `ValueError` for lists of the wrong length.
     """
 
     def mapping(number: int, item: object) -> object:
@@ -219,7 +228,7 @@ def listed(*names: str) -> Callable[[object], object]:
     return convert
 
 
-Said = Annotated[str, BeforeValidator(_said)]
-"""Text that says something, without spaces around it; a number is written out."""
+NonEmptyText = Annotated[str, BeforeValidator(_non_empty_text)]
+"""Stripped, non-empty text; a number is written out."""
 Flag = Annotated[bool, BeforeValidator(_flag)]
-"""A truth value; 0, 1 and the words true and false are taken for what they say, and nothing else is."""
+"""A truth value; 0, 1 and the words true and false are accepted, and nothing else."""

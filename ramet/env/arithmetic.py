@@ -2,11 +2,10 @@
 
 Two generators:
 
-- `rows`: sums and differences of small integers, written in rows of a few operands, each row a
-  document with its own key, as on a bill. Every row is in the root's prompt too, so delegation
-  adds no information. The tasks of the nano model.
-- `selfcest`: the generator of the SELFCEST release with its exact distribution (specification,
-  section 4): 3-10 operators out of + - *, operands of 3-7 digits, up to two pairs of parentheses.
+- `rows`: sums and differences of small integers, written in rows of a few operands, like the items on a bill. Each row is a document
+  with its own key. The root's prompt contains every row too, so delegation adds no information. These are the tasks of the nano model.
+- `selfcest`: expressions with the distribution of the SELFCEST release (Li et al. 2026, General learned delegation by clones,
+  arXiv 2602.13262): 3-10 operators out of + - *, operands of 3-7 digits, up to two pairs of parentheses.
 """
 
 from __future__ import annotations
@@ -24,23 +23,26 @@ from pydantic import Field, model_validator
 from ramet.agents.context import ContextStore
 from ramet.agents.tree import Message, Task
 from ramet.env.settings import EnvSettings, words
-from ramet.env.splits import drawn, part
+from ramet.env.splits import part, select_split
 from ramet.errors import ConfigError, TaskError
 from ramet.rewards.exact_match import canonical_integer, graded_integer, integer_match
 
 OBJECTIVE = "sum"
+"""What the nano model reads after the rows."""
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Keys of rows."""
 ROW = 6
+"""Operands in a row at most, unless a task says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowsEnvironment:
     """Sums in rows.
 
-    iid and training tasks have `operands` of them (inclusive range, log-uniform: half of 2..24 are at
-    most 6) in rows of at most `row` (inclusive range, uniform); out-of-distribution ones have `ood_operands` in rows of
-    the longest kind. All operands are 1..`largest`. A sum's operands alone say whether it is for training, for tuning or
-    to be measured (`ramet.env.splits`).
+    The number of operands of an iid or training task is log-uniform over the inclusive range `operands` (of 2..24, half are at most 6),
+    in rows of at most `row` operands, which is uniform over its inclusive range. Out-of-distribution tasks have `ood_operands` in rows of
+    the longest kind. The absolute value of an operand is 1..`largest`. Whether a sum is for training, tuning or measuring depends only on
+    its operands (`ramet.env.splits`). Raises `ConfigError` for an empty range.
     """
 
     operands: tuple[int, int] = (2, 24)
@@ -60,17 +62,18 @@ class RowsEnvironment:
             raise ConfigError(f"env.largest is the largest operand, at least 1, not {self.largest}")
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
+        """`count` sums of a split. Raises `ConfigError` if there are not so many."""
         part(split)
-        far = split in ("ood", "tune_ood")
+        ood = split in ("ood", "tune_ood")
         rng = random.Random(f"rows/{split}/{seed}")
-        sums = drawn(split, self._sums(self.ood_operands if far else self.operands, rng))
+        sums = select_split(split, self._sums(self.ood_operands if ood else self.operands, rng))
         return [
-            rows_task(list(values), f"{split}-{seed}-{i}", row=self.row[1] if far else rng.randint(*self.row))
+            rows_task(list(values), f"{split}-{seed}-{i}", row=self.row[1] if ood else rng.randint(*self.row))
             for i, values in enumerate(itertools.islice(sums, count))
         ]
 
     def _sums(self, lengths: tuple[int, int], rng: random.Random) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Random operands with their content, the first of them positive."""
+        """Endlessly: (the sum as text, its operands), the first operand positive."""
         low, high = lengths
         while True:
             length = int(math.exp(rng.uniform(math.log(low), math.log(high + 1))))
@@ -79,12 +82,15 @@ class RowsEnvironment:
             yield spell(values, signed=True), tuple(values)
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
+        """1.0 for the exact value, 0.0 for anything else."""
         return integer_match(task, answer)
 
     def canonical(self, answer: str) -> str:
+        """One form for all spellings of the same integer."""
         return canonical_integer(answer)
 
     def size(self, task: Task) -> int:
+        """The number of operands."""
         return int(task.meta["operands"])
 
 
@@ -96,9 +102,9 @@ class RowsSettings(EnvSettings):
     operands: tuple[int, int] = (2, 24)
     """Operands of a training or iid task, log-uniform."""
     ood_operands: tuple[int, int] = (48, 54)
-    """Operands of a task out of distribution."""
+    """Operands of an out-of-distribution task."""
     row: tuple[int, int] = (5, 6)
-    """Operands in a row at most; a task draws one of these."""
+    """Largest number of operands in a row; each task draws its own from this range."""
     largest: Annotated[int, Field(ge=1, le=99)] = 9
     """The largest operand."""
 
@@ -109,19 +115,20 @@ class RowsSettings(EnvSettings):
         for name in ("operands", "ood_operands", "row"):
             low, high = getattr(self, name)
             if not 1 <= low <= high:
-                raise ValueError(f"{name} must be two lengths from 1 on, the smaller first")
+                raise ValueError(f"{name} must be two counts of at least 1, the smaller first")
         if max(self.operands[1] / self.row[0], self.ood_operands[1] / self.row[1]) > len(KEYS):
             raise ValueError(f"a sum has at most {len(KEYS)} rows; make operands shorter or row longer")
         return self
 
     def build(self, count: Callable[[str], int] = words) -> RowsEnvironment:
+        """The environment; `count` is not used."""
         return RowsEnvironment(self.operands, self.ood_operands, self.row, self.largest)
 
 
 def rows_task(values: list[int], task_id: str, first_key: int = 0, row: int = ROW, signed: bool = False) -> Task:
-    """The task of adding up `values`, in balanced rows of at most `row`, keyed from letter `first_key` on.
+    """The task of adding up `values`, in balanced rows of at most `row` operands, with keys from letter number `first_key` on.
 
-    `signed` writes the first row's leading plus too, as in the rows after it.
+    `signed` writes the leading plus of the first row too, as in the rows after it. Raises `TaskError` for more rows than letters.
     """
     count = -(-len(values) // row)
     if count > len(KEYS):
@@ -134,7 +141,7 @@ def rows_task(values: list[int], task_id: str, first_key: int = 0, row: int = RO
 
 
 def spell(values: Sequence[int], signed: bool) -> str:
-    """`3+4-2`; with `signed` a leading plus is written."""
+    """The sum as text, such as `3+4-2`; `signed` writes a leading plus too."""
     text = "".join(f"{value:+d}" for value in values)
     return text if signed else text.removeprefix("+")
 
@@ -149,7 +156,7 @@ def parse_sum(text: str) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class SelfcestEnvironment:
-    """The SELFCEST arithmetic tasks; `graded` gives partial credit as the release does."""
+    """The arithmetic tasks of SELFCEST (Li et al. 2026, arXiv 2602.13262); `graded` gives partial credit as its release does."""
 
     graded: bool = True
     name: str = "selfcest"
@@ -157,42 +164,47 @@ class SelfcestEnvironment:
     metrics = ("accuracy",)
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
+        """`count` expressions of a split."""
         part(split, ("train", "tune", "iid"))
         # The former name of the environment, so that the same seeds keep giving the same tasks.
         rng = random.Random(f"reference/{split}/{seed}")
         expressions = ((expression, (expression, value)) for expression, value in iter(lambda: selfcest_expression(rng), None))
-        made = []
-        for index, (expression, value) in enumerate(itertools.islice(drawn(split, expressions), count)):
+        tasks = []
+        for index, (expression, value) in enumerate(itertools.islice(select_split(split, expressions), count)):
             prompt = f"Calculate {expression}\nEnd with a line `Answer: <value>`."
-            made.append(
+            tasks.append(
                 Task(f"{split}-{seed}-{index}", (Message("user", prompt),), {}, value, {"operands": len(re.findall(r"\d+", expression))})
             )
-        return made
+        return tasks
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
+        """Partial credit if `graded`, otherwise 1.0 for the exact value and 0.0 for anything else."""
         return graded_integer(task, answer) if self.graded else integer_match(task, answer)
 
     def canonical(self, answer: str) -> str:
+        """One form for all spellings of the same integer."""
         return canonical_integer(answer)
 
     def size(self, task: Task) -> int:
+        """The number of operands."""
         return int(task.meta["operands"])
 
 
 class SelfcestSettings(EnvSettings):
-    """The SELFCEST arithmetic tasks."""
+    """The arithmetic tasks of SELFCEST."""
 
     kind: Literal["selfcest"] = "selfcest"
     """Which environment."""
     graded: bool = True
-    """Partial credit, as the release gives it."""
+    """Partial credit, as in the SELFCEST release."""
 
     def build(self, count: Callable[[str], int] = words) -> SelfcestEnvironment:
+        """The environment; `count` is not used."""
         return SelfcestEnvironment(self.graded)
 
 
 def selfcest_expression(rng: random.Random) -> tuple[str, int]:
-    """One accepted expression and its value (specification, section 4)."""
+    """One expression whose value has at most 16 digits, and that value. Raises `TaskError` if 2000 attempts give none."""
     for _ in range(2000):
         expression, value = _draft(rng)
         if len(str(abs(value))) <= 16:
@@ -201,7 +213,7 @@ def selfcest_expression(rng: random.Random) -> tuple[str, int]:
 
 
 def _draft(rng: random.Random) -> tuple[str, int]:
-    """One expression before the test on its value's digits."""
+    """A random expression and its value, of any number of digits."""
     operators = rng.choices("+-*", weights=(4, 3, 6), k=rng.randint(3, 10))
     numbers = []
     for _ in range(len(operators) + 1):
@@ -216,7 +228,7 @@ def _draft(rng: random.Random) -> tuple[str, int]:
 
 
 def _parentheses(operators: list[str], rng: random.Random) -> list[tuple[int, int]]:
-    """Up to two disjoint spans of operands (first, last) that get parentheses."""
+    """Up to two disjoint spans of operands, as (first, last), that get parentheses."""
     spans: list[tuple[int, int]] = []
 
     def free(first: int, last: int) -> bool:
@@ -241,7 +253,7 @@ def _parentheses(operators: list[str], rng: random.Random) -> list[tuple[int, in
 
 
 def _value(numbers: list[int], operators: list[str], spans: list[tuple[int, int]]) -> int:
-    """Exact value: spans first, then products, then sums."""
+    """The exact value: parentheses first, then products, then sums."""
     for a, b in sorted(spans, reverse=True):
         inner = _value(numbers[a : b + 1], operators[a:b], [])
         numbers = [*numbers[:a], inner, *numbers[b + 1 :]]
@@ -256,5 +268,5 @@ def _value(numbers: list[int], operators: list[str], spans: list[tuple[int, int]
 
 
 def statement(rows: int) -> str:
-    """What a branch that has the tool writes before it chooses: the number of its rows."""
+    """What a branch with the tool writes before it decides whether to delegate: the number of its rows."""
     return f"rows: {rows}"

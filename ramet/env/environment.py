@@ -1,8 +1,7 @@
-"""What an environment is: tasks, how a task reads to the model, and how an answer is graded.
+"""The interface of an environment: its tasks, how a task is put to the model, and how an answer is graded.
 
-`tasks(split, count, seed)` is a pure function of its arguments, so that a task is named by its split,
-seed and index. `grade` gives a task's score in [0, 1] for a stated answer (None: no answer). A grade
-that raises or is not finite stops the run; it never becomes a zero.
+`tasks(split, count, seed)` is a pure function of its arguments, so that its split, seed and index identify a task. `grade` scores a
+stated answer (None: no answer) in [0, 1]. A grade that raises or is not finite stops the run; it never becomes a zero.
 """
 
 from __future__ import annotations
@@ -13,31 +12,32 @@ from ramet.agents.tree import Task
 
 
 class Environment(Protocol):
-    """
-    name     in results
-    splits   those of "iid" and "ood" that can be measured
-    metrics  what an answer can be graded by; `grade` without one uses the first
-    """
+    """Tasks with their grading. To add one, see `ramet.env.settings`."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The name in results."""
 
     @property
-    def splits(self) -> tuple[str, ...]: ...
+    def splits(self) -> tuple[str, ...]:
+        """Those of the splits "iid" and "ood" that there are tasks for."""
 
     @property
-    def metrics(self) -> tuple[str, ...]: ...
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics by which an answer can be graded; `grade` uses the first by default."""
 
     def tasks(self, split: str, count: int, seed: int) -> list[Task]:
-        """`count` tasks of `split` ("train"; "iid" or "ood"; "tune" or "tune_ood", see `ramet.env.splits`); the same arguments give
-        the same tasks. Those that are measured or tuned on differ from one another in content, and from all that are trained on.
-        Raises `ConfigError` for a split that there is not, and where there are not so many tasks."""
+        """`count` tasks of a split: "train", "iid", "ood", "tune" or "tune_ood" (see `ramet.env.splits`).
+
+        The same arguments give the same tasks. Tasks to measure or tune on differ in content from one another and from all training
+        tasks. Raises `ConfigError` for an unknown split, and if there are fewer tasks than `count`.
+        """
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
-        """Score in [0, 1]. Raises `TaskError` for a task without a reference."""
+        """The score of an answer in [0, 1]; None is no answer. Raises `TaskError` for a task without a usable reference."""
 
     def canonical(self, answer: str) -> str:
-        """The same for answers that say the same, for votes."""
+        """A form that is equal for equivalent answers, by which votes are counted."""
 
     def size(self, task: Task) -> int:
-        """A task's difficulty in its own unit (operands, hops); reports group by it."""
+        """The difficulty of a task in the environment's own unit (operands, hops); reports group by it."""

@@ -1,4 +1,4 @@
-"""What a model is told at the end of a question in words: to answer at once, to think, or what the tool is for."""
+"""Instructions at the end of a question in words: to answer at once, to think first, or to use the tool."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ DELEGATE_PARTS = (
 
 
 def instructed(task: Task, instruction: str) -> Task:
-    """The task with an instruction at the end of its last message, so that prompts of different methods share their beginning."""
+    """The task with an instruction at the end of its last message, so that the prompts of different methods share a prefix."""
     *before, last = task.messages
     return replace(task, messages=(*before, replace(last, content=f"{last.content}\n\n{instruction}")))

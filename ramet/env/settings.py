@@ -1,7 +1,7 @@
-"""The settings of an environment: what it is called, what it takes, and how it is built.
+"""The settings of an environment: its kind, its options, and how it is built.
 
-Each environment keeps its own class of these beside itself; `ramet.env.registry` finds them. To add an environment, add a file here with
-an `Environment` and a subclass of `EnvSettings` whose `kind` is a literal of its own.
+The settings class of each environment is in the same file as the environment, and `ramet.env.registry` finds it. To add an environment,
+add a file here with an `Environment` and a subclass of `EnvSettings` whose `kind` is a literal of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ramet.schema import Section
 
 
 def words(text: str) -> int:
-    """Tokens of an English text, roughly; for when no tokenizer is at hand."""
+    """A rough number of tokens in an English text, for use without a tokenizer."""
     return len(text) // 4
 
 
@@ -32,79 +32,81 @@ class EnvSettings(Section):
     """Which environment."""
 
     language: ClassVar[bool] = True
-    """Does it ask questions in words, so that a method has to say how they are to be answered?"""
+    """Whether questions are in words, so that each method has to add an instruction on how to answer."""
     multihop: ClassVar[bool] = False
-    """Are there documents?"""
+    """Whether tasks have documents."""
     paths: ClassVar[tuple[str, ...]] = ()
     """Options that may name a file or a folder."""
 
     @abstractmethod
     def build(self, count: Callable[[str], int] = words) -> Environment:
-        """The environment; `count` gives the tokens of a text."""
+        """The environment; `count` counts the tokens of a text."""
 
     def instruction(self, spawn: bool) -> str:
-        """What a model that decides by itself is told at the end of a question, with the tool (`spawn`) or without."""
+        """The instruction at the end of a question for a model that decides by itself, with the tool (`spawn`) or without."""
         return DELEGATE_PARTS if spawn else COT
 
     @property
     def measurable(self) -> bool:
-        """Is there anything to be measured on?"""
+        """Whether there are tasks to measure on."""
         return True
 
     def check_measurable(self) -> None:
-        """Raises `ConfigError` if there is nothing to be measured on."""
+        """Raise `ConfigError` if there are no tasks to measure on."""
         if not self.measurable:
             raise ConfigError("env.data names no file or data set: give --data")
 
     def files(self) -> dict[str, str]:
-        """SHA-256 of the local files that tasks are made of: a journal of other rows is not this job's."""
+        """The SHA-256 of the local files that tasks are made of, by option, so that a journal of other rows is not resumed."""
         return {}
 
     def look(self) -> Any:
-        """How a model that sees looks at videos: a `ramet.policy.engines.vision.Look`."""
+        """How a vision-language model samples videos: a `ramet.policy.engines.vision.Look`."""
         from ramet.policy.engines.vision import Look
 
         return Look()
 
-    def unjudged(self) -> Self:
-        """The same tasks, graded without a reward model: it is not loaded to look at the data."""
+    def without_reward_model(self) -> Self:
+        """Settings of the same tasks graded without a reward model, for commands that only read the data."""
         return self
 
     def absolute(self) -> Self:
-        """With whole paths, for a process that stands in another folder."""
-        given = {name: Path(value) for name in self.paths if (value := getattr(self, name))}
-        return self.model_copy(update={name: str(path.resolve()) for name, path in given.items() if path.exists()})
+        """A copy with absolute paths, for a process with another working directory."""
+        paths = {name: Path(value) for name in self.paths if (value := getattr(self, name))}
+        return self.model_copy(update={name: str(path.resolve()) for name, path in paths.items() if path.exists()})
 
 
 class DataSettings(EnvSettings):
-    """Of environments over a data set."""
+    """The settings of an environment over a data set."""
 
     data: str = ""
-    """File (.jsonl, .json, .parquet) or hub id of what is measured."""
+    """File (.jsonl, .json, .parquet) or hub id of the rows to measure on."""
     train: str = ""
-    """File or hub id of what is trained on."""
+    """File or hub id of the training rows."""
     ood: str = ""
-    """File or hub id of what is measured out of distribution."""
+    """File or hub id of the out-of-distribution rows to measure on."""
     fields: dict[str, str] = Field(default={})
-    """Which column holds what, where a data set calls it otherwise, such as { question = "problem" }."""
+    """The columns of fields that the data set names differently, such as { question = "problem" }."""
     allow_overlap: bool = False
-    """Questions may be both trained on and measured."""
+    """Allow questions that are both trained on and measured."""
 
     paths: ClassVar[tuple[str, ...]] = ("data", "train", "ood")
 
     @property
     def measurable(self) -> bool:
+        """Whether `data` or `ood` is set."""
         return bool(self.data or self.ood)
 
     @property
     def sources(self) -> dict[str, str]:
-        """Where the rows of each split are."""
+        """The file or hub id of each split's rows; empty if there is none."""
         return {"iid": self.data, "train": self.train, "ood": self.ood}
 
     def files(self) -> dict[str, str]:
+        """The SHA-256 of `data`, `train` and `ood`, where they are local files."""
         return hashes({name: Path(value) for name in ("data", "train", "ood") if (value := getattr(self, name))})
 
 
 def hashes(paths: dict[str, Path]) -> dict[str, str]:
-    """SHA-256 of those that are files."""
+    """The SHA-256 of each path that is a file, in hexadecimal."""
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in paths.items() if path.is_file()}

@@ -1,11 +1,11 @@
-"""Splits: which tasks are there to train on, to tune baselines on, and to be measured.
+"""Splits: the tasks to train on, to tune baselines on, and to measure.
 
-A task belongs to a part by its content alone, so whatever is drawn with whatever seed, demonstrations for pretraining included,
-no task is in two parts.
+Which part a task belongs to depends only on its content. Whatever is sampled with whatever seed, demonstrations for pretraining
+included, no task is in two parts.
 
     train            what a policy learns from
-    tune, tune_ood   what the settings of baselines are chosen on, alike to `iid` and `ood`
-    iid, ood         what is measured: lengths as trained, and beyond them
+    tune, tune_ood   what the settings of baselines are chosen on, distributed like `iid` and `ood`
+    iid, ood         what is measured: lengths as in training, and longer ones
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from ramet.errors import ConfigError
 
 T = TypeVar("T", bound=Hashable)
 PARTS = {"train": "train", "tune": "tune", "tune_ood": "tune", "iid": "measure", "ood": "measure"}
-"""The part that each split is drawn from."""
+"""The part that the tasks of each split come from."""
 TUNING = {"iid": "tune", "ood": "tune_ood"}
-"""On which split the settings are tuned of what is measured on a split."""
+"""For each measured split, the split on which settings are tuned for it."""
 PATIENCE = 20_000
-"""Candidates in a row that give nothing new, after which there is nothing left to draw."""
+"""Candidates in a row without a new one after which no more are expected."""
 
 
 def part_of(content: str) -> str:
-    """Whether a task of this content is to "train" on (four fifths are), to "tune" on (a twentieth), or to "measure"."""
-    place = zlib.crc32(content.encode()) % 20
-    return "train" if place % 5 else "tune" if place == 0 else "measure"
+    """The part of a task by a hash of its content: "train" (four fifths), "tune" (a twentieth) or "measure"."""
+    bucket = zlib.crc32(content.encode()) % 20
+    return "train" if bucket % 5 else "tune" if bucket == 0 else "measure"
 
 
 def part(split: str, offered: Iterable[str] = tuple(PARTS)) -> str:
-    """The part of a split. Raises `ConfigError` for one that is not among `offered`."""
+    """The part that the tasks of a split come from. Raises `ConfigError` for a split that is not among `offered`."""
     if split not in PARTS or split not in offered:
         raise ConfigError(f"no split {split!r}; there are {', '.join(offered)}")
     return PARTS[split]
 
 
-def drawn(split: str, candidates: Iterable[tuple[str, T]], patience: int = PATIENCE) -> Iterator[T]:
-    """Of an endless stream of (content, candidate), those of the split's part; each content once, unless it is trained on.
+def select_split(split: str, candidates: Iterable[tuple[str, T]], patience: int = PATIENCE) -> Iterator[T]:
+    """From an endless stream of (content, candidate), the candidates of a split; except for training, each content once.
 
-    Raises `ConfigError` once nothing new came among `patience` of them.
+    Raises `ConfigError` after `patience` candidates in a row without a new one.
     """
-    wanted, seen, idle = part(split), set[str](), 0
+    split_part, seen, idle = part(split), set[str](), 0
     for content, candidate in candidates:
         idle += 1
-        if part_of(content) == wanted and content not in seen:
+        if part_of(content) == split_part and content not in seen:
             idle = 0
-            if wanted != "train":
+            if split_part != "train":
                 seen.add(content)
             yield candidate
         elif idle > patience:
             raise ConfigError(
-                f"there are only {len(seen)} different tasks for the split {split}; ask for fewer, or for longer or more varied ones"
+                f"there are only {len(seen)} different tasks for the split {split}; ask for fewer, or for longer or more varied tasks"
             )

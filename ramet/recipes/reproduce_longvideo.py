@@ -93,7 +93,7 @@ def _base(folder: Path, config: RunConfig, seconds: float) -> None:
     path, draft = folder / "base", folder / "base.draft"
     if (path / "config.json").exists():
         return
-    blind = config.env.unjudged()
+    blind = config.env.without_reward_model()
     tasks = [instructed(task, blind.instruction(True)) for task in blind.build().tasks("train", TRAIN - TRAIN // TUNING, config.seed)]
     if not (draft / "config.json").exists():
         texts = [task.messages[0].content for task in tasks[:400]]

@@ -95,7 +95,7 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     if not config.openrlhf.cpu:
         check_fits(place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context))
     # What is wrong with the tasks is said now, and not by an actor in a minute.
-    config.env.unjudged().build().tasks("train", 1, config.seed)
+    config.env.without_reward_model().build().tasks("train", 1, config.seed)
     _claim(directory, config)
     (directory / STOP).unlink(missing_ok=True)
     final = checkpoint_path(directory / "checkpoints", config.train.updates)

@@ -176,14 +176,14 @@ def data_records(config: RunConfig, training: bool = False) -> list[dict[str, An
 
     Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
     """
-    env = config.env.unjudged().build()
+    env = config.env.without_reward_model().build()
     if not isinstance(env, Questions):
         return []
     records: list[dict[str, Any]] = []
     if training:
         env.tasks("train", 1, config.seed)
     for split in env.splits:
-        counts = env.found(split)
+        counts = env.row_counts(split)
         records.append({"record": "data", "split": split, **counts})
         if counts["duplicates"]:
             console.print(f"{split}: {counts['duplicates']} of {counts['rows']} rows repeat another and are not measured again")

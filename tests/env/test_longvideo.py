@@ -85,7 +85,7 @@ def test_rewards(folder: Path) -> None:
     assert asked[0] == VideoAnswer(task.reference.evidence, task.reference.question, f"Answer: {right}")
     assert [env.grade(task, a, "em") for a in (right, right.upper(), "mauve", None)] == [1.0, 1.0, 0.0, 0.0]
     assert LongVideoEnvironment(source).metrics == ("em",)
-    with pytest.raises(ConfigError, match=r"env\.reward_model names none"):
+    with pytest.raises(ConfigError, match=r"env\.reward_model is not set"):
         LongVideoEnvironment(source, metric="reward")
 
 

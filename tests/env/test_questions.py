@@ -111,8 +111,8 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
 @pytest.mark.parametrize(
     "kind, row, options, says",
     [
-        ("hotpotqa", hotpot(1) | {"question": None}, {}, "row 1, column 'question': should be text (got null); mend the row"),
-        ("hotpotqa", hotpot(1) | {"question": ""}, {}, "column 'question': says nothing"),
+        ("hotpotqa", hotpot(1) | {"question": None}, {}, "row 1, column 'question': should be text (got null); correct the row"),
+        ("hotpotqa", hotpot(1) | {"question": ""}, {}, "column 'question': is empty"),
         ("hotpotqa", hotpot(1) | {"answer": {"x": 1}}, {}, 'column \'answer\': should be text (got {"x": 1})'),
         ("hotpotqa", hotpot(1) | {"answer": True}, {}, "column 'answer': should be text (got true)"),
         ("hotpotqa", {"question": "q", "context": []}, {}, "row 1 has no field 'answer'; it has question, context; name the right one"),
@@ -122,7 +122,7 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
         ("hotpotqa", hotpot(1) | {"context": [["t"]]}, {}, "column 'context': item 1 should be a list of title and sentences"),
         ("hotpotqa", hotpot(1) | {"context": [["t", [None]]]}, {}, "column 'context', item 1, sentences, item 1"),
         ("hotpotqa", hotpot(1) | {"context": [[None, ["s"]]]}, {}, "column 'context', item 1, title: should be text"),
-        ("hotpotqa", hotpot(1) | {"context": "no list"}, {}, "column 'context': should be a list, and is text that is none"),
+        ("hotpotqa", hotpot(1) | {"context": "no list"}, {}, "column 'context': should be a list, but is text that is not a JSON list"),
         ("hotpotqa", hotpot(1) | {"context": {"title": ["t"], "sentences": []}}, {}, "title and sentences, lists of the same length"),
         ("hotpotqa", hotpot(1) | {"supporting_facts": [["Nowhere", 0]]}, {}, "'Nowhere', which supports its answer, is none of its"),
         ("hotpotqa", hotpot(1) | {"supporting_facts": None}, {"only_gold": True}, "row 1 names no supporting documents, which env"),
@@ -133,7 +133,7 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
         ("musique", musique(paragraphs=[PARAGRAPH | {"is_supporting": None}]), {}, "is_supporting: should be true or false (got null)"),
         ("musique", musique(answerable=2), {}, "column 'answerable': should be true or false (got 2)"),
         ("musique", musique(answer_aliases="b"), {}, "column 'answer_aliases'"),
-        ("musique", musique(answer_aliases=["b", ""]), {}, "column 'answer_aliases', item 2: says nothing"),
+        ("musique", musique(answer_aliases=["b", ""]), {}, "column 'answer_aliases', item 2: is empty"),
         ("gsm8k", {"question": "q", "answer": "work\n#### "}, {}, "row 1: its solution ends in an empty answer"),
         ("gsm8k", {"question": "q", "answer": "work\nand more"}, {}, "neither `####` nor a box; name the column of the answer"),
         ("math", {"problem": "p", "solution": "\\boxed{ }"}, {}, "its solution ends in an empty answer"),
@@ -173,7 +173,7 @@ def test_order_is_seeded_and_fewer_are_the_first_of_more(tmp_path):
     for split, says in (
         ("ood", r"env\.ood names no file"),
         ("train", r"env\.train names"),
-        ("tune", r"env\.train names .* one of 10 .* for tuning"),
+        ("tune", r"env\.train names .* one in 10 .* for tuning"),
     ):
         with pytest.raises(ConfigError, match=says):
             env.tasks(split, 1, 0)
@@ -251,7 +251,7 @@ def test_a_question_in_both_files_is_refused_unless_it_is_asked_for(tmp_path, ch
         ):
             env_settings(kind="gsm8k", train=train, data=data).build().tasks(split, 5, 0)
     env = env_settings(kind="gsm8k", train=train, data=data, allow_overlap=True).build()
-    assert len(env.tasks("iid", 99, 0)) == 30 and env.found("iid") == {"rows": 30, "duplicates": 0, "trained_on": 10}
+    assert len(env.tasks("iid", 99, 0)) == 30 and env.row_counts("iid") == {"rows": 30, "duplicates": 0, "trained_on": 10}
     measured = {" ".join(q.split()).casefold().removesuffix("?") for q in asked(env.tasks("iid", 99, 0))}
     assert not measured & {q.casefold().removesuffix("?") for q in asked(env.tasks("tune", 99, 0))}, "what is tuned on is never measured"
 
@@ -271,7 +271,7 @@ def test_a_row_that_is_there_twice_is_measured_once(tmp_path):
     other = hotpot(1) | {"context": [["Hall 1", ["Another hall."]], ["Ann 1", ["Another."]]]}
     env = MultihopEnvironment({"iid": write(tmp_path / "t.jsonl", hotpot(1), again, hotpot(2), other, hotpot(2))}, name="hotpotqa")
     assert [t.id for t in sorted(env.tasks("iid", 9, 0), key=lambda t: t.id)] == ["hotpotqa-iid-0", "hotpotqa-iid-2", "hotpotqa-iid-3"]
-    assert env.found("iid") == {"rows": 5, "duplicates": 2, "trained_on": 0}
+    assert env.row_counts("iid") == {"rows": 5, "duplicates": 2, "trained_on": 0}
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_reasoning_gym_is_graded_by_comparison_and_never_runs_an_answer():
     for name in ("string_insertion", "n_queens", "countdown", "puzzle24", "binary_matrix", "simple_integration"):
         with pytest.raises(ConfigError, match="which may run answers as code"):
             GymEnvironment(name).tasks("iid", 1, 0)
-    with pytest.raises(ConfigError, match="does not make 'nonsense'"):
+    with pytest.raises(ConfigError, match="cannot generate 'nonsense'"):
         GymEnvironment("nonsense").tasks("iid", 1, 0)
 
 
@@ -500,7 +500,7 @@ def test_tasks_are_the_same_in_every_process():
 @pytest.mark.parametrize("name", ["rotate_matrix", "modulo_grid"])
 def test_a_task_whose_own_reference_is_not_graded_right_is_refused(name):
     for split in ("train", "iid"):
-        with pytest.raises(ConfigError, match=f"20 tasks of {name} in a row are of no use: its reference .* would not be graded right"):
+        with pytest.raises(ConfigError, match=f"20 tasks of {name} in a row are unusable: its reference .* would not be graded as right"):
             GymEnvironment(name).tasks(split, 1, 0)
 
 

@@ -85,7 +85,7 @@ def test_another_package_brings_an_environment_by_an_entry_point(monkeypatch: py
     ("source", "value", "said"),
     [
         ("import nothing_of_this_name", "outside_dice:Dice", "the environment dice cannot be imported from outside_dice:Dice: "),
-        ("Dice = 3", "outside_dice:Dice", "is no subclass of EnvSettings"),
+        ("Dice = 3", "outside_dice:Dice", "is not a subclass of EnvSettings"),
         (OUTSIDE.format(name="Dice", kind="rows"), "outside_dice:Dice", "there is an environment rows already"),
     ],
 )

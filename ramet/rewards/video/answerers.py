@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from ramet.agents.tree import Message
-from ramet.data import Flag, Said, load_rows, parsed
+from ramet.data import Flag, NonEmptyText, load_rows, parsed
 from ramet.errors import TaskError
 from ramet.rewards.video.generative import VideoGRM
 from ramet.rewards.video.questions import VideoQuestion
@@ -59,8 +59,8 @@ class ModelAnswerer:
 
 
 class _Recorded(BaseModel):
-    id: Said
-    response: Said
+    id: NonEmptyText
+    response: NonEmptyText
     blind: Flag = False
 
 
