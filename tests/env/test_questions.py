@@ -124,7 +124,7 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
         ("hotpotqa", hotpot(1) | {"context": [[None, ["s"]]]}, {}, "column 'context', item 1, title: should be text"),
         ("hotpotqa", hotpot(1) | {"context": "no list"}, {}, "column 'context': should be a list, but is text that is not a JSON list"),
         ("hotpotqa", hotpot(1) | {"context": {"title": ["t"], "sentences": []}}, {}, "title and sentences, lists of the same length"),
-        ("hotpotqa", hotpot(1) | {"supporting_facts": [["Nowhere", 0]]}, {}, "'Nowhere', which supports its answer, is none of its"),
+        ("hotpotqa", hotpot(1) | {"supporting_facts": [["Nowhere", 0]]}, {}, "'Nowhere', which supports its answer, is not among its"),
         ("hotpotqa", hotpot(1) | {"supporting_facts": None}, {"only_gold": True}, "row 1 names no supporting documents, which env"),
         ("hotpotqa", hotpot(1) | {"supporting_facts": []}, {"gold_position": "middle"}, "row 1 names no supporting documents"),
         ("hotpotqa", hotpot(1), {"fields": {"answer_aliases": "others"}}, "row 1 has no field 'others'"),
@@ -247,7 +247,7 @@ def test_a_question_in_both_files_is_refused_unless_it_is_asked_for(tmp_path, ch
     data = write(tmp_path / "data.jsonl", *({"id": n, **row, "question": change(row["question"])} for n, row in enumerate(rows)))
     for split in ("train", "iid", "tune"):
         with pytest.raises(
-            ConfigError, match=r"10 of the 30 rows of \S+data.jsonl ask .*train.jsonl .* row 1 and row 31 there.*env\.allow_overlap=true"
+            ConfigError, match=r"10 of the 30 rows of \S+data.jsonl ask .*train.jsonl, .* row 1 and row 31 there.*env\.allow_overlap=true"
         ):
             env_settings(kind="gsm8k", train=train, data=data).build().tasks(split, 5, 0)
     env = env_settings(kind="gsm8k", train=train, data=data, allow_overlap=True).build()
@@ -298,7 +298,7 @@ def test_eval_says_what_is_in_the_file_and_refuses_before_it_begins(tmp_path):
     bare = ["train", "--set", "env.kind=gsm8k", "--set", f"env.data={data}"]
     for given in (command, ["frontier", "--policy", "nano", *command[1:]], [*bare, *common]):
         refused = CliRunner().invoke(app, given)
-        assert "they would be trained on and measured" in str(refused.exception), refused.output
+        assert "they would be both trained on and measured" in str(refused.exception), refused.output
     nothing = CliRunner().invoke(app, [*bare, *common[:2]])
     assert "env.train names no file" in str(nothing.exception)
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "nothing was begun"
@@ -310,7 +310,7 @@ def test_eval_says_what_is_in_the_file_and_refuses_before_it_begins(tmp_path):
         {"record": "data", "split": "iid", "rows": 3, "duplicates": 1, "trained_on": 1}
     ]
     assert {r["n"] for r in records if r["record"] == "point"} == {2}
-    assert "1 of 3 rows say what another says" in " ".join(done.output.split())
+    assert "1 of 3 rows repeat another" in " ".join(done.output.split())
 
 
 def test_the_field_map_holds_for_every_column_and_names_only_those(tmp_path):

@@ -61,7 +61,7 @@ def test_settings_hold_their_own_options_only_and_read_back_the_same(kind: str, 
 
 def test_a_run_folder_that_lists_the_options_of_all_environments_is_read_as_long_as_they_say_nothing(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text('[env]\nkind = "gsm8k"\noperands = [2, 24]\ngraded = true\nmetric = "em"\ngold = "as is"\ndata = "rows.jsonl"\n')
+    path.write_text('[env]\nkind = "gsm8k"\noperands = [2, 24]\ngraded = true\nmetric = "em"\ngold_position = "as is"\ndata = "rows.jsonl"\n')
     assert load(RunConfig, path).env == env_settings("gsm8k", data="rows.jsonl")
     path.write_text('[env]\nkind = "gsm8k"\noperands = [2, 23]\n')
     with pytest.raises(ConfigError, match="operands does not belong to the environment gsm8k"):
@@ -77,7 +77,7 @@ def bring(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str, value: str
 
 def test_another_package_brings_an_environment_by_an_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bring(monkeypatch, tmp_path, OUTSIDE.format(name="Dice", kind="dice"), "outside_dice:Dice")
-    found: Any = registry._found()
+    found: Any = registry._load_kinds()
     assert found["dice"]().build().name == "dice" and set(KINDS) < set(found)
 
 
@@ -94,5 +94,5 @@ def test_an_entry_point_that_brings_none_is_one_line(
 ) -> None:
     bring(monkeypatch, tmp_path, source, value)
     with pytest.raises(ConfigError) as error:
-        registry._found()
+        registry._load_kinds()
     assert said in str(error.value) and "\n" not in str(error.value)
