@@ -61,7 +61,8 @@ def test_settings_hold_their_own_options_only_and_read_back_the_same(kind: str, 
 
 def test_a_run_folder_that_lists_the_options_of_all_environments_is_read_as_long_as_they_say_nothing(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text('[env]\nkind = "gsm8k"\noperands = [2, 24]\ngraded = true\nmetric = "em"\ngold_position = "as is"\ndata = "rows.jsonl"\n')
+    others = 'operands = [2, 24]\ngraded = true\nmetric = "em"\ngold_position = "as is"\n'
+    path.write_text(f'[env]\nkind = "gsm8k"\n{others}data = "rows.jsonl"\n')
     assert load(RunConfig, path).env == env_settings("gsm8k", data="rows.jsonl")
     path.write_text('[env]\nkind = "gsm8k"\noperands = [2, 23]\n')
     with pytest.raises(ConfigError, match="operands does not belong to the environment gsm8k"):
