@@ -62,5 +62,5 @@ print(needed)
     done = without_extras(program)
     assert done.returncode == 0, done.stderr
     needed = eval(done.stdout)
-    assert needed.keys() <= {"HFPolicy", "Trainer", "VLLMPolicy", "load_model"}
+    assert needed.keys() <= {"HFPolicy", "Learner", "Trainer", "VLLMPolicy", "load_model"}
     assert all(extra("torch") in line and name in line and "\n" not in line for name, line in needed.items())

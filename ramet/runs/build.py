@@ -24,7 +24,7 @@ from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireForma
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.runlog import RunLog
-from ramet.policy.training.update import Objective, Reward
+from ramet.policy.training.update import LearningProblem, Reward
 from ramet.runs.settings import RunConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def engine_id(config: RunConfig, model: str | Path) -> str:
     return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
-def build_objective(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> Objective:
+def learning_problem(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> LearningProblem:
     """The configured tasks and reward of a training run, for any trainer. `count` returns the tokens of a text."""
     env = config.env.build(count)
     depth = config.budget.depth if spawn else 0
@@ -159,7 +159,7 @@ def build_objective(config: RunConfig, count: Callable[[str], int], spawn: bool 
         penalties = config.penalty.penalties(tree)
         return Reward(score, penalties, config.penalty.reward(tree, score, penalties))
 
-    return Objective(sample_tasks, reward_function)
+    return LearningProblem(sample_tasks, reward_function)
 
 
 def run_fingerprint(config: RunConfig, spawn: bool) -> str:
@@ -179,8 +179,8 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
         raise ConfigError("training samples with dense attention; attention.method is for measuring")
     model, tokenizer, chat = open_model(config)
     learner = Learner(engine_of(config, model, tokenizer, chat), tokenizer, chat, config.tell_budget == "all")
-    objective = replace(build_objective(config, token_count(tokenizer), spawn), fingerprint=run_fingerprint(config, spawn))
-    return Trainer(learner, objective, config.train, directory, config.seed)
+    problem = replace(learning_problem(config, token_count(tokenizer), spawn), fingerprint=run_fingerprint(config, spawn))
+    return Trainer(learner, problem, config.train, directory, config.seed)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -19,8 +19,8 @@ from ramet.errors import CheckpointError, ConfigError, PartLost, PolicyError, Ra
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import RunSpec, part_lost
-from ramet.policy.training.update import Objective
-from ramet.runs.build import build_objective, run_fingerprint
+from ramet.policy.training.update import LearningProblem
+from ramet.runs.build import learning_problem, run_fingerprint
 from ramet.runs.settings import RunConfig, load
 from ramet.storage import lock, read_text, write_text
 
@@ -38,12 +38,12 @@ def run_spec(config: RunConfig, directory: Path, spawn: bool, fingerprint: str =
         raise ConfigError("the openrlhf trainer samples with vLLM engines of its own: leave backend and attention.method at their defaults")
     return RunSpec(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
-        fingerprint, config.tell_budget == "all", functools.partial(_objective, config, spawn),
+        fingerprint, config.tell_budget == "all", functools.partial(_problem, config, spawn),
     )  # fmt: skip
 
 
-def _objective(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> Objective:
-    return build_objective(config, count, spawn)
+def _problem(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> LearningProblem:
+    return learning_problem(config, count, spawn)
 
 
 def longest(config: RunConfig, model: Path) -> int:

@@ -33,7 +33,7 @@ from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.rows import TrainingRow
 from ramet.policy.training.runlog import STORED
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import Group, Objective, Reward, TrainConfig, compute_advantages, minibatches
+from ramet.policy.training.update import Group, LearningProblem, Reward, TrainConfig, compute_advantages, minibatches
 
 TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl_coef=0.1, temperature=0.7, batch_tokens=700, estimator="grpo")
 
@@ -120,7 +120,7 @@ def test_advantages_loss_and_gradient(groups, tmp_path: Path, monkeypatch: Any, 
     model, tokenizer, chat = load_model(BASE)
     given = advantages(groups, chat)
     parts = minibatches(groups, given, TRAIN)
-    local = Trainer(Learner(HFPolicy(model), tokenizer, chat), Objective(lambda update: [], judge), TRAIN, tmp_path / "local")
+    local = Trainer(Learner(HFPolicy(model), tokenizer, chat), LearningProblem(lambda update: [], judge), TRAIN, tmp_path / "local")
     disturb(model.parameters())
     model.train()
     local_loss = sum(values["loss"] for values, _, _ in local._backward(parts[0]))
@@ -164,7 +164,7 @@ def test_the_weights_after_an_update(groups, tmp_path: Path, monkeypatch: Any) -
     model, tokenizer, chat = load_model(BASE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     parts = minibatches(groups, advantages(groups, chat), train)
-    local = Trainer(Learner(HFPolicy(model), tokenizer, chat), Objective(lambda update: [], judge), train, tmp_path / "local")
+    local = Trainer(Learner(HFPolicy(model), tokenizer, chat), LearningProblem(lambda update: [], judge), train, tmp_path / "local")
     metrics = local._optimise(0, parts)
     actor = cluster_policy(train, tmp_path / "cluster", monkeypatch)
     sums = actor.fit(0.0, steps=given_to(actor, parts, tokenizer.pad_token_id or 0), rate=1e-3)

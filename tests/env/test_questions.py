@@ -19,7 +19,7 @@ from ramet.env.maths import MathsEnvironment, final_answer
 from ramet.env.multihop import MultihopEnvironment, documents, words
 from ramet.env.registry import env_settings
 from ramet.errors import ConfigError, TaskError
-from ramet.runs.build import build_objective
+from ramet.runs.build import learning_problem
 from ramet.runs.settings import RunConfig, load
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -198,7 +198,7 @@ def test_training_draws_every_row_before_any_again(tmp_path):
     """Update after update: epochs of all rows, each in another order, which the seed gives."""
     path = write(tmp_path / "train.jsonl", *sums(*range(100)))
     config = load(RunConfig, None, ["model=nano", "env.kind=gsm8k", f"env.train={path}", "train.tasks=9", "train.minibatches=1", "seed=3"])
-    draw = build_objective(config, len).sample_tasks
+    draw = learning_problem(config, len).sample_tasks
     epochs = [[q for update in range(10 * e, 10 * e + 10) for q in asked([task for task, _ in draw(update)])] for e in range(3)]
     env = config.env.build()
     assert all(len(set(epoch)) == 90 and set(epoch) == set(epochs[0]) for epoch in epochs)

@@ -16,7 +16,7 @@ from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import Objective, TrainConfig
+from ramet.policy.training.update import LearningProblem, TrainConfig
 from ramet.recipes import minimal
 
 TASKS, TREES, UPDATES = 3, 4, 3
@@ -38,7 +38,7 @@ def trainer(directory: Path, seed: int, **changed: Any) -> Trainer:
         **changed,
     )  # fmt: skip
     learner = Learner(HFPolicy(model, max_batch=TASKS * TREES), tokenizer, chat)
-    return Trainer(learner, Objective(partial(minimal.tasks_of, seed=seed), minimal.reward_of), config, directory, seed)
+    return Trainer(learner, LearningProblem(partial(minimal.tasks_of, seed=seed), minimal.reward_of), config, directory, seed)
 
 
 def trained(seed: int) -> tuple[list[tuple[int, float, float]], list[torch.Tensor]]:

@@ -19,7 +19,7 @@ from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.placement import ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.advantages import gae
-from ramet.policy.training.update import Objective, TrainConfig
+from ramet.policy.training.update import LearningProblem, TrainConfig
 from ramet.runs import cluster, cluster_job
 from ramet.runs.settings import RunConfig, load
 
@@ -46,10 +46,10 @@ def test_a_run_with_other_tasks_or_rewards_is_another_run(tmp_path):
         return lambda task, tree: worth
 
     run = spec(tmp_path)
-    identified = run.identified(Objective(draw, judge(1.0))).fingerprint
-    assert identified == run.identified(Objective(draw, judge(1.0))).fingerprint != run.fingerprint
-    others = {run.identified(Objective(draw, judge(2.0))).fingerprint, run.identified(Objective(lambda update: [], judge(1.0))).fingerprint}
-    assert len({identified, *others}) == 3
+    identified = run.identified(LearningProblem(draw, judge(1.0))).fingerprint
+    assert identified == run.identified(LearningProblem(draw, judge(1.0))).fingerprint != run.fingerprint
+    others = [LearningProblem(draw, judge(2.0)), LearningProblem(lambda update: [], judge(1.0))]
+    assert len({identified, *(run.identified(problem).fingerprint for problem in others)}) == 3
 
 
 def test_one_configuration_becomes_flags(tmp_path):

@@ -22,8 +22,8 @@ from ramet.env.splits import part_of
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.training.rows import token_logprobs
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import Objective, Reward, TrainConfig, compute_advantages, compute_reward, minibatches
-from ramet.runs.build import build_objective
+from ramet.policy.training.update import LearningProblem, Reward, TrainConfig, compute_advantages, compute_reward, minibatches
+from ramet.runs.build import learning_problem
 from ramet.runs.settings import RunConfig
 
 CONFIG = TrainConfig(updates=2, tasks=2, group_size=4, minibatches=2, learning_rate=3e-3, warmup=0)
@@ -42,7 +42,7 @@ def judge(task: Task, tree: Tree) -> Reward:
 def trainer(model, tokenizer, directory: Path, **changed: object) -> Trainer:
     config = CONFIG.model_copy(update=changed)
     learner = Learner(HFPolicy(copy.deepcopy(model)), tokenizer, ControlTokenFormat(tokenizer))
-    return Trainer(learner, Objective(draw, judge), config, directory)
+    return Trainer(learner, LearningProblem(draw, judge), config, directory)
 
 
 def updates(made: Trainer, count: int) -> list[dict]:
@@ -58,14 +58,14 @@ def content(task: Task) -> str:
 
 
 def test_a_run_learns_from_training_tasks_alone():
-    sample_tasks = build_objective(RunConfig(), len).sample_tasks
+    sample_tasks = learning_problem(RunConfig(), len).sample_tasks
     drawn = [task for update in range(10) for task, _ in sample_tasks(update)]
     assert {part_of(content(task)) for task in drawn} == {"train"} and len({task.id for task in drawn}) == len(drawn)
 
 
 def test_only_who_may_spawn_is_trained_with_the_tool():
     for spawn, depths in ((True, {1}), (False, {0})):
-        sample_tasks = build_objective(RunConfig(), len, spawn).sample_tasks
+        sample_tasks = learning_problem(RunConfig(), len, spawn).sample_tasks
         assert {budget.depth for update in range(5) for _, budget in sample_tasks(update)} == depths
 
 

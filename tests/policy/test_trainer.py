@@ -26,7 +26,7 @@ from ramet.policy.models.load import load_model, without_dropout
 from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
 from ramet.policy.training.trainer import Learner, Trainer, run_trainer
-from ramet.policy.training.update import Objective, Reward, RewardFunction, TrainConfig, learning_rate
+from ramet.policy.training.update import LearningProblem, Reward, RewardFunction, TrainConfig, learning_rate
 from ramet.rewards.penalty import Prices, saturating, scored, selfcest_penalties
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
@@ -50,7 +50,7 @@ def draw(update: int) -> list[tuple[Task, Budget]]:
 
 def trainer(model, tokenizer, directory: Path, config: TrainConfig = CONFIG, seed: int = 0, judge_=judge) -> Trainer:
     learner = Learner(HFPolicy(copy.deepcopy(model)), tokenizer, ControlTokenFormat(tokenizer))
-    return Trainer(learner, Objective(draw, judge_), config, directory, seed)
+    return Trainer(learner, LearningProblem(draw, judge_), config, directory, seed)
 
 
 def curve(directory: Path) -> list[dict]:
@@ -223,7 +223,7 @@ def test_nothing_is_dropped_out_in_an_update(nano_tokenizer, tmp_path, kind):
             weight.mul_(3.0 if weight.ndim > 1 else 1.0)
     run = CONFIG.model_copy(update={"updates": 1, "minibatches": 1, "kl_coef": 0.1})
     learner = Learner(HFPolicy(model), nano_tokenizer, ControlTokenFormat(nano_tokenizer))
-    run_trainer(Trainer(learner, Objective(draw, judge), run, tmp_path))
+    run_trainer(Trainer(learner, LearningProblem(draw, judge), run, tmp_path))
     (metrics,) = curve(tmp_path)
     assert abs(metrics["behaviour_log_ratio"]) < 1e-5 and metrics["clip_fraction"] == 0 and abs(metrics["kl_to_reference"]) < 1e-6
 

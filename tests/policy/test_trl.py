@@ -18,7 +18,7 @@ from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.policy.training.trainer import Learner, Trainer
 from ramet.policy.training.trl import TreeRollouts
-from ramet.policy.training.update import Objective, Reward, TrainConfig, compute_advantages, minibatches
+from ramet.policy.training.update import LearningProblem, Reward, TrainConfig, compute_advantages, minibatches
 
 trl: Any = pytest.importorskip("trl", reason="TRL is not installed: pip install 'ramet[reward]'")
 
@@ -77,7 +77,7 @@ def test_a_step_of_grpo_is_the_gradient_of_rloo(parts, tmp_path):
     groups = [(tasks[grown[i].task_id], grown[i : i + GROUP]) for i in range(0, len(grown), GROUP)]
     config = TrainConfig(minibatches=1, temperature=0.7, length_scale=LENGTH)
     advantages = compute_advantages(groups, [[judge(t, tree) for tree in of] for t, of in groups], "rloo", chat)
-    ours = Trainer(Learner(HFPolicy(model), tokenizer, chat), Objective(lambda update: [], judge), config, tmp_path)
+    ours = Trainer(Learner(HFPolicy(model), tokenizer, chat), LearningProblem(lambda update: [], judge), config, tmp_path)
     ours._backward(minibatches(groups, advantages, config)[0])
     # TRL's baseline has the tree's own reward in it, and it divides by rows, not by trees.
     constant = (GROUP - 1) / GROUP / trees.rows

@@ -16,7 +16,7 @@ from ramet.agents.tree import Task, Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import RunSpec
 from ramet.policy.training.runlog import STORED
-from ramet.policy.training.update import Group, Objective, Reward, compute_reward, group_trees, tree_jobs
+from ramet.policy.training.update import Group, LearningProblem, Reward, compute_reward, group_trees, tree_jobs
 
 
 class TreeSamples(SamplesGenerator):
@@ -35,11 +35,11 @@ class TreeSamples(SamplesGenerator):
         engines: list[Any],
         spec: RunSpec,
         rollouts: Path,
-        objective: Objective,
+        problem: LearningProblem,
         wait: Callable[[list[Any]], dict[Any, Any]],
     ) -> None:
         super().__init__(strategy, None, None, None, engines)
-        self.spec, self._rollouts, self._objective, self._wait = spec, rollouts, objective, wait
+        self.spec, self._rollouts, self._problem, self._wait = spec, rollouts, problem, wait
         self._begun: dict[int, _Update] = {}
         self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
         self._loads = [0] * len(engines)
@@ -50,7 +50,7 @@ class TreeSamples(SamplesGenerator):
         if update in self._begun:
             return
         path = self._rollouts / f"{update:06d}.jsonl"
-        tasks = list(self._objective.sample_tasks(update))
+        tasks = list(self._problem.sample_tasks(update))
         begun = _Update(tasks, Journal(path, fingerprint(self.spec.fingerprint, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
@@ -107,7 +107,7 @@ class TreeSamples(SamplesGenerator):
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:
         begun.trees[key] = tree
         task, _ = begun.tasks[key[0]]
-        begun.rewards[key] = self._reward_threads.submit(compute_reward, self._objective.reward_function, task, tree)
+        begun.rewards[key] = self._reward_threads.submit(compute_reward, self._problem.reward_function, task, tree)
 
 
 class _Update:

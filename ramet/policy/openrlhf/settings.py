@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from ramet.agents.journal import fingerprint
 from ramet.errors import PartLost
 from ramet.policy.training.identity import identity
-from ramet.policy.training.update import Objective, TrainConfig
+from ramet.policy.training.update import LearningProblem, TrainConfig
 from ramet.schema import Section
 
 FREE = ("address", "restarts", "reward_concurrency", "gpu_memory")
@@ -97,15 +97,15 @@ def part_lost(error: BaseException | None) -> bool:
 class RunSpec:
     """One run, as every actor of it receives it.
 
-    train        the settings of an update
-    cluster      the settings of the cluster trainer
-    directory    the run folder, which every node must be able to read and write
-    model        directory of the initial weights
-    chat         name of the chat format, as in `ramet.policy.models.load.load_tokenizer`
-    dtype        "bfloat16" or "float32": the type in which engines and trainers compute
-    fingerprint  differs between runs that must not resume each other
+    train               the settings of an update
+    cluster             the settings of the cluster trainer
+    directory           the run folder, which every node must be able to read and write
+    model               directory of the initial weights
+    chat                name of the chat format, as in `ramet.policy.models.tokenizer.load_tokenizer`
+    dtype               "bfloat16" or "float32": the type in which engines and trainers compute
+    fingerprint         differs between runs that must not resume each other
     always_show_budget  as in `ramet.agents.runtime.Runtime`
-    objective    called with a function that counts the tokens of a text; returns the run's objective
+    build_problem       called with a function that counts the tokens of a text; returns the learning problem
     """
 
     train: TrainConfig
@@ -117,9 +117,9 @@ class RunSpec:
     seed: int
     fingerprint: str
     always_show_budget: bool
-    objective: Callable[[Callable[[str], int]], Objective]
+    build_problem: Callable[[Callable[[str], int]], LearningProblem]
 
-    def identified(self, objective: Objective) -> RunSpec:
-        """A copy whose fingerprint also covers the objective that was built: the code of its task sampler and reward function."""
-        parts = (objective.fingerprint, identity(objective.sample_tasks), identity(objective.reward_function))
+    def identified(self, problem: LearningProblem) -> RunSpec:
+        """A copy whose fingerprint also covers the problem that was built: the code of its task sampler and reward function."""
+        parts = (problem.fingerprint, identity(problem.sample_tasks), identity(problem.reward_function))
         return replace(self, fingerprint=fingerprint(self.fingerprint, *parts))

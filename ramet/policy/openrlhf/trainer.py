@@ -69,9 +69,9 @@ class TreeTrainer(BasePPOTrainer):
         groups = (self.actor_model_group, self.critic_model_group, None, None)
         self.tokenizer = tokenizer
         self.experience_maker = TreeExperience(spec.cluster, spec.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
-        objective = spec.objective(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
-        self.spec = spec = spec.identified(objective)
-        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, spec, self.log.rollouts, objective, self._some_done)
+        problem = spec.build_problem(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
+        self.spec = spec = spec.identified(problem)
+        self.samples_generator = TreeSamples(self.strategy, self.vllm_engines, spec, self.log.rollouts, problem, self._some_done)
         # An engine that does not start would leave the trainers waiting for it.
         self._all([engine.get_num_unfinished_requests.remote() for engine in self.vllm_engines])
         return spec.train.updates * spec.train.minibatches * spec.train.epochs

@@ -41,8 +41,8 @@ from ramet.policy.training.rows import TrainingRow, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (
     Group,
+    LearningProblem,
     Metrics,
-    Objective,
     Targets,
     TrainConfig,
     check_sampled,
@@ -79,14 +79,14 @@ class Trainer:
     """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
 
     A bfloat16 model samples and computes gradients in bfloat16; its optimiser steps and its checkpoints are float32, and so is the
-    model itself after the last update. A checkpoint is resumed only by a trainer with the same seed, configuration and objective:
-    the code of the task sampler and of the reward function is compared (`identity`), and so is the objective's fingerprint.
+    model itself after the last update. A checkpoint is resumed only by a trainer with the same seed, configuration and problem:
+    the code of the task sampler and of the reward function is compared (`identity`), and so is the problem's fingerprint.
     """
 
-    def __init__(self, learner: Learner, objective: Objective, config: TrainConfig, directory: Path, seed: int = 0):
-        self.sample_tasks, self.reward_function = objective.sample_tasks, objective.reward_function
+    def __init__(self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0):
+        self.sample_tasks, self.reward_function = problem.sample_tasks, problem.reward_function
         self._identity = {
-            "seed": seed, "config": config.model_dump(), "data fingerprint": objective.fingerprint, "tasks": identity(self.sample_tasks),
+            "seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint, "tasks": identity(self.sample_tasks),
             "reward function": identity(self.reward_function),
         }  # fmt: skip
         self.policy, self.tokenizer, self.chat = learner.policy, learner.tokenizer, learner.chat

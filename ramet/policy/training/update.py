@@ -124,7 +124,7 @@ Group = tuple[Task, list[Tree]]
 
 
 @dataclass(frozen=True, slots=True)
-class Objective:
+class LearningProblem:
     """What a run trains for: the tasks of its updates and the reward of a tree.
 
     fingerprint  differs where the data or settings that the two functions read differ; their own code is compared besides

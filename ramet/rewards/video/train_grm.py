@@ -22,7 +22,7 @@ from ramet.errors import RewardError, TaskError
 from ramet.policy.engines.vision import VisionPolicy
 from ramet.policy.training.sft import Example, SFTTraining, fine_tune
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import Objective, Reward, TrainConfig
+from ramet.policy.training.update import LearningProblem, Reward, TrainConfig
 from ramet.rewards.video.generative import VideoGRM, pairwise
 from ramet.rewards.video.judge import AnswerPair, PairwiseJudge, PairwisePrompt, compare, parse_choice
 from ramet.rewards.video.pairs import PreferencePair, readable
@@ -133,5 +133,5 @@ def grm_trainer(
         return Reward(float(reward > VALID), {}, reward)
 
     policy = VisionPolicy(grm.model, grm.reader, max_batch=config.max_batch)
-    objective = Objective(sample_tasks, reward_function, fingerprint("grm", data))
-    return Trainer(Learner(policy, grm.tokenizer, grm.chat, always_show_budget=False), objective, config, folder, seed)
+    problem = LearningProblem(sample_tasks, reward_function, fingerprint("grm", data))
+    return Trainer(Learner(policy, grm.tokenizer, grm.chat, always_show_budget=False), problem, config, folder, seed)
