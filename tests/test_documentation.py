@@ -64,7 +64,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 def command_lines(page: Path) -> list[list[str]]:
     """Every command of ramet that a page shows, in code blocks and in spans, as words from `ramet` on."""
-    text = page.read_text()
+    text = page.read_text().replace("\\\n", "")
     shown = re.findall(r"^    (.*)$", text, re.M) + [span.replace("\n", " ") for span in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
     found = [re.search(r"(?:^|[\s/])(ramet(?:\.cli\.main)? .*)", line) for line in shown]
     return [shlex.split(match[1], comments=True) for match in found if match]
@@ -133,3 +133,12 @@ def test_every_kind_of_record_has_its_line_in_the_page_of_records():
 def test_the_prose_of_a_page_is_at_most_120_columns_wide(page):
     long = [line for line in page.read_text().splitlines() if len(line) > 120 and not line.startswith("|")]
     assert not long, long
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_classes_and_functions_that_a_page_names_occur_in_the_code(page):
+    sources = [*(ROOT / "ramet").rglob("*.py"), *(ROOT / "tests").rglob("test_*.py")]
+    code = {word for path in sources if path != Path(__file__) for word in re.findall(r"\w+", path.read_text())}
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    named = {name for span in spans for name in re.findall(r"\b(?:[A-Z][a-z]+(?:[A-Z][a-z]*)+|[a-z_]+(?=\())", span)}
+    assert named <= code, named - code
