@@ -108,7 +108,7 @@ def test_the_commands(tmp_path: Path) -> None:
 
 
 def test_the_needle_is_measured_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = attention_quality.sample(AutoTokenizer.from_pretrained(BASE), 300, 0.5, 0)
+    given = attention_quality.needle_text(AutoTokenizer.from_pretrained(BASE), 300, 0.5, 0)
     text = AutoTokenizer.from_pretrained(BASE).decode(given.ids)
     assert text.count(given.code) == 1
     assert 200 < len(given.ids) <= 300

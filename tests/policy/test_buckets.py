@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ramet.benchmarks.speed.scaling import Assumed
+from ramet.benchmarks.speed.scaling import Assumptions
 from ramet.policy.openrlhf.weights import BUCKET, buckets
 
 SHAPES = st.lists(st.integers(0, 4), max_size=3)
@@ -33,5 +33,5 @@ def test_a_model_of_four_billion_parameters_is_398_tensors_in_30_buckets() -> No
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     parameters = list(model.named_parameters())
-    assert abs(sum(p.numel() for _, p in parameters) - Assumed().parameters) < 0.01e9
-    assert (len(parameters), len(buckets(parameters, BUCKET))) == (Assumed().tensors, Assumed().buckets)
+    assert abs(sum(p.numel() for _, p in parameters) - Assumptions().parameters) < 0.01e9
+    assert (len(parameters), len(buckets(parameters, BUCKET))) == (Assumptions().tensors, Assumptions().buckets)

@@ -141,8 +141,8 @@ def check(
         plan = method.plan(context, query, hosts)
         anchor, passing = (plan.anchor, plan.passing) if isinstance(plan, BlockPlan) else (0, 0)
         kl, largest = divergence(dense, logits), float((logits - dense).abs().max())
-        told = f", anchor {anchor}, passing {passing}" if isinstance(plan, BlockPlan) else ""
-        console.print(f"{method.name}{told}: KL divergence of the next token from dense {kl:.3g} nats, largest difference {largest:.2e}")
+        lengths = f", anchor {anchor}, passing {passing}" if isinstance(plan, BlockPlan) else ""
+        console.print(f"{method.name}{lengths}: KL divergence of the next token from dense {kl:.3g} nats, largest difference {largest:.2e}")
         records.append(
             {"record": "divergence", "method": method.name, "hosts": hosts, "context": context, "query": query, "anchor": anchor,
              "passing": passing, "difference": largest, "largest_logit": scale, "divergence": kl, "ranks_equal": True}

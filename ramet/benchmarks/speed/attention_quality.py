@@ -52,15 +52,15 @@ _TIMES = ("On Monday", "In the morning", "Last winter", "At noon", "After the st
 
 
 @dataclass(frozen=True)
-class Sample:
-    """A text with a code in it: token ids, how many of the last ask for it, and the code."""
+class NeedleText:
+    """A text with a code in it: token ids, the number of those at the end that ask for the code, and the code."""
 
     ids: list[int]
     query: int
     code: str
 
 
-def sample(tokenizer: Any, length: int, depth: float, seed: int) -> Sample:
+def needle_text(tokenizer: Any, length: int, depth: float, seed: int) -> NeedleText:
     """About `length` tokens, never more, with the code at `depth` (0 first, 1 last) of the notes."""
     rng = random.Random(f"needle/{seed}/{depth}/{length}")
     code, colour = str(rng.randint(10000, 99999)), rng.choice(("red", "green", "blue", "white", "black"))
@@ -79,7 +79,7 @@ def sample(tokenizer: Any, length: int, depth: float, seed: int) -> Sample:
         used += size
     notes.insert(round(depth * len(notes)), needle)
     body = tokenizer.encode(" ".join(notes), add_special_tokens=False)
-    return Sample([*head, *body, *tail], len(tail), code)
+    return NeedleText([*head, *body, *tail], len(tail), code)
 
 
 def _frame(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
@@ -99,13 +99,13 @@ def decode(
     model: Any,
     group: RankGroup,
     method: Method,
-    given: Sample,
+    text: NeedleText,
     stop: int,
     forced: Sequence[int] = (),
     selections: list[list[Selections]] | None = None,
 ) -> tuple[list[int], Tensor]:
     """The ids that the method decodes greedily, `stop` included, and its logits [ids, vocabulary] along `forced` ids, or its own."""
-    (sequence,), first = prefill(model, group, method, [given.ids], [given.query], selections=selections)
+    (sequence,), first = prefill(model, group, method, [text.ids], [text.query], selections=selections)
 
     def along(path: Sequence[int]) -> tuple[list[int], Tensor]:
         at, rows, taken = sequence.fork(), [first[0]], list[int]()
@@ -119,18 +119,18 @@ def decode(
     return own, logits if not forced or own == list(forced) else along(forced)[1]
 
 
-def attended(model: Any, given: Sample) -> list[Tensor]:
+def attended(model: Any, text: NeedleText) -> list[Tensor]:
     """Per layer, how much the question attends to each row of the context under dense attention: [Hk, context]."""
-    context, shares = len(given.ids) - given.query, []
-    for q, k, _ in recorded(model, given.ids)[0]:
+    context, shares = len(text.ids) - text.query, []
+    for q, k, _ in recorded(model, text.ids)[0]:
         grouped = q[:, context:].reshape(k.shape[0], -1, q.shape[-1])
         shares.append((grouped @ k[:, :context].transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1))
     return shares
 
 
 def recall(plan: BlockPlan, selections: Sequence[Selections], shares: Sequence[Tensor]) -> float:
-    """See the module; 1 where nothing is passed on and nothing could be."""
-    found: list[Tensor] = []
+    """The recall that the module's docstring defines; 1 where nothing is passed on and nothing could be."""
+    recalls: list[Tensor] = []
     for layer, share in zip(selections, shares, strict=True):
         held = torch.zeros_like(share, dtype=torch.bool)
         held[:, : plan.anchor] = True
@@ -138,8 +138,8 @@ def recall(plan: BlockPlan, selections: Sequence[Selections], shares: Sequence[T
             held.scatter_(1, rows, True)
         count = int(held.sum(1).min())
         best = share.topk(max(count, 1)).indices
-        found.append(held.gather(1, best).float().mean())
-    return float(torch.stack(found).mean())
+        recalls.append(held.gather(1, best).float().mean())
+    return float(torch.stack(recalls).mean())
 
 
 def cases(hosts: Sequence[int], context: int, anchors: Sequence[int], passings: Sequence[int]) -> Iterator[tuple[str, Method, int]]:
@@ -164,33 +164,34 @@ def bench_needle(
         )
     attach(model)
     places = [(2 * i + 1) / (2 * depths) for i in range(depths)]
-    texts = [(depth, sample(tokenizer, length, depth, seed + n)) for n in range(samples) for depth in places]
+    texts = [(depth, needle_text(tokenizer, length, depth, seed + n)) for n in range(samples) for depth in places]
     job = fingerprint("needle", length, depths, seed, weights_id(path))
     with Journal(out / "journal.jsonl", job) as journal:
         done = {(r["case"], r["hosts"], r["text"]) for r in journal.records}
-        for index, (depth, given) in enumerate(texts):
-            context = len(given.ids) - given.query
+        for index, (depth, text) in enumerate(texts):
+            context = len(text.ids) - text.query
             todo = [case for case in cases(hosts, context, anchors, passings) if (case[0], case[2], index) not in done]
             if not todo and ("dense", 1, index) in done:
                 continue
-            about = {"text": index, "depth": depth, "length": len(given.ids)}
-            said, expected = decode(model, SingleRank(), Method("dense"), given, tokenizer.eos_token_id)
-            shares = attended(model, given)
+            about = {"text": index, "depth": depth, "length": len(text.ids)}
+            dense_ids, expected = decode(model, SingleRank(), Method("dense"), text, tokenizer.eos_token_id)
+            shares = attended(model, text)
             if ("dense", 1, index) not in done:
-                found = given.code in tokenizer.decode(said)
-                journal.append(about | {"case": "dense", "hosts": 1, "found": found, "divergence": 0.0, "recall": 1.0, "pairs": 1.0})
+                named = text.code in tokenizer.decode(dense_ids)
+                journal.append(about | {"case": "dense", "hosts": 1, "found": named, "divergence": 0.0, "recall": 1.0, "pairs": 1.0})
             for label, method, count in progress.each(todo, f"text {index + 1} of {len(texts)}"):
-                plan = method.plan(context, given.query, count)
+                plan = method.plan(context, text.query, count)
                 assert isinstance(plan, BlockPlan)
                 selections = [[Selections() for _ in shares]]
-                task = partial(decode, model, method=method, given=given, stop=tokenizer.eos_token_id, forced=said, selections=selections)
-                own, logits = simulated(count, task)[0]
+                stop = tokenizer.eos_token_id
+                decoding = partial(decode, model, method=method, text=text, stop=stop, forced=dense_ids, selections=selections)
+                own, logits = simulated(count, decoding)[0]
                 journal.append(
                     about
                     | {
                         "case": label,
                         "hosts": count,
-                        "found": given.code in tokenizer.decode(own),
+                        "found": text.code in tokenizer.decode(own),
                         "divergence": divergence(expected, logits),
                         "recall": recall(plan, selections[0], shares),
                         "pairs": max(pairs(plan, r) for r in range(count)) / (plan.length * (plan.length + 1) / 2),
@@ -210,12 +211,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         grouped.setdefault((row["case"], row["hosts"]), []).append(row)
     records = []
     for (case, hosts), group in grouped.items():
-        found = accuracy_interval({str(r["text"]): [float(r["found"])] for r in group})
+        accuracy = accuracy_interval({str(r["text"]): [float(r["found"])] for r in group})
         lost = mean_interval([r["divergence"] for r in group])
         records.append(
             {
                 "record": "needle", "case": case, "hosts": hosts, "n": len(group), "length": max(r["length"] for r in group),
-                "found": found.mean, "ci_low": found.low, "ci_high": found.high,
+                "found": accuracy.mean, "ci_low": accuracy.low, "ci_high": accuracy.high,
                 "divergence": lost.mean, "divergence_low": lost.low, "divergence_high": lost.high,
                 "recall": statistics.mean(r["recall"] for r in group), "pairs": statistics.mean(r["pairs"] for r in group),
             }
@@ -224,12 +225,12 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show(records: Sequence[dict[str, Any]]) -> None:
-    """The table."""
+    """Print one line a case and number of hosts."""
     table = Table("method", "hosts", "found", "divergence, nats", "recall", "attention, times less")
     for r in records:
-        found = f"{r['found']:.2f} ({r['ci_low']:.2f}-{r['ci_high']:.2f})"
+        accuracy = f"{r['found']:.2f} ({r['ci_low']:.2f}-{r['ci_high']:.2f})"
         kl = f"{r['divergence']:.3g} ({r['divergence_low']:.2g}-{r['divergence_high']:.2g})"
-        table.add_row(r["case"], str(r["hosts"]), found, kl, f"{r['recall']:.2f}", f"{1 / r['pairs']:.1f}")
+        table.add_row(r["case"], str(r["hosts"]), accuracy, kl, f"{r['recall']:.2f}", f"{1 / r['pairs']:.1f}")
     console.print(table)
     if any(r["case"] == "apb" for r in records):
         console.print("apb has no retaining heads here: it passes on by the question, as spava does")

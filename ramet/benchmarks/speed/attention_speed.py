@@ -46,25 +46,28 @@ ROWS = 256
 
 
 @dataclass
-class Lonely:
-    """A rank whose peers are not there: what they would send is made up."""
+class LoneRank:
+    """A rank without its peers: what they would send is made up."""
 
     rank: int
     size: int
     traffic: Traffic = field(default_factory=Traffic)
 
     def gather(self, x: Tensor) -> Work:
+        """The rank's own tensor in place of everybody's."""
         return CompletedWork(x[None].expand(self.size, *x.shape))
 
     def shift(self, x: Tensor, like: Tensor) -> Work:
+        """Random numbers in place of the neighbour's tensor; they are written to `like`."""
         return CompletedWork(like.normal_())
 
     def exchange(self, parts: Sequence[Tensor], like: Sequence[tuple[int, ...]]) -> Work:
+        """Random numbers of the shapes in `like`."""
         return CompletedWork([torch.randn(shape) for shape in like])
 
 
 @dataclass
-class Sampled:
+class SampledClock:
     """A clock that adds what sampled attention calls left out."""
 
     timed: float = 0.0
@@ -96,9 +99,9 @@ class Sampled:
 
 
 @contextmanager
-def sampling() -> Iterator[Sampled]:
-    """Attention calls with backend "sampled" go through a `Sampled`."""
-    clock = Sampled()
+def sampling() -> Iterator[SampledClock]:
+    """Attention calls with backend "sampled" go through a `SampledClock`."""
+    clock = SampledClock()
     kernels.KERNELS["sampled"] = clock.kernel
     try:
         yield clock
@@ -121,7 +124,7 @@ def busiest(method: Method, plan: BlockPlan | ShardedPlan, shape: LayerShape) ->
 def prefill_seconds(method: Method, plan: BlockPlan | ShardedPlan, rank: int, shape: LayerShape, repeats: int) -> tuple[float, float]:
     """Seconds of one rank's attention in a layer, the median of `repeats`, and the share of its pairs that was timed."""
     q, k, v = local(shape, len(plan.rows(rank)))
-    group = Lonely(rank, plan.hosts) if plan.hosts > 1 else SingleRank()
+    group = LoneRank(rank, plan.hosts) if plan.hosts > 1 else SingleRank()
     times, share = [], 1.0
     sampled = Method(method.name, method.anchor, method.passing, method.scorer, "sampled")
     for _ in range(repeats):

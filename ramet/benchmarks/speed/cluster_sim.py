@@ -44,7 +44,7 @@ PLACEMENTS = ("task", "tree", "spill", "request")
 
 
 @dataclass(frozen=True)
-class Hardware:
+class EngineHardware:
     """One engine. The defaults are computed for 4 billion parameters in bfloat16 on a GPU of 3.35 TB/s and 989 TFLOP/s:
 
     step      seconds to read the weights: 8.04 GB / 3.35 TB/s
@@ -62,7 +62,7 @@ class Hardware:
 
 
 @dataclass(frozen=True)
-class Load:
+class UpdateLoad:
     """What there is to do in one update.
 
     trees     of each engine, on average; group: of each task
@@ -83,8 +83,8 @@ class Load:
 
 
 @dataclass
-class Outcome:
-    """Of one simulated update. `busy` is the share of engine-seconds with a row to decode, until the last tree ends."""
+class SimulatedUpdate:
+    """What one simulated update took. `busy` is the share of engine-seconds with a row to decode, until the last tree ends."""
 
     seconds: float
     busy: float
@@ -95,10 +95,10 @@ class Outcome:
     requests: int
 
 
-class Engine:
+class SimulatedEngine:
     """Rows that share one machine: each has got as many tokens as any other since both were admitted."""
 
-    def __init__(self, hardware: Hardware, factor: float) -> None:
+    def __init__(self, hardware: EngineHardware, factor: float) -> None:
         self.hardware, self.factor = hardware, factor
         self.rows = 0
         self.busy = 0.0
@@ -108,7 +108,7 @@ class Engine:
         self._timer: asyncio.TimerHandle | None = None
         self._count = 0
         self.known: dict[object, int] = {}
-        """Tokens that are cached, by what they belong to."""
+        """Tokens that are cached, by the tree, task or call that they belong to."""
 
     @property
     def _pace(self) -> float:
@@ -158,14 +158,14 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a tree will do: tokens of the root's two turns, and of each clone."""
+class TreeShape:
+    """The size of a tree: tokens of the root's two turns, and of each clone."""
 
     turns: tuple[int, int]
     clones: tuple[int, ...]
 
 
-def plan_of(load: Load, seed: int, task: int, number: int) -> Plan:
+def shape_of(load: UpdateLoad, seed: int, task: int, number: int) -> TreeShape:
     """The tree `number` of a task. The trees of one task resemble one another: half of the spread is the task's."""
     shared, own = random.Random(f"{seed}/{task}"), random.Random(f"{seed}/{task}/{number}")
     half = load.spread / 2**0.5
@@ -175,42 +175,43 @@ def plan_of(load: Load, seed: int, task: int, number: int) -> Plan:
         return max(1, min(4096, round(load.tokens * float(np.exp(lean + own.gauss(0, half))))))
 
     count = min(16, round(load.clones * float(np.exp(lean + own.gauss(0, half)))))
-    return Plan((tokens() // 4 + 1, tokens() // 4 + 1), tuple(tokens() for _ in range(count)))
+    return TreeShape((tokens() // 4 + 1, tokens() // 4 + 1), tuple(tokens() for _ in range(count)))
 
 
-class Cluster:
+class SimulatedCluster:
     """A policy: engines, and the placement of requests on them."""
 
     version = 0
     context: int | None = None
 
-    def __init__(self, engines: int, hardware: Hardware, load: Load, placement: str, seed: int) -> None:
+    def __init__(self, engines: int, hardware: EngineHardware, load: UpdateLoad, placement: str, seed: int) -> None:
         rng = random.Random(f"slow/{seed}")
         slow = set(rng.sample(range(engines), round(load.slow * engines)))
-        self.engines = [Engine(hardware, 3.0 if n in slow else 1.0) for n in range(engines)]
+        self.engines = [SimulatedEngine(hardware, 3.0 if n in slow else 1.0) for n in range(engines)]
         self.hardware, self.load, self.placement = hardware, load, placement
-        self.plans: dict[str, Plan] = {}
+        self.shapes: dict[str, TreeShape] = {}
         self._homes: dict[str, int] = {}
         self._rows, self._trees = np.zeros(engines), np.zeros(engines)
         self.prefilled = self.cached = self.generated = self.requests = 0
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """The turn that the tree's shape has next, once its engine has served it; see `Policy`."""
         tree, task = request.group, request.group.rpartition("/")[0]
-        plan = self.plans[tree]
-        said = "".join(map(chr, request.prompt))
-        root = said.startswith("T")
+        shape = self.shapes[tree]
+        prompt_text = "".join(map(chr, request.prompt))
+        root = prompt_text.startswith("T")
         if root:
-            second = ">" in said
-            text = "Answer: 1" if second or not plan.clones else render_call([f"{n}" for n in range(len(plan.clones))])
-            if not second and plan.clones:
+            second = ">" in prompt_text
+            text = "Answer: 1" if second or not shape.clones else render_call([f"{n}" for n in range(len(shape.clones))])
+            if not second and shape.clones:
                 text = f"<tool_call>{text}</tool_call>"
-            tokens, prompt, known = plan.turns[second], self.load.question, self.load.question
+            tokens, prompt, known = shape.turns[second], self.load.question, self.load.question
             key: object = task
             if second:
-                key, known = tree, self.load.question + plan.turns[0]
-                prompt = known + RESULT * len(plan.clones)
+                key, known = tree, self.load.question + shape.turns[0]
+                prompt = known + RESULT * len(shape.clones)
         else:
-            text, tokens = "Answer: 1", plan.clones[int(said[1 : said.index("|")])]
+            text, tokens = "Answer: 1", shape.clones[int(prompt_text[1 : prompt_text.index("|")])]
             key, known, prompt = (tree, "documents"), self.load.shared, self.load.shared + self.load.own
         place = self._place(task, tree)
         engine = self.engines[place]
@@ -247,9 +248,9 @@ class Cluster:
         return home
 
 
-def simulate_update(engines: int, hardware: Hardware, load: Load, placement: str, seed: int) -> Outcome:
+def simulate_update(engines: int, hardware: EngineHardware, load: UpdateLoad, placement: str, seed: int) -> SimulatedUpdate:
     """One update's trees, all begun at once."""
-    cluster = Cluster(engines, hardware, load, placement, seed)
+    cluster = SimulatedCluster(engines, hardware, load, placement, seed)
     latencies: list[float] = []
 
     async def main() -> float:
@@ -257,7 +258,7 @@ def simulate_update(engines: int, hardware: Hardware, load: Load, placement: str
         jobs = []
         for number in range(engines * load.trees):
             task, n = divmod(number, load.group)
-            cluster.plans[f"t{task}/{number}"] = plan_of(load, seed, task, n)
+            cluster.shapes[f"t{task}/{number}"] = shape_of(load, seed, task, n)
             jobs.append(Job(Task(f"t{task}", (Message("user", "q"),)), Budget(depth=1), number))
         async with runtime.run_many(jobs, in_flight=len(jobs)) as trees:
             async for _, tree in trees:
@@ -267,22 +268,22 @@ def simulate_update(engines: int, hardware: Hardware, load: Load, placement: str
 
     seconds = simulate(main, seed, limit=10**9)
     busy = sum(engine.busy for engine in cluster.engines) / (engines * seconds)
-    return Outcome(seconds, busy, latencies, cluster.prefilled, cluster.cached, cluster.generated, cluster.requests)
+    return SimulatedUpdate(seconds, busy, latencies, cluster.prefilled, cluster.cached, cluster.generated, cluster.requests)
 
 
 def bench_cluster(engines: int, seeds: int, seed: int, png: Path | None, out: Path | None) -> None:
     """`ramet bench cluster`: every placement on the same updates."""
     started = time.perf_counter()
-    hardware, load = Hardware(), Load()
+    hardware, load = EngineHardware(), UpdateLoad()
     records, latencies = [], {}
     with progress.measuring("updates", seeds * len(PLACEMENTS)) as report:
         for placement in PLACEMENTS:
-            found = []
+            updates = []
             for n in range(seed, seed + seeds):
-                found.append(simulate_update(engines, hardware, load, placement, n))
+                updates.append(simulate_update(engines, hardware, load, placement, n))
                 report(1)
-            latencies[placement] = np.concatenate([o.latencies for o in found])
-            records.append(_record(placement, found, latencies[placement]))
+            latencies[placement] = np.concatenate([o.latencies for o in updates])
+            records.append(_record(placement, updates, latencies[placement]))
     title = f"{engines:,} engines, {engines * load.trees:,} trees an update, {seeds} updates; seconds are simulated"
     shown = Table("placement", "update s", "90% done s", "tree p50 s", "tree p99 s", "busy", "prompt cached", title=title)
     for column in shown.columns[1:]:
@@ -300,15 +301,15 @@ def bench_cluster(engines: int, seeds: int, seed: int, png: Path | None, out: Pa
     console.print(shown)
 
 
-def _record(placement: str, found: list[Outcome], latencies: Any) -> dict[str, Any]:
-    seconds = [o.seconds for o in found]
-    prompts = sum(o.prefilled + o.cached for o in found)
+def _record(placement: str, updates: list[SimulatedUpdate], latencies: Any) -> dict[str, Any]:
+    seconds = [o.seconds for o in updates]
+    prompts = sum(o.prefilled + o.cached for o in updates)
     quantiles = {f"p{q}": float(np.percentile(latencies, q)) for q in (50, 90, 99)}
     return {
         "record": "placement", "placement": placement, "seconds": float(np.mean(seconds)), "seconds_min": min(seconds),
-        "seconds_max": max(seconds), **quantiles, "busy": float(np.mean([o.busy for o in found])),
-        "cached": sum(o.cached for o in found) / prompts, "requests": sum(o.requests for o in found),
-        "generated": sum(o.generated for o in found),
+        "seconds_max": max(seconds), **quantiles, "busy": float(np.mean([o.busy for o in updates])),
+        "cached": sum(o.cached for o in updates) / prompts, "requests": sum(o.requests for o in updates),
+        "generated": sum(o.generated for o in updates),
     }  # fmt: skip
 
 

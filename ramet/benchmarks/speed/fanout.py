@@ -37,7 +37,7 @@ PROGRAMS: dict[str, tuple[int, tuple[int, ...]]] = {
 
 
 class Instant:
-    """A policy that knows what to do: a branch of level n opens `fan[n]` clones, then answers; others answer."""
+    """A policy that answers at once: a branch of level n opens `fan[n]` clones, then answers; others answer."""
 
     version = 0
     context: int | None = None
@@ -51,6 +51,7 @@ class Instant:
         self._answer = turn("Answer: 1")
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """The call of the branch's level, or an answer; see `Policy`."""
         await anyio.lowlevel.checkpoint()
         level, answered = request.prompt[2] - ord("0"), request.prompt[-1] == ord(">")
         return self._answer if answered or level >= len(self._calls) else self._calls[level]

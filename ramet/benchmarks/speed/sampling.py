@@ -43,6 +43,7 @@ class Recorder(PolicyWrapper):
         self.requests: list[SampleRequest] = []
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """The policy's sample, once its request is noted with the length that it came to."""
         sample = await super().sample(request, partial)
         self.requests.append(replace(request, max_tokens=len(sample.ids), stop_ids=frozenset()))
         return sample
@@ -113,7 +114,7 @@ def _continuous(model: Any, requests: list[SampleRequest], pad: int) -> float:
     begun = time.perf_counter()
     made = model.generate_batch(inputs=[list(r.prompt) for r in requests], generation_config=config, progress_bar=False)
     if sum(len(output.generated_tokens) for output in made.values()) != sum(r.max_tokens for r in requests):
-        raise PolicyError("transformers' continuous batching returned another number of tokens than was asked for")
+        raise PolicyError("transformers' continuous batching did not return the number of tokens that was requested")
     return time.perf_counter() - begun
 
 

@@ -4,7 +4,7 @@ What a GPU does is computed from its data sheet. What the controller does is mea
 size: bytes and seconds of pickling a tree (which is how Ray carries it), of its journal record, of its rows.
 
 New weights cost more than their bytes: for each piece that is sent every engine is called and all are awaited before the next. So
-there is a time a piece, and a time a piece and engine (`Sending`), measured where Ray is installed, by what a run sends them with
+there is a time a piece, and a time a piece and engine (`TransferCost`), measured where Ray is installed, by what a run sends them with
 (`ramet.policy.openrlhf.weights`): in buckets, and tensor by tensor, as OpenRLHF does by itself.
 """
 
@@ -24,7 +24,7 @@ import torch
 
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
-from ramet.benchmarks.speed.cluster_sim import Hardware
+from ramet.benchmarks.speed.cluster_sim import EngineHardware
 from ramet.policy.openrlhf.cpu import Gloo
 from ramet.policy.openrlhf.weights import Named, buckets, receive, send
 from ramet.policy.training.rows import rows_of
@@ -33,10 +33,12 @@ from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
+TREES = 40
+"""Over so many trees the costs of one are measured."""
 
 
 @dataclass(frozen=True)
-class Assumed:
+class Assumptions:
     """The model, the trees and the machines.
 
     parameters   of the model; flops, bandwidth: of a GPU, a second; efficiency: share of flops that training reaches
@@ -62,7 +64,7 @@ class Assumed:
 
 
 @dataclass(frozen=True)
-class Sending:
+class TransferCost:
     """Seconds that a piece of the weights takes besides its bytes: by itself, and for each engine. The defaults: docs/scaling.md."""
 
     piece: float = 0.0019
@@ -70,7 +72,7 @@ class Sending:
 
 
 @dataclass(frozen=True)
-class Sent:
+class WeightTransfer:
     """Weights of so many bytes to so many engines, by gloo on this machine: pieces, and seconds of the median of several times."""
 
     engines: int
@@ -81,7 +83,7 @@ class Sent:
 
 
 @dataclass(frozen=True)
-class Measured:
+class TreeCosts:
     """Of one tree, on this machine: bytes that Ray carries, bytes of the journal, seconds of the controller.
 
     carry_seconds  from an actor of Ray to the controller; only to unpickle it, where Ray is not installed
@@ -92,15 +94,16 @@ class Measured:
     carry_seconds: float
     journal_seconds: float
     rows_seconds: float
-    sending: Sending = Sending()
-    sent: tuple[Sent, ...] = ()
+    sending: TransferCost = TransferCost()
+    sent: tuple[WeightTransfer, ...] = ()
 
     @property
     def controller_seconds(self) -> float:
+        """Seconds that the controller needs for one tree."""
         return self.carry_seconds + self.journal_seconds + self.rows_seconds
 
 
-def tree_of(assumed: Assumed, seed: int) -> Tree:
+def tree_of(assumed: Assumptions, seed: int) -> Tree:
     """A tree of the assumed size."""
     rng = np.random.default_rng(seed)
 
@@ -118,10 +121,10 @@ def tree_of(assumed: Assumed, seed: int) -> Tree:
     return Tree("task", root, price(root))
 
 
-def measure(assumed: Assumed, seed: int, count: int = 40) -> Measured:
-    """The median over `count` trees."""
-    trees = [tree_of(assumed, seed + n) for n in range(count)]
-    sent = tuple(_sent())
+def measure_tree(assumed: Assumptions, seed: int) -> TreeCosts:
+    """The median over `TREES` trees."""
+    trees = [tree_of(assumed, seed + n) for n in range(TREES)]
+    sent = tuple(_transfers())
     pickled = [pickle.dumps(tree, protocol=5) for tree in trees]
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl", "job") as journal:
 
@@ -129,10 +132,10 @@ def measure(assumed: Assumed, seed: int, count: int = 40) -> Measured:
             journal.append({"group": 0, "number": 0, "tree": STORED.dump_json(tree).decode()}, keep=False)
 
         journal_seconds = _median(write, trees)
-        size = journal.path.stat().st_size // count
-    return Measured(
+        size = journal.path.stat().st_size // TREES
+    return TreeCosts(
         int(np.median([len(p) for p in pickled])), size, _carried(trees) or _median(pickle.loads, pickled), journal_seconds,
-        _median(lambda tree: rows_of(tree, [0.1] * len(tree.branches), 1.0), trees), sending_of(sent) if sent else Sending(), sent,
+        _median(lambda tree: rows_of(tree, [0.1] * len(tree.branches), 1.0), trees), transfer_cost(sent) if sent else TransferCost(), sent,
     )  # fmt: skip
 
 
@@ -159,19 +162,20 @@ def _carried(trees: list[Tree]) -> float | None:
         ray.shutdown()
 
 
-def _sent(engines: Sequence[int] = (1, 2, 4), tensors: int = 256, numel: int = 2**16, count: int = 5) -> list[Sent]:
+def _transfers() -> list[WeightTransfer]:
     """Weights to so many of Ray's actors, tensor by tensor and in buckets; nothing without Ray."""
     try:
         import ray
     except ImportError:
         return []
+    engines, tensors, numel, repeats = (1, 2, 4), 256, 2**16, 5
     weights = [(f"model.layers.{n}.mlp.up_proj.weight", torch.rand(numel)) for n in range(tensors)]
     total = tensors * numel * 4
     # So that 64 MiB are a few buckets, as a model of 8 GB is.
     cut = {size: buckets(weights, size) for size in (0, total // 4)}
     ray.init(num_cpus=max(engines), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        found = []
+        transfers = []
         for number in engines:
             actors, group = _receivers(number)
 
@@ -180,10 +184,10 @@ def _sent(engines: Sequence[int] = (1, 2, 4), tensors: int = 256, numel: int = 2
                     send(part, index == len(parts), group, actors)
 
             update(cut[0])
-            found += [Sent(number, tensors, total, len(parts), _median(update, [parts] * count)) for parts in cut.values()]
+            transfers += [WeightTransfer(number, tensors, total, len(parts), _median(update, [parts] * repeats)) for parts in cut.values()]
             for actor in actors:
                 ray.kill(actor)
-        return found
+        return transfers
     finally:
         ray.shutdown()
 
@@ -209,26 +213,26 @@ def _receivers(number: int) -> tuple[list[Any], Gloo]:
     return actors, group
 
 
-def sending_of(sent: Sequence[Sent]) -> Sending:
+def transfer_cost(sent: Sequence[WeightTransfer]) -> TransferCost:
     """What a piece costs besides its bytes: from the same bytes in many pieces and in few, by a line through the numbers of engines."""
     by = {(s.engines, s.pieces): s for s in sent}
     many, few = max(s.pieces for s in sent), min(s.pieces for s in sent)
     engines = sorted({s.engines for s in sent})
     slope, start = np.polyfit(engines, [(by[n, many].seconds - by[n, few].seconds) / (many - few) for n in engines], 1)
-    return Sending(max(float(start), 0.0), max(float(slope), 0.0))
+    return TransferCost(max(float(start), 0.0), max(float(slope), 0.0))
 
 
 def _median(call: Callable[[Any], object], arguments: list[Any]) -> float:
-    found = []
+    seconds = []
     for argument in arguments:
         started = time.perf_counter()
         call(argument)
-        found.append(time.perf_counter() - started)
-    return float(np.median(found))
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
 
 
 @dataclass(frozen=True)
-class Point:
+class UpdateEstimate:
     """An update on so many GPUs. `limit` names what takes longest.
 
     staleness  0: sample, train, sample, which is the default of a run; 1: the next update is sampled meanwhile
@@ -249,22 +253,27 @@ class Point:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the whole update."""
         sampled = max(self.sampling, self.controller)  # trees are received as they come
         return self.syncing + (max(sampled, self.training) if self.staleness else sampled + self.training)
 
 
-def point(gpus: int, trees: int, assumed: Assumed, hardware: Hardware, measured: Measured, staleness: int = 0) -> Point:
+def estimate(
+    gpus: int, trees: int, assumed: Assumptions, hardware: EngineHardware, measured: TreeCosts, staleness: int = 0
+) -> UpdateEstimate:
     """The split into engines and trainers for which an update takes least."""
     shares = sorted({max(1, round(gpus * share)) for share in np.arange(0.1, 0.91, 0.05)})
     return min((_split(gpus, e, trees, staleness, assumed, hardware, measured) for e in shares if 0 < e < gpus), key=_slower)
 
 
-def _slower(point: Point) -> tuple[float, float]:
+def _slower(point: UpdateEstimate) -> tuple[float, float]:
     """Of two that take as long, the one whose halves are nearer to one another comes first."""
     return round(point.seconds, 2), abs(point.sampling - point.training)
 
 
-def _split(gpus: int, engines: int, trees: int, staleness: int, a: Assumed, hardware: Hardware, measured: Measured) -> Point:
+def _split(
+    gpus: int, engines: int, trees: int, staleness: int, a: Assumptions, hardware: EngineHardware, measured: TreeCosts
+) -> UpdateEstimate:
     trainers, branches = gpus - engines, 1 + a.clones
     generated, read = trees * branches * a.tokens, trees * branches * a.prompt
     rows = min(hardware.batch, max(1.0, trees * branches / engines / 2))
@@ -280,10 +289,10 @@ def _split(gpus: int, engines: int, trees: int, staleness: int, a: Assumed, hard
     syncing, unbucketed = (sending(pieces, engines, gpus, a, measured.sending) for pieces in (a.buckets, a.tensors))
     limits = {"sample": sampling, "train": compute, "exchange": exchange, "control": controller, "weights": syncing}
     limit = max(limits, key=lambda name: limits[name])
-    return Point(gpus, engines, trainers, trees, staleness, sampling, training, syncing, unbucketed, controller, limit)
+    return UpdateEstimate(gpus, engines, trainers, trees, staleness, sampling, training, syncing, unbucketed, controller, limit)
 
 
-def sending(pieces: int, engines: int, gpus: int, a: Assumed, cost: Sending) -> float:
+def sending(pieces: int, engines: int, gpus: int, a: Assumptions, cost: TransferCost) -> float:
     """Seconds until every engine has the weights."""
     return pieces * (cost.piece + engines * cost.engine) + 2 * a.parameters / (a.node if gpus <= 8 else a.nodes)
 
@@ -291,8 +300,8 @@ def sending(pieces: int, engines: int, gpus: int, a: Assumed, cost: Sending) -> 
 def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
     """`ramet bench scaling`."""
     started = time.perf_counter()
-    assumed, hardware = Assumed(), Hardware()
-    measured = measure(assumed, seed)
+    assumed, hardware = Assumptions(), EngineHardware()
+    measured = measure_tree(assumed, seed)
     branches = 1 + assumed.clones
     console.print(
         f"measured here, of a tree of {branches} branches of {assumed.prompt} and {assumed.tokens} tokens: "
@@ -301,12 +310,15 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         f"{1000 * measured.rows_seconds:.2f} ms for rows; a piece of the weights {1000 * measured.sending.piece:.2f} ms and "
         f"{1000 * measured.sending.engine:.2f} ms for each engine"
     )
-    for found in measured.sent:
+    for transfer in measured.sent:
         console.print(
-            f"measured here: {found.bytes / 2**20:.0f} MiB as {found.pieces} pieces to {found.engines} engines: {found.seconds:.3f} s"
+            f"measured here: {transfer.bytes / 2**20:.0f} MiB as {transfer.pieces} pieces to {transfer.engines} engines: "
+            f"{transfer.seconds:.3f} s"
         )
-    points = [
-        point(gpus, trees if fixed else trees * gpus // 8, assumed, hardware, measured, staleness) for staleness in (0, 1) for gpus in GPUS
+    estimates = [
+        estimate(gpus, trees if fixed else trees * gpus // 8, assumed, hardware, measured, staleness)
+        for staleness in (0, 1)
+        for gpus in GPUS
     ]
     title = "seconds of an update, by openrlhf.staleness; engines + trainers; weights in buckets (tensor by tensor)"
     shown = Table(
@@ -315,7 +327,7 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
     for column in shown.columns[:-1]:
         column.justify = "right"
     records = []
-    for p in points:
+    for p in estimates:
         rate = p.trees * branches * assumed.tokens / p.seconds
         shown.add_row(
             str(p.staleness), str(p.gpus), f"{p.engines}+{p.trainers}", f"{p.trees:,}", f"{p.sampling:.1f}", f"{p.training:.1f}",
@@ -327,6 +339,6 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         sending_ = {f"sending_{name}_seconds": value for name, value in asdict(measured.sending).items()}
         carried = {name: value for name, value in asdict(measured).items() if name not in ("sending", "sent")}
         inputs = {"record": "inputs", **asdict(assumed), **asdict(hardware), **carried, **sending_}
-        sent = [{"record": "sent", **asdict(found)} for found in measured.sent]
+        sent = [{"record": "sent", **asdict(transfer)} for transfer in measured.sent]
         write_json(out, [meta("bench scaling", seed, time.perf_counter() - started), inputs, *sent, *records])
     console.print(shown)
