@@ -1,1 +1,1 @@
-"""What a video is: containers, frames, pictures, drawn clips."""
+"""Videos: their frames by time, read from video files and images, and synthetic clips."""

@@ -1,15 +1,16 @@
-"""A video file as an index of its pictures, and the picture that it shows at a second.
+"""Random access to the frames of a video file, by time.
 
     with VideoFile(Path("clip.mkv")) as clip:
-        for time, pixels in clip.frames_at([2.5, 7.5]):        # uint8 (height, width, 3), shown from `time` on
+        for time, pixels in clip.frames_at([2.5, 7.5]):        # uint8 [height, width, 3], shown from `time` on
 
-Headers are not believed. When each picture is shown, where decoding can begin and where the pictures end is read from the packets of
-the file, which costs no decoding (`PacketIndex`). Every packet is then numbered for the decoder, so that a picture is known by the packet
-that it came in, whatever clock the file keeps. To show a second, decoding begins at the last key picture before it and goes on only
-as far as needed; where a seek does not land on packets of the index, the file is read again from its beginning.
+File headers are not trusted. The time at which each frame is shown, the points where decoding can start and the end of the video are
+read from the packets of the file, without decoding them (`PacketIndex`). Each packet is then passed to the decoder under its number as
+its timestamp, so that a decoded frame is identified by its packet, whatever clock the file uses. To show a time, decoding starts at the
+last keyframe before it and continues only as far as needed. Where a seek does not land on packets of the index, the file is read again
+from its beginning.
 
-A file is untrusted. It is opened by its content, without its name and without any protocol, and only in formats that hold their
-pictures themselves: a list of other files or addresses is refused before anything that it names is opened.
+A file is untrusted input. It is identified by its content, opened without its name and without access to any protocol, and accepted
+only in formats that contain their frames themselves: a list of other files or addresses is refused before anything it names is opened.
 """
 
 from __future__ import annotations
@@ -35,43 +36,44 @@ except ImportError:
     av = None  # type: ignore[assignment]
 
 MAX_PIXELS = 2**25
-"""Of one picture, 8K: more is taken for an attack on memory."""
+"""Most pixels of one frame, enough for 8K. A larger frame is refused as an attack on memory."""
 FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,flv,live_flv,kux,asf,ogg,gif,apng,swf,ivf,nut,mxf,rm,dv,gxf,wtv,nsv,nuv,dhav,lmlm4,"
     "h261,h263,h264,hevc,vvc,evc,obu,av1,avs2,avs3,cavsvideo,dirac,dnxhd,vc1,vc1test,mjpeg,mjpeg_2000,mpjpeg,smjpeg,yuv4mpegpipe,"
     "flic,roq,smk,bink,4xm,amv,jpegxl_anim,bmp_pipe,dpx_pipe,exr_pipe,hdr_pipe,j2k_pipe,jpeg_pipe,jpegls_pipe,jpegxl_pipe,pam_pipe,"
     "pbm_pipe,pcx_pipe,pgm_pipe,png_pipe,ppm_pipe,psd_pipe,qoi_pipe,sgi_pipe,sunrast_pipe,tiff_pipe,webp_pipe,xbm_pipe,xwd_pipe"
 )
-"""FFmpeg's names of the formats whose files hold their pictures themselves."""
-PROMISED = {"mov", "matroska", "avi", "asf", "flv", "nut", "mxf", "ivf"}
-"""Formats that write how long they last, so that a file that ends sooner is known to be cut short."""
-DECODE_ORDER = {"avi"}
-"""Formats that know only in which order pictures are decoded ..."""
-REORDERED = {"h264", "hevc", "vvc"}
-"""... and codecs of which that does not tell in which they are shown."""
-FAULTS = (OSError, ValueError, MemoryError, EOFError, *(() if av is None else (av.FFmpegError,)))
-"""What libraries raise of a file that cannot be read."""
-LEFT = 1.0
-"""Seconds by which an earlier picture may stand in for one that cannot be decoded."""
-COVER = 0x400
-"""FFmpeg's flag of a stream that is a picture attached to the file."""
-INDEXES = 32
-"""Files whose index is remembered: some megabytes for one of an hour."""
-STRAY = 256
-"""Packets that are passed over after a seek until one is known."""
+"""FFmpeg's names of the formats whose files contain their frames themselves, separated by commas."""
+DURATION_FORMATS = {"mov", "matroska", "avi", "asf", "flv", "nut", "mxf", "ivf"}
+"""Formats that declare a file's duration, by which a truncated file can be recognised."""
+DECODE_ORDER_FORMATS = {"avi"}
+"""Formats that store the order in which frames are decoded, but not the times at which they are shown."""
+REORDERING_CODECS = {"h264", "hevc", "vvc"}
+"""Codecs in which frames may be shown in another order than they are decoded."""
+READ_ERRORS = (OSError, ValueError, MemoryError, EOFError, *(() if av is None else (av.FFmpegError,)))
+"""Exceptions that the libraries raise for a file that cannot be read."""
+MAX_SUBSTITUTE_AGE = 1.0
+"""Seconds by which an earlier frame may stand in for one that cannot be decoded without counting as lost."""
+ATTACHED_PICTURE = 0x400
+"""FFmpeg's disposition flag of a stream that is a cover image attached to the file."""
+CACHED_INDEXES = 32
+"""Number of files whose index is cached. The index of an hour of video takes a few megabytes."""
+MAX_UNKNOWN_PACKETS = 256
+"""Packets that are skipped after a seek in search of one that the index knows."""
 _NONE = np.iinfo(np.int64).min
+"""Stands for a missing timestamp."""
 
 
 @dataclass(frozen=True)
 class PacketIndex:
-    """What the packets of a video say.
+    """The timing of a video, read from its packets. All times are in seconds from the first frame.
 
-    stamps   (packets, 3) int64, in the order of the file: presentation time, decoding time, bytes
-    times    seconds from the first picture: of each packet, NaN for one that shows nothing; without `stamped`, of each picture in turn
-    keys     numbers of the packets at which decoding can begin, ascending from 0
-    stamped  do packets say when their pictures are shown?
-    end      where the last picture ends
-    length   how long the video lasts: `end`, or more where the file is cut short
+    stamps   int64 [packets, 3], in file order: presentation timestamp, decoding timestamp, size in bytes
+    times    time at which the frame of each packet is shown, NaN for a packet without one; unless `stamped`, of each decoded frame in turn
+    keys     numbers of the packets at which decoding can start, ascending from 0
+    stamped  whether packets carry the times at which their frames are shown
+    end      end of the last frame
+    length   duration of the video: `end`, or more where the file is truncated
     """
 
     stamps: np.ndarray
@@ -83,47 +85,52 @@ class PacketIndex:
 
     @cached_property
     def _order(self) -> np.ndarray:
+        """Numbers of the packets that show a frame, in the order of their times."""
         return np.argsort(self.times, kind="stable")[: int(np.isfinite(self.times).sum())]
 
     @cached_property
     def _marks(self) -> np.ndarray:
+        """int64 [packets, 2]: the mark of each packet."""
         shown, decoded, size = self.stamps.T
         return np.stack([np.where(shown != _NONE, shown, decoded), size], axis=1)
 
     def mark(self, number: int) -> tuple[int, int]:
-        """By which a packet is known again: its time and its size."""
+        """The timestamp and size by which packet `number` is recognised."""
         time, size = self._marks[number].tolist()
         return time, size
 
     def find(self, mark: tuple[int, int]) -> int | None:
-        """The number of the packet of a mark, if there is just one."""
-        found = np.flatnonzero((self._marks == mark).all(axis=1))
-        return int(found[0]) if len(found) == 1 else None
+        """The number of the packet with this mark, or None unless there is exactly one."""
+        matches = np.flatnonzero((self._marks == mark).all(axis=1))
+        return int(matches[0]) if len(matches) == 1 else None
 
     def shown(self, second: float) -> int:
-        """The number of the picture that is shown at a second; before the first one, that one."""
+        """The number of the packet whose frame is shown at this time; the first frame for any earlier time."""
         return int(self._order[max(int(np.searchsorted(self.times[self._order], second, side="right")) - 1, 0)])
 
     def key(self, number: int) -> int:
-        """The place in `keys` of the last from which a picture can be decoded: one shown before a key picture needs the one before."""
+        """The index in `keys` of the last keyframe from which frame `number` can be decoded.
+
+        A frame that is shown before a keyframe but stored after it needs the keyframe before.
+        """
         good = (self.keys <= number) & (self.times[self.keys] <= self.times[number])
         return int(np.flatnonzero(good)[-1]) if good.any() else 0
 
     def between(self, second: float, number: int) -> int:
-        """Pictures that are shown after a second and up to the one of this number."""
+        """Number of frames that are shown after `second`, up to and including frame `number`."""
         return int(np.count_nonzero((self.times > second) & (self.times <= self.times[number])))
 
 
 def require_regular_file(path: Path) -> Path:
-    """A path to a file, perhaps through links. Raises `TaskError` for a pipe or a device, which would be waited for."""
+    """The path itself, if it is or links to a regular file. Raises `TaskError` for others: reading a pipe or device could block."""
     with reading_errors(path):
         if not stat.S_ISREG(path.stat().st_mode):
-            raise TaskError(f"cannot read video {path}: it is no regular file")
+            raise TaskError(f"cannot read video {path}: it is not a regular file")
     return path
 
 
 class _NamelessFile:
-    """A file without its name, so that nothing but its content tells what it is. `name` stands in where the content does not."""
+    """An open file presented without its name, so that its format is detected from its content, or else from `name`."""
 
     def __init__(self, path: Path, name: str = ""):
         self._file = require_regular_file(path).open("rb", buffering=0)
@@ -133,16 +140,16 @@ class _NamelessFile:
 
 @contextmanager
 def reading_errors(path: Path, what: str = "cannot read video") -> Iterator[None]:
-    """What the libraries raise of a file comes out as a `TaskError` that names it."""
+    """Turn the libraries' exceptions for an unreadable file into a `TaskError` that names it: "`what` `path`: reason"."""
     try:
         yield
-    except FAULTS as error:
-        said = getattr(error, "strerror", None) or first_line(error)
-        raise TaskError(f"{what} {path}: {said}") from error
+    except READ_ERRORS as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise TaskError(f"{what} {path}: {reason}") from error
 
 
-def _opened(path: Path) -> Any:
-    """PyAV's container of a file that may be read. Raises `TaskError`."""
+def _open_container(path: Path) -> Any:
+    """The PyAV container of a file. Raises `TaskError` for a format that may refer to other files."""
     require("av", "reading videos")
     guard = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
     for name in ("", f"video{path.suffix.lower()}"):
@@ -151,61 +158,63 @@ def _opened(path: Path) -> Any:
         except av.InvalidDataError:
             if name:
                 raise
-        except ValueError:  # as PyAV has an invalid argument, here the format
+        except ValueError:  # PyAV's exception for an invalid argument: the format is not on the list
             raise TaskError(
-                f"cannot read video {path}: only formats that hold their pictures themselves are read, not lists of other files (playlists)"
+                f"cannot read video {path}: only formats that contain their frames are read, not lists of other files (playlists)"
             ) from None
     raise AssertionError
 
 
 def format_of(path: Path) -> str:
-    """FFmpeg's name for a file's format."""
-    with reading_errors(path), _opened(path) as container:
+    """FFmpeg's name of a file's format. Raises `TaskError` if it cannot be read."""
+    with reading_errors(path), _open_container(path) as container:
         return str(container.format.name)
 
 
 def _flags(stream: Any) -> int:
-    """What a stream is for; some releases of PyAV have no number for it, the oldest nothing."""
-    found = getattr(stream, "disposition", 0)
-    return int(getattr(found, "value", found))
+    """A stream's disposition flags; releases of PyAV give an enum, a number or, in the oldest, nothing."""
+    disposition = getattr(stream, "disposition", 0)
+    return int(getattr(disposition, "value", disposition))
 
 
 def _stream(path: Path, container: Any) -> Any:
-    """The video of a container, which may have a cover beside it."""
-    streams = [s for s in container.streams.video if not _flags(s) & COVER]
+    """The video stream of a container, cover images aside. Raises `TaskError` if there is none that can be decoded."""
+    streams = [s for s in container.streams.video if not _flags(s) & ATTACHED_PICTURE]
     if not streams:
         raise TaskError(f"{path} has no video")
     stream = streams[0]
     if stream.codec_context is None:
-        raise TaskError(f"{path} has a video in a format that cannot be decoded here")
+        raise TaskError(f"{path} has a video stream for which there is no decoder")
     if stream.width * stream.height > MAX_PIXELS:
-        raise TaskError(f"{path} has frames of {stream.width}x{stream.height}; at most {MAX_PIXELS} pixels are decoded")
+        raise TaskError(f"{path} has frames of {stream.width}x{stream.height} pixels; at most {MAX_PIXELS} are allowed")
     return stream
 
 
-def _demuxed(container: Any, *streams: Any) -> Iterator[Any]:
-    """The packets that hold something, up to where the file cannot be read on."""
+def _demux(container: Any, *streams: Any) -> Iterator[Any]:
+    """The non-empty packets of the streams, until the end of the file or the first read error."""
     packets = container.demux(*streams)
     while True:
         try:
             packet = next(packets)
-        except (StopIteration, *FAULTS):
+        except (StopIteration, *READ_ERRORS):
             return
         if packet.size:
             yield packet
 
 
 def _stamp(packet: Any) -> tuple[int, int, int]:
+    """Presentation timestamp, decoding timestamp and size in bytes."""
     return _NONE if packet.pts is None else packet.pts, _NONE if packet.dts is None else packet.dts, packet.size
 
 
 def _mark(packet: Any) -> tuple[int, int]:
+    """See `PacketIndex.mark`."""
     shown, decoded, size = _stamp(packet)
     return shown if shown != _NONE else decoded, size
 
 
 def index_of(path: Path) -> PacketIndex:
-    """The index of a file, remembered for as long as the file stays as it is. Raises `TaskError`."""
+    """The index of a file, cached until the file changes. Raises `TaskError` if it cannot be read or has no frames."""
     with reading_errors(path):
         state = path.stat()
         return _indexed(path, state.st_mtime_ns, state.st_size)
@@ -213,11 +222,18 @@ def index_of(path: Path) -> PacketIndex:
 
 @dataclass(frozen=True)
 class _Packets:
-    """The packets of a video, in the order of the file; `durations` in ticks of its clock, 0 where unknown.
+    """The packets of a video stream, in file order.
 
-    until     the second at which the last packet of any stream ends, for a video may be shorter than its sound
-    headed    does the format write how long a file lasts? `promised` is what it says then
-    in_order  does the format know only in which order they are decoded, and the codec another in which they are shown?
+    stamps     see `PacketIndex`
+    durations  duration of each packet in ticks of `clock`, 0 where unknown
+    keys       numbers of the keyframe packets
+    hidden     whether each packet is marked as not to be shown
+    clock      seconds per tick, None where unknown
+    rate       frames per second, as declared or guessed
+    until      end of the last packet of any stream, in seconds: a video may be shorter than its sound
+    headed     whether the format declares the duration of a file
+    promised   the declared duration in seconds, 0 where there is none
+    in_order   whether the file stores only the decoding order and the codec may show frames in another
     """
 
     stamps: np.ndarray
@@ -233,11 +249,12 @@ class _Packets:
 
 
 def _read(path: Path) -> _Packets:
-    with _opened(path) as container:
+    """Read all packets of a file. Raises `TaskError` if none shows a frame."""
+    with _open_container(path) as container:
         stream = _stream(path, container)
         rows: list[tuple[int, int, int, int, bool, bool]] = []
         until = 0.0
-        for packet in _demuxed(container):
+        for packet in _demux(container):
             begun = packet.pts if packet.pts is not None else packet.dts
             if begun is not None and packet.time_base:
                 until = max(until, float((begun + (packet.duration or 0)) * packet.time_base))
@@ -246,17 +263,19 @@ def _read(path: Path) -> _Packets:
         if all(row[-1] for row in rows):
             raise TaskError(f"{path} has no frame that can be decoded")
         table, formats = np.array(rows, dtype=np.int64), set(container.format.name.split(","))
-        headed = bool(formats & PROMISED)
+        headed = bool(formats & DURATION_FORMATS)
         return _Packets(
             table[:, :3], table[:, 3], np.flatnonzero(table[:, 4]), table[:, 5] > 0, stream.time_base,
             float(stream.average_rate or stream.guessed_rate or 25), until - min(container.start_time or 0, 0) / 1_000_000, headed,
             (container.duration or 0) / 1_000_000 if headed else 0.0,
-            bool(formats & DECODE_ORDER) and stream.codec_context.name in REORDERED and bool(stream.codec_context.has_b_frames),
+            bool(formats & DECODE_ORDER_FORMATS) and stream.codec_context.name in REORDERING_CODECS
+            and bool(stream.codec_context.has_b_frames),
         )  # fmt: skip
 
 
-@lru_cache(maxsize=INDEXES)
+@lru_cache(maxsize=CACHED_INDEXES)
 def _indexed(path: Path, changed: int, size: int) -> PacketIndex:
+    """Build the index of a file; its time of change and size are part of the cache's key."""
     read = _read(path)
     shown, decoded = read.stamps[:, 0], read.stamps[:, 1]
     stamped = not read.in_order and read.clock is not None and bool((shown != _NONE).all())
@@ -264,11 +283,11 @@ def _indexed(path: Path, changed: int, size: int) -> PacketIndex:
         ticks = shown + _restarts(decoded, read.durations)
         times = np.where(read.hidden, np.nan, _seconds(ticks - ticks[~read.hidden].min(), read.clock))
         keys = np.union1d([0], read.keys)
-        if not read.headed:  # such a file may have been cut out of another: its first pictures may lack what they are decoded from
+        if not read.headed:  # such a file may be an excerpt of another, whose first frames refer to frames that it lacks
             times[times < times[_first(path)]] = np.nan
             times = np.where(np.isnan(times), np.nan, _seconds(ticks - ticks[np.isfinite(times)].min(), read.clock))
         in_turn = np.sort(times[np.isfinite(times)])
-        # Where pictures change places, a packet's duration is that of decoding, and that of the last packet is right at least.
+        # With reordered frames, a packet's duration refers to decoding order; only that of the last packet is reliable.
         final = -1 if (np.diff(times[np.isfinite(times)]) < 0).any() else int(np.nanargmax(times))
         last = float(_seconds(read.durations[final], read.clock))
     else:
@@ -278,7 +297,7 @@ def _indexed(path: Path, changed: int, size: int) -> PacketIndex:
             times = np.arange(len(shown)) * (float(_seconds(np.median(read.durations), read.clock)) or 1 / read.rate)
         keys, in_turn, last = np.array([0]), times, 0.0
     gaps = np.diff(in_turn)
-    if not last > 0:  # unknown: a short one of those before
+    if not last > 0:  # the duration of the last frame is unknown: assume a short one among the others
         last = float(np.quantile(gaps[gaps > 0], 0.25)) if (gaps > 0).any() else 1 / read.rate
     end = float(in_turn[-1]) + last
     cut = read.promised > read.until + 0.5 + 0.01 * read.promised
@@ -286,14 +305,14 @@ def _indexed(path: Path, changed: int, size: int) -> PacketIndex:
 
 
 def _first(path: Path) -> int:
-    """The number of the packet of the first picture that can be decoded; 0 where there is none."""
-    with _opened(path) as container:
+    """The number of the packet of the first frame that can be decoded; 0 if there is none."""
+    with _open_container(path) as container:
         stream = _stream(path, container)
-        for number, packet in enumerate(_demuxed(container, stream)):
+        for number, packet in enumerate(_demux(container, stream)):
             packet.pts = number
             try:
                 frames = stream.codec_context.decode(packet)
-            except FAULTS:
+            except READ_ERRORS:
                 continue
             if frames:
                 return int(frames[0].pts)
@@ -301,12 +320,12 @@ def _first(path: Path) -> int:
 
 
 def _seconds(ticks: Any, clock: Fraction | None) -> Any:
-    """As exact as a float can be, so that pictures meet the seconds at which they begin."""
+    """Ticks as seconds, correctly rounded, so that a frame is found at exactly the time at which it starts."""
     return ticks * clock.numerator / clock.denominator if clock else ticks * 0.0
 
 
 def _restarts(decoded: np.ndarray, durations: np.ndarray) -> np.ndarray:
-    """What is added to the clock from each packet on: recordings that were put one after another begin it anew."""
+    """int64 [packets]: ticks to add to each packet's timestamps, where concatenated recordings restart the clock."""
     added = np.zeros(len(decoded), dtype=np.int64)
     known = np.flatnonzero(decoded != _NONE)
     steps = np.diff(decoded[known])
@@ -317,14 +336,18 @@ def _restarts(decoded: np.ndarray, durations: np.ndarray) -> np.ndarray:
 
 @dataclass
 class _DecodingRun:
-    """Decoding from a key picture on: what is shown, and what was decoded beyond it. Each is (time, number, frame)."""
+    """A sequence of frames decoded from a keyframe on, each as (time, number, frame).
+
+    shown  the last frame reached by `advance`
+    ahead  the frame after it, if it has been decoded already
+    """
 
     frames: Iterator[tuple[float, int, Any]]
     shown: tuple[float, int, Any] | None = None
     ahead: tuple[float, int, Any] | None = None
 
     def advance(self, second: float, number: int) -> None:
-        """Go on to the picture of this number, or else the last before the second."""
+        """Go on to frame `number` or, if it is missing, to the last frame that is shown by `second`."""
         while self.shown is None or self.shown[1] != number:
             if self.ahead is None:
                 self.ahead = next(self.frames, None)
@@ -334,18 +357,25 @@ class _DecodingRun:
 
 
 class VideoFile:
-    """An open video file. `damaged` counts its packets that could not be decoded so far."""
+    """An open video file, to be used as a context manager.
+
+    index          see `PacketIndex`; `length` and `end` are its own, in seconds
+    height, width  of its frames, in pixels, as declared
+    damaged        packets that could not be decoded so far
+
+    Raises `TaskError` for a file that cannot be read.
+    """
 
     def __init__(self, path: Path):
         self.index = index_of(path)
         self.length, self.end, self.damaged = self.index.length, self.index.end, 0
         self._path, self._seeks, self._whole, self._next = path, True, True, 0
         with reading_errors(path):
-            self._container = _opened(path)
+            self._container = _open_container(path)
             stream = _stream(path, self._container)
         self._context = stream.codec_context
         self.height, self.width = stream.height, stream.width
-        self._rewound()
+        self._reset_source()
 
     def __enter__(self) -> VideoFile:
         return self
@@ -354,43 +384,47 @@ class VideoFile:
         self._container.close()
 
     def frames_at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
-        """What is shown at each of the seconds, which ascend, and since when. A picture that is shown again is the same object.
+        """The frame shown at each of the given times, as (time from which it is shown, uint8 [height, width, 3]).
 
-        Where a picture cannot be decoded the last one before it stands in; a second is lost where that is more than `LEFT` older. Raises
-        `TaskError` where more than a quarter of the seconds are lost, or nothing can be decoded. (A packet or two without a picture are
-        no loss: some codecs have such.)
+        The times are in seconds and ascending. A frame that is shown at several of them is the same array object.
+
+        In place of a frame that cannot be decoded, the last one before it is given; if that is older by more than `MAX_SUBSTITUTE_AGE`,
+        the frame counts as lost. (One or two packets without a frame do not count: some codecs have them.) Raises `TaskError` if more
+        than a quarter of the frames are lost, or nothing can be decoded.
         """
-        index, run, lost = self.index, _DecodingRun(self._decoded(0)), 0
+        index, run, lost = self.index, _DecodingRun(self._frames_from(0)), 0
         number, pixels = -1, np.empty(0)
         with reading_errors(self._path):
             for second in seconds:
                 wanted = index.shown(second)
                 key, back = index.key(wanted), 1
                 if index.keys[key] > self._next:
-                    run = _DecodingRun(self._decoded(key))
+                    run = _DecodingRun(self._frames_from(key))
                 run.advance(second, wanted)
-                while run.shown is None and key > 0:  # this key picture itself cannot be decoded
+                while run.shown is None and key > 0:  # the keyframe itself cannot be decoded: start at an earlier one
                     key, back = max(key - back, 0), 2 * back
-                    run = _DecodingRun(self._decoded(key))
+                    run = _DecodingRun(self._frames_from(key))
                     run.advance(second, wanted)
-                found = run.shown or run.ahead
-                if found is None:
+                nearest = run.shown or run.ahead
+                if nearest is None:
                     raise TaskError(f"{self._path} has no frame that can be decoded")
-                if found[1] != number:
-                    number, pixels = found[1], self._pixels(found[2])
-                lost += abs(found[0] - index.times[wanted]) > LEFT and (index.between(found[0], wanted) > 2 or found[0] > second)
-                yield found[0], pixels
+                time, frame_number, frame = nearest
+                if frame_number != number:
+                    number, pixels = frame_number, self._pixels(frame)
+                old = abs(time - index.times[wanted]) > MAX_SUBSTITUTE_AGE
+                lost += old and (index.between(time, wanted) > 2 or time > second)
+                yield time, pixels
         if 4 * lost > len(seconds):
             raise TaskError(f"{self._path} is damaged: {lost} of the {len(seconds)} frames to be read cannot be decoded")
 
     def all_frames(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Every picture in turn, and since when it is shown."""
+        """Every frame in turn, as (time from which it is shown, uint8 [height, width, 3])."""
         with reading_errors(self._path):
-            for time, _, frame in self._decoded(0):
+            for time, _, frame in self._frames_from(0):
                 yield time, self._pixels(frame)
 
-    def _decoded(self, key: int) -> Iterator[tuple[float, int, Any]]:
-        """(time, number, frame) of what is shown from a key picture on."""
+    def _frames_from(self, key: int) -> Iterator[tuple[float, int, Any]]:
+        """(time, number, frame) of every frame shown from keyframe `key` on."""
         index, rank = self.index, -1
         first = index.keys[key]
         since = index.times[first] if key else -np.inf
@@ -402,21 +436,23 @@ class VideoFile:
                 yield float(index.times[number]), number, frame
 
     def _frames(self, first: int) -> Iterator[Any]:
+        """The decoded frames from packet `first` on; their timestamps are the numbers of their packets."""
         for number, packet in self._packets(first):
             packet.pts = number
-            yield from self._some(packet)
-        yield from self._some(None)
+            yield from self._decode(packet)
+        yield from self._decode(None)
 
-    def _some(self, packet: Any) -> list[Any]:
+    def _decode(self, packet: Any) -> list[Any]:
+        """The frames that the decoder gives for a packet, or at the end for None; none for a packet that cannot be decoded."""
         try:
             return list(self._context.decode(packet))
-        except FAULTS:
+        except READ_ERRORS:
             self.damaged += 1
             return []
 
     def _packets(self, first: int) -> Iterator[tuple[int, Any]]:
-        """(number, packet) from a number on."""
-        self._go(first)
+        """(number, packet) for every packet from number `first` on."""
+        self._move_before(first)
         while self._next < len(self.index.stamps):
             packet = next(self._source, None)
             if packet is None or _mark(packet) != self.index.mark(self._next):
@@ -430,28 +466,28 @@ class VideoFile:
                 first = number + 1
                 yield number, packet
 
-    def _go(self, first: int) -> None:
-        """Let the next packet be this one, or one before it."""
+    def _move_before(self, first: int) -> None:
+        """Position the file so that the next packet is number `first` or an earlier one, by seeking if seeks work in this file."""
         if not (self._whole and first == 0 == self._next) and self._seeks and first:
-            for back in (0, 1, 3):  # a seek may land behind what was asked for
+            for back in (0, 1, 3):  # a seek may land after its target
                 place = max(int(np.searchsorted(self.index.keys, first)) - back, 0)
-                if self._sought(int(self.index.keys[place]), first):
+                if self._seek(int(self.index.keys[place]), first):
                     return
             self._seeks = False
             self._rewind()
         elif not (self._whole and self._next <= first):
             self._rewind()
 
-    def _sought(self, aim: int, first: int) -> bool:
-        """Seek to a packet. Has one been found that the index knows, and not behind `first`?"""
+    def _seek(self, aim: int, first: int) -> bool:
+        """Seek to packet `aim`. Returns whether that led to a packet that the index knows, numbered `first` or less."""
         stream = _stream(self._path, self._container)
         clock = next((int(c) for c in self.index.stamps[aim, [1, 0]] if c != _NONE), None)
         try:
             self._container.seek(clock, stream=stream)
-        except (TypeError, *FAULTS):
+        except (TypeError, *READ_ERRORS):
             return False
-        self._source, self._whole = _demuxed(self._container, stream), False
-        for packet in islice(self._source, STRAY):
+        self._source, self._whole = _demux(self._container, stream), False
+        for packet in islice(self._source, MAX_UNKNOWN_PACKETS):
             known = self.index.find(_mark(packet))
             if known is not None:
                 self._source, self._next = chain([packet], self._source), known
@@ -459,16 +495,18 @@ class VideoFile:
         return False
 
     def _rewind(self) -> None:
+        """Open the file again, at its beginning."""
         self._container.close()
-        self._container = _opened(self._path)
-        self._rewound()
+        self._container = _open_container(self._path)
+        self._reset_source()
 
-    def _rewound(self) -> None:
-        self._source, self._next, self._whole = _demuxed(self._container, _stream(self._path, self._container)), 0, True
+    def _reset_source(self) -> None:
+        self._source, self._next, self._whole = _demux(self._container, _stream(self._path, self._container)), 0, True
 
     def _pixels(self, frame: Any) -> np.ndarray:
+        """A decoded frame as uint8 [height, width, 3], turned as its display matrix says. Raises `TaskError` if it is far too large."""
         if frame.width * frame.height > max(self.height * self.width, 1) * 4:
-            raise TaskError(f"{self._path} has a frame of {frame.width}x{frame.height}, much larger than it says")
+            raise TaskError(f"{self._path} has a frame of {frame.width}x{frame.height} pixels, much larger than it declares")
         pixels: np.ndarray = frame.to_ndarray(format="rgb24")
         matrix = next((bytes(data) for data in frame.side_data if "DISPLAYMATRIX" in str(data.type)), b"")
         if len(matrix) != 36:
@@ -478,9 +516,9 @@ class VideoFile:
 
 
 def oriented(pixels: np.ndarray, matrix: tuple[float, float, float, float]) -> np.ndarray:
-    """A picture as it is to be looked at: (a, b, c, d) takes column x and row y to column a x + c y and row b x + d y.
+    """Turn or mirror an image: (a, b, c, d) takes column x and row y to column a x + c y and row b x + d y.
 
-    Of other angles than quarter turns, the nearest of these.
+    The matrix is rounded to the nearest combination of quarter turns and mirrorings.
     """
     a, b, c, d = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):

@@ -1,11 +1,10 @@
-"""Frames of a video by timestamp, and what the vision towers of Qwen2-VL to Qwen3-VL take of them.
+"""Frames of a video by timestamp, and their patches as the vision encoders of Qwen2-VL to Qwen3-VL take them.
 
-    frames = read_frames(Path("clip.mp4"), 16)                # uint8 (16, height, width, 3), and the second of each
-    pixels, grid = patches(frames.pixels)                     # rows of patches, (t, h, w) in patches
+    frames = read_frames(Path("clip.mp4"), 16)                # uint8 [16, height, width, 3], and the time of each
+    pixels, grid = patches(frames.pixels)                     # rows of patches, and the grid (t, h, w) in patches
 
-A video is a file that PyAV decodes (`containers`), a picture, an animated WebP or a folder of pictures, a second each (`pictures`). It is
-untrusted: what is no video, has no frames, is cut short or is too large to be decoded is named in a `TaskError`, with the second where
-it ends.
+A video is a file that PyAV decodes (`containers`), or images (`images`): one image, an animated WebP, or a folder of images that are
+shown for a second each. It is untrusted input: `TaskError` names a file that is not a video, has no frames, is truncated or is too large.
 """
 
 from __future__ import annotations
@@ -22,33 +21,38 @@ import numpy as np
 
 from ramet.errors import ConfigError, TaskError
 from ramet.media.containers import VideoFile, reading_errors
-from ramet.media.pictures import ImageSequence, images_in_folder, open_image
+from ramet.media.images import ImageSequence, images_in_folder, open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Means of the red, green and blue channels of CLIP's training images, as fractions of 255."""
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-"""Of the red, green and blue channels of CLIP's training images, in shares of 255."""
+"""Their standard deviations."""
 MAX_TOTAL_PIXELS = 2**28
-"""Pixels of all frames that are held at once, as they are handed out."""
-SLACK = 0.25
-"""Seconds after the last picture of a file that is cut short for which it stands."""
+"""Most pixels of all frames of one result together, after resizing."""
+TRUNCATION_SLACK = 0.25
+"""Seconds after the end of a truncated file for which its last frame may still stand."""
 
 Fit = Callable[[int, int], tuple[int, int]]
-"""Height and width that frames are resized to, of those that they have."""
+"""Maps the height and width of a frame to those that it is resized to."""
 
 
 @dataclass(frozen=True)
 class Frames:
-    """`pixels` is uint8 (frames, height, width, 3); `times` are seconds from the beginning of the video."""
+    """Frames of one video.
+
+    pixels   uint8 [frames, height, width, 3]
+    times    time from which each frame is shown, in seconds from the start of the video
+    seconds  mean time between two frames, in seconds
+    damaged  packets that were needed and could not be decoded
+    """
 
     pixels: np.ndarray
     times: tuple[float, ...]
     seconds: float
-    """Between one frame and the next, on average."""
     damaged: int = 0
-    """Packets that could not be decoded, of those that were needed."""
 
 
 def read_frames(
@@ -61,16 +65,19 @@ def read_frames(
     indices: Sequence[int] = (),
     fit: Fit | None = None,
 ) -> Frames:
-    """Frames of [start, end) seconds: what is shown in the middle of each of `count` equal parts; a short clip repeats frames.
+    """Read frames of a video: those shown in the middle of each of `count` equal parts of [start, end), in seconds.
 
-    With `fps`, that many a second instead, at most `count` in all. With `indices`, the frames of these numbers, from 0 on, in
-    ascending order, and nothing else counts. With `fit`, each frame is resized as soon as it is read, bicubically.
+    end      by default the end of the video
+    fps      frames per second to read instead, at most `count` in all
+    indices  numbers of the frames to read instead, from 0; the other arguments, except `fit`, are ignored. Returned in ascending order
+    fit      size to which each frame is resized, bicubically, as soon as it is read
 
-    A clip with damage is read as far as it goes: the last picture before stands in for one that cannot be decoded. Raises `TaskError`
-    where more than a quarter of the frames have none within a second.
+    A short clip repeats frames. In a damaged file, the frame before stands in for one that cannot be decoded. Raises `TaskError` for a
+    file that cannot be read, a part without frames, and a file that is too damaged (see `VideoFile.frames_at`); `ConfigError` for a count
+    or rate that is not positive.
     """
     if count < 1 or (fps is not None and not fps > 0):
-        raise ConfigError(f"at least one frame must be read (got {count}, {fps} a second)")
+        raise ConfigError(f"at least one frame must be read (got a count of {count} and a rate of {fps} per second)")
     with _video(path) as video:
         if indices:
             return _numbered(path, video, sorted(set(indices)), fit)
@@ -81,45 +88,46 @@ def read_frames(
         if fps is not None:
             count = max(1, min(count, round(length * fps)))
         wanted = [start + length * (2 * i + 1) / (2 * count) for i in range(count)]
-        if wanted[-1] > video.end + SLACK:
-            raise TaskError(f"{path} is cut short: its frames end at {video.end:.2f} s, and {wanted[-1]:.2f} s was to be read")
+        if wanted[-1] > video.end + TRUNCATION_SLACK:
+            raise TaskError(f"{path} is truncated: its frames end at {video.end:.2f} s, and the one at {wanted[-1]:.2f} s was to be read")
         height, width = fit(video.height, video.width) if fit else (video.height, video.width)
         if count * height * width > MAX_TOTAL_PIXELS:
             raise TaskError(f"{count} frames of {path} have more than {MAX_TOTAL_PIXELS} pixels; read fewer")
-        kept: list[np.ndarray] = []
+        frames: list[np.ndarray] = []
         times: list[float] = []
         for time, pixels in video.frames_at(wanted):
-            kept.append(kept[-1] if times and times[-1] == time else _fitted(pixels, fit))
+            frames.append(frames[-1] if times and times[-1] == time else _resized_to(fit, pixels))
             times.append(time)
-        return _frames(path, kept, times, length / count, video.damaged)
+        return _stacked(path, frames, times, length / count, video.damaged)
 
 
 def _video(path: Path) -> VideoFile | ImageSequence:
-    """A video by what it holds, to be closed after use."""
+    """Open a video by what it contains. The result is a context manager."""
     if path.is_dir():
         return ImageSequence(images_in_folder(path))
     return open_image(path) or VideoFile(path)
 
 
 def _numbered(path: Path, video: VideoFile | ImageSequence, indices: list[int], fit: Fit | None) -> Frames:
-    kept: list[np.ndarray] = []
+    """The frames of the given numbers, which ascend."""
+    frames: list[np.ndarray] = []
     times: list[float] = []
     number = -1
     for number, (time, pixels) in enumerate(video.all_frames()):
-        if number == indices[len(kept)]:
-            kept.append(_fitted(pixels, fit))
+        if number == indices[len(frames)]:
+            frames.append(_resized_to(fit, pixels))
             times.append(time)
-            if len(kept) == len(indices):
-                return _frames(path, kept, times, (times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0, video.damaged)
-    raise TaskError(f"{path} has {number + 1} frames; number {indices[len(kept)]} was to be read")
+            if len(frames) == len(indices):
+                return _stacked(path, frames, times, (times[-1] - times[0]) / max(len(times) - 1, 1) or 1.0, video.damaged)
+    raise TaskError(f"{path} has {number + 1} frames; number {indices[len(frames)]} was to be read")
 
 
-def _fitted(pixels: np.ndarray, fit: Fit | None) -> np.ndarray:
+def _resized_to(fit: Fit | None, pixels: np.ndarray) -> np.ndarray:
     return pixels if fit is None else resized(pixels, *fit(*pixels.shape[:2]))
 
 
 def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A frame (height, width, 3) of another size, bicubically; one that has it as it is."""
+    """A frame uint8 [height, width, 3] resized bicubically, or itself if it has that size already."""
     from PIL import Image
 
     if pixels.shape[:2] == (height, width):
@@ -127,22 +135,26 @@ def resized(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def _frames(path: Path, kept: list[np.ndarray], times: list[float], seconds: float, damaged: int) -> Frames:
-    if len({frame.shape for frame in kept}) > 1:
-        raise TaskError(f"the frames of {path} differ in size: {', '.join(sorted({f'{f.shape[1]}x{f.shape[0]}' for f in kept}))}")
-    return Frames(np.stack(kept), tuple(times), seconds, damaged)
+def _stacked(path: Path, frames: list[np.ndarray], times: list[float], seconds: float, damaged: int) -> Frames:
+    """The frames as one array. Raises `TaskError` if they differ in size."""
+    if len({frame.shape for frame in frames}) > 1:
+        raise TaskError(f"the frames of {path} differ in size: {', '.join(sorted({f'{f.shape[1]}x{f.shape[0]}' for f in frames}))}")
+    return Frames(np.stack(frames), tuple(times), seconds, damaged)
 
 
 def video_seconds(path: Path) -> float:
-    """How long a video lasts: to the end of its pictures, or to where its file says where it is cut short. Raises `TaskError`."""
+    """Duration of a video in seconds: the end of its last frame or, in a truncated file, the duration that it declares.
+
+    Raises `TaskError` for a file that cannot be read.
+    """
     with _video(path) as video:
         return video.length
 
 
 def content_id(path: Path) -> str:
-    """A hash of a video's bytes, remembered for as long as its files stay as they are; of a folder, of its pictures.
+    """The first 24 hexadecimal digits of the SHA-256 of a video file, or of a folder's images; cached until the files change.
 
-    Raises `TaskError` where it cannot be read.
+    Raises `TaskError` for a file that cannot be read.
     """
     files = images_in_folder(path) if path.is_dir() else [path]
     with reading_errors(path):
@@ -159,9 +171,12 @@ def _hash(states: tuple[tuple[str, int, int], ...]) -> str:
 
 
 def fitted(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The nearest height and width that are multiples of `factor`, with `min_pixels` to `max_pixels` pixels, at the same aspect."""
+    """The nearest height and width that are multiples of `factor`, have `min_pixels` to `max_pixels` pixels, and keep the aspect ratio.
+
+    The rule is that of Qwen2-VL (Wang et al. 2024, arXiv 2409.12191). Raises `TaskError` for an aspect ratio above 200.
+    """
     if max(height, width) > 200 * min(height, width):
-        raise TaskError(f"frames of {width}x{height} are too narrow: one side is more than 200 times the other")
+        raise TaskError(f"frames of {width}x{height} pixels are too narrow: one side is more than 200 times the other")
     rows, columns = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
     if rows * columns > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -184,10 +199,16 @@ def patches(
     mean: Sequence[float] = MEAN,
     deviation: Sequence[float] = DEVIATION,
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """Rows for the vision tower, float32 (t h w, 3 temporal patch^2), and the grid (t, h, w) in patches.
+    """Patches for the vision encoder, float32 [t h w, 3 temporal patch^2], and the grid (t, h, w) in patches.
 
-    Frames are resized bicubically; an odd last frame is doubled. Rows are ordered by time, then by merged square, so that
-    the rows of one step in time stand together.
+    pixels                  uint8 [frames, height, width, 3]
+    patch                   side of a patch, in pixels
+    merge                   patches per side of the squares whose features the model merges
+    temporal                frames per temporal step; the last frame is repeated to fill the last step
+    min_pixels, max_pixels  of a resized frame; see `fitted`
+    mean, deviation         by which the channels are normalised
+
+    Patches are ordered by temporal step, then by merged square, so that those of one step are contiguous.
     """
     import torch
 

@@ -18,7 +18,7 @@ from typing import Any
 from ramet.data import Row, text
 from ramet.data import field as field_of
 from ramet.errors import TaskError
-from ramet.media.pictures import SUFFIXES, images_in_folder
+from ramet.media.images import SUFFIXES, images_in_folder
 
 WITHOUT = "none"
 """What a field map calls `video` where rows may come without one."""

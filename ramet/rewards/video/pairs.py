@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 from ramet.agents.tree import Segment
 from ramet.data import Row, load_rows
 from ramet.errors import TaskError
-from ramet.media.pictures import images_in_folder
+from ramet.media.images import images_in_folder
 from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, Preference, best_of, frames_of, media, preference, question, rated
 
 VideoInput = Segment | tuple[Segment, ...] | None

@@ -258,7 +258,7 @@ def test_a_list_of_other_files_is_refused_before_they_are_opened(tmp_path: Path,
     (tmp_path / name).write_text(said[kind])
     with pytest.raises(TaskError, match="cannot read video"):
         read_frames(tmp_path / name, 1)
-    with pytest.raises(TaskError, match="no regular file"):
+    with pytest.raises(TaskError, match="not a regular file"):
         read_frames(other, 1)
 
 

@@ -142,11 +142,11 @@ def test_pictures_and_their_folders(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="differ in size: 40x30, 41x30"):
         read_frames(tmp_path, 5)
     (tmp_path / "frame11.png").write_text("no picture")
-    with pytest.raises(TaskError, match="cannot read picture"):
+    with pytest.raises(TaskError, match="cannot read image"):
         read_frames(tmp_path, 5)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(TaskError, match="has no pictures"):
+    with pytest.raises(TaskError, match="has no images"):
         read_frames(empty, 1)
     levels = [Image.new("P", (32, 24), n) for n in range(4)]
     levels[0].save(tmp_path / "a.gif", save_all=True, append_images=levels[1:], duration=[100, 500, 100, 300])
@@ -181,7 +181,7 @@ def test_a_clip_that_is_cut_short_says_where(tmp_path: Path) -> None:
     data = whole.read_bytes()
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(data[: len(data) // 2])
-    with pytest.raises(TaskError, match=r"cut\.mkv is cut short: its frames end at [123]\.\d\d s, and 5\.25 s was to be read"):
+    with pytest.raises(TaskError, match=r"cut\.mkv is truncated: its frames end at [123]\.\d\d s, and the one at 5\.25 s was to be read"):
         read_frames(cut, 4)
     assert len(read_frames(cut, 4, 0.0, 1.0).pixels) == 4
 

@@ -264,7 +264,7 @@ def test_lists_of_other_files_and_bombs_among_pictures_are_refused(tmp_path: Pat
     pictures = folder / "pictures"
     pictures.mkdir()
     Image.new("1", (20_000, 20_000)).save(pictures / "1.png")
-    with pytest.raises(TaskError, match=r"cannot read picture|at most"):
+    with pytest.raises(TaskError, match=r"cannot read image|at most"):
         read_frames(pictures, 1)
     for n in range(12):
         Image.new("1", (5_700, 5_700)).save(pictures / f"{n}.png")

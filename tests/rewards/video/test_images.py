@@ -49,7 +49,7 @@ def test_what_is_hidden_in_a_folder_is_no_picture(tmp_path: Path) -> None:
     assert [number(f) for f in read_frames(tmp_path, 2).pixels] == [9, 10]
     assert content_id(tmp_path) == known
     os.mkfifo(tmp_path / "11.png")
-    with pytest.raises(TaskError, match="no regular file"):
+    with pytest.raises(TaskError, match="not a regular file"):
         read_frames(tmp_path, 3)
 
 
@@ -74,5 +74,5 @@ def test_a_picture_is_known_by_its_content(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "1.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
-    with pytest.raises(TaskError, match="cannot read picture"):  # never by a program that runs what is in it
+    with pytest.raises(TaskError, match="cannot read image"):  # never by a program that runs what is in it
         read_frames(folder, 1)

@@ -1,7 +1,7 @@
-"""Pictures as a video: a folder of them, one by itself, an animated WebP. What is looked at is what a viewer shows.
+"""Images as a video: a folder of images, a single one, or an animated WebP. Pixels are those that an image viewer shows.
 
-A picture is turned as its EXIF orientation says; 16 bits a channel become 8. Files are untrusted: their content says which of a few
-formats they are, and what is too large is refused by its header.
+An image is turned by its EXIF orientation, and 16 bits per channel are reduced to 8. Files are untrusted input: the format is detected
+from their content among a few that are allowed, and an image that is too large is refused by its header.
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ from ramet.errors import TaskError
 from ramet.media.containers import MAX_PIXELS, format_of, oriented, reading_errors, require_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-"""Of the files that count in a folder."""
+"""Suffixes of the files of a folder that are read as images."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-EACH = 1.0
-"""Seconds for which a picture is shown that does not say."""
+"""Pillow's names of the formats that are read."""
+IMAGE_SECONDS = 1.0
+"""Seconds for which an image without a duration of its own is shown."""
 ORIENTATION = 0x0112
+"""The EXIF tag of an image's orientation."""
 TURNS = {2: (-1, 0, 0, 1), 3: (-1, 0, 0, -1), 4: (1, 0, 0, -1), 5: (0, 1, 1, 0), 6: (0, 1, -1, 0), 7: (0, -1, -1, 0), 8: (0, -1, 1, 0)}
-"""What an EXIF orientation does to a picture, as `oriented` takes it."""
+"""The matrix of each EXIF orientation, as `oriented` takes it."""
 
 
 class ImageSequence:
-    """Files that are shown one after another, a second each, or one file of several pictures with the seconds of each."""
+    """Image files that are shown one after another, or the frames of one animated file. The interface is that of `VideoFile`.
+
+    files    the image files, in order, or one animated file
+    seconds  duration of each frame of an animated file; image files are shown for `IMAGE_SECONDS`
+
+    Raises `TaskError` for a first image that cannot be read or is too large.
+    """
 
     damaged = 0
 
     def __init__(self, files: Sequence[Path], seconds: Sequence[float] = ()):
         self._files, self._animated = list(files), bool(seconds)
-        until = np.cumsum([0.0, *(seconds or [EACH] * len(self._files))])
+        until = np.cumsum([0.0, *(seconds or [IMAGE_SECONDS] * len(self._files))])
         self._times = until[:-1]
         self.length = self.end = float(until[-1])
         with _image(self._files[0]) as image:
@@ -48,7 +56,7 @@ class ImageSequence:
         return None
 
     def frames_at(self, seconds: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
-        """What is shown at each of the seconds, which ascend, and since when; see `VideoFile.frames_at`."""
+        """The image shown at each of the given times; see `VideoFile.frames_at`. Raises `TaskError` for one that cannot be read."""
         places = np.maximum(np.searchsorted(self._times, seconds, side="right") - 1, 0).tolist()
         before, pixels = -1, np.empty(0)
         for place in places:
@@ -57,7 +65,7 @@ class ImageSequence:
             yield float(self._times[place]), pixels
 
     def all_frames(self) -> Iterator[tuple[float, np.ndarray]]:
-        """Every picture in turn, and since when it is shown."""
+        """Every image in turn; see `VideoFile.all_frames`."""
         return self.frames_at(self._times.tolist())
 
     def _pixels(self, place: int) -> np.ndarray:
@@ -70,8 +78,8 @@ class ImageSequence:
 
 
 def _eight_bits(image: Any) -> np.ndarray:
-    """uint8 (height, width, 3)."""
-    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's conversion cuts off what is above 255
+    """A Pillow image as uint8 [height, width, 3]."""
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow's own conversion would clip values above 255
         grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     return np.asarray(image.convert("RGB"))
@@ -79,29 +87,36 @@ def _eight_bits(image: Any) -> np.ndarray:
 
 @contextmanager
 def _image(file: Path) -> Iterator[Any]:
+    """An open Pillow image. Raises `TaskError` if the file cannot be read or the image is too large."""
     from PIL import Image
 
-    with reading_errors(file, "cannot read picture"):
+    with reading_errors(file, "cannot read image"):
         try:
             with Image.open(require_regular_file(file), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise TaskError(f"{file} is {image.width}x{image.height}; at most {MAX_PIXELS} pixels are decoded")
+                    raise TaskError(f"{file} has {image.width}x{image.height} pixels; at most {MAX_PIXELS} are allowed")
                 yield image
         except (Image.DecompressionBombError, SyntaxError, struct.error) as error:
             raise OSError(str(error)) from error
 
 
 def images_in_folder(folder: Path) -> list[Path]:
-    """The pictures of a folder by the numbers in their names, so that 10 comes after 9; hidden files are none. Raises `TaskError`."""
+    """The image files of a folder, hidden ones aside, ordered by the numbers in their names, so that 10 comes after 9.
+
+    Raises `TaskError` if there are none or the folder cannot be read.
+    """
     with reading_errors(folder):
         files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and not f.is_dir()]
     if not files:
-        raise TaskError(f"{folder} has no pictures ({', '.join(SUFFIXES)})")
+        raise TaskError(f"{folder} has no images ({', '.join(SUFFIXES)})")
     return sorted(files, key=lambda f: [(int(n or 0), t) for n, t in re.findall(r"(\d*)(\D*)", f.name)])
 
 
 def open_image(file: Path) -> ImageSequence | None:
-    """A file that holds a picture, or an animated WebP; None for one that holds something else, such as another animation."""
+    """Open a file that contains an image or an animated WebP. Returns None for anything else, such as other animations.
+
+    Raises `TaskError` for an image that cannot be read or is too large.
+    """
     from PIL import UnidentifiedImageError
 
     try:
@@ -119,14 +134,14 @@ def open_image(file: Path) -> ImageSequence | None:
 
 
 def _durations(file: Path) -> list[float]:
-    """Seconds of each picture of an animated WebP, of the headers of its frames (its `ANMF` chunks)."""
+    """Duration in seconds of each frame of an animated WebP, from the headers of its `ANMF` chunks."""
     with file.open("rb") as data:
         data.seek(12)
-        found = []
+        durations = []
         while len(head := data.read(8)) == 8:
             name, size = head[:4], int.from_bytes(head[4:], "little")
             begun = data.tell()
             if name == b"ANMF":
-                found.append(int.from_bytes(data.read(15)[12:], "little") / 1000 or 0.1)
+                durations.append(int.from_bytes(data.read(15)[12:], "little") / 1000 or 0.1)
             data.seek(begun + size + size % 2)
-    return found
+    return durations
