@@ -104,8 +104,14 @@ def demo(
 
 @app.command(cls=_Sums)
 def run(
-    expression: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7".')],
-    policy: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
+    question: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7"; with --url, any question.')],
+    policy: Annotated[
+        str | None, typer.Option(help="nano, the default, or a model directory; of a chat server, its name for the model, else its first.")
+    ] = None,
+    url: Annotated[str, typer.Option(help="Address of an OpenAI-compatible server that samples, such as http://127.0.0.1:8000/v1.")] = "",
+    backend: Annotated[
+        str | None, typer.Option(help="Of --url: chat, the default, or completions, of token ids, for which --policy has the tokenizer.")
+    ] = None,
     budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
     depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -126,14 +132,19 @@ def run(
 
     Example: ramet run --policy nano "3+4-2+7-9+5+8-1+6+2"
     """
-    from ramet.runs.show import run_one
+    from ramet.runs.show import run_one, run_served
 
+    if url or backend:
+        if attention is not None:
+            raise ConfigError("--attention is for a model that is loaded here, and --url for one that a server has loaded: leave one out")
+        run_served(question, policy, url, backend or "chat", budget, depth, temperature, seed or 0, journal, json)
+        return
     sharing = None
     if attention is not None:
         from ramet.policy.engines.sequence_parallel import Sharing
 
         sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
-    run_one(expression, policy, budget, depth, temperature, seed or 0, journal, json, sharing)
+    run_one(question, policy or "nano", budget, depth, temperature, seed or 0, journal, json, sharing)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from rich.console import Group
@@ -16,17 +16,20 @@ from rich.tree import Tree as View
 from ramet.agents import drain
 from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
-from ramet.agents.chat import ChatFormat
+from ramet.agents.chat import ChatFormat, ControlTokenFormat
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
-from ramet.agents.tree import Branch, Status, Task, Tree
+from ramet.agents.tree import Branch, Message, Status, Task, Tree
 from ramet.env.arithmetic import parse_sum, rows_task
-from ramet.errors import ConfigError, PolicyError
+from ramet.env.instructions import COT, DELEGATE_PARTS, instructed
+from ramet.errors import ConfigError, PolicyError, TaskError
 from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.rewards.exact_match import integer_match
+from ramet.runs.build import engine_id, open_engine
+from ramet.runs.settings import RunConfig, validate
 from ramet.storage import meta, write_json
 from ramet.terminal import Table, console
 
@@ -151,23 +154,67 @@ def run_one(
     from ramet.policy.engines.hf import HFPolicy
     from ramet.policy.models.load import load_model
 
-    if generated < 1:
-        raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
-    values = parse_sum(expression)
-    task = rows_task(values, "run")
+    _check_budget(generated)
+    task = rows_task(parse_sum(expression), "run")
     path = resolve(policy)
     model, _, chat = load_model(path)
     budget = Budget(
         generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings)
     )
-    keeping: AbstractContextManager[Journal | None] = nullcontext()
-    if kept is not None:
-        keeping = Journal(
-            kept, fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path), repr(sharing))
-        )
     engine = HFPolicy(model) if sharing is None else sharing.policy(path, model)
     if engine is None:
         return
+    job = fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path), repr(sharing))
+    _grow_and_show(engine, chat, task, budget, temperature, seed, job, kept, out)
+
+
+def run_served(
+    question: str,
+    policy: str | None,
+    url: str,
+    backend: str,
+    generated: int,
+    depth: int,
+    temperature: float,
+    seed: int,
+    kept: Path | None,
+    out: Path | None,
+) -> None:
+    """`ramet run --url`: the same of any question, by a server.
+
+    To a model of the nano format a sum is put in rows, as in its training. Others are told in words how to answer, and may be asked
+    anything; an answer that is not a sum's is not graded.
+    """
+    _check_budget(generated)
+    if backend == "completions" and policy is None:
+        raise ConfigError("a completions server takes token ids: give the directory of its model, which has the tokenizer, as --policy")
+    model = resolve(policy) if policy and backend == "completions" else policy or ""
+    config = validate(RunConfig, {"backend": backend, "url": url})
+    engine, chat, _ = open_engine(config, model)
+    try:
+        values: list[int] | None = parse_sum(question)
+    except TaskError:
+        values = None
+    if isinstance(chat, ControlTokenFormat):
+        task = rows_task(parse_sum(question), "run")
+    else:
+        asked = Task("run", (Message("user", question),), {}, None if values is None else sum(values))
+        task = instructed(asked, DELEGATE_PARTS if depth else COT)
+    budget = Budget(generated=generated, depth=depth, answer_reserve=min(24, generated))
+    job = fingerprint("run", question, budget.model_dump(mode="json"), temperature, seed, backend, engine_id(config, model))
+    _grow_and_show(engine, chat, task, budget, temperature, seed, job, kept, out)
+
+
+def _check_budget(generated: int) -> None:
+    if generated < 1:
+        raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
+
+
+def _grow_and_show(
+    engine: Any, chat: ChatFormat, task: Task, budget: Budget, temperature: float, seed: int, job: str, kept: Path | None, out: Path | None
+) -> None:
+    """Grow one tree, from and into the journal `kept` of `job`, and print it; write its record to `out`."""
+    keeping: AbstractContextManager[Journal | None] = nullcontext() if kept is None else Journal(kept, job)
     with keeping as journal:
         source = JournaledPolicy(engine, journal) if journal is not None else engine
 
@@ -182,7 +229,7 @@ def run_one(
         console.print(f"{source.replayed} samples taken from {kept}, {source.sampled} made")
     if tree.error:
         raise PolicyError(tree.error)
-    right = integer_match(task, tree.answer) == 1.0
+    right = None if task.reference is None else integer_match(task, tree.answer) == 1.0
     if out is not None:
         record = {
             "record": "tree", "answer": tree.answer, "reference": task.reference, "correct": right,
@@ -191,6 +238,9 @@ def run_one(
         write_json(out, [meta("run", seed), record])
     console.print(Text(task.messages[-1].content, style="bold"))
     console.print(branch_view(tree.root, chat))
-    verdict = [("right", "green")] if right else [("wrong", "red"), f": it is {task.reference}"]
-    console.print(Text.assemble("answer ", (tree.answer or "none", "bold"), " (", *verdict, ")"))
+    answer = Text.assemble("answer ", (tree.answer or "none", "bold"))
+    if right is not None:
+        verdict = ("right", "green") if right else ("wrong", "red")
+        answer = Text.assemble(answer, " (", verdict, ")" if right else f": it is {task.reference})")
+    console.print(answer)
     console.print(bill(tree, budget))

@@ -166,7 +166,8 @@ def frontier_job(
     first = env.metrics[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first], score_name(config))
     _say(records, first)
-    console.print(f"run folder {directory}: results.json, frontier.png, report.html, results.csv, results.tex")
+    names = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex")
+    console.print(f"run folder {directory}: {', '.join(name for name in names if (directory / name).exists())}")
 
 
 def tuned(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
 from ramet.cli.main import app
+from ramet.env.arithmetic import rows_task
 from ramet.errors import ConfigError
+from ramet.policy.models.catalogue import BASE
+from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.runs.settings import RunConfig, load
 from tests.policy.raw_server import says, serve, stream, usage
 
@@ -50,3 +55,49 @@ def test_an_address_with_a_secret_is_not_written_down(address, tmp_path):
     assert "hunter22" not in str(caught.value)
     assert not any("hunter22" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
     load(RunConfig, None, ["backend=chat", "url=http://h/openai/deployments/x?api-version=2024-10-21"])
+
+
+def run(*words: str) -> str:
+    done = CliRunner().invoke(app, ["run", *words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return " ".join(done.output.split())
+
+
+def test_a_chat_server_answers_any_question_and_is_graded_on_sums(tmp_path):
+    with serve(GOOD) as (url, asked):
+        said = run("--url", url, "What is six times seven?", "--json", str(tmp_path / "tree.json"), "--journal", str(tmp_path / "kept"))
+        assert "answer 42 bill" in said and asked[0]["model"] == "m"
+        assert "six times seven" in asked[0]["messages"][-1]["content"] and "Answer:" in asked[0]["messages"][-1]["content"]
+        (record,) = [r for r in json.loads((tmp_path / "tree.json").read_text()) if r["record"] == "tree"]
+        assert record["answer"] == "42" and record["correct"] is None and record["generated"] == 4
+        again = run("--url", url, "What is six times seven?", "--journal", str(tmp_path / "kept"))
+        assert "1 samples taken" in again and len(asked) == 1
+        assert "answer 42 (right)" in run("--url", url, "40+2", "--policy", "other", "--depth", "0") and asked[1]["model"] == "other"
+        assert "answer 42 (wrong: it is 43)" in run("--url", url, "40+3")
+
+
+def test_a_completions_server_takes_the_nano_model_s_tokens():
+    _, chat = load_tokenizer(BASE)
+    ids = chat.turn("42")
+    answer = stream({"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}, "finish_reason": "stop"}]})
+    with serve(answer) as (url, asked):
+        said = run("--url", url, "--backend", "completions", "--policy", "nano", "40+2")
+    question = chat.render(rows_task([40, 2], "run").messages, tools=True)[:-2]  # what may be spent is said before the turn ends
+    assert "answer 42 (right)" in said and asked[0]["prompt"][: len(question)] == question
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--backend", "chat"], "url and a backend that is a server"),
+        (["--backend", "vllm", "--url", "http://h/v1"], "url and a backend that is a server"),
+        (["--backend", "completions", "--url", "http://h/v1"], "give the directory of its model"),
+        (["--url", "http://h/v1", "--attention", "spava"], "leave one out"),
+        (["--url", "http://h/v1", "--budget", "0"], "give --budget at least 1"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        run("3+4", *words)
+    assert len(str(caught.value).splitlines()) == 1
