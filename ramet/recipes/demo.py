@@ -19,7 +19,7 @@ from ramet.display.report import write_report
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
-from ramet.recipes.reproduce import pictures, summary
+from ramet.recipes.reproduce import draw_pictures, summary
 from ramet.runs.build import open_model, read_metrics
 from ramet.runs.jobs import claim_folder, print_points, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig, validate
@@ -53,25 +53,25 @@ def run_demo(directory: Path, seed: int) -> None:
         measured += run_measuring(config, final, [tree_entry("trained", config, True)], ("iid",), journal, "measuring")
     records = [meta("demo", seed, time.perf_counter() - started), *summary(measured)]
     write_json(directory / "demo.json", records)
-    found = outcome(records)
-    pictures(records, {"trained": read_metrics(directory / "trained")}, directory)
+    conclusion = outcome_sentence(records)
+    draw_pictures(records, {"trained": read_metrics(directory / "trained")}, directory)
     write_report(
         directory / "report.html",
         "ramet demo",
-        f"The base model has no preference between working alone and delegating. Reinforcement learning is to teach it when. {found}",
+        f"The base model has no preference between working alone and delegating. Reinforcement learning is to teach it when. {conclusion}",
         records,
         [directory / name for name in ("frontier.png", "behaviour.png", "learning.png")],
         tree,
     )
     print_points(records)
-    console.print(found)
+    console.print(conclusion)
     console.print(
         f"done in {time.perf_counter() - started:.0f} seconds. Open {directory / 'report.html'}; "
-        "pictures, metrics, checkpoints and demo.json lie beside it"
+        "draw_pictures, metrics, checkpoints and demo.json lie beside it"
     )
 
 
-def outcome(records: Sequence[Mapping[str, Any]]) -> str:
+def outcome_sentence(records: Sequence[Mapping[str, Any]]) -> str:
     """What came out, in words: the trained model beside the base at the largest budget."""
     points = {r["policy"]: r for r in records if r["record"] == "point"}  # the last of each is at its largest budget
     trained, base = points["trained"], points["base"]

@@ -75,9 +75,9 @@ async def sample(policy: Policy, chat: ChatFormat, update: int, seed: int) -> li
 
     Every tree has a seed of its own: a group of equal trees would have nothing to be compared with.
     """
-    drawn = tasks_of(update, seed)
+    tasks = tasks_of(update, seed)
     runtime = Runtime(policy, chat, Sampling(temperature=TEMPERATURE))
-    return group_trees(drawn, await grow_trees(runtime, tree_jobs(drawn, update, TREES, seed), in_flight=TASKS * TREES), TREES)
+    return group_trees(tasks, await grow_trees(runtime, tree_jobs(tasks, update, TREES, seed), in_flight=TASKS * TREES), TREES)
 
 
 def backward(model: Any, groups: list[Group]) -> list[float]:
@@ -132,14 +132,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m ramet.recipes.minimal", description="The whole learning loop on the nano model.")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    if given.updates < 1:
-        parser.error(f"--updates is how often the model is changed, at least 1, not {given.updates}")
+    arguments = parser.parse_args()
+    if arguments.updates < 1:
+        parser.error(f"--updates is how often the model is changed, at least 1, not {arguments.updates}")
     # Sums in another order round differently: with one thread, a seed prints the same figures on every run.
     torch.set_num_threads(1)
     model, _, chat = load_model(BASE)
     print("update  reward  spawned")
-    anyio.run(train, model, chat, given.updates, given.seed, show)
+    anyio.run(train, model, chat, arguments.updates, arguments.seed, show)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     write_json(directory / "results.json", records)
     write_text(directory / "results.md", markdown(records))
     curves = {name: read_metrics(directory / name) for name in ("trained", "solo")}
-    pictures(records, curves, directory)
+    draw_pictures(records, curves, directory)
     write_report(
         directory / "report.html",
         "ramet reproduce nano",
@@ -103,7 +103,8 @@ def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
     return [*records, *compared, *frontier.claims(compared), *frontier.equal_accuracy(points)]
 
 
-def pictures(records: Sequence[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], directory: Path) -> None:
+def draw_pictures(records: Sequence[dict[str, Any]], curves: dict[str, list[dict[str, Any]]], directory: Path) -> None:
+    """`frontier.png`, `behaviour.png` and, where there are learning curves, `learning.png`."""
     plots.frontier(records, directory / "frontier.png")
     plots.behaviour(records, directory / "behaviour.png")
     if any(curves.values()):

@@ -284,12 +284,12 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
         async with HFPolicy(weights) as policy:
             for length in lengths:
                 record: dict[str, Any] = {"record": "length", "operands": length, "n": tasks}
-                drawn = RowsEnvironment((length, length)).tasks("iid", tasks, seed)
+                sums = RowsEnvironment((length, length)).tasks("iid", tasks, seed)
                 for name, depth, temperature in ways:
                     budget = Budget(generated=640, depth=depth, answer_reserve=8, context=weights.config.max_position_embeddings)
                     runtime = Runtime(policy, chat, Sampling(temperature=temperature))
                     right = spawned = right_spawned = 0
-                    async with runtime.run_many([Job(task, budget, i) for i, task in enumerate(drawn)]) as trees:
+                    async with runtime.run_many([Job(task, budget, i) for i, task in enumerate(sums)]) as trees:
                         async for job, tree in trees:
                             report(1)
                             good = integer_match(job.task, tree.answer) == 1.0
@@ -331,7 +331,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def small_jobs(seed: int) -> dict[str, Callable[[Path], None]]:
+def small_commands(seed: int) -> dict[str, Callable[[Path], None]]:
     """An evaluation and a training of seconds, for `ramet bench kills`. Imports all that they need, so that a fork begins at once."""
     import ramet.policy.training.trainer  # noqa: F401
 

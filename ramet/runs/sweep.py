@@ -37,7 +37,7 @@ from ramet.terminal import console
 
 METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
 CONTROLS = ("self_consistency", "best_of_n", "map_reduce")
-"""Methods that are measured with trained weights too, where these are given."""
+"""Methods that are measured with trained weights too, where there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,15 +206,16 @@ def _sampled(setting: MethodSetting, config: RunConfig) -> MethodSetting:
 
 
 def choice_records(weights: str, settings: Mapping[str, MethodSetting]) -> list[dict[str, Any]]:
+    """A `choice` record for each method."""
     return [{"record": "choice", "weights": weights, "method": name, **asdict(setting)} for name, setting in settings.items()]
 
 
 def preference(path: Path) -> methods.SampleScore:
-    """The score of a reward model: what the task asks, and what the root said last."""
+    """The score that a reward model gives the last turn of the root as an answer to the task's last message."""
     from ramet.rewards.preference import PreferenceModel
 
     model = PreferenceModel(path)
-    return lambda task, tree, said: model.score(task.messages[-1].content, said)
+    return lambda task, tree, text: model.score(task.messages[-1].content, text)
 
 
 def results(
@@ -256,7 +257,10 @@ def results(
 
 
 def price_table(texts: Sequence[str]) -> dict[str, float]:
-    """Prices per million tokens from `name=number` texts; cached tokens cost what prefilled ones do unless said. Raises `ConfigError`."""
+    """Prices per million tokens from `name=number` texts. Raises `ConfigError`.
+
+    Cached tokens cost what prefilled ones do, unless they have a price of their own.
+    """
     prices: dict[str, float] = {}
     for text in texts:
         name, _, value = text.partition("=")

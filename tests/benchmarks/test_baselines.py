@@ -13,8 +13,8 @@ from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import StopReason
-from ramet.benchmarks.evaluation import baselines
-from ramet.benchmarks.evaluation.baselines import Begun, Cut, always, best_of_n, map_reduce, tree, vote
+from ramet.benchmarks.evaluation import baselines, harness
+from ramet.benchmarks.evaluation.baselines import Cut, OpenedPolicy, always, best_of_n, map_reduce, tree, vote
 from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, by_size, grouped, measure, point
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import ConfigError
@@ -103,7 +103,7 @@ def test_always_delegating_opens_the_call_and_leaves_the_rest_to_the_model(base)
             free = [await tree(Runtime(policy, chat), task, budget, seed) for seed, task in enumerate(tasks)]
             made = [await always(Runtime(policy, chat), task, budget, seed) for seed, task in enumerate(tasks)]
             assert 0 < sum(o.spawned for o in free) < 12 and all(o.spawned for o in made)
-            grown = await Runtime(Begun(policy, chat.turn("rows: 2", "")[:-2]), chat).run(tasks[0], budget, 1)
+            grown = await Runtime(OpenedPolicy(policy, chat.turn("rows: 2", "")[:-2]), chat).run(tasks[0], budget, 1)
             first = grown.root.turns[0]
             assert chat.text(first.sampled).startswith("rows: 2<tool_call>{") and grown.usage.generated == sum(
                 len(turn.sampled) for branch in grown.branches for turn in branch.turns
@@ -136,7 +136,7 @@ def test_best_of_n_needs_a_limit(base):
         anyio.run(best_of_n(ENV.canonical), Runtime(Says(chat, []), chat), ENV.tasks("iid", 1, 0)[0], Budget(), 0)
 
 
-def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
+def test_measuring_resumes_where_it_was_interrupted(base, tmp_path, monkeypatch):
     model, _, chat = base
     entry = MethodEntry("base", baselines.tree, Sampling(temperature=1.0), 1)
     workload = Workload("iid", ENV.tasks("iid", 5, 0), [30, 90], Budget(answer_reserve=8, context=768), 0)
@@ -168,6 +168,7 @@ def test_measuring_resumes_where_it_was_interrupted(base, tmp_path):
     record = point(groups["base", "iid", 90])
     assert record["n"] == 5 and 0 <= record["ci_low"] <= record["accuracy"] <= record["ci_high"] <= 1
     for bins in (1, 3, 100):
-        ranges = by_size(groups["base", "iid", 30], bins)
+        monkeypatch.setattr(harness, "SIZE_RANGES", bins)
+        ranges = by_size(groups["base", "iid", 30])
         assert len(ranges) <= bins and sum(r["n"] for r in ranges) == 5
         assert all(a["size_high"] < b["size_low"] for a, b in itertools.pairwise(ranges))

@@ -235,7 +235,7 @@ def test_matched_costs_and_areas_equal_a_slow_count(seed):
         assert record["ci_low"] <= record["difference"] <= record["ci_high"]
         assert record["winner_cost"] <= record["baseline_cost"]
     most = max(mean(ms, "prefilled") for ms in groups.values())
-    for record in frontier.areas(groups, "prefilled", resamples=200):
+    for record in frontier.areas(groups, "prefilled"):
         points = [(mean(ms, "prefilled"), accuracy(ms)) for (p, _, _), ms in groups.items() if p == record["policy"]]
         grid = np.linspace(0, most, 200_001)
         best = np.zeros_like(grid)

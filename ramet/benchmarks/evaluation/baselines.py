@@ -120,18 +120,19 @@ def support_recall(task: Task, keys: Collection[str]) -> float | None:
     supporting = task.meta.get("supporting")
     if not supporting:
         return None
-    found = set(ContextStore(task.documents).resolve(keys)[0])
-    return sum(key in found for key in supporting) / len(supporting)
+    resolved = set(ContextStore(task.documents).resolve(keys)[0])
+    return sum(key in resolved for key in supporting) / len(supporting)
 
 
-class Begun(PolicyWrapper):
-    """`policy`, whose first sample begins with `ids`: it did not choose them, and pays for them as for its own."""
+class OpenedPolicy(PolicyWrapper):
+    """`policy`, but its first sample begins with `ids`, which it did not choose and which are charged as if it had."""
 
     def __init__(self, policy: Policy, ids: Sequence[int]):
         super().__init__(policy)
         self._ids = tuple(ids)
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """The first time, the ids and what the policy goes on with; then, the policy's own sample."""
         ids, self._ids = self._ids[: request.max_tokens], ()
         if not ids:
             return await self._policy.sample(request, partial)
@@ -141,7 +142,7 @@ class Begun(PolicyWrapper):
         inner = Partial()
         try:
             sample = await self._policy.sample(replace(request, prompt=request.prompt + ids, max_tokens=left), inner)
-        finally:  # what it is made to say is charged as said, not as read
+        finally:  # the ids are charged as generated, not as read
             partial.ids += [*ids, *inner.ids]
             partial.logprobs += [*([0.0] * len(ids)), *inner.logprobs]
             partial.prefilled, partial.cached = min(inner.prefilled, len(request.prompt)), inner.cached
@@ -154,7 +155,7 @@ async def always(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Out
     if not isinstance(runtime.chat, ControlTokenFormat):
         raise ConfigError("always delegating is written for the nano chat format")
     opened = runtime.chat.turn(statement(len(task.documents)), "")[:-2]  # without the end of the call, and of the turn
-    return await tree(replace(runtime, policy=Begun(runtime.policy, opened)), task, budget, seed)
+    return await tree(replace(runtime, policy=OpenedPolicy(runtime.policy, opened)), task, budget, seed)
 
 
 def best_of_n(canonical: Callable[[str], str]) -> BudgetedMethod:
@@ -185,11 +186,11 @@ def best_of_n(canonical: Callable[[str], str]) -> BudgetedMethod:
 
 
 def vote(answers: Sequence[str], canonical: Callable[[str], str]) -> str | None:
-    """The first of the answers of which most say the same; None without any."""
-    said: dict[str, list[str]] = {}
+    """The first of the answers that are most often given, compared in their `canonical` form; None without any."""
+    by_form: dict[str, list[str]] = {}
     for answer in answers:
-        said.setdefault(canonical(answer), []).append(answer)
-    return max(said.values(), key=len)[0] if said else None
+        by_form.setdefault(canonical(answer), []).append(answer)
+    return max(by_form.values(), key=len)[0] if by_form else None
 
 
 @dataclass(frozen=True, slots=True)

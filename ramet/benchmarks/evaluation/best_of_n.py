@@ -20,11 +20,13 @@ from ramet.errors import ConfigError, TaskError
 from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
 
 NS = (1, 2, 4, 8, 16)
+DRAWS = 16
+"""How often N answers are drawn from those of a question."""
 Picker = ScoreSelector | PairwiseSelector
 
 
 def best_of_n(
-    questions: Sequence[CandidateAnswers], pickers: dict[str, Picker], ns: Sequence[int] = NS, draws: int = 16, seed: int = 0,
+    questions: Sequence[CandidateAnswers], pickers: dict[str, Picker], ns: Sequence[int] = NS, seed: int = 0,
     report: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A `best_of_n` record for each N and method: accuracy with its interval over videos, and what a pick asks of the model.
@@ -42,7 +44,7 @@ def best_of_n(
     fault: TaskError | None = None
     for question in questions:
         try:
-            of_question = {(n, m): value for n in ns for m, value in _accuracies(question, pickers, n, draws, seed).items()}
+            of_question = {(n, m): value for n in ns for m, value in _accuracies(question, pickers, n, seed).items()}
         except TaskError as error:
             fault = error
         else:
@@ -66,11 +68,11 @@ def best_of_n(
     return records
 
 
-def _accuracies(question: CandidateAnswers, pickers: dict[str, Picker], n: int, draws: int, seed: int) -> dict[str, float]:
+def _accuracies(question: CandidateAnswers, pickers: dict[str, Picker], n: int, seed: int) -> dict[str, float]:
     """Of each method on one question, the mean over draws of `n` of its answers."""
     rng = random.Random(f"best/{seed}/{question.id}/{n}")
     scores: dict[str, list[float]] = {m: [] for m in ("pass", "majority", "random", *pickers)}
-    for draw in [rng.sample(range(len(question.answers)), n) for _ in range(draws if n < len(question.answers) else 1)]:
+    for draw in [rng.sample(range(len(question.answers)), n) for _ in range(DRAWS if n < len(question.answers) else 1)]:
         right = [question.right[i] for i in draw]
         scores["pass"].append(float(any(right)))
         scores["random"].append(sum(right) / n)

@@ -1,4 +1,4 @@
-"""What a sweep says: paired differences at every budget, and cost at equal accuracy."""
+"""What a sweep shows: paired differences at every budget, and cost at equal accuracy."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def _scores(measured: Sequence[Measured]) -> dict[str, list[float]]:
 
 
 MILLION = 1e6
+RESAMPLES = 2000
+Groups = Mapping[tuple[str, str, int], Sequence[Measured]]
+"""Outcomes by (method, split, budget)."""
 
 
 def money(outcome: Outcome, prices: Mapping[str, float]) -> float:
@@ -28,12 +31,14 @@ def money(outcome: Outcome, prices: Mapping[str, float]) -> float:
     return sum(price * float(getattr(outcome, name)) for name, price in prices.items()) / MILLION
 
 
-def matched(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: str, cost: str = "generated") -> list[dict[str, Any]]:
+def matched(groups: Groups, winner: str) -> list[dict[str, Any]]:
     """`winner` less each baseline where it spends no more than the baseline did, which may have stopped early.
 
-    For every point of a baseline, the winner is taken at its largest budget whose mean cost is at most what the baseline spent
-    there. A baseline that is cheaper than the winner at any budget gets `difference` null: there is nothing to compare it with.
+    For every point of a baseline, the winner is taken at its largest budget whose mean cost, in generated tokens, is at most what the
+    baseline spent there. A baseline that is cheaper than the winner at any budget gets `difference` null: there is nothing to compare
+    it with.
     """
+    cost = "generated"
 
     def mean(measured: Sequence[Measured]) -> float:
         return sum(float(getattr(m.outcome, cost)) for m in measured) / len(measured)
@@ -61,9 +66,7 @@ def matched(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: s
     return corrected(records)
 
 
-def areas(
-    groups: Mapping[tuple[str, str, int], Sequence[Measured]], cost: str = "generated", resamples: int = 2000
-) -> list[dict[str, Any]]:
+def areas(groups: Groups, cost: str) -> list[dict[str, Any]]:
     """Area under each policy's frontier: the best accuracy for at most a cost, averaged over costs up to the largest of all.
 
     Intervals are a bootstrap over tasks, the same draws for all policies.
@@ -82,7 +85,7 @@ def areas(
                 raise ValueError("areas need every policy measured on the same tasks")
             table.setdefault(policy, []).append((sums[0] / sums[2], sums[1] / sums[2]))
         most = max(float(c.mean()) for points in table.values() for _, c in points)
-        draws = np.random.default_rng(0).integers(0, len(tasks), size=(resamples, len(tasks)))
+        draws = np.random.default_rng(0).integers(0, len(tasks), size=(RESAMPLES, len(tasks)))
         for policy, points in table.items():
             area = _area(np.array([[s.mean() for s, _ in points]]), np.array([[c.mean() for _, c in points]]), most)[0]
             sampled = _area(np.stack([s[draws].mean(1) for s, _ in points], 1), np.stack([c[draws].mean(1) for _, c in points], 1), most)
@@ -106,7 +109,7 @@ def _area(scores: np.ndarray, costs: np.ndarray, most: float) -> np.ndarray:
     return result
 
 
-def comparisons(groups: Mapping[tuple[str, str, int], Sequence[Measured]], winner: str = "trained") -> list[dict[str, Any]]:
+def comparisons(groups: Groups, winner: str = "trained") -> list[dict[str, Any]]:
     """`winner` less each other policy, on the same tasks at the same budget, with 95% intervals."""
     records = []
     for (policy, split, budget), measured in groups.items():

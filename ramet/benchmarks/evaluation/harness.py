@@ -201,10 +201,13 @@ def point(measured: Sequence[Measured]) -> dict[str, object]:
     }
 
 
-def by_size(measured: Sequence[Measured], bins: int = 6) -> list[dict[str, Any]]:
-    """Accuracy and spawn rate in up to `bins` ranges of task size, for one method at one budget on one split."""
+SIZE_RANGES = 6
+
+
+def by_size(measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Accuracy and spawn rate in up to `SIZE_RANGES` ranges of task size, for one method at one budget on one split."""
     sizes = sorted({m.size for m in measured})
-    width = -(-(sizes[-1] - sizes[0] + 1) // bins)
+    width = -(-(sizes[-1] - sizes[0] + 1) // SIZE_RANGES)
     records = []
     for low in range(sizes[0], sizes[-1] + 1, width):
         if chosen := [m for m in measured if low <= m.size < low + width]:

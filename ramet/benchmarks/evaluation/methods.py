@@ -1,11 +1,11 @@
 """Methods for questions in words, each under the same budget object and with the same information.
 
-A task says what is asked; a method adds one instruction at the end of its prompt and decides how many contexts work on it.
+A task holds the question; a method adds one instruction at the end of its prompt and decides how many contexts work on it.
 
 - `direct`, `cot`: one context that answers at once, or after thinking.
 - `self_consistency`, `best_of_n`: several `cot` contexts side by side, which share the budget; the most frequent answer, or the one
   that a score prefers.
-- `delegate`: the model is offered the tool and told what it is for.
+- `delegate`: the model is offered the tool, and the prompt explains what it is for.
 - `map_reduce`: a program gives a few documents to each clone and their answers to one more context.
 - `retrieve`: BM25 chooses documents; one context reads those.
 """
@@ -40,7 +40,7 @@ LEAST = 24
 """Tokens that a context needs to say anything; fewer samples, or larger parts, are made rather than smaller shares."""
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
 SampleScore = Callable[[Task, Tree, str], float]
-"""What a sample is worth: of the task, the tree, and what its root said last."""
+"""What a sample is worth, from the task, the tree and the text of its root's last turn."""
 
 
 def instructed_tree(instruction: str) -> BudgetedMethod:
@@ -87,8 +87,8 @@ def self_consistency(env: Environment, count: int) -> BudgetedMethod:
     return method
 
 
-def likelihood(task: Task, grown: Tree, said: str) -> float:
-    """How sure the model was of what it said: the mean log-probability of the root's tokens."""
+def likelihood(task: Task, grown: Tree, text: str) -> float:
+    """The mean log-probability of the root's tokens."""
     logprobs = [value for turn in grown.root.turns for value in turn.logprobs]
     return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
 
@@ -123,8 +123,8 @@ def map_reduce(documents: int) -> BudgetedMethod:
         results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
         notes = render_results(results, "", runtime.result_characters)
         left = generated - sum(grown.usage.generated for grown in done)
-        asked = Task(task.id, (Message("user", f"Notes on documents:\n{notes}\n\nQuestion: {question}\n\n{DIRECT}"),))
-        last = checked(await runtime.run(asked, _limited(budget, left), seed_of(seed, "reduce", 0)))
+        reducing = Task(task.id, (Message("user", f"Notes on documents:\n{notes}\n\nQuestion: {question}\n\n{DIRECT}"),))
+        last = checked(await runtime.run(reducing, _limited(budget, left), seed_of(seed, "reduce", 0)))
         path = max((grown.usage.critical_path for grown in done), default=0) + last.usage.critical_path
         return outcome(last.answer, last.root.status.value, [*done, last], path, len(done), support_recall(task, keys))
 
@@ -155,6 +155,6 @@ def ranked(task: Task, count: int) -> list[str]:
     texts = [f"{key} {task.documents[key]}" for key in keys]
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
-    asked = bm25s.tokenize([str(task.meta["question"])], stopwords="en", show_progress=False)
-    places, _ = index.retrieve(asked, k=min(count, len(keys)), show_progress=False)
+    query = bm25s.tokenize([str(task.meta["question"])], stopwords="en", show_progress=False)
+    places, _ = index.retrieve(query, k=min(count, len(keys)), show_progress=False)
     return [keys[place] for place in sorted(int(place) for place in places[0])]

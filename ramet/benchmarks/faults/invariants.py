@@ -20,6 +20,7 @@ from ramet.errors import InvariantViolation
 
 
 def require(holds: bool, what: str) -> None:
+    """Raise `Violation` with `what` unless it holds."""
     if not holds:
         raise InvariantViolation(what)
 
@@ -116,12 +117,13 @@ def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: boo
 
 def _check_results(branch: Branch, turn: Turn) -> None:
     """Every clone's result is a line of its parent's next message, in order, unless the parent ended or had no room."""
-    said = PlainFormat().text(turn.appended)
-    if not turn.clones or not said.startswith("<1: "):
+    results = PlainFormat().text(turn.appended)
+    if not turn.clones or not results.startswith("<1: "):
         return
-    lines = re.findall(r"^<?(\d+): (.*)$", said.rstrip(">"), re.MULTILINE)
-    asked = len(parse_call(PlainFormat().parse(turn.sampled).calls[0]).objectives)
-    require([int(number) for number, _ in lines] == list(range(1, asked + 1)), f"{branch.id}: {len(lines)} results for {asked} objectives")
+    lines = re.findall(r"^<?(\d+): (.*)$", results.rstrip(">"), re.MULTILINE)
+    objectives = len(parse_call(PlainFormat().parse(turn.sampled).calls[0]).objectives)
+    numbers = [int(number) for number, _ in lines]
+    require(numbers == list(range(1, objectives + 1)), f"{branch.id}: {len(lines)} results for {objectives} objectives")
     for clone, (_, line) in zip(turn.clones, lines, strict=False):
         cut = "…" in line or "cut ..." in line
         stated = clone.answer if clone.status is Status.ANSWERED else f"({clone.status.value}"

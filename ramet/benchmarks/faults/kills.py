@@ -49,12 +49,12 @@ def train_work(folder: Path) -> tuple[Work, int]:
 
 
 READ: dict[str, Callable[[Path], tuple[Work, int]]] = {"eval": eval_work, "train": train_work}
-Job = Callable[[Path], None]
-"""Runs in the folder that it is given, to its end or from where it was killed."""
+Command = Callable[[Path], None]
+"""Runs in a folder, from its start or from where it was killed, to its end."""
 
 
-def start(job: Job, folder: Path) -> int:
-    """Run a job in a child process; its id. A fork, so that a start costs little: this process runs no model itself."""
+def start(command: Command, folder: Path) -> int:
+    """Run a command in a child process; its process id. A fork, so that a start costs little: this process runs no model itself."""
     child = os.fork()
     if child:
         return child
@@ -63,23 +63,23 @@ def start(job: Job, folder: Path) -> int:
         void = os.open(os.devnull, os.O_WRONLY)
         os.dup2(void, 1)
         os.dup2(void, 2)
-        job(folder)
+        command(folder)
         status = 0
     finally:
         os._exit(status)
 
 
-def bench_kills(jobs: Mapping[str, Job], kills: int, seed: int, out: Path | None) -> None:
-    """Kill each of `jobs` (a small "eval" and a small "train") `kills` times; print and write what was lost, duplicated and different."""
+def bench_kills(commands: Mapping[str, Command], kills: int, seed: int, out: Path | None) -> None:
+    """Kill each of `commands`, a small "eval" and a small "train", `kills` times; report what was lost, duplicated and different."""
     rng = random.Random(f"kills/{seed}")
     records: list[dict[str, Any]] = [meta("bench kills", seed)]
-    shown = Table("job", "kills", "runs", "lost", "duplicated", "differing")
+    shown = Table("command", "kills", "runs", "lost", "duplicated", "differing")
     with tempfile.TemporaryDirectory() as scratch:
-        for name, job in jobs.items():
+        for name, command in commands.items():
             read = READ[name]
             calm = Path(scratch) / f"{name}-calm"
             begun = time.perf_counter()
-            _, status = os.waitpid(start(job, calm), 0)
+            _, status = os.waitpid(start(command, calm), 0)
             if status:
                 raise RametError(f"the undisturbed {name} failed; run ramet doctor")
             seconds = time.perf_counter() - begun
@@ -87,12 +87,12 @@ def bench_kills(jobs: Mapping[str, Job], kills: int, seed: int, out: Path | None
             counts = Counter(kills=0, runs=0, lost=0, duplicated=0, differing=0)
             while counts["kills"] < kills:
                 folder = Path(scratch) / name
-                counts["kills"] += _until_done(job, folder, rng, seconds)
-                found, repeated = read(folder)
+                counts["kills"] += _until_done(command, folder, rng, seconds)
+                done, repeated = read(folder)
                 counts["runs"] += 1
-                counts["lost"] += len(expected.keys() - found.keys())
-                counts["duplicated"] += repeated + len(found.keys() - expected.keys())
-                counts["differing"] += sum(found[key] != value for key, value in expected.items() if key in found)
+                counts["lost"] += len(expected.keys() - done.keys())
+                counts["duplicated"] += repeated + len(done.keys() - expected.keys())
+                counts["differing"] += sum(done[key] != value for key, value in expected.items() if key in done)
                 shutil.rmtree(folder)
                 console.print(f"{name}: {counts['kills']} of {kills} kills, {counts['runs']} runs", end="\r")
             records.append({"record": "kills", "job": name, "pieces": len(expected), **counts})
@@ -104,11 +104,11 @@ def bench_kills(jobs: Mapping[str, Job], kills: int, seed: int, out: Path | None
         raise InvariantViolation("a killed and resumed run is not the undisturbed one")
 
 
-def _until_done(job: Job, folder: Path, rng: random.Random, seconds: float) -> int:
-    """Start and kill until the job ends by itself; the number of kills."""
+def _until_done(command: Command, folder: Path, rng: random.Random, seconds: float) -> int:
+    """Start and kill until the command ends by itself; the number of kills."""
     kills = 0
     while True:
-        child = start(job, folder)
+        child = start(command, folder)
         deadline = time.perf_counter() + rng.uniform(0, seconds)
         status: int | None = None
         while time.perf_counter() < deadline and status is None:

@@ -65,6 +65,7 @@ class Scenario:
 
     @classmethod
     def of(cls, seed: int) -> Scenario:
+        """The scenario of a seed."""
         rng = random.Random(f"simulate/{seed}")
         calm = rng.random() < 0.5
         script: dict[int, list[str]] = {}
@@ -176,7 +177,7 @@ class _Disk(Journal):
 
 
 @dataclass(slots=True)
-class Run:
+class SimulatedRun:
     """One simulated run of a scenario."""
 
     scenario: Scenario
@@ -195,7 +196,7 @@ class Run:
         faults = Faults(s.seed, s.faults, lasting=not s.calm)
         self.policy = ScriptedPolicy(s.program, s.delay, s.stride, faults, context=s.context)
 
-    def go(self) -> Run:
+    def go(self) -> SimulatedRun:
         """Run to the end, or to the step at which it is killed. Raises `InvariantViolation`."""
         try:
             simulate(self._main, self.scenario.seed, self._observe, limit=400_000)
@@ -268,12 +269,12 @@ def run_seed(seed: int, folder: Path) -> dict[str, int]:
     """One seed with all that belongs to it; what was counted. Raises `InvariantViolation`."""
     scenario = Scenario.of(seed)
     path = folder / f"{seed}.jsonl"
-    first = Run(scenario, path).go()
+    first = SimulatedRun(scenario, path).go()
     counted = {"trees": len(first.trees), "clones": sum(t.usage.clones for t in first.trees.values()), "faults": first.policy.injected}
     counted["faults"] += len(scenario.cancels) + (scenario.disk != "good") + (scenario.leave_after is not None)
     if seed % 50 == 0:
         again = folder / f"{seed}-again.jsonl"
-        Run(scenario, again).go()
+        SimulatedRun(scenario, again).go()
         if again.read_bytes() != path.read_bytes():
             raise InvariantViolation("two runs of one seed wrote different journals")
         again.unlink()
@@ -284,15 +285,15 @@ def run_seed(seed: int, folder: Path) -> dict[str, int]:
     return counted
 
 
-def _killed_and_resumed(scenario: Scenario, whole: Run, path: Path) -> None:
+def _killed_and_resumed(scenario: Scenario, whole: SimulatedRun, path: Path) -> None:
     """Kill a run at a random step, cut its journal at a random byte after the header, and go on from what is left."""
     rng = random.Random(f"kill/{scenario.seed}")
-    killed = Run(scenario, path, kill_at=rng.randint(1, whole.steps)).go()
+    killed = SimulatedRun(scenario, path, kill_at=rng.randint(1, whole.steps)).go()
     data = killed.killed or path.read_bytes()
     head = data.find(b"\n") + 1
     path.write_bytes(data[: rng.randint(head, len(data))] if rng.random() < 0.5 else data)
     kept = len(_attempts(scenario, path))
-    resumed = Run(scenario, path).go()
+    resumed = SimulatedRun(scenario, path).go()
     if scenario.calm:
         for key, tree in whole.trees.items():
             if _contents(resumed.trees[key]) != _contents(tree):
@@ -362,7 +363,7 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
 def _describe(seed: int, folder: Path) -> None:
     scenario = Scenario.of(seed)
     console.print(str(scenario))
-    run = Run(scenario, folder / "described.jsonl")
+    run = SimulatedRun(scenario, folder / "described.jsonl")
     try:
         run.go()
     finally:

@@ -109,9 +109,9 @@ def sampling() -> Iterator[SampledClock]:
         del kernels.KERNELS["sampled"]
 
 
-def local(shape: LayerShape, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def local(shape: LayerShape, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of some rows."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(heads, rows, shape.head, generator=generator) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
     return q, k, v
 
@@ -192,7 +192,7 @@ def critical_path(
     query: int,
     bandwidth: float,
     repeats: int,
-    shape: LayerShape = QWEN_3B,
+    shape: LayerShape,
 ) -> list[dict[str, Any]]:
     """Records of the busiest host's time on one core, attention alone and the whole layer, prefill and decode."""
     torch.set_num_threads(1)
@@ -302,7 +302,7 @@ def bench_attention(
     for name in names:
         Method(name)  # type: ignore[arg-type]
     started = time.perf_counter()
-    records = critical_path(names, hosts, lengths, query, bandwidth * 1e9, repeats)
+    records = critical_path(names, hosts, lengths, query, bandwidth * 1e9, repeats, QWEN_3B)
     threads = torch.get_num_threads()
     if wall_lengths:
         records += wall(names, 2, wall_lengths, query, repeats)

@@ -68,11 +68,11 @@ def build_model(tokenizer: Any, config: PretrainConfig) -> Any:
     )
 
 
-def pretrain(config: PretrainConfig, report: Callable[[int, float, float], None] | None = None, device: str = "cpu") -> tuple[Any, Any]:
+def pretrain(config: PretrainConfig, report: Callable[[int, float, float], None] | None = None) -> tuple[Any, Any]:
     """Tokenizer and trained model. `report(step, loss, tokens_per_second)` is called now and then."""
     tokenizer = train_tokenizer(demonstration_texts(4000, config.seed))
     chat = ControlTokenFormat(tokenizer)
-    model = build_model(tokenizer, config).to(device)
+    model = build_model(tokenizer, config)
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
     chosen = set(map(id, hidden))
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -90,14 +90,14 @@ def pretrain(config: PretrainConfig, report: Callable[[int, float, float], None]
     started, tokens = time.perf_counter(), 0
     model.train()
     for step in range(config.steps):
-        drawn: list[tuple[list[int], list[bool]]] = []
-        while sum(len(ids) for ids, _ in drawn) < config.batch_tokens:
-            drawn.append(encode(demonstrate(rng), chat))
-        trained = sum(sum(mask) for _, mask in drawn)
+        shown: list[tuple[list[int], list[bool]]] = []
+        while sum(len(ids) for ids, _ in shown) < config.batch_tokens:
+            shown.append(encode(demonstrate(rng), chat))
+        trained = sum(sum(mask) for _, mask in shown)
         total = 0.0
-        for batch in batches([ids for ids, _ in drawn], config.micro_tokens, tokenizer.pad_token_id):
-            ids = batch.ids.to(device)
-            wanted = batch.spread([mask for _, mask in drawn], torch.bool)[:, 1:].to(device)
+        for batch in batches([ids for ids, _ in shown], config.micro_tokens, tokenizer.pad_token_id):
+            ids = batch.ids
+            wanted = batch.spread([mask for _, mask in shown], torch.bool)[:, 1:]
             states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
             loss = torch.nn.functional.cross_entropy(model.lm_head(states[wanted]), ids[:, 1:][wanted], reduction="sum") / trained
             loss.backward()

@@ -12,10 +12,11 @@ from typing import Any
 
 from ramet.agents.chat import ControlTokenFormat
 
+VOCABULARY = 512
 SPLIT = r"[0-9+\-=\n]|(?<![A-Za-z])[A-Z](?![A-Za-z])"
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary: int = 512, extra: Sequence[str] = ()) -> Any:
+def train_tokenizer(texts: Iterable[str], extra: Sequence[str] = ()) -> Any:
     """A Hugging Face fast tokenizer with the nano format's control tokens, and `extra` ones."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -29,7 +30,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int = 512, extra: Sequence
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=VOCABULARY,
         special_tokens=[*ControlTokenFormat.CONTROL, *extra],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

@@ -24,7 +24,7 @@ from ramet.policy.training.sft import Example
 from ramet.rewards.video.questions import VideoQuestion
 
 WATCH = "What colour is the square?"
-"""What clones are asked."""
+"""The objective of clones."""
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Teacher:
     context = None
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """The turn that the demonstration has next; see `Policy`."""
         await anyio.lowlevel.checkpoint()
         ids = tuple(self._turn(request))
         return Sample(ids, (0.0,) * len(ids), StopReason.END, len(request.prompt))
@@ -74,11 +75,11 @@ def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float]
             rng = random.Random(f"watching/{seed}/{n}")
             teacher.plans[task.id] = (task, [[], needed(task), [], list(task.documents)][n % 4], rng)
             jobs.append(Job(task, Budget(generated=rng.randint(150, 400), answer_reserve=8, depth=1, width=16, turns=8), seed, (n,)))
-        found: dict[Any, Tree] = {}
+        grown: dict[Any, Tree] = {}
         async with runtime.run_many(jobs) as trees:
             async for job, tree in trees:
-                found[job.key] = tree
-        return [found[n,] for n in range(len(tasks))]
+                grown[job.key] = tree
+        return [grown[n,] for n in range(len(tasks))]
 
     return drain.run(main)
 
