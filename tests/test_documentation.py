@@ -78,17 +78,32 @@ def every_option(command: Any) -> set[str]:
     return options_of(command).union(*(every_option(below) for below in getattr(command, "commands", {}).values()))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def check_exists(words: list[str]) -> None:
+    command: Any = typer.main.get_command(app)
+    while words and not words[0].startswith("-") and (commands := getattr(command, "commands", None)):
+        assert words[0] in commands, words
+        command = commands[words.pop(0)]
+    given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
+    assert given <= options_of(command), (command.name, given - options_of(command))
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
 def test_the_commands_of_a_page_exist_with_the_options_that_it_gives_them(page):
     for _, *words in command_lines(page):
-        command: Any = typer.main.get_command(app)
-        while words and getattr(command, "commands", None):
-            if words[0].startswith("-"):
-                break
-            assert words[0] in command.commands, words
-            command = command.commands[words.pop(0)]
-        given = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
-        assert given <= options_of(command), (command.name, given - options_of(command))
+        check_exists(words)
+
+
+def every_help(command: Any) -> list[str]:
+    return [command.help or "", *(text for below in getattr(command, "commands", {}).values() for text in every_help(below))]
+
+
+def test_the_commands_in_help_texts_and_examples_exist_with_the_options_that_they_are_given():
+    helps = [" ".join(part.split()) for text in every_help(typer.main.get_command(app)) for part in re.split(r"\n\s*\n", text)]
+    shown = re.findall(r"Example: ramet (.*)$", "\n".join(helps), re.M)
+    comments = [re.findall(r"^#.*?ramet ([^`\n]*)", path.read_text(), re.M) for path in (ROOT / "examples").glob("*.toml")]
+    assert shown and all(comments)
+    for line in [*shown, *(line for lines in comments for line in lines)]:
+        check_exists(shlex.split(line))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
