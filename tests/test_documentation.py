@@ -35,6 +35,16 @@ def test_the_python_of_a_page_runs_and_prints_what_the_page_says(page):
         assert run("-c", block).strip() == promised
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_imports_what_it_uses_and_what_exists(page):
+    for block in code_blocks(page):
+        ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E9,F", "-"]
+        checked = subprocess.run(ruff, input=block, capture_output=True, text=True, timeout=120)
+        assert checked.returncode == 0, checked.stdout
+        for module, names in re.findall(r"^from (ramet[\w.]*) import (.*)$", block, re.M):
+            assert all(hasattr(import_module(module), name) for name in names.split(", ")), (module, names)
+
+
 def test_the_first_command_of_the_readme_prints_a_right_answer_by_delegation():
     expression, answer = re.findall(r'ramet run --policy nano "(.*?)".*?\((\d+)\)', (ROOT / "README.md").read_text())[0]
     shown = run("-m", "ramet", "run", "--policy", "nano", expression)
