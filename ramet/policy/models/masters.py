@@ -1,10 +1,11 @@
-"""The weights that an optimiser steps: float32, also where the model that samples is coarser.
+"""Master weights: what the optimiser updates, in float32 even if the model samples in bfloat16.
 
-bfloat16 keeps 8 significant bits, so a step of less than some 1/500 of a weight rounds to nothing; at the learning rates of
-reinforcement learning that is nearly every step. Of a weight in bfloat16 a float32 copy is stepped, and the model gets it rounded.
+bfloat16 has 8 significant bits, so an update of less than about 1/500 of a weight rounds to nothing; at the learning rates of
+reinforcement learning that is nearly every update. The optimiser therefore updates a float32 copy of each bfloat16 weight
+(Micikevicius et al., "Mixed Precision Training", arXiv:1710.03740), and the model receives it rounded.
 
-Bytes of memory a trained weight, with AdamW: 16 in float32 (weight, gradient, two moments), 18 in bfloat16 (the copy that samples
-besides), 2 more while a batch's gradient is taken over. Activations in bfloat16 take half.
+Memory per trained weight with AdamW: 16 bytes in float32 (weight, gradient, two moments), 18 in bfloat16 (the model's copy
+besides), and 2 more while a batch's gradient is accumulated. Activations in bfloat16 take half of those in float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ramet.policy.models.lora import merged, trainable
 
 
 class Masters:
-    """The trained weights of `model` by name. A float32 weight is the model's own."""
+    """The master weights of `model`, by name (`weights`). Of a float32 weight, the model's own parameter is the master."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -28,7 +29,7 @@ class Masters:
         self._copies = [(own, self.weights[name]) for name, own in trainable(model).items() if own is not self.weights[name]]
 
     def collect(self) -> None:
-        """Add the gradients that the model has to those of its float32 copies."""
+        """Move the model's gradients to the float32 copies, added to those that are there."""
         for own, master in self._copies:
             if own.grad is not None:
                 gradient, own.grad = own.grad.float(), None
@@ -36,29 +37,29 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the model the weights as they are now."""
+        """Copy the master weights into the model, rounded to its dtype."""
         for own, master in self._copies:
             own.copy_(master)
 
     def hand_over(self) -> None:
-        """Make the model what was trained: float32, where it was coarser."""
+        """Turn the model into float32, with the master weights as its parameters."""
         if self._copies:
             self.model.float()
             for own, master in self._copies:
                 own.data = master.data
 
     def state(self) -> dict[str, torch.Tensor] | None:
-        """The state of a plain model in float32 that computes the same; None where that is the model's own."""
-        whole = merged(self.model, torch.float32)
-        if whole is not None or not self._copies:
-            return whole
+        """The float32 state dict of the model with adapters merged; None if that is the model's own state dict."""
+        merged_state = merged(self.model, torch.float32)
+        if merged_state is not None or not self._copies:
+            return merged_state
         masters = {id(own): master for own, master in self._copies}
-        found: dict[int, torch.Tensor] = {}
+        converted: dict[int, torch.Tensor] = {}
         state = {}
         for name, own in self.model.state_dict(keep_vars=True).items():
             # Tied weights stay one tensor.
-            if id(own) not in found:
+            if id(own) not in converted:
                 value = masters.get(id(own), own).detach()
-                found[id(own)] = value.to("cpu", torch.float32) if value.is_floating_point() else value
-            state[name] = found[id(own)]
+                converted[id(own)] = value.to("cpu", torch.float32) if value.is_floating_point() else value
+            state[name] = converted[id(own)]
         return state

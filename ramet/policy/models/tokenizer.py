@@ -11,7 +11,7 @@ from ramet.errors import CheckpointError, first_line
 
 
 def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
-    """(tokenizer, chat format) of a local directory; a turn ends wherever `generation_config.json` says too. Raises `CheckpointError`."""
+    """(tokenizer, chat format) of a local directory. The end tokens of `generation_config.json` stop a turn too. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     if not (path / "config.json").exists():
@@ -28,11 +28,11 @@ def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
 
 
 def _end_ids(path: Path) -> frozenset[int]:
-    """Every token that the model's makers have generation end at, beside the one that the chat format writes."""
+    """The tokens at which generation ends by `generation_config.json`; the chat format has an end token of its own."""
     file = path / "generation_config.json"
     try:
         ends = json.loads(file.read_text(encoding="utf-8-sig")).get("eos_token_id") if file.exists() else None
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
-    found = ends if isinstance(ends, list) else [ends]
-    return frozenset(i for i in found if isinstance(i, int) and i >= 0)
+    listed = ends if isinstance(ends, list) else [ends]
+    return frozenset(i for i in listed if isinstance(i, int) and i >= 0)

@@ -1,1 +1,1 @@
-"""What learns."""
+"""Training: rewards to advantages, trees to rows, rows to updates."""
