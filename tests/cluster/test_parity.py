@@ -31,7 +31,7 @@ from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
 from ramet.policy.openrlhf.flags import flags
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.rows import TrainingRow
-from ramet.policy.training.runlog import STORED
+from ramet.policy.training.runlog import StoredTree
 from ramet.policy.training.trainer import Learner, Trainer
 from ramet.policy.training.update import Group, LearningProblem, Reward, TrainConfig, compute_advantages, minibatches
 
@@ -54,7 +54,7 @@ def groups() -> list[Group]:
                 return {job.key: tree async for job, tree in trees}
 
     grown = anyio.run(main)
-    stored = {key: STORED.validate_json(STORED.dump_json(tree).decode()) for key, tree in grown.items()}
+    stored = {key: StoredTree.validate_json(StoredTree.dump_json(tree).decode()) for key, tree in grown.items()}
     assert stored == grown, "a journal gives back what it was given, to the last bit"
     assert any(tree.spawned for tree in stored.values())
     return [(task, [stored[g, n] for n in range(TRAIN.group_size)]) for g, task in enumerate(tasks)]

@@ -182,7 +182,7 @@ def test_the_plan_and_the_flags_of_the_command_line(tmp_path, monkeypatch, capsy
     assert parts["trainer"]["needed_gib"] < parts["trainer"]["offered_gib"]
     assert not list(tmp_path.glob("cluster*")), "nothing is started and nothing written"
     assert call(*example, "--plan", "--set", "openrlhf.gpu_memory=24") == 2
-    assert "this does not fit" in capsys.readouterr().err
+    assert "the run does not fit" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_elsewhere_but_not_as_another(tmp_path):

@@ -11,7 +11,7 @@ from ramet.errors import CheckpointError, first_line
 
 
 def load_tokenizer(path: Path, chat: str = "auto") -> tuple[Any, ChatFormat]:
-    """(tokenizer, chat format) of a local directory. The end tokens of `generation_config.json` stop a turn too. Raises `CheckpointError`."""
+    """(tokenizer, chat format) of a local directory. The end tokens of `generation_config.json` end turns too. Raises `CheckpointError`."""
     from transformers import AutoTokenizer
 
     if not (path / "config.json").exists():

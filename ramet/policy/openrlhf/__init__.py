@@ -1,18 +1,17 @@
 """The cluster trainer: trees trained by OpenRLHF's actors on Ray, vLLM engines and DeepSpeed.
 
-OpenRLHF's own entry point runs, with its flags and placement; classes of ours stand in the places of
-its own (`install`):
+OpenRLHF's own entry point runs, with its flags and its placement of actors; some of its classes are replaced (`install`):
 
 | OpenRLHF | here | what differs |
 |---|---|---|
-| agent executor | `executor.TreeExecutor` | one call grows one whole tree with our runtime on the engine |
-| `RolloutRayActor` | `actors.TreeRollout` | weights change under way; tokens carry versions |
-| `SamplesGenerator`, `RemoteExperienceMaker` | `samples.TreeSamples`, `experience.TreeExperience` | trees by task, our credit and rows |
-| `PolicyModelActor`, `CriticModelActor` | `actors.TreePolicy`, `actors.TreeCritic` | our loss; a fixed number of steps; weights by bucket |
-| `WorkerWrap` | `worker.BucketWorker` | takes weights in buckets |
+| agent executor | `executor.TreeExecutor` | one call grows one whole tree with ramet's runtime on the engine |
+| `RolloutRayActor` | `actors.TreeRollout` | weights change during sampling; tokens carry weight versions |
+| `SamplesGenerator`, `RemoteExperienceMaker` | `samples.TreeSamples`, `experience.TreeExperience` | ramet's advantages and rows |
+| `PolicyModelActor`, `CriticModelActor` | `actors.TreePolicy`, `actors.TreeCritic` | ramet's loss; fixed number of steps, buckets |
+| `WorkerWrap` | `worker.BucketWorker` | receives weights in buckets |
 | `PPOTrainer` | `trainer.TreeTrainer` | the loop, the run folder, resuming |
 
-The rest of ramet imports the settings; nothing else here unless the engine is asked for.
+The rest of ramet imports only the settings of this package, unless a run asks for the cluster trainer.
 """
 
 import os

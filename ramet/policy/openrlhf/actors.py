@@ -1,4 +1,4 @@
-"""The Ray actors of a run: engines that sample, and DeepSpeed processes that train the policy and, with one, the critic."""
+"""The Ray actors of a run: engines that sample, and DeepSpeed processes that train the policy and, if there is one, the critic."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from ramet.policy.training.update import TrainConfig, update_loss
 cpu.activate()
 
 WORKER = "ramet.policy.openrlhf.worker.BucketWorker"
-"""By name: an engine's worker imports it, a process that has vLLM and must not load DeepSpeed."""
+"""Given by name: it is imported by an engine's worker process, which has vLLM and must not load DeepSpeed."""
 
 
 def undecorated(actor: Any) -> Any:
-    """The class under one of OpenRLHF's `ray.remote` classes."""
+    """The class that OpenRLHF wrapped with `ray.remote`."""
     return actor.__ray_metadata__.modified_class.__ray_actor_class__
 
 
 class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
-    """An engine on which trees grow."""
+    """A vLLM engine on which trees grow."""
 
     spec: ClassVar[RunSpec]
 
@@ -52,44 +52,52 @@ class TreeRollout(undecorated(RolloutRayActor)):  # type: ignore[misc]
         self._policy = self.executor.policy(self)
 
     async def pause_generation(self) -> None:
+        """Stop sampling and drop cached prefixes, until `resume_generation`."""
         await self._policy.pause()
 
     async def update_bucket(self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, last: bool) -> None:
+        """Have the engine's workers receive one bucket of weights; see `weights.send`."""
         await self.llm.collective_rpc("update_bucket", args=(names, shapes, dtype, last))
 
     async def resume_generation(self, version: int = 0) -> int:
-        """Go on with weights of this version. Returns the tokens computed again for changes of weights since the start."""
+        """Continue sampling, with weights of this version. Returns the tokens recomputed for weight changes since the engine started."""
         await self._policy.resume(version)
         return self._policy.recomputed
 
 
 def _adapt(strategy: Any, spec: RunSpec) -> None:
+    """Let DeepSpeed compute in float32, if the run does."""
     if spec.dtype == "float32":
         strategy.param_dtype = strategy.args.ds.param_dtype = cpu.FLOAT32
 
 
 class _Steps:
-    """Optimiser steps over batches of several each, whose number and cut OpenRLHF's own loops would not let be fixed."""
+    """Optimiser steps of several batches each. OpenRLHF's own loops allow neither a fixed number of steps nor given batches."""
 
     _batches: list[Experience]
 
     def append(self, experience: Experience) -> None:
+        """Add a batch to those of the next update."""
         self.__dict__.setdefault("_batches", []).append(experience)
 
     def _optimise(self, engine: Any, loss_of: Any, steps: list[int], epochs: int, rate: float) -> list[float]:
-        """Go through the batches; `loss_of(experience, minibatch)` is summed over a minibatch and over trainers. Returns gradient norms."""
+        """Make `epochs` passes over the appended batches, with one step per entry of `steps`, the number of its batches.
+
+        The loss of a step is `loss_of(experience, minibatch)` summed over its batches and over the trainers. Returns the gradient norm
+        of each step. Raises `PolicyError` if a gradient is not finite.
+        """
         trainers = torch.distributed.get_world_size()
         norms = []
         for _ in range(epochs):
-            waiting = iter(self._batches)
+            batches = iter(self._batches)
             for minibatch, count in enumerate(steps):
                 finite = True
                 for number in range(count):
-                    experience = next(waiting).to_device(torch.cuda.current_device())
+                    experience = next(batches).to_device(torch.cuda.current_device())
                     engine.set_gradient_accumulation_boundary(number == count - 1)
                     loss = loss_of(experience, minibatch)
                     finite = finite and bool(torch.isfinite(loss.detach()))
-                    # DeepSpeed takes the mean over trainers.
+                    # DeepSpeed averages over trainers.
                     engine.backward(loss * trainers, scale_wrt_gas=False)
                 if not _all_finite(engine, finite):
                     raise PolicyError("a gradient is not finite; lower the learning rate and resume from the last checkpoint")
@@ -102,7 +110,7 @@ class _Steps:
 
 
 def _all_finite(engine: Any, losses: bool) -> bool:
-    """Are the losses of all trainers finite, and their shares of the gradient? DeepSpeed would step, or skip the step in silence."""
+    """Whether the losses and gradient shards of all trainers are finite. DeepSpeed would make the step, or skip it silently."""
     shares = getattr(engine.optimizer, "averaged_gradients", {}).values()
     gradients = [g for share in shares for g in share or () if g is not None]
     flag = torch.tensor(float(losses and all(bool(torch.isfinite(g).all()) for g in gradients)), device=torch.cuda.current_device())
@@ -116,6 +124,7 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
     spec: ClassVar[RunSpec]
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int | None = None, vllm_engines: Any = None) -> None:
+        """As OpenRLHF's, without dropout, and with the reference model if the loss has a KL term."""
         _adapt(strategy, self.spec)
         super().init_model_from_pretrained(strategy, pretrain, max_steps, vllm_engines)
         without_dropout(self.actor)
@@ -132,22 +141,22 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
             self._reference.eval()
 
     def fit(self, kl_ctl: float = 0, *, steps: list[int], rate: float) -> dict[str, float]:
-        """Train on what was appended. Returns the sums of `LossSums` over this trainer's batches, and the mean gradient norm."""
+        """Train on the appended batches. Returns the sums of `LossSums` over this trainer's batches, and the mean gradient norm."""
         sums = dict.fromkeys(SUMS, 0.0)
         self.actor.train()
 
         def loss_of(experience: Experience, minibatch: int) -> torch.Tensor:
-            found = tree_loss(self.actor, self._reference, experience, self.spec.train)
-            for name, value in found.values().items():
+            batch_sums = tree_loss(self.actor, self._reference, experience, self.spec.train)
+            for name, value in batch_sums.values().items():
                 sums[name] += value
-            return found.loss
+            return batch_sums.loss
 
         norms = self._optimise(self.actor.model, loss_of, steps, self.spec.train.epochs, rate)
         self.actor.eval()
         return {**sums, "gradient_norm": sum(norms) / len(norms)}
 
     def broadcast_to_vllm(self) -> None:
-        """Give the engines the weights, bucket by bucket. All trainers take part: each has its shards."""
+        """Send the weights to the engines, bucket by bucket. All trainers must call it, since each holds a shard."""
         engines = self.vllm_engines if torch.distributed.get_rank() == 0 else []
         resets = [engine.reset_prefix_cache.remote() for engine in engines]
         torch.cuda.empty_cache()
@@ -158,7 +167,7 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
             with deepspeed.zero.GatheredParameters([parameter for _, parameter in part]):
                 if engines:
                     send(part, number == len(parts), self.trainer._model_update_group, engines)
-                # What is gathered may not be let go while it is sent.
+                # Gathered parameters must not be released while they are sent.
                 torch.cuda.synchronize()
         ray.get(resets)
         torch.cuda.empty_cache()
@@ -169,11 +178,11 @@ class TreePolicy(_Steps, undecorated(PolicyModelActor)):  # type: ignore[misc]
         self.strategy.save_model(self.actor, self.tokenizer, path)
 
     def save_model(self) -> None:
-        """The last checkpoint is the last model."""
+        """Nothing: the run's last checkpoint is the final model."""
 
 
 def tree_loss(actor: Any, reference: Any, experience: Experience, train: TrainConfig) -> LossSums:
-    """The sums of ramet's loss over a batch, by OpenRLHF's models. Gradients flow to `actor`."""
+    """The sums of ramet's loss over a batch, computed with OpenRLHF's models. Gradients flow to `actor`; `reference` may be None."""
     ids, mask, attention = experience.sequences, experience.action_mask, experience.attention_mask
     logprobs, output = actor(ids, mask, attention_mask=attention, return_output=True)
     with torch.no_grad():
@@ -181,9 +190,10 @@ def tree_loss(actor: Any, reference: Any, experience: Experience, train: TrainCo
     kl = torch.zeros_like(logprobs)
     if reference is not None:
         with torch.no_grad():
-            theirs = torch.log_softmax(reference(ids, mask, attention_mask=attention, return_output=True)[1]["logits"][:, :-1], -1)
-        own = torch.log_softmax(output["logits"][:, :-1], -1)
-        kl = (own.exp() * (own - theirs)).sum(-1)
+            _, reference_output = reference(ids, mask, attention_mask=attention, return_output=True)
+            reference_logprobs = torch.log_softmax(reference_output["logits"][:, :-1], -1)
+        policy_logprobs = torch.log_softmax(output["logits"][:, :-1], -1)
+        kl = (policy_logprobs.exp() * (policy_logprobs - reference_logprobs)).sum(-1)
     return update_loss(logprobs, entropy, kl, targets_of(experience), train)
 
 
@@ -193,8 +203,9 @@ class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
     spec: ClassVar[RunSpec]
 
     def init_model_from_pretrained(self, strategy: Any, pretrain: str, max_steps: int) -> None:
+        """As OpenRLHF's, without dropout, from the checkpoint that belongs to the policy's last one."""
         _adapt(strategy, self.spec)
-        # A critic is saved before its policy, so it may be ahead of it by a checkpoint; the policy's counts.
+        # A critic is saved before the policy, so it may be one checkpoint ahead; the run resumes from the policy's.
         states = Path(strategy.args.ckpt.path)
         committed, own = states / "_actor" / "latest", states / "_critic" / "latest"
         if committed.exists() and own.exists():
@@ -203,7 +214,10 @@ class TreeCritic(_Steps, undecorated(CriticModelActor)):  # type: ignore[misc]
         without_dropout(self.critic)
 
     def fit(self, *, steps: list[int], tokens: list[int]) -> dict[str, float]:
-        """Train on what was appended, towards its returns. Returns the loss summed over this trainer's batches."""
+        """Train on the appended batches, towards their returns. Returns the loss summed over this trainer's batches.
+
+        tokens  sampled tokens of each minibatch, of all trainers together
+        """
         total = 0.0
         self.critic.train()
 

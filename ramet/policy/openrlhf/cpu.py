@@ -1,15 +1,15 @@
-"""CPU mode: what OpenRLHF 0.11 needs in order to run without CUDA. For development and tests; it proves that the parts fit, and is slow.
+"""CPU mode: what OpenRLHF 0.11 needs in order to run without CUDA. It is slow, and meant for development and tests.
 
-Nothing of it is active unless a run asks for it (`openrlhf.cpu`), which sets `ASKED` for the processes of that run.
+It is active only for a run with `openrlhf.cpu = true`, which sets the environment variable `CPU_MODE` for its processes.
 
 | OpenRLHF assumes | here |
 |---|---|
-| `torch.cuda` devices, streams, synchronisation | the CPU; nothing to wait for |
-| a mesh of CUDA devices | of CPUs |
-| weights broadcast by NCCL | by gloo |
-| an engine that takes weights bucket by bucket | all at once: the CPU engine packs them for its kernels when they are loaded |
+| `torch.cuda` devices, streams, synchronisation | the CPU; synchronisation does nothing |
+| a mesh of CUDA devices | a mesh of CPUs |
+| weights broadcast by NCCL | broadcast by gloo |
+| an engine that takes weights bucket by bucket | all at once: the CPU engine packs weights for its kernels while it loads them |
 | bfloat16 or float16 | float32 as well, which CPUs compute faster |
-| flash-attn, imported whether it is used or not | nothing of it; packing and ring attention, which call it, do not work |
+| flash-attn, imported even if unused | empty modules; packing and ring attention, which call it, do not work |
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ import torch
 from ramet.policy.engines.vllm import repack
 from ramet.policy.openrlhf.weights import receive
 
-ASKED = "RAMET_OPENRLHF_CPU"
-ENVIRONMENT = {ASKED: "1", "DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-"""For every process of a run in CPU mode."""
+CPU_MODE = "RAMET_OPENRLHF_CPU"
+ENVIRONMENT = {CPU_MODE: "1", "DS_ACCELERATOR": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Environment variables of every process of a run in CPU mode."""
 FLOAT32 = "fp32"
-"""Name of float32 among OpenRLHF's types."""
+"""The name of float32 that is added to OpenRLHF's names of types."""
 
 
 class _Device(str):
-    """The CPU as a device; its number where a name like cuda:0 is made of it, of which nothing is asked."""
+    """The CPU as a device. Formatted, as in f"cuda:{device}", it gives the number 0; the resulting name is never used."""
 
     def __format__(self, spec: str) -> str:
         return "0"
 
 
 class Gloo:
-    """What OpenRLHF uses of vLLM's NCCL communicator: broadcasts in a group of its own, apart from the training's."""
+    """The part of vLLM's NCCL communicator that OpenRLHF uses: broadcasts, in a process group apart from that of training."""
 
     def __init__(self, host: str, port: int, rank: int, world: int) -> None:
         wait = timedelta(minutes=10)
@@ -51,17 +51,18 @@ class Gloo:
         self._group = distributed.ProcessGroupGloo(store, rank, world, wait)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0, stream: Any = None) -> None:
+        """Send the tensor of rank `src` to all ranks, in place; returns when it has arrived. `stream` is ignored."""
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = src, 0
         self._group.broadcast([tensor], options).wait()
 
 
 def without_flash_attention() -> None:
-    """Let OpenRLHF be imported without flash-attn."""
+    """Put empty modules in the place of flash-attn, so that OpenRLHF can be imported without it."""
     used = {"": (), "bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"), "utils": ()}
 
     def missing(*args: Any, **named: Any) -> None:
-        raise NotImplementedError("flash-attn is not there in CPU mode")
+        raise NotImplementedError("flash-attn is not available in CPU mode")
 
     for name, functions in {**used, "utils.distributed": ("all_gather",)}.items():
         module = ModuleType(f"flash_attn.{name}".rstrip("."))
@@ -73,8 +74,8 @@ def without_flash_attention() -> None:
 
 
 def activate() -> None:
-    """Adapt torch and OpenRLHF in this process, if the run asks for it. Before OpenRLHF makes anything."""
-    if not os.environ.get(ASKED) or getattr(torch.cuda, "ramet_cpu", False):
+    """Adapt torch and OpenRLHF in this process, if it is in CPU mode. Call it before OpenRLHF creates anything."""
+    if not os.environ.get(CPU_MODE) or getattr(torch.cuda, "ramet_cpu", False):
         return
     import openrlhf.trainer.ray.ppo_actor as policy
     import openrlhf.utils.deepspeed.deepspeed as strategy
@@ -98,7 +99,7 @@ def activate() -> None:
 
 
 class CPUWorker:
-    """What an engine's worker is given, in the place of OpenRLHF's `WorkerWrap`: weights by gloo, loaded together."""
+    """Methods added to an engine's worker, instead of OpenRLHF's `WorkerWrap`: weights are broadcast by gloo and loaded together."""
 
     model_runner: Any
     model_config: Any
@@ -106,11 +107,12 @@ class CPUWorker:
     def init_process_group(
         self, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str, use_ray: bool
     ) -> None:
+        """Join the group in which the first trainer broadcasts weights. The parameters are those of OpenRLHF's method."""
         self._weights: list[tuple[str, torch.Tensor]] = []
         self._weights_group = Gloo(master_address, master_port, torch.distributed.get_rank() + rank_offset, world_size)
 
     def update_bucket(self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, last: bool) -> None:
-        """One bucket; the last one makes them all take effect."""
+        """Receive one bucket; after the last one, load them all."""
         self._weights += receive(names, shapes, dtype, self._weights_group, "cpu")
         if last:
             self.model_runner.reload_weights(weights_iterator=iter(self._weights))

@@ -1,4 +1,4 @@
-"""The agent executor: one call grows one tree, with ramet's runtime, on the engine of the actor that it stands in."""
+"""The agent executor: one call grows one tree, with ramet's runtime, on the engine of the actor that it runs in."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ramet.policy.training.update import MAX_REGROWTHS, require_complete
 
 @dataclass(frozen=True)
 class Rollout:
-    """A tree to grow: stands in the place of OpenRLHF's prompt."""
+    """A tree to grow; passed in the place of OpenRLHF's prompt."""
 
     job: Job
     model: Path
@@ -30,14 +30,14 @@ class Rollout:
 
 
 class TreeExecutor(AgentExecutorBase):
-    """Grows trees; all of them share one policy, so that they share prefixes and weight versions."""
+    """Grows trees. All share one policy, and with it cached prefixes and weight versions."""
 
     def __init__(self) -> None:
         self._policy: EnginePolicy | None = None
         self._runtimes: dict[tuple[Any, ...], Runtime] = {}
 
     def policy(self, actor: Any) -> EnginePolicy:
-        """The policy on the engine of `actor`, a `TreeRollout`."""
+        """The policy that samples with the engine of `actor`, a `TreeRollout`."""
         if self._policy is None:
             self._policy = EnginePolicy(actor.llm, int(actor.llm.model_config.max_model_len))
         return self._policy
@@ -45,17 +45,17 @@ class TreeExecutor(AgentExecutorBase):
     async def execute(
         self, prompt: Rollout, label: Any, sampling_params: Any, max_length: int, hf_tokenizer: Any, llm_engine: Any, images: Any = None
     ) -> Tree:
-        """The finished tree. Raises `EngineLost`, or `PolicyError` for a tree that the backend fails again and again."""
+        """The finished tree. Raises `EngineLost` if the engine has died, `PolicyError` if the backend fails the tree too often."""
         runtime = self._runtime(prompt, self.policy(llm_engine))
         tree = await runtime.grow(prompt.job, MAX_REGROWTHS)
         if tree.failed and llm_engine.llm.errored:
             raise EngineLost(tree.failed)
         return require_complete(tree)
 
-    def _runtime(self, asked: Rollout, policy: EnginePolicy) -> Runtime:
-        key = (asked.model, asked.chat, asked.temperature, asked.always_show_budget)
+    def _runtime(self, rollout: Rollout, policy: EnginePolicy) -> Runtime:
+        key = (rollout.model, rollout.chat, rollout.temperature, rollout.always_show_budget)
         if key not in self._runtimes:
-            _, chat = load_tokenizer(asked.model, asked.chat)
-            sampling = Sampling(asked.temperature)
-            self._runtimes[key] = Runtime(FreshCache(policy), chat, sampling, always_show_budget=asked.always_show_budget)
+            _, chat = load_tokenizer(rollout.model, rollout.chat)
+            sampling = Sampling(rollout.temperature)
+            self._runtimes[key] = Runtime(FreshCache(policy), chat, sampling, always_show_budget=rollout.always_show_budget)
         return self._runtimes[key]

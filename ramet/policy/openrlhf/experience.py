@@ -1,6 +1,6 @@
-"""Experience: minibatches of rows as OpenRLHF's batches, dealt to the trainers so that all have as many steps to make.
+"""Experience: minibatches of rows as OpenRLHF's batches, distributed so that all trainers have the same number of batches.
 
-A row's sampled token t stands at index t - 1 of what OpenRLHF calls actions, since the first token of a row is never sampled.
+The token at index t of a row is OpenRLHF's action t - 1, since the first token of a row is never sampled.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ramet.policy.training.rows import TrainingRow, batches
 from ramet.policy.training.update import Targets
 
 WEIGHT = "weight"
-"""Name, in an experience's `info`, of each row's weight in the loss (B,)."""
+"""The key, in an experience's `info`, of the weight of each row in the loss, (B,)."""
 
 
 @dataclass(frozen=True)
 class Dealt:
     """The batches of an update.
 
-    experiences  those of the first trainer, then those of the second, ..., each in the order of the minibatches
+    experiences  those of the first trainer, then of the second, and so on, each in the order of the minibatches
     steps        batches of each minibatch; the same for every trainer
-    tokens       sampled tokens of each minibatch, over all trainers
+    tokens       sampled tokens of each minibatch, of all trainers together
     """
 
     experiences: list[Experience]
@@ -38,9 +38,12 @@ class Dealt:
 
 
 def deal(minibatches: Sequence[Sequence[TrainingRow]], trainers: int, tokens: int, pad: int) -> Dealt:
-    """Rows to trainers, the longest first, each to the one that has least; batches of at most `tokens` padded tokens.
+    """Distribute rows, the longest first, each to the trainer with the fewest tokens; then batch them as `rows.batches` does.
 
-    A trainer with fewer batches than another gets empty ones, because a step of one is a step of all.
+    A trainer with fewer batches than another gets empty ones, because all trainers must make each step together.
+
+    tokens  of a batch with its padding, at most
+    pad     the padding id
     """
     per_trainer: list[list[Experience]] = [[] for _ in range(trainers)]
     steps = []
@@ -51,11 +54,11 @@ def deal(minibatches: Sequence[Sequence[TrainingRow]], trainers: int, tokens: in
             load, place = loads[0]
             shares[place].append(row)
             heapq.heapreplace(loads, (load + len(row.ids), place))
-        made = [[_experience(batch, share) for batch in batches([r.ids for r in share], tokens, pad)] for share in shares]
-        most = max(map(len, made))
-        steps.append(most)
-        for trainer, found in zip(per_trainer, made, strict=True):
-            trainer += found + [_empty(pad) for _ in range(most - len(found))]
+        dealt = [[_experience(batch, share) for batch in batches([r.ids for r in share], tokens, pad)] for share in shares]
+        count = max(map(len, dealt))
+        steps.append(count)
+        for trainer, experiences in zip(per_trainer, dealt, strict=True):
+            trainer += experiences + [_empty(pad) for _ in range(count - len(experiences))]
     return Dealt([e for trainer in per_trainer for e in trainer], steps, [sum(sum(row.mask) for row in rows) for rows in minibatches])
 
 
@@ -84,14 +87,16 @@ def _empty(pad: int) -> Experience:
 
 
 def targets_of(experience: Experience) -> Targets:
-    """The targets of a batch, one entry an action (B, T - 1)."""
+    """The targets of a batch, one entry per action, (B, T - 1)."""
     weights = experience.info[WEIGHT][:, None].expand(experience.action_mask.shape)
     return Targets(experience.action_mask, experience.rollout_log_probs, experience.advantages, weights)
 
 
 class TreeExperience(RemoteExperienceMaker):
-    """Deals minibatches of rows. Where there is a critic, the rows' advantages are their trees' rewards, and GAE under the critic's
-    values takes their place, whitened over the update's sampled tokens.
+    """Distributes minibatches of rows among the trainers.
+
+    With a critic, the advantages of the rows that it is given are the rewards of their trees; they are replaced by GAE under the critic's
+    values, whitened over the update's sampled tokens.
     """
 
     def __init__(self, cluster: ClusterConfig, tokens: int, *groups: Any) -> None:
@@ -99,31 +104,31 @@ class TreeExperience(RemoteExperienceMaker):
         self._cluster, self._tokens = cluster, tokens
 
     def make_experience_batch(self, rollout_samples: Sequence[Sequence[TrainingRow]]) -> Dealt:
-        """`rollout_samples` are the rows of every minibatch."""
+        """The batches of an update; `rollout_samples` are the rows of each minibatch."""
         dealt = deal(rollout_samples, self._cluster.trainers, self._tokens, self.tokenizer.pad_token_id or 0)
         if self.critic_model_group is not None:
             self._evaluate(dealt.experiences)
         return dealt
 
-    def _evaluate(self, made: list[Experience]) -> None:
+    def _evaluate(self, experiences: list[Experience]) -> None:
         refs = self._dispatch_forward(
             self.critic_model_group,
             False,
-            sequences=[e.sequences for e in made],
-            action_mask=[e.action_mask for e in made],
-            attention_mask=[e.attention_mask for e in made],
+            sequences=[e.sequences for e in experiences],
+            action_mask=[e.action_mask for e in experiences],
+            attention_mask=[e.attention_mask for e in experiences],
         )
-        for experience, values in zip(made, self._flatten_results(refs, 1), strict=True):
+        for experience, values in zip(experiences, self._flatten_results(refs, 1), strict=True):
             evaluate(experience, values.float(), self._cluster.gamma, self._cluster.lam)
-        mask = torch.cat([e.action_mask.flatten() for e in made])
-        advantages = torch.cat([e.advantages.flatten() for e in made])[mask]
+        mask = torch.cat([e.action_mask.flatten() for e in experiences])
+        advantages = torch.cat([e.advantages.flatten() for e in experiences])[mask]
         mean, spread = advantages.mean(), advantages.std(correction=0).clamp(min=1e-4)
-        for experience in made:
+        for experience in experiences:
             experience.advantages = (experience.advantages - mean) / spread * experience.action_mask
 
 
 def evaluate(experience: Experience, values: torch.Tensor, gamma: float, lam: float) -> None:
-    """Set values, returns and advantages of a batch whose advantages are rewards; `values` (B, T - 1), one an action."""
+    """Replace the advantages of a batch, which are rewards, by GAE; set its values and returns too. `values` (B, T - 1), one per action."""
     mask = experience.action_mask
     experience.values = values * mask
     experience.returns = torch.zeros_like(values)
@@ -131,6 +136,6 @@ def evaluate(experience: Experience, values: torch.Tensor, gamma: float, lam: fl
     for i in range(len(mask)):
         if mask[i].any():
             reward = float(experience.advantages[i, 0])
-            found = gae(experience.values[i, mask[i]].tolist(), reward, gamma, lam)
-            advantages[i, mask[i]], experience.returns[i, mask[i]] = (torch.tensor(v, dtype=values.dtype) for v in found)
+            estimates = gae(experience.values[i, mask[i]].tolist(), reward, gamma, lam)
+            advantages[i, mask[i]], experience.returns[i, mask[i]] = (torch.tensor(v, dtype=values.dtype) for v in estimates)
     experience.advantages = advantages

@@ -1,4 +1,4 @@
-"""A run as OpenRLHF's flags."""
+"""The command-line flags with which OpenRLHF is started for a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ AGENT = Path(__file__).with_name("agent.py")
 """The file from which OpenRLHF's engines load their agent."""
 
 STOP = ".stop"
-"""A file of the run folder that asks the run to save itself and to end."""
+"""A file in the run folder: while it exists, the run saves a checkpoint after its current update and stops."""
 
 
 def flags(spec: RunSpec, context: int) -> list[str]:
-    """What `openrlhf.cli.train_ppo_ray` is called with. `context` is the longest row in tokens. Raises `ConfigError`."""
+    """The flags of `openrlhf.cli.train_ppo_ray`. `context` is the length of the longest row, in tokens.
+
+    Raises `ConfigError` for settings that the cluster trainer does not support.
+    """
     train, cluster = spec.train, spec.cluster
     if train.lora_rank:
         raise ConfigError("the openrlhf trainer does not support LoRA: set train.lora_rank to 0")
@@ -25,7 +28,7 @@ def flags(spec: RunSpec, context: int) -> list[str]:
         raise ConfigError(f"{train.tasks} tasks of {train.group_size} trees are fewer than {cluster.trainers} trainers; raise train.tasks")
     state = spec.directory / "openrlhf"
     nodes, gpus = cluster.shape
-    made: dict[str, object] = {
+    values: dict[str, object] = {
         "actor.model_name_or_path": spec.model,
         "train.agent_func_path": AGENT,
         "actor.num_nodes": nodes,
@@ -46,7 +49,7 @@ def flags(spec: RunSpec, context: int) -> list[str]:
         "rollout.batch_size": train.tasks,
         "rollout.n_samples_per_prompt": train.group_size,
         "rollout.temperature": train.temperature,
-        # Micro-batches are cut by tokens; DeepSpeed only has to know that there are several.
+        # Micro-batches are cut by tokens; DeepSpeed only needs to know that there are several.
         "train.micro_batch_size": 1,
         "train.batch_size": 2 * cluster.trainers,
         "train.max_epochs": train.epochs,
@@ -56,12 +59,12 @@ def flags(spec: RunSpec, context: int) -> list[str]:
         "actor.adam.betas": (0.9, 0.99),
         "actor.adam.weight_decay": train.weight_decay,
         "actor.max_norm": train.max_grad_norm,
-        # The rate of every update is set by the trainer.
+        # The trainer sets the learning rate of every update.
         "actor.lr_scheduler": "constant",
         "algo.advantage.estimator": "gae" if cluster.critic else "reinforce",
         # Makes engines return log-probabilities of the sampling distribution.
         "algo.advantage.is_correction_level": "token",
-        # The divergence from the reference is part of ramet's loss, over the whole vocabulary.
+        # ramet's own loss has the KL divergence from the reference, over the whole vocabulary.
         "algo.kl.init_coef": 0,
         "ckpt.path": state,
         "ckpt.output_dir": state / "last",
@@ -69,7 +72,7 @@ def flags(spec: RunSpec, context: int) -> list[str]:
         "ckpt.max_num": 2,
     }
     if cluster.critic:
-        made |= {
+        values |= {
             "critic.model_name_or_path": spec.model,
             "critic.num_nodes": nodes,
             "critic.num_gpus_per_node": gpus,
@@ -80,14 +83,14 @@ def flags(spec: RunSpec, context: int) -> list[str]:
             "algo.advantage.gamma": cluster.gamma,
             "algo.advantage.lambd": cluster.lam,
         }
-    spelled = []
-    for name, value in made.items():
+    words = []
+    for name, value in values.items():
         if value is not False:
-            values = value if isinstance(value, tuple) else () if value is True else (value,)
-            spelled += [f"--{name}", *map(str, values)]
-    return spelled
+            arguments = value if isinstance(value, tuple) else () if value is True else (value,)
+            words += [f"--{name}", *map(str, arguments)]
+    return words
 
 
 def needs(cluster: ClusterConfig) -> dict[str, int]:
-    """Resources that Ray must have for this run: its placement groups take a CPU with every GPU; the controller takes one."""
+    """Resources of the run by Ray's names: placement groups take a CPU with every GPU, and the controller one more."""
     return {"GPU": cluster.gpus, "CPU": cluster.gpus + 1}

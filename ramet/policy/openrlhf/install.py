@@ -1,4 +1,4 @@
-"""Put ramet's classes in the places of OpenRLHF's, and run OpenRLHF's own entry point."""
+"""Replace classes of OpenRLHF by ramet's, and run OpenRLHF's own entry point."""
 
 from __future__ import annotations
 
@@ -13,12 +13,16 @@ from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.settings import RunSpec
 
 ENTRY = "openrlhf.cli.train_ppo_ray"
+"""The module of that entry point."""
 CALLS = 10**6
-"""Calls that an engine works on at a time. With Ray's thousand, a pause would wait behind trees."""
+"""Concurrent calls of an engine's actor. With Ray's default of a thousand, a pause could wait in the queue behind trees."""
 
 
 def install(spec: RunSpec) -> None:
-    """In this process, which is to start the run: the classes reach the actors with the actors. Raises `ConfigError`."""
+    """Replace the classes, in the process that starts the run: Ray pickles them with the actors.
+
+    Raises `ConfigError` if OpenRLHF is missing or of an unsupported release.
+    """
     supported.check()
     import openrlhf.trainer.ppo_trainer as controller
     import openrlhf.trainer.ray.ppo_actor as policy
@@ -28,17 +32,17 @@ def install(spec: RunSpec) -> None:
     from ramet.policy.openrlhf.actors import TreeCritic, TreePolicy, TreeRollout
     from ramet.policy.openrlhf.trainer import TreeTrainer
 
-    def told(kind: Any) -> Any:
+    def with_spec(kind: Any) -> Any:
         return type(kind.__name__, (kind,), {"spec": spec})
 
-    engine.RolloutRayActor = ray.remote(max_concurrency=CALLS)(told(TreeRollout))
-    policy.PolicyModelActor = ray.remote(num_gpus=1)(told(TreePolicy))
-    critic.CriticModelActor = ray.remote(num_gpus=1)(told(TreeCritic))
-    controller.PPOTrainer = ray.remote(told(TreeTrainer))
+    engine.RolloutRayActor = ray.remote(max_concurrency=CALLS)(with_spec(TreeRollout))
+    policy.PolicyModelActor = ray.remote(num_gpus=1)(with_spec(TreePolicy))
+    critic.CriticModelActor = ray.remote(num_gpus=1)(with_spec(TreeCritic))
+    controller.PPOTrainer = ray.remote(with_spec(TreeTrainer))
 
 
 def run(spec: RunSpec, flags: Sequence[str]) -> None:
-    """The whole run, in a process that is connected to Ray."""
+    """Run to the end, in a process that is connected to Ray."""
     install(spec)
     before, sys.argv = sys.argv, [ENTRY, *flags]
     try:

@@ -1,7 +1,7 @@
-"""Placement and memory of a run, from its model's configuration: what stands on which GPU, and whether it fits.
+"""Placement and memory of a run, from its model's configuration: which process runs on which GPU, and whether it fits.
 
-Exact: parameters (the model is built without memory), keys and values. Modelled: activations and logits, by the formulas here;
-kernels and allocators add some, for which `ROOM` of every GPU is kept. With P parameters, N trainers, bytes:
+Exact: parameters (the model is built on torch's meta device), keys and values. Modelled: activations and logits, by the formulas below;
+kernels and allocators need more, for which the share `ROOM` of every GPU is kept free. With P parameters, N trainers, bytes:
 
     weights      2 P            (zero_stage 3: 2 P / N, and two layers or the embedding at a time)
     gradients    4 P / N, summed in float32, as much again during the step, and DeepSpeed's bucket
@@ -34,7 +34,14 @@ ENGINE_GIB = 2.0
 
 @dataclass(frozen=True)
 class ModelDimensions:
-    """What memory depends on. `layer` is the parameters of the largest block, `kv` bytes of keys and values a token."""
+    """The dimensions of a model that its memory depends on.
+
+    parameters      of the whole model
+    layer           parameters of the largest block: a layer, or the embedding
+    hidden, mlp     widths of the residual stream and of the MLP
+    queries, keys   widths of all query heads and of all key heads
+    kv              bytes of keys and values per token, in bfloat16
+    """
 
     parameters: int
     layer: int
@@ -48,7 +55,7 @@ class ModelDimensions:
 
     @classmethod
     def from_config(cls, model: Path) -> ModelDimensions:
-        """From a directory that has at least a `config.json`. Raises `CheckpointError`."""
+        """From a model directory, of which only `config.json` is read. Raises `CheckpointError`."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -71,7 +78,12 @@ class ModelDimensions:
 
 @dataclass(frozen=True)
 class GpuGroup:
-    """GPUs that hold the same: bytes by name, of one GPU, and what it offers."""
+    """GPUs with the same contents.
+
+    bytes    needed on each GPU, by what they are for
+    offered  bytes available on each
+    remedy   what to change if they do not suffice
+    """
 
     name: str
     gpus: int
@@ -81,12 +93,20 @@ class GpuGroup:
 
     @property
     def needed(self) -> float:
+        """Bytes needed on each GPU."""
         return sum(self.bytes.values())
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a run stands. `sync` is the bytes that every engine is sent after an update; `rows` fit an engine at full length."""
+    """The placement of a run, and the memory that it needs.
+
+    nodes     GPUs by role ("engine", "trainer", "critic") on each node
+    sync      bytes sent to every engine after an update
+    rows      rows of full length whose keys and values fit an engine at the same time
+    host      bytes of host memory per node for an offloaded optimiser
+    problems  what does not fit, with the numbers and a remedy
+    """
 
     dimensions: ModelDimensions
     parts: list[GpuGroup]
@@ -98,7 +118,7 @@ class Placement:
 
 
 def place(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfig, context: int) -> Placement:
-    """The plan of a run whose longest row has `context` tokens. Its `problems` say what does not fit, with the numbers."""
+    """Place a run whose longest row has `context` tokens."""
     gpu = cluster.gpu_memory * GIB
     usable = gpu * (1 - ROOM)
     policy = _training(dimensions, train, cluster, context)
@@ -130,7 +150,7 @@ _REMEDY = "raise openrlhf.trainers, set openrlhf.zero_stage to 3, offload or gra
 
 
 def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterConfig, context: int) -> dict[str, float]:
-    """Bytes of one GPU that trains the policy."""
+    """Bytes on each GPU that trains the policy, by what they are for."""
     p, n = dimensions.parameters, cluster.trainers
     # A row that is longer than a batch is a batch by itself.
     t = max(train.batch_tokens, context)
@@ -149,11 +169,11 @@ def _training(dimensions: ModelDimensions, train: TrainConfig, cluster: ClusterC
 
 
 def _nodes(cluster: ClusterConfig) -> list[dict[str, int]]:
-    """GPUs by role on each node, filled in the order in which Ray is asked: engines, then trainers, then critics."""
-    wanted = [("engine", cluster.tensor_parallel_size)] * cluster.engines + [("trainer", 1)] * cluster.trainers
-    wanted += [("critic", 1)] * (cluster.trainers if cluster.critic else 0)
+    """GPUs by role on each node, in the order in which they are requested from Ray: engines, trainers, critics."""
+    requests = [("engine", cluster.tensor_parallel_size)] * cluster.engines + [("trainer", 1)] * cluster.trainers
+    requests += [("critic", 1)] * (cluster.trainers if cluster.critic else 0)
     nodes: list[dict[str, int]] = []
-    for role, gpus in wanted:
+    for role, gpus in requests:
         node = next((node for node in nodes if sum(node.values()) + gpus <= cluster.gpus_per_node), None)
         if node is None:
             node = {}
@@ -163,6 +183,6 @@ def _nodes(cluster: ClusterConfig) -> list[dict[str, int]]:
 
 
 def check_fits(placement: Placement) -> None:
-    """Raises `ConfigError` with the numbers if the plan does not fit."""
+    """Raises `ConfigError`, with the numbers, if a run does not fit."""
     if placement.problems:
-        raise ConfigError("this does not fit: " + "; ".join(placement.problems))
+        raise ConfigError("the run does not fit: " + "; ".join(placement.problems))

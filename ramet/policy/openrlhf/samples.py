@@ -15,7 +15,7 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import RunSpec
-from ramet.policy.training.runlog import STORED
+from ramet.policy.training.runlog import StoredTree
 from ramet.policy.training.update import Group, LearningProblem, Reward, compute_reward, group_trees, tree_jobs
 
 
@@ -54,7 +54,7 @@ class TreeSamples(SamplesGenerator):
         begun = _Update(tasks, Journal(path, fingerprint(self.spec.fingerprint, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
-            self._keep(begun, (record["group"], record["number"]), STORED.validate_json(record["tree"]))
+            self._keep(begun, (record["group"], record["number"]), StoredTree.validate_json(record["tree"]))
         begun.journal.records.clear()
         loads = [(load, engine) for engine, load in enumerate(self._loads)]
         heapq.heapify(loads)
@@ -101,7 +101,7 @@ class TreeSamples(SamplesGenerator):
             update, key, engine = self._pending.pop(ref)
             self._loads[engine] -= 1
             begun = self._begun[update]
-            begun.journal.append({"group": key[0], "number": key[1], "tree": STORED.dump_json(tree).decode()}, keep=False)
+            begun.journal.append({"group": key[0], "number": key[1], "tree": StoredTree.dump_json(tree).decode()}, keep=False)
             self._keep(begun, key, tree)
 
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:

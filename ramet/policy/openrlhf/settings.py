@@ -1,4 +1,4 @@
-"""Settings of the cluster trainer: the section `[openrlhf]` of a run, and what its actors are told."""
+"""Settings of the cluster trainer: the section `[openrlhf]` of a run's configuration, and the description of a run for its actors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _Count = Annotated[int, Field(ge=1)]
 
 
 class ClusterConfig(Section):
-    """Where the parts of a run stand, and how they keep step."""
+    """How a run is placed on GPUs, and how sampling and training are synchronised."""
 
     trainers: _Count = 4
     """GPUs that train, each with a shard of the optimiser."""
@@ -76,12 +76,12 @@ class ClusterConfig(Section):
 
     @property
     def gpus(self) -> int:
-        """GPUs of the whole run; a critic has as many as the policy's trainers."""
+        """GPUs of the whole run; the critic, if there is one, takes as many as the trainers of the policy."""
         return self.trainers * (2 if self.critic else 1) + self.engines * self.tensor_parallel_size
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(nodes, GPUs of each) that train."""
+        """(number of nodes, GPUs per node) of the trainers."""
         nodes = max(self.trainers // self.gpus_per_node, 1)
         return nodes, self.trainers // nodes
 

@@ -1,4 +1,4 @@
-"""The release of OpenRLHF that this is written for. Its inner classes change from release to release; another is refused by name."""
+"""The supported release of OpenRLHF. Its internal classes change between releases, so any other release is refused."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from importlib.metadata import PackageNotFoundError, version
 from ramet.errors import ConfigError
 
 OPENRLHF = "0.11.2"
+"""The supported release."""
 
 
 def check() -> None:
-    """Raises `ConfigError` if OpenRLHF is missing or of another release."""
+    """Raises `ConfigError` if OpenRLHF is not installed or is another release."""
     try:
-        found = version("openrlhf")
+        installed = version("openrlhf")
     except PackageNotFoundError:
         raise ConfigError(f"OpenRLHF is not installed: pip install 'ramet[openrlhf]', which takes openrlhf=={OPENRLHF}") from None
-    if found != OPENRLHF:
+    if installed != OPENRLHF:
         raise ConfigError(
-            f"openrlhf {found} is not supported: ramet stands in for classes of openrlhf {OPENRLHF}; "
+            f"openrlhf {installed} is not supported: ramet replaces classes of openrlhf {OPENRLHF}; "
             f"pip install --no-deps openrlhf=={OPENRLHF}"
         )

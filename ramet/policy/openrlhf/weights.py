@@ -1,11 +1,11 @@
-"""Weights on their way from the trainers to the engines, in buckets.
+"""Sending the trainers' weights to the engines, in buckets.
 
-A call to every engine costs more than the bytes of a small parameter, and a model has hundreds. So parameters of one type travel
-together, end to end in a flat buffer: for a bucket, one call to every engine, all at the same time, and one broadcast. What
-arrives is what was sent, to the last bit. Parameters that a model ties are one, and sent once.
+A call to every engine costs more than sending the bytes of a small parameter, and a model has hundreds. Parameters of one dtype are
+therefore sent together, concatenated in a flat buffer: per bucket one concurrent call to every engine, and one broadcast. Engines
+receive the exact bits. Tied parameters are one parameter, and sent once.
 
-With ZeRO-3 a bucket is gathered, sent, and let go before the next, so besides its shard a trainer holds one bucket twice
-(gathered, and in the first trainer the buffer), and an engine one once; of a parameter larger than a bucket, no more than it alone.
+With ZeRO-3 a bucket is gathered, sent, and released before the next, so besides its shard a trainer holds one bucket twice
+(gathered, and in the first trainer the buffer), and an engine holds it once. A parameter larger than a bucket is sent alone.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ BUCKET = 2**28
 """Bytes of a bucket."""
 
 Named = list[tuple[str, torch.Tensor]]
+"""Parameters with their names."""
 
 
 def buckets(parameters: Iterable[tuple[str, torch.Tensor]], size: int = BUCKET) -> list[Named]:
-    """The parameters in groups of one type and at most `size` bytes; a larger parameter is a group by itself.
+    """The parameters in groups of one dtype and at most `size` bytes; a larger parameter is a group by itself.
 
-    The same on every trainer, whatever its shards are.
+    The groups are the same on every trainer, whatever its shards.
     """
     full: list[Named] = []
     open_: dict[torch.dtype, Named] = {}
@@ -43,14 +44,14 @@ def buckets(parameters: Iterable[tuple[str, torch.Tensor]], size: int = BUCKET) 
 
 
 def shape_of(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Of the whole parameter, of which ZeRO-3 leaves a trainer a shard."""
+    """The shape of the whole parameter, of which a trainer holds a shard under ZeRO-3."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def send(parameters: Named, last: bool, group: Any, engines: list[Any]) -> None:
-    """Broadcast one bucket, gathered, to the actors of all engines, and wait until they have it. Raises what they raise.
+    """Broadcast one gathered bucket to the actors of all engines, and wait until they have loaded it. Raises what they raise.
 
-    They are called as `update_bucket(names, shapes, dtype, last)`; after the last bucket the weights are whole.
+    Their `update_bucket(names, shapes, dtype, last)` is called; `last` says that no bucket of this update follows.
     """
     import ray
 
@@ -64,7 +65,7 @@ def send(parameters: Named, last: bool, group: Any, engines: list[Any]) -> None:
 
 
 def receive(names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, group: Any, device: Any) -> Named:
-    """In an engine's worker: the parameters of a bucket, views of one buffer."""
+    """Receive a bucket in an engine's worker. The parameters are views of one buffer on `device`."""
     sizes = [math.prod(shape) for shape in shapes]
     flat = torch.empty(sum(sizes), dtype=dtype, device=device)
     _broadcast(group, flat)
@@ -72,5 +73,5 @@ def receive(names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.
 
 
 def _broadcast(group: Any, flat: torch.Tensor) -> None:
-    # In the order of what writes and reads the buffer: vLLM's communicator would choose another stream by itself.
+    # On the stream that writes and reads the buffer: by default vLLM's communicator would use another.
     group.broadcast(flat, src=0, stream=torch.cuda.current_stream() if flat.is_cuda else None)

@@ -1,4 +1,4 @@
-"""What an engine's worker process is given so that it takes weights in buckets; on CPUs, `cpu.CPUWorker`."""
+"""Methods added to an engine's worker process, so that it receives weights in buckets; on CPUs, `cpu.CPUWorker`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ramet.policy.openrlhf.weights import receive
 
 
 class BucketWorker(WorkerWrap):
-    """OpenRLHF's, which connects the worker with the first trainer."""
+    """OpenRLHF's worker extension, which connects the worker with the first trainer, with weights in buckets."""
 
     def update_bucket(self, names: Sequence[str], shapes: Sequence[Sequence[int]], dtype: torch.dtype, last: bool) -> None:
-        """Load one bucket. Raises `PolicyError` if its type is not the engine's: sampling and training would part."""
+        """Receive and load one bucket. Raises `PolicyError` if its dtype is not the engine's: sampling would differ from training."""
         weights = receive(names, shapes, dtype, self._model_update_group, self.device)
         if dtype != self.model_config.dtype:
             raise PolicyError(f"{names[0]} is {dtype} in training and {self.model_config.dtype} in the engine")

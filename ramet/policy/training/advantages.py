@@ -1,13 +1,13 @@
-"""Credit: how the rewards of a group of trees become one advantage per branch.
+"""Advantage estimators: from the rewards of a group of trees to one advantage per branch.
 
-A group is several trees of one task. An estimator takes the group with its rewards and returns, for
-each tree, one advantage per branch in the order of `tree.branches`. With the loss of `ramet.policy.training.loss`
-the policy gradient estimate is the mean over trees of
+A group is several trees of one task. An estimator takes the trees of a group with their rewards and returns, for
+each tree, one advantage per branch, in the order of `tree.branches`. With the loss of `ramet.policy.training.loss`
+the estimate of the policy gradient is the mean over trees of
 
     sum over branches b of A_b * sum over sampled tokens t of grad log pi(a_bt | h_bt)
 
 Every estimator is compared with the exact gradient on an enumerable game in `tests/policy/test_credit.py`;
-the biased ones show the bias that they state here.
+the biased ones show the bias that their docstrings state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ramet.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class ScoredTree:
-    """A tree and its reward, with what the compatible estimator needs of the text.
+    """A tree and its reward, with what the estimator `selfcest` needs besides.
 
     repair_penalty  part of the root's reward that its clones do not share (selfcest only)
     texts           the sampled text of each branch, in branch order; empty unless the gate is used
@@ -37,6 +37,7 @@ class ScoredTree:
 
 
 Estimator = Callable[[Sequence[ScoredTree]], list[list[float]]]
+"""From the trees of a group to the advantage of every branch, indexed by tree and branch."""
 
 
 def rloo(group: Sequence[ScoredTree]) -> list[list[float]]:
@@ -87,29 +88,34 @@ def branch_mean(group: Sequence[ScoredTree]) -> list[list[float]]:
 
 
 REPAIRS = "repairs"
-"""The name of the penalty that a root pays alone, for calls that were repaired. Nothing is repaired here: a reward may charge it."""
+"""The name of a penalty that the root alone pays, for repaired tool calls. ramet repairs none; a reward function may charge it."""
 GATE_TOKENS = 192
+"""Generated tokens past which SELFCEST's gate expects a clone to have stated an answer."""
 _ANSWER = re.compile(r"answer:", re.IGNORECASE)
 
 
 def gated(branch: Branch, text: str) -> bool:
-    """SELFCEST's gate: no "answer:" and more than 192 generated tokens."""
+    """Whether SELFCEST's gate withholds a clone's reward: it generated more than `GATE_TOKENS` tokens without "answer:"."""
     return branch.generated > GATE_TOKENS and _ANSWER.search(text) is None
 
 
 def ratio(root_reward: float, clone_reward: float) -> float:
-    """SELFCEST's clip(c / r, -1.5, 1.5), |r| floored at 1e-8 with its sign kept (0 counts as +)."""
+    """SELFCEST's factor of a clone: clip(clone_reward / root_reward, -1.5, 1.5).
+
+    The magnitude of the root's reward is at least 1e-8, its sign is kept, and 0 counts as positive.
+    """
     sign = -1.0 if root_reward < 0 else 1.0
     return min(max(clone_reward / (sign * max(abs(root_reward), 1e-8)), -1.5), 1.5)
 
 
 def selfcest(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list[float]]:
-    """An estimator after the SELFCEST release's, defects included, for comparison: its advantages to the bit, given its rewards.
+    """The estimator of the SELFCEST release ("General learned delegation by clones", arXiv:2602.13262), for comparison.
 
-    Root: (r - mean) / (std + 1e-6), std unbiased. Clone: the root's advantage times the clipped
-    ratio of its clone reward to r; the clone reward is r before repairs times `clone_scale`
-    (1/2.5 for the release's mathematics), or 0 if gated. Biased: the ratio depends on the clone's own
-    output (gate) and on where the zero of the reward is.
+    Given the same rewards, its advantages are those of the release to the bit, defects included. Of a root with reward r:
+    (r - mean) / (std + 1e-6), with the unbiased standard deviation of the group. Of a clone: the root's advantage times
+    `ratio(r, clone reward)`, where the clone reward is 0 if `gated`, and otherwise r without the repair penalty, times `clone_scale`
+    (1/2.5 in the release's mathematics). Biased: the ratio depends on the clone's own output, through the gate, and on where the zero
+    of the reward lies. Raises `ConfigError` for a group of one tree, and without the texts of all branches.
     """
     rewards = np.array([item.reward for item in group], dtype=np.float64)
     if len(rewards) < 2:
@@ -129,18 +135,20 @@ def selfcest(group: Sequence[ScoredTree], clone_scale: float = 1.0) -> list[list
 
 
 def gae(values: Sequence[float], reward: float, gamma: float = 1.0, lam: float = 1.0) -> tuple[list[float], list[float]]:
-    """(advantages, returns) of a row's sampled tokens under a critic: generalised advantage estimation (Schulman et al. 2015).
+    """(advantages, returns) of a row's sampled tokens under a critic: generalised advantage estimation.
 
-    `values` are the critic's before each sampled token; the reward comes after the last. What stands between two sampled spans
-    is no step: the token after it follows the one before it. Unbiased with lam 1, whatever the critic; with
-    less, as biased as the critic is wrong.
+    Schulman et al., "High-Dimensional Continuous Control Using Generalized Advantage Estimation", arXiv:1506.02438, equation 16.
+
+    `values` are the critic's estimates before each sampled token; the reward comes after the last. Only sampled tokens are steps: the
+    tokens between two sampled spans are skipped. With `lam` 1 unbiased for any critic, with less biased by the critic's error.
     """
-    advantages, after, last = [0.0] * len(values), 0.0, 0.0
+    advantages, next_value, next_advantage = [0.0] * len(values), 0.0, 0.0
     for t in reversed(range(len(values))):
-        earned = reward if t == len(values) - 1 else 0.0
-        last = earned + gamma * after - values[t] + gamma * lam * last
-        after, advantages[t] = values[t], last
+        step_reward = reward if t == len(values) - 1 else 0.0
+        advantages[t] = step_reward + gamma * next_value - values[t] + gamma * lam * next_advantage
+        next_value, next_advantage = values[t], advantages[t]
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 
 ESTIMATORS: dict[str, Estimator] = {"rloo": rloo, "grpo": grpo, "branch_mean": branch_mean, "selfcest": selfcest}
+"""By the name that `train.estimator` gives."""

@@ -1,8 +1,8 @@
-"""What tells functions apart that bear the same name: a run whose reward has changed is another run.
+"""A hash of what a function computes: a run whose reward function has changed must not be resumed, though its name is the same.
 
-Covered are a function's source, its defaults, and the constants, functions, dataclasses and pydantic models that it holds (in its closure,
-as its object, as arguments of a partial) or uses of its own module. What it may change, as lists and dictionaries, and other objects
-count by their type alone.
+The hash covers a function's source, its defaults, and the constants, functions, dataclasses and pydantic models that it refers to: in its
+closure, as the object of a method, as arguments of a partial, or as globals of its own module. Mutable values, such as lists and
+dictionaries, and all other objects count by their type alone.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ramet.agents.journal import fingerprint
 
 
 def identity(function: Any) -> str:
-    """A short hash, the same in every process."""
-    return fingerprint(_said(function, frozenset()))
+    """A short hash of a function, a callable object or a value, the same in every process."""
+    return fingerprint(_describe(function, frozenset()))
 
 
-def _said(value: Any, above: frozenset[int]) -> Any:
-    """JSON-able data that differ where what the value does may differ. `above`: values that this one is inside of."""
+def _describe(value: Any, enclosing: frozenset[int]) -> Any:
+    """JSON data that differ if the behaviour of `value` may. `enclosing`: the ids of the values that contain this one."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if value is None or isinstance(value, str | int | float | bytes):
         return repr(value)
@@ -35,12 +35,12 @@ def _said(value: Any, above: frozenset[int]) -> Any:
         return os.fspath(value)
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    if id(value) in above:
+    if id(value) in enclosing:
         return kind
-    above |= {id(value)}
+    enclosing |= {id(value)}
     parts: list[Any] = []
     if isinstance(value, FunctionType):
-        parts = [value.__qualname__, _source(value), *_held(value)]
+        parts = [value.__qualname__, _source(value), *_references(value)]
     elif isinstance(value, MethodType):
         parts = [value.__func__, value.__self__]
     elif isinstance(value, functools.partial):
@@ -53,25 +53,26 @@ def _said(value: Any, above: frozenset[int]) -> Any:
         parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
     elif callable(value) and isinstance(type(value).__call__, FunctionType):
         parts = [type(value).__call__, *sorted((name, each) for name, each in vars(value).items() if isinstance(each, str | int | float))]
-    return [kind, *(_said(part, above) for part in parts)]
+    return [kind, *(_describe(part, enclosing) for part in parts)]
 
 
-def _held(function: FunctionType) -> list[Any]:
-    """Defaults, what the closure holds, and what is used of the module, except for what is assigned to."""
+def _references(function: FunctionType) -> list[Any]:
+    """Defaults, values in the closure, and globals of the function's own module, except names that it assigns to."""
     codes = list(_codes(function.__code__))
-    changed = {i.argval for code in codes for i in dis.get_instructions(code) if i.opname in ("STORE_DEREF", "STORE_GLOBAL")}
+    assigned = {i.argval for code in codes for i in dis.get_instructions(code) if i.opname in ("STORE_DEREF", "STORE_GLOBAL")}
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    closed = [(name, cell.cell_contents) for name, cell in cells if name not in changed]
-    names = sorted({name for code in codes for name in code.co_names} & function.__globals__.keys() - changed)
+    closed = [(name, cell.cell_contents) for name, cell in cells if name not in assigned]
+    names = sorted({name for code in codes for name in code.co_names} & function.__globals__.keys() - assigned)
     used = [(name, function.__globals__[name]) for name in names]
     own = [(n, v) for n, v in used if isinstance(v, str | int | float | tuple) or getattr(v, "__module__", None) == function.__module__]
     return [function.__defaults__, *sorted((function.__kwdefaults__ or {}).items()), *closed, *own]
 
 
 def _source(function: FunctionType) -> str:
+    """The source text, or the byte code where there is none."""
     try:
         return inspect.getsource(function)
-    except (OSError, TypeError):  # typed in: its code, which is of one release of Python
+    except (OSError, TypeError):  # typed at a prompt: its byte code, which differs between releases of Python
         return repr(
             [
                 (code.co_code, code.co_names, [c for c in code.co_consts if not isinstance(c, CodeType)])
@@ -81,7 +82,7 @@ def _source(function: FunctionType) -> str:
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code and that of the functions inside it."""
+    """The code object and those of the functions inside it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):

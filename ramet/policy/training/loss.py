@@ -1,13 +1,14 @@
-"""The policy loss: PPO with clipping, optional KL to a reference, per-token masks.
+"""The policy loss: the clipped surrogate of PPO, an optional KL penalty, per-token masks.
 
 For a sampled token with ratio rho = pi(a|h) / pi_behaviour(a|h), advantage A and weight w, the term is
 
     -w * min(rho * A, clip(rho, 1 - low, 1 + high) * A)  +  w * kl_coef * KL
 
-and of an action with A < 0, with a bound `dual_clip` c (Ye et al. 2020), max(the minimum, c * A) stands for the minimum: a token that
-has become much more likely since it was sampled then pushes no harder than that. KL is the divergence from the reference at
-that token's place, over the whole vocabulary: estimates of it from the sampled token alone are rarely but arbitrarily large. Terms
-are summed, not averaged: the weights carry the normalisation, so that how rows are batched changes nothing.
+(Schulman et al., "Proximal Policy Optimization Algorithms", arXiv:1707.06347, equation 7). Where A < 0, a bound `dual_clip` c replaces
+the minimum by max(minimum, c * A) (Ye et al., "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning",
+arXiv:1912.09729): it limits the gradient of a token that has become much more likely since it was sampled. KL is the divergence from
+the reference at the token's position, over the whole vocabulary: an estimate from the sampled token alone can be arbitrarily large.
+Terms are summed, not averaged: the weights carry the normalisation, so the loss does not depend on how rows are batched.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ SUMS = ("loss", "tokens", "clipped", "log_ratio", "kl", "entropy")
 
 @dataclass(frozen=True, slots=True)
 class LossSums:
-    """Summed over the batch (`SUMS`). `loss` has a gradient; the others are for logging."""
+    """Sums over the sampled tokens of a batch. Only `loss` has a gradient; the others are for logging.
+
+    tokens     the number of sampled tokens
+    clipped    those whose probability ratio was clipped
+    log_ratio  log pi(a|h) - log pi_behaviour(a|h)
+    kl         divergence from the reference, in nats
+    entropy    of the policy, in nats
+    """
 
     loss: torch.Tensor
     tokens: torch.Tensor
@@ -31,6 +39,7 @@ class LossSums:
     entropy: torch.Tensor
 
     def values(self) -> dict[str, float]:
+        """The sums as numbers, by name."""
         return {name: float(getattr(self, name).detach()) for name in SUMS}
 
 
@@ -46,7 +55,10 @@ def policy_loss(
     kl_coef: float = 0.0,
     dual_clip: float | None = None,
 ) -> LossSums:
-    """All arguments (B, T); `mask` is bool, True where a token was sampled."""
+    """The loss of a batch, with the quantities that are logged. All tensors (B, T); `mask` is bool, True where a token was sampled.
+
+    clip  (low, high): the probability ratio is clipped to [1 - low, 1 + high]
+    """
     log_ratio = torch.where(mask, logprobs - behaviour, 0.0)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip[0], 1 + clip[1])

@@ -1,7 +1,7 @@
-"""Rows: what a tree becomes for training, and how rows are batched.
+"""Rows: the training sequences of a tree, and how they are batched.
 
-One branch is one row. Every sampled token is trained exactly once, with the log-probability under
-which it was sampled; ids are copied from the tree, never encoded. Rows are batched by length, so that
+Each branch becomes one row. Every sampled token is trained exactly once, with the log-probability under
+which it was sampled; ids are copied from the tree, never re-encoded. Rows are batched by length, so that
 little is computed on padding.
 """
 
@@ -18,12 +18,14 @@ from ramet.policy.models.load import Inputs
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """One training sequence. All sequences have one entry per token id.
+    """One training sequence. `ids`, `mask`, `logprobs` and `versions` have one entry per token.
 
-    advantage  of the row's every sampled token
-    weight     of each sampled token's term in the loss
-    versions   of the weights that sampled each token, -1 where it was not sampled
-    media      what the placeholders among the ids stand for, in order
+    mask       True where a token was sampled
+    logprobs   of each sampled token under the sampling distribution
+    advantage  of every sampled token
+    weight     of every sampled token's term in the loss
+    versions   the weight version that sampled each token, -1 where it was not sampled
+    media      the segments that the placeholders among the ids stand for, in order
     """
 
     ids: Sequence[int]
@@ -38,7 +40,7 @@ class TrainingRow:
 def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[TrainingRow]:
     """One row per branch that sampled anything, in the order of `tree.branches`.
 
-    `advantages` has one entry per branch. `weight` is the tree's: it does not depend on fan-out.
+    `advantages` has one entry per branch (`ValueError` otherwise). `weight` is that of the tree: every row gets it, whatever the fan-out.
     """
     branches = tree.branches
     if len(advantages) != len(branches):
@@ -54,15 +56,15 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Trai
 class Batch:
     """Rows of similar length, padded on the right to the longest.
 
-    ids      (B, T) long
-    members  index of each row among those given to `batches`
+    ids      (B, T) int64
+    members  index of each row among the rows given to `batches`
     """
 
     ids: torch.Tensor
     members: tuple[int, ...]
 
     def spread(self, values: Sequence[Sequence[float]], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """(B, T): `values[i]` per token of row i (indexed as given to `batches`), zero on padding."""
+        """A (B, T) tensor of `values[i]`, one per token of row i (indexed as in `batches`), and zero on padding."""
         out = torch.zeros(self.ids.shape, dtype=dtype)
         for place, i in enumerate(self.members):
             out[place, : len(values[i])] = torch.as_tensor(values[i], dtype=dtype)
@@ -70,22 +72,22 @@ class Batch:
 
 
 def batches(rows: Sequence[Sequence[int]], tokens: int, pad: int = 0) -> list[Batch]:
-    """The rows in as few batches of at most `tokens` padded tokens as sorting by length gives.
+    """Sort the rows by length and cut them into batches of at most `tokens` tokens, padding included.
 
-    Rows of like length stand together, so that padding is a few per cent and attention stays causal
-    without a mask, whose kernels are the fast ones. A row longer than `tokens` is a batch by itself.
+    Rows of similar length share a batch, so padding is a few per cent, and attention can use the fast causal
+    kernels, which take no mask. A row longer than `tokens` is a batch by itself.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
-    made, start = [], 0
+    result, start = [], 0
     while start < len(order):
         longest = len(rows[order[start]])
         members = tuple(order[start : start + max(tokens // max(longest, 1), 1)])
         ids = torch.full((len(members), longest), pad, dtype=torch.long)
         for place, i in enumerate(members):
             ids[place, : len(rows[i])] = torch.as_tensor(rows[i], dtype=torch.long)
-        made.append(Batch(ids, members))
+        result.append(Batch(ids, members))
         start += len(members)
-    return made
+    return result
 
 
 def token_logprobs(
@@ -95,12 +97,14 @@ def token_logprobs(
     reference: torch.nn.Module | None = None,
     inputs: Inputs | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probability of each of `ids` (B, T) given those before it, and at its place the entropy and the KL to `reference`.
+    """(log-probabilities, entropies, KL divergences) of `ids` (B, T) under the model, each (B, T) float32 and 0 at the first token.
 
-    All (B, T) float32, 0 at the first token; the divergence is KL(model || reference) over the whole vocabulary, 0
-    without a reference. Causal attention over right-padded rows: what stands on padding is meaningless and must
-    be masked by the caller. `temperature` is that of sampling. `inputs` gives what a model is called with, where that is
-    not the ids alone.
+    At each position: the log-probability of its token given those before it, the entropy of that distribution, and
+    KL(model || reference) over the whole vocabulary, 0 without a reference; entropies and divergences in nats. Rows are padded on the
+    right, and values on padding are meaningless: the caller masks them.
+
+    temperature  the one that was sampled with: logits are divided by it
+    inputs       returns the arguments with which a model is called, where they are not the ids alone
     """
     inputs = inputs or (lambda _: {"input_ids": ids})
     logprobs = _log_distributions(model, inputs(model), temperature)
@@ -110,12 +114,12 @@ def token_logprobs(
         kl = torch.zeros_like(entropy)
     else:
         with torch.no_grad():
-            others = _log_distributions(reference, inputs(reference), temperature)
-        kl = (logprobs.exp() * (logprobs - others)).sum(-1)
+            reference_logprobs = _log_distributions(reference, inputs(reference), temperature)
+        kl = (logprobs.exp() * (logprobs - reference_logprobs)).sum(-1)
     pad = torch.nn.functional.pad
     return pad(chosen, (1, 0)), pad(entropy, (1, 0)), pad(kl, (1, 0))
 
 
 def _log_distributions(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor], temperature: float) -> torch.Tensor:
-    """(B, T - 1, vocabulary) float32."""
+    """Log-probabilities of the next token, (B, T - 1, vocabulary) float32."""
     return torch.log_softmax(model(**inputs, use_cache=False).logits[:, :-1].float() / temperature, dim=-1)

@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder as it goes: metrics as lines and as TensorBoard events, samples not yet in a checkpoint."""
+"""What a training run writes to its folder: metrics as JSON lines and TensorBoard events, and samples that no checkpoint covers yet."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from ramet.policy.training.update import Metrics
 _TREE, _CLONES = TypeAdapter(Tree), TypeAdapter(list[tuple[int, Branch]])
 
 
-class STORED:
-    """Trees as JSON, exactly, and however deep: a tree with its root alone, and its branches as `Branch.flat` has them."""
+class StoredTree:
+    """The exact JSON form of a tree of any depth: the tree with its root alone, and its clones as a flat list (`Branch.flat`)."""
 
     @staticmethod
     def dump_json(tree: Tree) -> bytes:
+        """The tree as one JSON object."""
         flat = tree.root.flat()
-        alone = _TREE.dump_json(replace(tree, root=flat[0][1]))
-        return b'{"tree":%b,"clones":%b}' % (alone, _CLONES.dump_json(flat[1:]))
+        without_clones = _TREE.dump_json(replace(tree, root=flat[0][1]))
+        return b'{"tree":%b,"clones":%b}' % (without_clones, _CLONES.dump_json(flat[1:]))
 
     @staticmethod
     def validate_json(text: str | bytes) -> Tree:
-        """The tree; also one that was written with its clones inside their parents."""
+        """The tree of such an object, also of an older one with clones nested inside their parents."""
         data = json.loads(text)
         if "tree" not in data:
             return _TREE.validate_python(data)
@@ -37,9 +38,9 @@ class STORED:
 
 
 class RunLog:
-    """The log of `directory`. Enter it to write.
+    """The log of a run in `directory`. Enter it to write.
 
-    rollouts  holds the samples of every update since the last checkpoint, so that these are not sampled again
+    rollouts  the folder of the samples of every update since the last checkpoint: a resumed run reads them instead of sampling again
     """
 
     def __init__(self, directory: Path) -> None:
@@ -49,7 +50,7 @@ class RunLog:
         self._events: Any = None
 
     def resume(self, start: int) -> None:
-        """Go on at update `start`: metrics of it and of later ones are dropped."""
+        """Continue at update `start`: drop the metrics of that update and later ones."""
         self._start = start
         if self._metrics.exists():
             draft = self._metrics.with_name("metrics.draft")
@@ -57,7 +58,7 @@ class RunLog:
             draft.replace(self._metrics)
 
     def read(self) -> list[Metrics]:
-        """The metrics that are there. A line that a crash has cut, or that is being written, is left out."""
+        """The metrics so far, one entry per update. An incomplete last line is left out."""
         entries: list[Metrics] = []
         if self._metrics.exists():
             for line in self._metrics.read_text(encoding="utf-8").splitlines():
@@ -68,7 +69,7 @@ class RunLog:
         return entries
 
     def forget_rollouts(self, step: int) -> None:
-        """Drop the samples of the updates before `step`, which a checkpoint now holds."""
+        """Delete the samples of the updates before `step`, which a checkpoint now covers."""
         for journal in self.rollouts.glob("*.jsonl"):
             if int(journal.stem) < step:
                 journal.unlink()
@@ -84,7 +85,7 @@ class RunLog:
         self._events.close()
 
     def write(self, metrics: Metrics) -> None:
-        """The metrics of one update, which has the key `update`."""
+        """Append the metrics of one update, its number under `update`. Raises `StorageError` if the disk refuses."""
         _write(self._metrics, json.dumps(metrics) + "\n", "a")
         for name, value in metrics.items():
             self._events.add_scalar(name, value, metrics["update"])

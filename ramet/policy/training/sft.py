@@ -1,6 +1,7 @@
-"""Supervised training on turns that somebody wrote: a few known sequences, before reinforcement learning has anything to reinforce.
+"""Supervised fine-tuning on demonstrations, before reinforcement learning.
 
-By transformers' own `Trainer`, on rows of ids whose trained tokens are marked; rows may show videos, whose tower stays as it is.
+Uses transformers' own `Trainer` on sequences of token ids with a mask of the tokens to learn. Sequences may contain videos; the
+vision tower is not trained.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from ramet.policy.models.lora import adapt, trainable
 from ramet.terminal import quiet
 
 IGNORED = -100
+"""The label of a token that is not learned, as transformers has it."""
 Report = Callable[[dict[str, float]], None]
+"""Called with each entry of a trainer's log."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence; `mask` says which of its tokens are learned."""
+    """One sequence: `mask` is True for the tokens to learn, `media` what the placeholders among the ids stand for, in order."""
 
     ids: Sequence[int]
     mask: Sequence[bool]
@@ -37,13 +40,16 @@ class Example:
 
 @dataclass(frozen=True)
 class SFTTraining:
-    """Settings of a training by transformers. The defaults are for a pretrained model with adapters.
+    """Settings of training with transformers. The defaults suit a pretrained model with LoRA adapters.
 
-    steps          optimiser steps; None: `epochs` over the data
-    batch          rows of a step
-    at_once        rows of one pass; a step adds up several
+    steps          optimiser steps; None: `epochs` passes over the data
+    batch          rows per optimiser step
+    at_once        rows per forward pass, at most; a step accumulates the gradients of several
     learning_rate  by default 1e-4 with adapters, 1e-5 without
+    warmup         of the learning rate: a share of the steps below 1, a number of steps from 1 on
     lora_rank      0: all weights of the decoder are trained
+    save_every     optimiser steps between checkpoints
+    bf16           compute in bfloat16 where autocast allows it
     """
 
     steps: int | None = None
@@ -58,12 +64,12 @@ class SFTTraining:
     bf16: bool = False
 
     def arguments(self, folder: Path, device: torch.device) -> dict[str, Any]:
-        """What transformers' trainers are told. Rows go through the model in equal parts of a step."""
-        parts = next(n for n in range(1, self.batch + 1) if self.batch % n == 0 and self.batch // n <= self.at_once)
+        """Arguments of transformers' `TrainingArguments`. The rows of a step are divided into equal forward passes."""
+        passes = next(n for n in range(1, self.batch + 1) if self.batch % n == 0 and self.batch // n <= self.at_once)
         return {
             "output_dir": str(folder), "learning_rate": self.learning_rate or (1e-4 if self.lora_rank else 1e-5),
-            "max_steps": self.steps or -1, "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch // parts,
-            "gradient_accumulation_steps": parts, "lr_scheduler_type": "cosine", "warmup_steps": self.warmup, "weight_decay": 0.0,
+            "max_steps": self.steps or -1, "num_train_epochs": self.epochs, "per_device_train_batch_size": self.batch // passes,
+            "gradient_accumulation_steps": passes, "lr_scheduler_type": "cosine", "warmup_steps": self.warmup, "weight_decay": 0.0,
             "remove_unused_columns": False, "save_steps": self.save_every, "save_total_limit": 1, "logging_steps": 10, "bf16": self.bf16,
             "use_cpu": device.type == "cpu", "report_to": [], "seed": self.seed, "disable_tqdm": True, "dataloader_pin_memory": False,
         }  # fmt: skip
@@ -73,9 +79,9 @@ def fine_tune(
     model: Any, examples: Sequence[Example], pad: int, config: SFTTraining, folder: Path, reader: VideoReader | None = None,
     report: Report | None = None,
 ) -> list[dict[str, float]]:  # fmt: skip
-    """Train in place, from the last checkpoint in `folder` on. Returns the log.
+    """Train the model in place, from the last checkpoint in `folder` on. Returns the log of losses.
 
-    Raises `CheckpointError` if nothing is to be learned, or an example is longer than the context in which rows do not depend on others.
+    Raises `CheckpointError` if no token is to be learned, or an example is longer than the model's context (`steady_context`).
     """
     from transformers import Trainer, TrainingArguments
 
@@ -100,7 +106,7 @@ def fine_tune(
 
 @contextmanager
 def in_float32(model: Any) -> Iterator[None]:
-    """What is trained is float32 for as long: in bfloat16 most steps would round to nothing (see `masters`)."""
+    """Inside, the trainable weights are float32: in bfloat16 most updates would round to nothing (see `masters`)."""
     before = {name: weight.dtype for name, weight in trainable(model).items()}
     for weight in trainable(model).values():
         weight.data = weight.data.float()
@@ -112,37 +118,38 @@ def in_float32(model: Any) -> Iterator[None]:
 
 
 WEIGHTS = "trained.safetensors"
+"""File of a checkpoint of transformers: the trainable weights, by the names of the model's parameters."""
 
 
 def run_to_the_end(trainer: Any, folder: Path, report: Report | None) -> list[dict[str, float]]:
-    """Let a trainer of transformers go on from the last whole checkpoint in `folder`. Returns its log of losses; `report` gets each entry.
+    """Run a trainer of transformers from the last complete checkpoint in `folder`. Returns its log of losses; `report` gets each entry.
 
-    What is trained is kept beside each checkpoint under its own names: models that see, and adapted ones, are stored under others,
-    and would be loaded in part without a word.
+    The trainable weights are stored beside each checkpoint under the names of the parameters: transformers stores vision-language models
+    and models with adapters under other names, and would then load a part of them without an error.
     """
     from transformers import PrinterCallback, TrainerCallback
 
-    class Kept(TrainerCallback):  # type: ignore[misc]
+    class WeightsCallback(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             if report is not None and logs and "loss" in logs:
                 report({"step": state.global_step, **logs})
 
         def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            kept = {name: weight.detach().contiguous() for name, weight in trainable(model).items()}
+            weights = {name: weight.detach().contiguous() for name, weight in trainable(model).items()}
             path = folder / f"checkpoint-{state.global_step}"
-            save_file(kept, path / f"{WEIGHTS}.draft")
+            save_file(weights, path / f"{WEIGHTS}.draft")
             (path / f"{WEIGHTS}.draft").replace(path / WEIGHTS)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             if last is not None:
-                kept = load_file(last / WEIGHTS)
+                saved = load_file(last / WEIGHTS)
                 with torch.no_grad():
                     for name, weight in trainable(model).items():
-                        weight.copy_(kept[name])
+                        weight.copy_(saved[name])
 
-    whole = [path for path in folder.glob("checkpoint-*") if (path / WEIGHTS).exists() and (path / "trainer_state.json").exists()]
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    trainer.add_callback(Kept())
+    complete = [path for path in folder.glob("checkpoint-*") if (path / WEIGHTS).exists() and (path / "trainer_state.json").exists()]
+    last = max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    trainer.add_callback(WeightsCallback())
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
     return [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -164,8 +171,8 @@ class _Collator:
 
     def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         if self.reader is not None:
-            shown = [Prompted(e.ids, tuple(self.reader(s).video for s in e.media)) for e in examples]
-            return model_inputs(self.config, shown, self.pad)
+            sequences = [Prompted(e.ids, tuple(self.reader(s).video for s in e.media)) for e in examples]
+            return model_inputs(self.config, sequences, self.pad)
         ids = [torch.tensor(e.ids) for e in examples]
         padded = torch.nn.utils.rnn.pad_sequence
         return {

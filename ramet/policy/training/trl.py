@@ -1,16 +1,16 @@
 """ramet's environments in TRL: a `rollout_func` for its GRPOTrainer.
 
-    trees = TreeRollouts(draw(0), judge, chat, clones=4)
+    trees = TreeRollouts(tasks, reward_function, chat, clones=4)
     GRPOTrainer(
         model, args=GRPOConfig(num_generations=8 * trees.rows, loss_type="dr_grpo", scale_rewards="none", ...),
         train_dataset=trees.dataset(), reward_funcs=trees.reward, rollout_func=trees,
     ).train()
 
-GRPOTrainer has a fixed number of rows a prompt. So a tree of at most `clones` clones takes `rows` of them: its branches, and
-rows without a sampled token for clones that it did not start. All of them get the tree's reward, so that the group's mean is the mean
-over trees; with `loss_type="dr_grpo"` a tree's weight does not depend on its fan-out, and with `scale_rewards="none"` the gradient is
-that of `ramet.policy.training.advantages.rloo` but for a constant. Trees are sampled by the transformers backend with the trainer's own
-weights. Dropout is turned off in the model, since trees are sampled without it.
+GRPOTrainer has a fixed number of rows per prompt, so each tree takes `rows` of them: one per branch, and one without a
+sampled token for each of the `clones` that it did not start. All of them get the tree's reward, so that the group's mean is the mean
+over trees. With `loss_type="dr_grpo"` a tree's weight does not depend on its fan-out, and with `scale_rewards="none"` the gradient is
+that of `ramet.policy.training.advantages.rloo` up to a constant factor. Trees are sampled by the transformers backend with the
+trainer's own weights. Dropout is turned off in the model, since trees are sampled without it.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ from ramet.policy.models.load import without_dropout
 from ramet.policy.training.update import RewardFunction, compute_reward, grow_trees
 
 REWARD = "tree_reward"
+"""The column in which a tree's reward is passed to the trainer's reward function."""
 
 
 class TreeRollouts:
     """Grows the trees of prompts, which are the ids of `tasks`.
 
-    clones       of a tree at most, whatever its budget allows
+    tasks        each with the budget of its trees
+    clones       of a tree, at most, whatever its budget allows
+    temperature  of sampling; `GRPOConfig.temperature` must be the same
     max_batch    rows that decode together
-    grown        the trees of the last call, in order, for a look at them
+    grown        the trees of the last call, in order
     """
 
     def __init__(
         self,
         tasks: Sequence[tuple[Task, Budget]],
-        judge: RewardFunction,
+        reward_function: RewardFunction,
         chat: ChatFormat,
         clones: int,
         *,
@@ -60,34 +63,34 @@ class TreeRollouts:
             for task, budget in tasks
         }
         if len(self._tasks) != len(tasks):
-            raise ConfigError("two tasks have the same id; TRL is given ids in the place of prompts")
-        self._judge, self._chat, self._temperature, self._seed = judge, chat, temperature, seed
+            raise ConfigError("two tasks have the same id; TRL gets ids instead of prompts")
+        self._reward_function, self._chat, self._temperature, self._seed = reward_function, chat, temperature, seed
         self._always_show_budget, self._max_batch = always_show_budget, max_batch
         self.rows = clones + 1
         self.grown: list[Tree] = []
         self._call = (-1, -1)
 
     def dataset(self) -> Any:
-        """The tasks as a data set of prompts."""
+        """The tasks as a `datasets.Dataset` of prompts."""
         from datasets import Dataset
 
         return Dataset.from_dict({"prompt": list(self._tasks)})
 
     @staticmethod
     def reward(**columns: Any) -> list[float]:
-        """The `reward_funcs` of the trainer: what the trees earned."""
+        """The trainer's `reward_funcs`: the rewards that `__call__` computed."""
         rewards: list[float] = columns[REWARD]
         return rewards
 
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
-        """TRL's `rollout_func`. Raises `ConfigError` where the trainer's settings do not fit trees."""
+        """TRL's `rollout_func`: one tree for every `rows` prompts. Raises `ConfigError` where the trainer's settings do not fit trees."""
         if trainer.args.temperature != self._temperature:
             raise ConfigError(f"GRPOConfig.temperature is {trainer.args.temperature:g} and trees are sampled at {self._temperature:g}")
         slots = [prompts[i : i + self.rows] for i in range(0, len(prompts), self.rows)]
         if any(len(slot) < self.rows or len(set(slot)) > 1 for slot in slots):
             raise ConfigError(f"a tree takes {self.rows} rows: make num_generations and the batch of each process multiples of it")
         step, (last, count) = trainer.state.global_step, self._call
-        self._call = (step, count + 1 if step == last else 0)  # of the trainer's own count, which goes on when a run is resumed
+        self._call = (step, count + 1 if step == last else 0)  # by the trainer's own count, which continues when a run is resumed
         place = "/".join(map(str, ("trl", *self._call, trainer.accelerator.process_index)))
         jobs = [Job(*self._tasks[slot[0]], seed_of(self._seed, place, n), (n,)) for n, slot in enumerate(slots)]
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -101,7 +104,7 @@ class TreeRollouts:
         self.grown = [trees[n,] for n in range(len(jobs))]
         out: dict[str, list[Any]] = {name: [] for name in ("prompt_ids", "completion_ids", "logprobs", "env_mask", REWARD)}
         for job, tree in zip(jobs, self.grown, strict=True):
-            reward = compute_reward(self._judge, job.task, tree).reward
+            reward = compute_reward(self._reward_function, job.task, tree).reward
             rows = [_row(branch) for branch in tree.branches if branch.generated]
             rows += [(list(tree.root.prompt), [trainer.processing_class.pad_token_id], [0.0], [0])] * (self.rows - len(rows))
             for name, values in zip(out, zip(*rows, strict=True), strict=False):
@@ -116,6 +119,6 @@ class TreeRollouts:
 
 
 def _row(branch: Branch) -> tuple[list[int], list[int], list[float], list[int]]:
-    """(prompt ids, completion ids, log-probabilities, mask) of a branch, as TRL takes them."""
+    """(prompt ids, completion ids, log-probabilities, mask) of a branch, in TRL's form."""
     start = len(branch.prompt)
     return list(branch.prompt), branch.ids[start:], branch.logprobs[start:], [int(m) for m in branch.mask[start:]]
