@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SEEN = (2, 3136)
 """Frames, and pixels of one."""
-SMALL = ("--frames", SEEN[0], "--pixels", SEEN[1])
+SMALL = ("--max-frames", SEEN[0], "--max-pixels", SEEN[1])
 
 
 def test_from_videos_to_a_benchmark(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +70,7 @@ def test_from_videos_to_a_benchmark(folder: Path, capsys: pytest.CaptureFixture[
         drm,
         "--out",
         folder / "bench-drm",
-        "--frames",
+        "--max-frames",
         "1,2",
         "--conditions",
         "right,reversed",
@@ -137,7 +137,7 @@ def test_a_generative_model_is_trained_twice_and_asked(folder: Path, capsys: pyt
     rl = ("--updates", 2, "--duels", 2, "--group-size", 2)
     run("reward", "train-grm", "--model", folder / "sft" / "grm", *common[:4], *rl, "--out", folder / "rl")
     bench = ("reward", "bench", "--model", folder / "rl" / "grm", *common[:4], "--limit", 1, "--conditions", "right")
-    for flags, expected in (((), (*SEEN, 30)), (("--frames", 1, "--max-tokens", 8), (1, SEEN[1], 8))):
+    for flags, expected in (((), (*SEEN, 30)), (("--max-frames", 1, "--max-tokens", 8), (1, SEEN[1], 8))):
         run(*bench, *flags, "--out", folder / f"bench-grm-{len(flags)}", "--json", folder / "grm.json")
         (protocol,) = (r for r in json.loads((folder / "grm.json").read_text()) if r["record"] == "protocol")
         assert (protocol["frames"], protocol["pixels"], protocol["max_tokens"]) == expected, "as it was trained, unless flags say otherwise"

@@ -23,9 +23,9 @@ _Out = Annotated[Path, typer.Option("--out", help="Run folder; the same command 
 _Pairs = Annotated[str, typer.Option("--pairs", help="Pairs (.jsonl, .json, .parquet).")]
 _Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default the file's own.")]
 _Fields = Annotated[list[str] | None, typer.Option("--field", help="Where a row has what, such as question=prompt. May be repeated.")]
-_Frames = Annotated[int | None, typer.Option("--frames", min=1, help="Frames of a video, at most; by default as trained, or 16.")]
-_Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames a second, --frames at most; without it --frames of any video.")]
-_Pixels = Annotated[int | None, typer.Option("--pixels", min=784, help="Pixels of a frame, at most; by default as trained, or 100,352.")]
+_Frames = Annotated[int | None, typer.Option("--max-frames", min=1, help="Frames of a video, at most; by default as trained, or 16.")]
+_Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames a second, --max-frames at most; without it, --max-frames.")]
+_Pixels = Annotated[int | None, typer.Option("--max-pixels", min=784, help="Pixels of a frame; by default as trained, or 100,352.")]
 _Base = Annotated[str, typer.Option("--model", help="Directory of a vision-language model, or hf:owner/name.")]
 _Model = Annotated[str, typer.Option("--model", help="A VideoDRM, a vision-language model that judges, or fake:oracle and its like.")]
 _Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Of sampling; by default as trained, or 1.")]
@@ -45,9 +45,9 @@ def _map(fields: list[str] | None) -> dict[str, str]:
     return columns
 
 
-def _look(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
+def _video(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
     """What is said of how a model watches."""
-    return {name: value for name, value in (("frames", frames), ("fps", fps), ("most", pixels)) if value is not None}
+    return {name: value for name, value in (("max_frames", frames), ("fps", fps), ("max_pixels", pixels)) if value is not None}
 
 
 def _sampling(temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def build_pairs(
 
     config = BuildConfig(n, blind, easy, per_question, seed=seed)
     models = PairModels(answers, judge, score_model, weak, benchmark or [])
-    build_command(Source(questions, _map(field), videos), models, config, Overrides(_look(frames, fps, pixels)), out, json)
+    build_command(Source(questions, _map(field), videos), models, config, Overrides(_video(frames, fps, pixels)), out, json)
 
 
 @reward.command("train-drm")
@@ -144,7 +144,7 @@ def train_drm(
 
     Example: ramet reward train-drm --model models/qwen --pairs runs/pairs/pairs.jsonl --videos clips --out runs/drm
     """
-    from ramet.policy.engines.vision import Look
+    from ramet.policy.engines.vision import VideoSettings
     from ramet.rewards.video.discriminative import DRMSettings
     from ramet.rewards.video.train_drm import DRMTraining
     from ramet.runs.reward_models import Source
@@ -152,7 +152,7 @@ def train_drm(
 
     if pooling not in ("last", "mean"):
         raise ConfigError(f"no pooling {pooling!r}; there are last and mean")
-    settings = DRMSettings(pooling, Look(**_look(frames, fps, pixels)))  # type: ignore[arg-type]
+    settings = DRMSettings(pooling, VideoSettings(**_video(frames, fps, pixels)))  # type: ignore[arg-type]
     config = DRMTraining(
         steps,
         epochs,
@@ -198,7 +198,7 @@ def sft_grm(
     from ramet.runs.reward_models import Overrides, Source
     from ramet.runs.reward_training import sft_grm_command
 
-    overrides = Overrides(_look(frames, fps, pixels), _sampling(temperature, max_tokens))
+    overrides = Overrides(_video(frames, fps, pixels), _sampling(temperature, max_tokens))
     config = SFTTraining(steps, 1.0, batch, at_once, learning_rate, lora_rank=lora_rank, seed=seed)
     sft_grm_command(model, Source(pairs, _map(field), videos), traces, judge, k, overrides, config, out)
 
@@ -230,7 +230,7 @@ def train_grm(
     from ramet.runs.reward_models import Overrides, Source
     from ramet.runs.reward_training import train_grm_command
 
-    overrides = Overrides(_look(frames, fps, pixels), _sampling(None, max_tokens))
+    overrides = Overrides(_video(frames, fps, pixels), _sampling(None, max_tokens))
     config = TrainConfig(
         updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl_coef=kl_coef, lora_rank=lora_rank,
         temperature=1.0,
@@ -257,7 +257,7 @@ def score(
     from ramet.runs.reward_measuring import score_command
     from ramet.runs.reward_models import Overrides
 
-    score_command(model, Overrides(_look(frames, fps, pixels)), video, question, answer, json)
+    score_command(model, Overrides(_video(frames, fps, pixels)), video, question, answer, json)
 
 
 @reward.command("judge")
@@ -285,7 +285,7 @@ def judge(
     from ramet.runs.reward_measuring import judge_command
     from ramet.runs.reward_models import Overrides
 
-    overrides = Overrides(_look(frames, fps, pixels), _sampling(temperature, max_tokens))
+    overrides = Overrides(_video(frames, fps, pixels), _sampling(temperature, max_tokens))
     pair = AnswerPair("duel", None if video is None else Segment(video), question, first, second)
     judge_command(model, overrides, pair, k, order, seed)  # type: ignore[arg-type]
 
@@ -306,7 +306,7 @@ def bench(
     max_tokens: _Tokens = None,
     pointwise: Annotated[bool, typer.Option("--pointwise", help="Let a model that judges rate answers one by one.")] = False,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
-    frames: Annotated[str, typer.Option(help="Frames of a video, several with commas between them; by default as trained, or 16.")] = "",
+    frames: Annotated[str, typer.Option("--max-frames", help="Of a video, commas between several; by default as trained, or 16.")] = "",
     pixels: _Pixels = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The first pairs only.")] = None,
     seed: _Seed = 0,
@@ -330,8 +330,8 @@ def bench(
         raise ConfigError("--conditions names none")
     mode: Any = "pointwise" if pointwise else "pairwise"
     protocol = BenchmarkProtocol(mode, order=order, ties=ties, seed=seed)  # type: ignore[arg-type]
-    plan = BenchmarkPlan(chosen, _numbers(k, "-k"), _numbers(frames, "--frames"), limit)
-    overrides = Overrides(_look(None, None, pixels), _sampling(temperature, max_tokens))
+    plan = BenchmarkPlan(chosen, _numbers(k, "-k"), _numbers(frames, "--max-frames"), limit)
+    overrides = Overrides(_video(None, None, pixels), _sampling(temperature, max_tokens))
     bench_command(model, Source(pairs, _map(field), videos), protocol, plan, overrides, out, json)
 
 
@@ -380,7 +380,7 @@ def best_of_n(
     if method not in ("knockout", "round-robin"):
         raise ConfigError(f"no method {method!r}; there are knockout and round-robin")
     plan = SelectionPlan(_numbers(ns, "-n"), method, k, seed)  # type: ignore[arg-type]
-    overrides = Overrides(_look(frames, fps, pixels), _sampling(temperature, max_tokens))
+    overrides = Overrides(_video(frames, fps, pixels), _sampling(temperature, max_tokens))
     best_of_n_command(model, Source(questions, _map(field), videos), answers, plan, overrides, out, json)
 
 
@@ -404,7 +404,7 @@ def serve(
     from ramet.runs.reward_models import Overrides, open_reward
 
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    served = open_reward(model, Overrides(_look(frames, fps, pixels)), "score")
+    served = open_reward(model, Overrides(_video(frames, fps, pixels)), "score")
     said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
     messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
     run(served, videos, token, host, port, linked or [])

@@ -25,7 +25,7 @@ from ramet.errors import ConfigError, TaskError
 from ramet.rewards.video.questions import VideoQuestion, question_of
 
 if TYPE_CHECKING:
-    from ramet.policy.engines.vision import Look
+    from ramet.policy.engines.vision import VideoSettings
     from ramet.rewards.video.discriminative import VideoAnswer
     from ramet.rewards.video.judge import NormalizedRewardModel
 
@@ -135,9 +135,9 @@ class LongVideoSettings(DataSettings):
     """The length of a segment in seconds."""
     root_sees: Literal["index", "video"] = "index"
     """What the root sees: the index of the segments only, or the segments too."""
-    frames: Annotated[int, Field(ge=1)] = 16
+    max_frames: Annotated[int, Field(ge=1)] = 16
     """The largest number of frames that a model sees of a segment."""
-    pixels: Annotated[int, Field(ge=28 * 28)] = 128 * 28 * 28
+    max_pixels: Annotated[int, Field(ge=28 * 28)] = 128 * 28 * 28
     """The largest number of pixels that it sees of a frame."""
     reward_model: str = ""
     """The directory of a VideoDRM or of a model that judges, or the address of `ramet reward serve`."""
@@ -153,11 +153,11 @@ class LongVideoSettings(DataSettings):
         model = Path(self.reward_model)
         return super().files() | hashes({f"reward_model/{name}": model / name for name in ("model.safetensors", "video_drm.json")})
 
-    def look(self) -> Look:
+    def video_settings(self) -> VideoSettings:
         """Frames and pixels as `frames` and `pixels` set them."""
-        from ramet.policy.engines.vision import Look
+        from ramet.policy.engines.vision import VideoSettings
 
-        return Look(frames=self.frames, most=self.pixels)
+        return VideoSettings(max_frames=self.max_frames, max_pixels=self.max_pixels)
 
     def without_reward_model(self) -> Self:
         """Settings of the same tasks graded by exact match."""
@@ -171,7 +171,7 @@ class LongVideoSettings(DataSettings):
         """The environment with its reward model loaded; `count` is not used."""
         videos = Path(self.videos) if self.videos else None
         token = os.environ.get(TOKEN, "")
-        reward = reward_of(self.reward_model, videos, token, self.look(), self.reward_patience) if self.reward_model else None
+        reward = reward_of(self.reward_model, videos, token, self.video_settings(), self.reward_patience) if self.reward_model else None
         return LongVideoEnvironment(
             self.sources, self.fields, self.kind, self.allow_overlap, self.seconds, self.root_sees, self.metric, reward, videos
         )
@@ -202,7 +202,7 @@ def _question(task: Task) -> VideoQuestion:
     return task.reference
 
 
-def reward_of(model: str, videos: Path | None, token: str, look: Look, patience: float = 300.0) -> Callable[[VideoAnswer], float]:
+def reward_of(model: str, videos: Path | None, token: str, video: VideoSettings, patience: float = 300.0) -> Callable[[VideoAnswer], float]:
     """The reward function of a VideoDRM or a VideoGRM in a directory, or of a reward server at an address.
 
     For a server that cannot be reached, it waits up to `patience` seconds. A trained model watches videos as in its training; others as
@@ -224,7 +224,7 @@ def reward_of(model: str, videos: Path | None, token: str, look: Look, patience:
     else:
         from ramet.rewards.video.generative import GRMSettings, VideoGRM, saved_settings
 
-        reward = VideoGRM.load(Path(model), saved_settings(Path(model)) or GRMSettings(look))
+        reward = VideoGRM.load(Path(model), saved_settings(Path(model)) or GRMSettings(video))
     cache: dict[tuple[VideoAnswer, tuple[str, ...]], float] = {}
 
     def probability(item: VideoAnswer) -> float:

@@ -60,11 +60,11 @@ class EnvSettings(Section):
         """The SHA-256 of the local files that tasks are made of, by option, so that a journal of other rows is not resumed."""
         return {}
 
-    def look(self) -> Any:
-        """How a vision-language model samples videos: a `ramet.policy.engines.vision.Look`."""
-        from ramet.policy.engines.vision import Look
+    def video_settings(self) -> Any:
+        """How a vision-language model samples videos: a `ramet.policy.engines.vision.VideoSettings`."""
+        from ramet.policy.engines.vision import VideoSettings
 
-        return Look()
+        return VideoSettings()
 
     def without_reward_model(self) -> Self:
         """Settings of the same tasks graded without a reward model, for commands that only read the data."""

@@ -22,7 +22,7 @@ from ramet.env.longvideo import LongVideoSettings
 from ramet.env.questions import TUNING
 from ramet.errors import ConfigError
 from ramet.media.clips import COLOURS, make_long_questions
-from ramet.policy.engines.vision import Look, VisionPolicy
+from ramet.policy.engines.vision import VideoSettings, VisionPolicy
 from ramet.policy.models.catalogue import weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.policy.training.sft import SFTTraining, fine_tune
@@ -43,7 +43,7 @@ DRM_STEPS, SFT_STEPS = 600, 1000
 LONGVIDEO: dict[str, Any] = {
     "model": "base",
     "tell_budget": "holders",
-    "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "frames": FRAMES, "pixels": PIXELS},
+    "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "max_frames": FRAMES, "max_pixels": PIXELS},
     "budget": {"answer_reserve": 12, "context": "unlimited", "depth": 1, "width": 8, "turns": 4},
     "budgets": [96, 160, 256],
     "penalty": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
@@ -68,7 +68,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
         make_long_questions(folder / name, count, s, SCENES)
     pairs, _ = built_pairs(folder / "train", 2 * seed, [])
     console.print(Heading("2. a VideoDRM"))
-    trained_drm(folder, pairs, seed, Look(frames=FRAMES, most=PIXELS), DRM_STEPS)
+    trained_drm(folder, pairs, seed, VideoSettings(max_frames=FRAMES, max_pixels=PIXELS), DRM_STEPS)
     console.print(Heading("3. a small model that can have clones watch, and can guess"))
     _base(folder, config, config.env.seconds)
     console.print(Heading("4. reinforcement learning from the VideoDRM"))

@@ -20,7 +20,7 @@ from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, misjudge
 from ramet.display import progress
 from ramet.display.video_report import accuracy_bars, best_of_n_curves, print_results, training_curve, write_page, wrong_pairs
 from ramet.media.clips import make_questions
-from ramet.policy.engines.vision import Look
+from ramet.policy.engines.vision import VideoSettings
 from ramet.recipes.nano.vision import write_vision_model
 from ramet.rewards.video.answerers import PHRASES, Guesser
 from ramet.rewards.video.best_of_n import CandidateAnswers, ScoreSelector
@@ -34,7 +34,7 @@ from ramet.runs.jobs import claim_folder
 from ramet.storage import meta, read_text, write_json, write_text
 from ramet.terminal import Heading, console, tagged
 
-LOOK = Look(frames=4, most=56 * 56)
+VIDEO = VideoSettings(max_frames=4, max_pixels=56 * 56)
 TRAIN, HELD_OUT, HELD_BACK = 3000, 600, 150
 """Questions for training pairs, for held-out ones, and of the first those that are held back for calibration."""
 STEPS = 1600
@@ -56,9 +56,9 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     held, questions = built_pairs(folder / "held-out", 2 * seed + 1, [])
     pairs, _ = built_pairs(folder / "train", 2 * seed, held)
     console.print(Heading("2. a VideoDRM, trained by TRL"))
-    drm, log = trained_drm(folder, pairs, seed, LOOK, STEPS)
+    drm, log = trained_drm(folder, pairs, seed, VIDEO, STEPS)
     console.print(Heading("3. does it look? held-out pairs, with four videos each"))
-    protocol = BenchmarkProtocol("pointwise", frames=LOOK.frames, pixels=LOOK.most, seed=seed)
+    protocol = BenchmarkProtocol("pointwise", frames=VIDEO.max_frames, pixels=VIDEO.max_pixels, seed=seed)
     with Journal(folder / "bench.jsonl", fingerprint("reward demo", seed)) as journal:
         conditions = ("right", "wrong", "none", "reversed")
         with progress.measuring("judging", len(held) * len(conditions)) as report:
@@ -109,7 +109,9 @@ def built_pairs(folder: Path, seed: int, benchmarks: list[PreferencePair]) -> tu
     return pairs, questions
 
 
-def trained_drm(folder: Path, pairs: list[PreferencePair], seed: int, look: Look, steps: int) -> tuple[VideoDRM, list[dict[str, Any]]]:
+def trained_drm(
+    folder: Path, pairs: list[PreferencePair], seed: int, video: VideoSettings, steps: int
+) -> tuple[VideoDRM, list[dict[str, Any]]]:
     """Trained from nothing, calibrated on pairs that were held back, and saved in `folder/drm`; and the log."""
     path, log = folder / "drm", folder / "training.json"
     if not (path / SETTINGS).exists():
@@ -117,7 +119,7 @@ def trained_drm(folder: Path, pairs: list[PreferencePair], seed: int, look: Look
         texts = [p.question for p in pairs] + [phrase.format("") for phrase in PHRASES] + [p.chosen for p in pairs]
         if not (base / "config.json").exists():
             write_vision_model(base, texts, seed)
-        drm = VideoDRM.from_base(base, DRMSettings(look=look), seed)
+        drm = VideoDRM.from_base(base, DRMSettings(video=video), seed)
         config = DRMTraining(steps=steps, batch=16, learning_rate=2e-3, lora_rank=0, seed=seed, save_every=100)
         with progress.stepping("training", steps) as tell:
             trained = train_drm(drm, pairs[HELD_BACK:], config, folder, tell)

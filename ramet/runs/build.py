@@ -92,13 +92,13 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
     from ramet.policy.models.tokenizer import load_tokenizer
 
     tokenizer, chat = load_tokenizer(path, config.chat)
-    model, look, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
+    model, video, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
     if hasattr(model, "vision_config"):
-        look = config.env.look()
-        chat.placeholder_ids = VideoReader(model, tokenizer, look).ids
+        video = config.env.video_settings()
+        chat.placeholder_ids = VideoReader(model, tokenizer, video).ids
     policy = SequenceParallelPolicy(
         path, asked.hosts, Method(asked.method, asked.anchor, asked.passing), threshold=asked.threshold, dtype=config.dtype,
-        threads=config.threads, look=look,
+        threads=config.threads, video=video,
     )  # fmt: skip
     return policy, chat, token_count(tokenizer)
 
@@ -112,7 +112,7 @@ def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, *
         return HFPolicy(model, **options)
     from ramet.policy.engines.vision import VideoReader, VisionPolicy
 
-    reader = VideoReader(model.config, tokenizer, config.env.look())
+    reader = VideoReader(model.config, tokenizer, config.env.video_settings())
     chat.placeholder_ids = reader.ids
     return VisionPolicy(model, reader, **options)
 

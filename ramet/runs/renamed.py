@@ -16,6 +16,8 @@ KEYS: dict[str, str] = {
     "server.seconds": "server.timeout",
     "server.wait": "server.startup_timeout",
     "server.extra": "server.extra_body",
+    "env.frames": "env.max_frames",
+    "env.pixels": "env.max_pixels",
     "env.gold": "env.gold_position",
     "openrlhf.engine_gpus": "openrlhf.tensor_parallel_size",
     "openrlhf.memory_share": "openrlhf.gpu_memory_utilization",

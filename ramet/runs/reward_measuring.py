@@ -25,7 +25,7 @@ from ramet.benchmarks.evaluation.video_reward import (
 from ramet.display import progress
 from ramet.display.video_report import accuracy_bars, best_of_n_curves, print_results, write_page, wrong_pairs
 from ramet.errors import ConfigError, TaskError
-from ramet.policy.engines.vision import Look
+from ramet.policy.engines.vision import VideoSettings
 from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
 from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
 from ramet.rewards.video.generative import GRMSettings, VideoGRM
@@ -100,15 +100,15 @@ def bench_command(
     judged: list[dict[str, Any]] = []
     of_protocol: list[dict[str, Any]] = []
     conditions = list(plan.conditions)
-    looks = [{**overrides.look, "frames": frames} for frames in plan.frames] or [dict(overrides.look)]
-    for changed in looks:
-        reward = open_reward(model, replace(overrides, look=changed), "score" if protocol.mode == "pointwise" else "", pairs)
+    videos = [{**overrides.video, "max_frames": frames} for frames in plan.frames] or [dict(overrides.video)]
+    for changed in videos:
+        reward = open_reward(model, replace(overrides, video=changed), "score" if protocol.mode == "pointwise" else "", pairs)
         scored = isinstance(reward, VideoDRM) or protocol.mode == "pointwise"
-        look = reward.settings.look if hasattr(reward, "settings") else Look()
+        video = reward.settings.video if hasattr(reward, "settings") else VideoSettings()
         sampled = reward.settings if isinstance(reward, VideoGRM) else Overrides(sampling=overrides.sampling).over(GRMSettings())
         for k in plan.ks[:1] if scored else plan.ks:
             last = replace(
-                protocol, mode="pointwise" if scored else "pairwise", k=k, frames=look.frames, pixels=look.most,
+                protocol, mode="pointwise" if scored else "pairwise", k=k, frames=video.max_frames, pixels=video.max_pixels,
                 temperature=sampled.temperature, max_tokens=None if scored else sampled.max_tokens,
             )  # fmt: skip
             path = folder / f"frames-{last.frames}-k-{k}-{last.order if not scored else 'scores'}.jsonl"

@@ -84,16 +84,16 @@ class Source:
 class Overrides:
     """What a command says of how a model watches and samples; in the rest a model does as it was trained, or as by default.
 
-    look      of a `Look`: `frames`, `fps`, `most`
+    video     of `VideoSettings`: `max_frames`, `fps`, `max_pixels`
     sampling  of `GRMSettings`: `temperature`, `max_tokens`
     """
 
-    look: Mapping[str, Any] = field(default_factory=dict)
+    video: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def over(self, settings: GRMSettings) -> GRMSettings:
         """`settings`, changed."""
-        return replace(settings, look=replace(settings.look, **self.look), **self.sampling)
+        return replace(settings, video=replace(settings.video, **self.video), **self.sampling)
 
     def of(self, path: Path) -> GRMSettings:
         """The settings of the vision-language model in a directory."""
@@ -101,7 +101,7 @@ class Overrides:
 
     def identity(self) -> dict[str, Any]:
         """What tells overrides apart."""
-        return {"seen": dict(self.look), "settings": dict(self.sampling)}
+        return {"seen": dict(self.video), "settings": dict(self.sampling)}
 
 
 def open_reward(name: str, overrides: Overrides, needs: str = "", pairs: Sequence[PreferencePair] = ()) -> Any:
@@ -117,7 +117,7 @@ def open_reward(name: str, overrides: Overrides, needs: str = "", pairs: Sequenc
         reward = fake_judge(name.removeprefix("fake:"), better)
     elif ((path := find(name)) / SETTINGS).exists():
         reward = VideoDRM.load(path, auto_device())
-        reward = reward.look(**overrides.look) if overrides.look else reward
+        reward = reward.with_video(**overrides.video) if overrides.video else reward
     elif (path / "config.json").exists():
         reward = load_grm(path, overrides.of(path))
     else:

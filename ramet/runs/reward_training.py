@@ -73,7 +73,7 @@ class PairModels:
 def build_command(source: Source, models: PairModels, config: BuildConfig, overrides: Overrides, folder: Path, out: Path | None) -> None:
     """`ramet reward build-pairs`."""
     identity = {
-        **source.identity("questions"), **models.identity(), "config": asdict(config), "seen": dict(overrides.look),
+        **source.identity("questions"), **models.identity(), "config": asdict(config), "seen": dict(overrides.video),
     }  # fmt: skip
     claim(folder, "build-pairs", identity, config.seed)
     questions = source.questions()

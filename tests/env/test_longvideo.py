@@ -17,7 +17,7 @@ from ramet.env.registry import env_settings
 from ramet.env.settings import EnvSettings
 from ramet.errors import ConfigError, TaskError
 from ramet.media.clips import make_long_questions
-from ramet.policy.engines.vision import Look, VideoReader
+from ramet.policy.engines.vision import VideoReader, VideoSettings
 from ramet.recipes import reproduce_longvideo as longvideo
 from ramet.recipes.nano.vision import random_vision_model
 from ramet.recipes.nano.watching import Teacher, demonstrate_watching, examples, needed, scenes_of
@@ -112,7 +112,7 @@ def test_demonstrations_are_whole_trees(folder: Path) -> None:
     tasks = [instructed(task, env.instruction(True)) for task in env.build().tasks("train", 12, 0)]
     tokenizer, model = random_vision_model([task.messages[0].content for task in tasks], 0)
     chat = ControlTokenFormat(tokenizer)
-    chat.placeholder_ids = VideoReader(model.config, tokenizer, Look(frames=2, most=56 * 56)).ids
+    chat.placeholder_ids = VideoReader(model.config, tokenizer, VideoSettings(max_frames=2, max_pixels=56 * 56)).ids
     rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
     by_id = {task.reference.id: task.reference for task in tasks}
     truth = {key: colour for row in rows for key, colour in scenes_of(by_id[row["id"]], row["scenes"], 1.0).items()}

@@ -29,7 +29,7 @@ from ramet.errors import CheckpointError, PolicyError, TransientPolicyError
 from ramet.media.clips import make_questions
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.sequence_parallel import Pool, Replica, SequenceParallelPolicy, Step
-from ramet.policy.engines.vision import Look, VideoReader, VisionPolicy
+from ramet.policy.engines.vision import VideoReader, VideoSettings, VisionPolicy
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.recipes.nano.vision import write_vision_model
@@ -304,11 +304,11 @@ def no_process_is_left() -> Iterator[None]:
 @pytest.mark.parametrize("threshold", [4, 4096])
 async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, threshold: int) -> None:
     """Videos in prompts, exactly and by Spava with everything passed on; a later turn reads them no more."""
-    look = Look(frames=8, most=56 * 56)
+    video = VideoSettings(max_frames=8, max_pixels=56 * 56)
     rows = make_questions(tmp_path / "clips", 3, 1)
     write_vision_model(tmp_path / "model", ["What is there?", "And now, what is it?"] * 8, 0)
     model, tokenizer, chat = load_model(tmp_path / "model")
-    reader = VideoReader(model.config, tokenizer, look)
+    reader = VideoReader(model.config, tokenizer, video)
     chat.placeholder_ids = reader.ids
     one, two, three = (Segment(str(tmp_path / "clips" / row["video"])) for row in rows)
     asked = []
@@ -323,7 +323,7 @@ async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, thresh
 
     alone = await said(VisionPolicy(model, reader))
     method = Method("spava", anchor=2, passing=2**40)
-    shared = await said(SequenceParallelPolicy(tmp_path / "model", 2, method, threshold=threshold, question=4, threads=1, look=look))
+    shared = await said(SequenceParallelPolicy(tmp_path / "model", 2, method, threshold=threshold, question=4, threads=1, video=video))
     assert [s.ids for s in shared] == [s.ids for s in alone]
     assert len({s.ids for s in alone}) > 1
     assert [s.cached > 16 for s in shared] == [False, False, False, True]

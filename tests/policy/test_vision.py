@@ -22,14 +22,14 @@ from ramet.errors import CheckpointError, PolicyError
 from ramet.media.clips import make_questions, write_clip
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.openai import WireFormat
-from ramet.policy.engines.vision import Look, Prompted, VideoReader, VisionPolicy, model_inputs
+from ramet.policy.engines.vision import Prompted, VideoReader, VideoSettings, VisionPolicy, model_inputs
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.policy.training.rows import batches, rows_of, token_logprobs
 from ramet.recipes.nano.vision import random_vision_model
 from tests.attention.test_positions import slow_positions
 
-LOOK = Look(frames=4, most=56 * 56)
+VIDEO = VideoSettings(max_frames=4, max_pixels=56 * 56)
 TEXTS = ["What is there?", "And now?", "Look at it well, and say what you see."]
 
 
@@ -39,7 +39,7 @@ def sights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, VideoReader, 
     folder = tmp_path_factory.mktemp("clips")
     rows = make_questions(folder, 6, 1)
     tokenizer, model = random_vision_model(TEXTS * 4, 0)
-    reader = VideoReader(model.config, tokenizer, LOOK)
+    reader = VideoReader(model.config, tokenizer, VIDEO)
     chat = ControlTokenFormat(tokenizer)
     chat.placeholder_ids = reader.ids
     return model, reader, chat, [Segment(str(folder / row["video"])) for row in rows]
@@ -196,7 +196,7 @@ def test_what_does_not_see_says_so(sights: Any) -> None:
     with pytest.raises(PolicyError, match="the prompt has 0 video tokens, but its videos need 8"):
         anyio.run(sampled, VisionPolicy(model, reader), [request])
     with pytest.raises(CheckpointError, match="takes no video"):
-        VideoReader(text.config, tokenizer, LOOK)
+        VideoReader(text.config, tokenizer, VIDEO)
 
 
 def test_clones_are_given_segments_by_key(sights: Any) -> None:
@@ -211,7 +211,7 @@ def test_clones_are_given_segments_by_key(sights: Any) -> None:
 @pytest.mark.parametrize("order", ["filmed", "reversed", "shuffled"])
 def test_frames_in_another_order(sights: Any, order: Any) -> None:
     _, _, _, clips = sights
-    filmed, other = LOOK.at(clips[2]), replace(LOOK, order=order).at(clips[2])
+    filmed, other = VIDEO.read(clips[2]), replace(VIDEO, order=order).read(clips[2])
     assert filmed.times == other.times
     expected = filmed.pixels[::-1] if order == "reversed" else filmed.pixels
     if order != "shuffled":
@@ -239,7 +239,7 @@ def test_newer_models_lay_videos_out_step_by_step(sights: Any, tmp_path: Path) -
     )  # fmt: skip
     torch.manual_seed(0)
     newer = Qwen3VLModel(config).eval()
-    seen = VideoReader(config, tokenizer, LOOK)(clips[0])
+    seen = VideoReader(config, tokenizer, VIDEO)(clips[0])
     assert seen.ids.count(config.vision_start_token_id) == seen.video.grid[0] == 2
     assert tokenizer.decode(seen.ids[: seen.ids.index(config.vision_start_token_id)]) == "<0.2 seconds>"
     inputs = model_inputs(config, [Prompted([*seen.ids, 70, 71], (seen.video,)), Prompted([70, 71])], 0)

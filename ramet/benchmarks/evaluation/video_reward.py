@@ -84,13 +84,13 @@ def run_bench(
 ) -> list[Record]:  # fmt: skip
     """Ask `model`, a `PairwiseJudge` or a `VideoRewardModel`, about every pair under every condition; known ones come from the journal.
 
-    A model with a method `look` is asked to look at frames backwards or shuffled; for one without, these conditions are the right one.
+    A model with a method `with_video` is shown frames backwards or shuffled; for one without, these conditions are the right one.
     """
     known = {(r["condition"], r["id"]) for r in journal if "condition" in r and "failed" not in r}
     clusters = {pair.id: pair.cluster for pair in pairs}
     for condition in conditions:
         videos = shown_videos(pairs, condition, protocol.seed)
-        looking = model.look(order=condition) if condition in ("reversed", "shuffled") and hasattr(model, "look") else model
+        looking = model.with_video(order=condition) if condition in ("reversed", "shuffled") and hasattr(model, "with_video") else model
         left = [pair for pair in pairs if (condition, pair.id) not in known]
         if report is not None:
             report(len(pairs) - len(left))

@@ -48,7 +48,7 @@ from ramet.errors import PolicyError, RametError, TransientPolicyError, first_li
 from ramet.policy.engines.kv import common_prefix
 from ramet.policy.engines.sampler import RequestState, draw
 from ramet.policy.engines.serving import Serving
-from ramet.policy.engines.vision import Look, VideoReader, media_key
+from ramet.policy.engines.vision import VideoReader, VideoSettings, media_key
 from ramet.policy.models.load import load_model
 
 EXACT = Method("spava", anchor=0, passing=2**62)
@@ -119,7 +119,7 @@ class WorkerConfig:
     method: Method
     dtype: torch.dtype
     threads: int
-    look: Look | None = None
+    video: VideoSettings | None = None
 
 
 def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> None:
@@ -133,7 +133,7 @@ def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> No
         mesh = init_device_mesh("cpu", (config.hosts,), mesh_dim_names=("sequence",))
         try:
             model, tokenizer, _ = load_model(config.path, dtype=config.dtype)
-            reader = None if config.look is None else VideoReader(model.config, tokenizer, config.look)
+            reader = None if config.video is None else VideoReader(model.config, tokenizer, config.video)
             replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), config.method, reader)
         except Exception as error:  # told to the engine, which ends the pool
             pipe.send(_ours(error))
@@ -284,7 +284,7 @@ class SequenceParallelPolicy(Serving):
     threshold  prompts of more tokens are read with `method`, others exactly
     question   rows at the end of a prompt that nobody shares, which steer the selection
     keep       sequences that are held for later turns
-    look       how a model that sees looks at videos; None: it is asked for text only
+    video      how much of a video a vision-language model reads; None: it is asked for text only
     """
 
     def __init__(
@@ -299,16 +299,16 @@ class SequenceParallelPolicy(Serving):
         max_batch: int = 16,
         dtype: Literal["float32", "bfloat16"] = "float32",
         threads: int | None = None,
-        look: Look | None = None,
+        video: VideoSettings | None = None,
     ) -> None:
         if method is not None and method.exact:
             raise PolicyError(f"{method.name} has no context to share between siblings; give spava, apb or star")
         threads = threads or max(1, (os.cpu_count() or 1) // hosts)
-        worker = WorkerConfig(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, look)
+        worker = WorkerConfig(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, video)
         self._start: Callable[[], Workers] = partial(Pool, worker)
         config = _config(path)
         super().__init__(int(config.get_text_config().max_position_embeddings))
-        self.vision = look is not None
+        self.vision = video is not None
         self._placeholder: int = getattr(config, "video_token_id", -1)
         self.restarts = 0
         self._hosts = hosts

@@ -1,6 +1,6 @@
 """Video in a prompt: the placeholder ids that stand for a segment, and what a vision tower takes of it.
 
-    reader = VideoReader(model.config, tokenizer, Look(frames=8))
+    reader = VideoReader(model.config, tokenizer, VideoSettings(max_frames=8))
     seen = reader(Segment("clip.mp4"))        # seen.ids go into the prompt, seen.video to the model
 
 Qwen2-VL, Qwen2.5-VL and Qwen3-VL lay videos out differently; what follows their call works likewise.
@@ -33,25 +33,25 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
-class Look:
+class VideoSettings:
     """How much of a segment a model sees.
 
-    frames  of a segment, at most
-    fps     frames a second; None: `frames` whatever the length
-    least   pixels of a frame at least; smaller ones are enlarged
-    most    pixels of a frame at most
-    order   as they were filmed, or otherwise, to see whether a model minds
+    max_frames  of a segment, at most
+    fps         frames a second; None: `max_frames` whatever the length
+    min_pixels  of a frame; smaller ones are enlarged
+    max_pixels  of a frame; larger ones are reduced
+    order       as they were filmed, or otherwise, to see whether a model minds
     """
 
-    frames: int = 16
+    max_frames: int = 16
     fps: float | None = None
-    least: int = 56 * 56
-    most: int = 128 * 28 * 28
+    min_pixels: int = 56 * 56
+    max_pixels: int = 128 * 28 * 28
     order: Literal["filmed", "reversed", "shuffled"] = "filmed"
 
-    def at(self, segment: Segment, fit: Fit | None = None) -> Frames:
+    def read(self, segment: Segment, fit: Fit | None = None) -> Frames:
         """The segment's frames, each resized by `fit` as it is read. Raises `TaskError` for what cannot be read."""
-        found = read_frames(Path(segment.file), self.frames, segment.start, segment.end, fps=self.fps, fit=fit)
+        found = read_frames(Path(segment.file), self.max_frames, segment.start, segment.end, fps=self.fps, fit=fit)
         order = list(range(len(found.times)))
         if self.order == "reversed":
             order.reverse()
@@ -79,10 +79,10 @@ def shown_id(segment: Segment) -> Shown:
 class VideoReader:
     """Reads segments for one model, each once, also for several threads: the last ones are kept, up to `memory` bytes."""
 
-    def __init__(self, config: Any, tokenizer: Any, look: Look, memory: int = 2**28):
+    def __init__(self, config: Any, tokenizer: Any, settings: VideoSettings, memory: int = 2**28):
         if getattr(config, "model_type", "") not in FAMILIES:
             raise CheckpointError(f"a model of type {getattr(config, 'model_type', '?')!r} takes no video here; {', '.join(FAMILIES)} do")
-        self.look = look
+        self.settings = settings
         self._config, self._vision = config, config.vision_config
         self._encode = TextEncoder(tokenizer)
         self._memory, self._held = memory, 0
@@ -119,9 +119,9 @@ class VideoReader:
             self._held -= self._cache.popitem(last=False)[1].video.rows.nbytes
 
     def _read(self, segment: Segment) -> Seen:
-        vision, config, look = self._vision, self._config, self.look
+        vision, config, settings = self._vision, self._config, self.settings
         factor = vision.patch_size * vision.spatial_merge_size
-        frames = look.at(segment, lambda height, width: fitted(height, width, factor, look.least, look.most))
+        frames = settings.read(segment, lambda height, width: fitted(height, width, factor, settings.min_pixels, settings.max_pixels))
         newest = config.model_type == "qwen3_vl"
         half = (0.5, 0.5, 0.5)
         rows, grid = patches(

@@ -31,7 +31,7 @@ from ramet.agents.encoding import TextEncoder
 from ramet.agents.tree import Message
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
-from ramet.policy.engines.vision import Look, Prompted, VideoReader, model_inputs, shown_id
+from ramet.policy.engines.vision import Prompted, VideoReader, VideoSettings, model_inputs, shown_id
 from ramet.policy.models.lora import merged
 from ramet.rewards.video.pairs import VideoInput, segments_of
 from ramet.terminal import quiet
@@ -64,7 +64,7 @@ class DRMSettings:
     """
 
     pooling: Literal["last", "mean"] = "last"
-    look: Look = field(default_factory=Look)
+    video: VideoSettings = field(default_factory=VideoSettings)
     temperature: float = 1.0
     centre: float = 0.0
 
@@ -144,7 +144,7 @@ class VideoDRM:
         self.chat: ChatFormat = chat_format("auto", tokenizer)
         self.name = "VideoDRM"
         self._encode = TextEncoder(tokenizer)
-        self.reader = VideoReader(scorer.config, tokenizer, settings.look)
+        self.reader = VideoReader(scorer.config, tokenizer, settings.video)
         self.chat.placeholder_ids = self.reader.ids
         self._known: OrderedDict[tuple[Any, ...], float] = OrderedDict()
         self.passes = 0
@@ -189,7 +189,10 @@ class VideoDRM:
         try:
             data = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
             made_with = data.pop("versions", {})
-            settings = DRMSettings(**{**data, "look": Look(**data["look"])})
+            if "look" in data:
+                new = "look to video, frames to max_frames, least to min_pixels, most to max_pixels"
+                raise CheckpointError(f"{SETTINGS} is of an earlier version; rename in it {new}")
+            settings = DRMSettings(**{**data, "video": VideoSettings(**data["video"])})
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             config = AutoConfig.from_pretrained(path, local_files_only=True)
             weights = load_file(path / "model.safetensors")
@@ -210,9 +213,9 @@ class VideoDRM:
             )
         return cls(scorer.to(device).eval(), tokenizer, settings, **options)
 
-    def look(self, **changes: Any) -> VideoDRM:
-        """The same model looking at videos otherwise (`frames`, `order`)."""
-        settings = replace(self.settings, look=replace(self.settings.look, **changes))
+    def with_video(self, **changes: Any) -> VideoDRM:
+        """The same model with other settings of videos (`max_frames`, `order`)."""
+        settings = replace(self.settings, video=replace(self.settings.video, **changes))
         return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
 
     def prompt(self, video: VideoInput, question: str) -> Prompted:

@@ -27,7 +27,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
-from ramet.policy.engines.vision import Look, VideoReader, VisionPolicy, shown_id
+from ramet.policy.engines.vision import VideoReader, VideoSettings, VisionPolicy, shown_id
 from ramet.policy.models.load import load_model
 from ramet.policy.models.lora import merged
 from ramet.policy.training.rows import token_logprobs
@@ -57,7 +57,7 @@ class GRMSettings:
     votes     ratings of one answer; their mean counts
     """
 
-    look: Look = field(default_factory=Look)
+    video: VideoSettings = field(default_factory=VideoSettings)
     temperature: float = 1.0
     max_tokens: int = 512
     expected: bool = False
@@ -70,7 +70,7 @@ def saved_settings(path: Path) -> GRMSettings | None:
         return None
     try:
         data = json.loads((path / GRM_SETTINGS).read_text(encoding="utf-8"))
-        return GRMSettings(**{**data, "look": Look(**data["look"])})
+        return GRMSettings(**{**data, "video": VideoSettings(**data["video"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / GRM_SETTINGS} does not hold the settings of a VideoGRM: {first_line(error)}") from error
 
@@ -87,7 +87,7 @@ class VideoGRM:
     def __init__(self, model: Any, tokenizer: Any, chat: ChatFormat, settings: GRMSettings):
         self.model, self.tokenizer, self.chat, self.settings = model, tokenizer, chat, settings
         self.name = "VideoGRM"
-        self.reader = VideoReader(model.config, tokenizer, settings.look)
+        self.reader = VideoReader(model.config, tokenizer, settings.video)
         self.chat.placeholder_ids = self.reader.ids
         self._encode = TextEncoder(tokenizer)
         self._known: OrderedDict[Any, float] = OrderedDict()
@@ -110,9 +110,9 @@ class VideoGRM:
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
-    def look(self, **changes: Any) -> VideoGRM:
-        """The same model looking at videos otherwise."""
-        return VideoGRM(self.model, self.tokenizer, self.chat, replace(self.settings, look=replace(self.settings.look, **changes)))
+    def with_video(self, **changes: Any) -> VideoGRM:
+        """The same model with other settings of videos."""
+        return VideoGRM(self.model, self.tokenizer, self.chat, replace(self.settings, video=replace(self.settings.video, **changes)))
 
     def judge(self, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
         """`k` outputs for each; see `PairwiseJudge`."""

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ramet.media.clips import make_questions
-from ramet.policy.engines.vision import Look
+from ramet.policy.engines.vision import VideoSettings
 from ramet.recipes.nano.vision import write_vision_model
 from ramet.rewards.video.answerers import PHRASES
 from ramet.rewards.video.discriminative import DRMSettings, VideoDRM
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 
-SETTINGS = DRMSettings(look=Look(frames=4, most=56 * 56))
+SETTINGS = DRMSettings(video=VideoSettings(max_frames=4, max_pixels=56 * 56))
 
 
 @pytest.fixture(scope="session")

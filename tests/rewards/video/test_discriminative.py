@@ -311,3 +311,10 @@ def test_it_learns_to_look(base: Path, questions: list, tmp_path: Path) -> None:
     own = right([p.video for p in colours])
     assert own > 0.9
     assert right([p.video for p in [*colours[7:], *colours[:7]]]) < own - 0.15
+
+
+def test_settings_of_an_earlier_version_say_what_to_rename(tmp_path: Path) -> None:
+    settings = {"pooling": "last", "look": {"frames": 4, "fps": None, "least": 3136, "most": 3136, "order": "filmed"}}
+    (tmp_path / "video_drm.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"video_drm\.json is of an earlier version; rename in it look to video, frames"):
+        VideoDRM.load(tmp_path)

@@ -13,7 +13,7 @@ from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, results, run_bench
 from ramet.errors import RewardError, TaskError
-from ramet.policy.engines.vision import Look
+from ramet.policy.engines.vision import VideoSettings
 from ramet.policy.training.sft import SFTTraining
 from ramet.policy.training.trainer import run_trainer
 from ramet.policy.training.update import Reward, TrainConfig
@@ -26,7 +26,7 @@ from ramet.rewards.video.judge import AnswerPair, compare, parse_choice
 from ramet.rewards.video.pairs import PreferencePair
 from ramet.rewards.video.train_grm import grm_trainer, sft_grm, shown, sifted, traces_of, verdict_reward
 
-SETTINGS = GRMSettings(Look(frames=2, most=56 * 56), max_tokens=40)
+SETTINGS = GRMSettings(VideoSettings(max_frames=2, max_pixels=56 * 56), max_tokens=40)
 
 
 @pytest.fixture
