@@ -1,4 +1,4 @@
-"""What the settings of a model take, in words: for the errors of `ramet.runs.settings` and for what `ramet config` prints."""
+"""Descriptions of settings in words, for the error messages of `ramet.runs.settings` and for `ramet config`."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ _PLAIN = {"string": "text", "boolean": "true or false", "null": "nothing"}
 
 
 class Section(BaseModel):
-    """A section of settings: an unknown key is refused, and the docstring below a field is its meaning."""
+    """A section of settings. Unknown keys are refused, and the docstring below a field describes it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Settings:
-    """The settings of a pydantic model and of the models in it, by dotted name."""
+    """The settings of a pydantic model and of the models nested in it, by dotted name."""
 
     def __init__(self, kind: type[BaseModel]):
         self._root = kind.model_json_schema()
 
     def of(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Schema]]:
-        """(name, schema) of everything that holds a value in `values`, which say the case of a section that has several."""
+        """(name, schema) of every setting that holds a value. In a section with several cases, `values` determines which."""
         return self._below("", self._root, values)
 
     def sections(self) -> Iterator[tuple[str, Schema]]:
-        """(name, schema) of the settings of no section, of every section, and of each case of one that has several."""
+        """(name, schema) of the top level, of every section, and of each case of a section that has several."""
         yield "", self._root
         for name, under in self._root["properties"].items():
-            found = self._resolved(under)
-            if _tag(found):
-                cases = {schema["title"]: schema for schema in (self._case(found, tag) for tag in found["discriminator"]["mapping"])}
+            resolved = self._resolved(under)
+            if _tag(resolved):
+                cases = {schema["title"]: schema for schema in (self._case(resolved, tag) for tag in resolved["discriminator"]["mapping"])}
                 yield from ((name, case) for case in cases.values())
-            elif "properties" in found:
-                yield name, found
+            elif "properties" in resolved:
+                yield name, resolved
 
     def values(self, section: Schema) -> Iterator[tuple[str, Schema]]:
-        """(name, schema) of what holds a value in one of the `sections`."""
+        """(name, schema) of every setting directly in one of the `sections`."""
         for name, under in section["properties"].items():
-            found = self._resolved(under)
-            if "properties" not in found and not _tag(found):
-                yield name, found
+            resolved = self._resolved(under)
+            if "properties" not in resolved and not _tag(resolved):
+                yield name, resolved
 
     def _below(self, prefix: str, schema: Schema, values: Mapping[str, Any]) -> Iterator[tuple[str, Schema]]:
         for name, under in schema["properties"].items():
-            found = self._resolved(under)
-            if tag := _tag(found):
-                yield f"{prefix}{name}.{tag}", _tags(found)
-                options = self._below(f"{prefix}{name}.", self._case(found, values[name][tag]), values[name])
+            resolved = self._resolved(under)
+            if tag := _tag(resolved):
+                yield f"{prefix}{name}.{tag}", _tags(resolved)
+                options = self._below(f"{prefix}{name}.", self._case(resolved, values[name][tag]), values[name])
                 yield from ((key, option) for key, option in options if key != f"{prefix}{name}.{tag}")
-            elif "properties" in found:
-                yield from self._below(f"{prefix}{name}.", found, values[name])
+            elif "properties" in resolved:
+                yield from self._below(f"{prefix}{name}.", resolved, values[name])
             else:
-                yield prefix + name, found
+                yield prefix + name, resolved
 
     def _case(self, schema: Schema, tag: str) -> Schema:
         return self._resolved({"$ref": schema["discriminator"]["mapping"][tag]})
 
     def _property(self, schema: Schema, step: str | int) -> Schema | None:
-        """Of a section, or of the first of its cases that has it."""
+        """The schema of a key of a section, or of the first of its cases that has this key; None if there is none."""
         if step == _tag(schema):
             return _tags(schema)
         cases = [self._case(schema, tag) for tag in schema["discriminator"]["mapping"]] if _tag(schema) else [schema]
@@ -74,9 +74,9 @@ class Settings:
         return schema
 
     def at(self, where: Sequence[str | int]) -> tuple[str, Schema]:
-        """(name, schema) of the place that pydantic names; what it adds to tell the cases of a type apart is left out."""
+        """(name, schema) of the location in a pydantic error, without the parts that pydantic adds to tell the cases of a union apart."""
         schema: Schema = self._root
-        known: list[str | int] = []
+        path: list[str | int] = []
         for step in where:
             if step in schema.get("discriminator", {}).get("mapping", ()):
                 schema = self._case(schema, str(step))
@@ -89,13 +89,13 @@ class Settings:
                 schema = schema["additionalProperties"]
             else:
                 break
-            known.append(step)
+            path.append(step)
             schema = self._resolved(schema)
-        return ".".join(map(str, known)), schema
+        return ".".join(map(str, path)), schema
 
 
 def _tag(schema: Schema) -> str:
-    """The key that says which case of a section it is; empty where there are no cases."""
+    """The key that selects the case of a section; empty if the section has no cases."""
     return str(schema.get("discriminator", {}).get("propertyName", ""))
 
 
@@ -104,7 +104,7 @@ def _tags(schema: Schema) -> Schema:
 
 
 def takes(schema: Schema) -> str:
-    """The values that are allowed, such as "a whole number from 1 on"."""
+    """The allowed values in words, such as "a whole number from 1 on"."""
     if "anyOf" in schema:
         return " or ".join(takes(case) for case in schema["anyOf"] if case.get("type") != "null")
     if tag := _tag(schema):

@@ -1,6 +1,6 @@
-"""Files of a run: read and written as UTF-8 whatever the locale, whole or not at all; folders that one process works in.
+"""The files of a run: UTF-8 whatever the locale, written whole or not at all, in folders that one process at a time works in.
 
-Raises `StorageError` for what the disk refuses.
+What the operating system refuses raises `StorageError`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from ramet.errors import StorageError
 from ramet.terminal import messages, tagged
 
 STDOUT = Path("-")
-"""Names standard output where results are written to."""
+"""Stands for standard output as the destination of results."""
 LOCK = ".lock"
+"""The lock file of a run folder."""
 CONFIG = "config.toml"
+"""The settings file of a run folder."""
 _LOCKS: dict[Path, IO[str]] = {}
 _MADE: list[Path] = []
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
@@ -32,19 +34,19 @@ _DESCRIPTOR = re.compile(r"/dev/(?:fd/(\d+)|(stdin|stdout|stderr))|/proc/(?:self
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark."""
+    """The text of a UTF-8 file, with or without a byte order mark. Raises `OSError` if it cannot be read."""
     return path.read_text(encoding="utf-8-sig")
 
 
 def write_json(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """A list of flat records, written whole or not at all. See `write_text`."""
+    """Write a list of flat records as JSON, as `write_text` writes."""
     write_text(path, json.dumps(records, indent=1, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; through a link, what it points to. `-` is standard output.
+    """Write a file whole or not at all; a link is followed, and `-` is standard output. Raises `StorageError`.
 
-    What is no file (a device, a pipe, an open descriptor such as /dev/fd/3) is written to as it stands.
+    Anything that is not a regular file (a device, a pipe, an open descriptor such as /dev/fd/3) is written to directly.
     """
     try:
         if path == STDOUT or _descriptor(path) == 1:
@@ -67,7 +69,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def writable(path: Path) -> None:
-    """Raise `StorageError` if `write_text` could not write there: found out before the work, not after."""
+    """Raise `StorageError` if `write_text` could not write there, so that this is known before the work and not after."""
     try:
         if path == STDOUT:
             return
@@ -88,7 +90,7 @@ def writable(path: Path) -> None:
 
 
 def to_stdout(path: Path) -> bool:
-    """Does `path` name standard output?"""
+    """Whether `path` names standard output."""
     return path == STDOUT or _descriptor(path) == 1
 
 
@@ -101,11 +103,11 @@ def _special(path: Path) -> bool:
 
 
 def _descriptor(path: Path) -> int | None:
-    """The number of an open file that `path` names as such."""
-    found = _DESCRIPTOR.fullmatch(os.path.abspath(path))
-    if found is None:
+    """The number of the open file descriptor that `path` names; None if it does not name one."""
+    match = _DESCRIPTOR.fullmatch(os.path.abspath(path))
+    if match is None:
         return None
-    number, name, own = found.groups()
+    number, name, own = match.groups()
     return ("stdin", "stdout", "stderr").index(name) if name else int(number or own)
 
 
@@ -114,7 +116,10 @@ def _refused(path: Path, error: OSError) -> StorageError:
 
 
 def lock(directory: Path) -> None:
-    """Hold `directory` until this process ends, however it ends. Where the file system has no locks, say so and go on."""
+    """Lock `directory` for this process until it ends, however it ends. Raises `StorageError` if another process holds it.
+
+    If the file system has no locks, a note is printed instead.
+    """
     directory = directory.resolve()
     if directory in _LOCKS:
         return
@@ -126,7 +131,7 @@ def lock(directory: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
-            file.close()  # its folder was given up by another process meanwhile
+            file.close()  # another process has removed the folder in the meantime
     except BlockingIOError:
         raise StorageError(f"another process is working in {directory}; wait for it, or choose another --name") from None
     except OSError as error:
@@ -138,17 +143,17 @@ def lock(directory: Path) -> None:
 
 
 def _make(directory: Path) -> None:
-    """`mkdir` with parents, remembering what was made."""
+    """Create a directory and its parents, remembering those that are new."""
     missing = [folder for folder in (directory, *directory.parents) if not folder.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     _MADE.extend(missing)
 
 
 def give_up() -> None:
-    """Remove what this process claimed and did nothing in: folders with nothing but their settings, their lock and empty journals."""
+    """Remove the folders that this process created but did no work in: they hold only settings, a lock and empty journals."""
     for directory in _LOCKS:
         files = [path for path in directory.rglob("*") if not path.is_dir()]
-        if directory in _MADE and all(map(_says_nothing, files)):
+        if directory in _MADE and all(map(_is_empty, files)):
             for path in files:
                 path.unlink(missing_ok=True)
             for folder in sorted((path for path in directory.rglob("*") if path.is_dir()), reverse=True):
@@ -158,8 +163,9 @@ def give_up() -> None:
             folder.rmdir()
 
 
-def _says_nothing(path: Path) -> bool:
-    # What TensorBoard is told stands in the metrics too.
+def _is_empty(path: Path) -> bool:
+    """Whether a file of a run folder records no work."""
+    # TensorBoard files only repeat the metrics.
     if path.name in (LOCK, CONFIG, CONFIG + ".draft") or path.parent.name == "tensorboard" or path.stat().st_size == 0:
         return True
     if path.suffix != ".jsonl":
@@ -169,7 +175,7 @@ def _says_nothing(path: Path) -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """What a measurement was made on, for `meta` records; torch's part of it is None where torch is not used."""
+    """The hardware and software of a measurement, for `meta` records. The fields about torch are None if torch is not in use."""
     torch = sys.modules.get("torch")
     return {
         "cpu": _cpu_name(),
@@ -192,7 +198,7 @@ def _cpu_name() -> str:
 
 
 def meta(command: str, seed: int, seconds: float | None = None) -> dict[str, Any]:
-    """The record that heads every machine-readable result."""
+    """The record at the head of every machine-readable result. `seconds` is the wall-clock time of the work, if it was measured."""
     return {
         "record": "meta",
         "command": command,

@@ -1,9 +1,9 @@
-"""What commands print: `console` for results on standard output, `messages` for what is said beside them on standard error.
+"""Where commands print: `console` is for results on standard output, `messages` for notes and errors on standard error.
 
-- Text is text. Names, paths, errors and what models write are never read as markup, and control characters in them are left out;
-  a style is given with `rich.text.Text`.
-- A terminal gets colours, moving bars and tables as wide as it is. A file or pipe gets every record on one line, however long.
-- A stream that does not take a character gets a stand-in for it, never an error; see `tolerate`.
+- Text is plain. Names, paths, errors and the output of models are never interpreted as markup, and their control characters are removed;
+  styles are given with `rich.text.Text`.
+- A terminal gets colours, moving bars and tables as wide as itself. A file or pipe gets every record on one line, however long.
+- A character that a stream cannot encode is replaced by a stand-in, never an error; see `tolerate`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ from rich.segment import Segment
 from rich.text import Text
 
 _CONTROLS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
-_WHOLE = 10**9
-_LEAST = 20
+_UNLIMITED = 10**9
+_MIN_WIDTH = 20
 _PROSE = 24
-"""Cells wider than this may be broken between words."""
+"""Cells wider than this may be wrapped between words."""
 _STAND_INS = {
     "→": "->", "…": "...", "±": "+-", "µ": "u", "█": "#", "▓": "=", "▒": "-", "░": ".", "│": "|", "─": "-", "━": "-", "•": "*",
 }  # fmt: skip
 
 
 class Screen(Console):
-    """A console to which all strings are plain text. Without a given `width` it is as wide as its terminal."""
+    """A console that prints all strings as plain text. Unless a `width` is given, it is as wide as its terminal."""
 
     def __init__(self, **options: Any):
-        self._as_asked = "width" in options
+        self._fixed_width = "width" in options
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     @property
     def size(self) -> ConsoleDimensions:
-        found = super().size
-        if not self.is_terminal and not self._as_asked:
-            return ConsoleDimensions(_WHOLE, found.height)
-        # Of a dumb terminal rich takes no notice of the variable COLUMNS.
-        return ConsoleDimensions(max(self._width or found.width, _LEAST), found.height)
+        """Columns and lines of the terminal; where there is none and no width was given, the width is unlimited."""
+        detected = super().size
+        if not self.is_terminal and not self._fixed_width:
+            return ConsoleDimensions(_UNLIMITED, detected.height)
+        # On a dumb terminal, rich ignores the variable COLUMNS.
+        return ConsoleDimensions(max(self._width or detected.width, _MIN_WIDTH), detected.height)
 
     @size.setter
     def size(self, new: tuple[int, int]) -> None:
@@ -54,10 +55,11 @@ class Screen(Console):
 
     @property
     def moves(self) -> bool:
-        """Can what was printed be drawn over?"""
+        """Whether the terminal can redraw what was printed."""
         return self.is_terminal and not self.is_dumb_terminal
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The segments of a renderable, without control characters in its text."""
         for segment in super().render(renderable, options):
             if segment.control or not _CONTROLS.search(segment.text):
                 yield segment
@@ -66,7 +68,7 @@ class Screen(Console):
 
 
 class Table(table.Table):
-    """A table whose numbers and names stay whole: where it does not fit, a block of lines for each row."""
+    """A table that never breaks numbers and names: if it does not fit the width, each row becomes a block of lines."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = self._widths(console, options.max_width - (self._extra_width + sum(self.padding[1::2]) * len(self.columns)))
@@ -78,12 +80,12 @@ class Table(table.Table):
         yield from super().__rich_console__(console, options)
 
     def _widths(self, console: Console, room: int) -> list[int] | None:
-        """Of the columns, within `room`; None if some cell would be cut."""
+        """The widths of the columns, in all at most `room`; None if that would cut a cell."""
         whole, least = [], []
         for column in self.columns:
             lines = [str(cell).splitlines() or [""] for cell in column.cells]
-            longest = max((cell_len(line) for found in lines for line in found), default=0)
-            word = max((cell_len(word) for found in lines for line in found for word in line.split()), default=0)
+            longest = max((cell_len(line) for cell in lines for line in cell), default=0)
+            word = max((cell_len(word) for cell in lines for line in cell for word in line.split()), default=0)
             header = str(column.header)
             least.append(max([longest if longest <= _PROSE else max(_PROSE, word), *map(cell_len, header.split())]))
             whole.append(max(longest, cell_len(header)))
@@ -93,12 +95,13 @@ class Table(table.Table):
             return None
         widths = least
         while sum(widths) < room:
-            # What is left over goes where the most is missing.
+            # Spare columns go where the most is missing.
             n = max(range(len(widths)), key=lambda n: whole[n] - widths[n])
             widths[n] += 1
         return widths
 
     def _blocks(self, room: int) -> RenderResult:
+        """The rows as blocks of one line per column."""
         if self.title:
             yield Text(str(self.title), "italic")
         rows = zip(*(column.cells for column in self.columns), strict=True)
@@ -106,13 +109,13 @@ class Table(table.Table):
         named = max((cell_len(header) for row in filled for header, _ in row), default=0)
         word = max((cell_len(word) for row in filled for _, cell in row for word in str(cell).split()), default=0)
         if named + word + len("│  │  │") <= room:
-            shown = table.Table(show_header=False, box=self.box or box.HEAVY_HEAD)
-            shown.add_column(width=named)
-            shown.add_column(overflow="fold")
+            blocks = table.Table(show_header=False, box=self.box or box.HEAVY_HEAD)
+            blocks.add_column(width=named)
+            blocks.add_column(overflow="fold")
             for row in filled:
                 for n, (header, cell) in enumerate(row, 1):
-                    shown.add_row(header, cell, end_section=n == len(row))
-            yield shown
+                    blocks.add_row(header, cell, end_section=n == len(row))
+            yield blocks
         else:
             for row in filled:
                 yield from (Text(f"{header}: {cell}") for header, cell in row)
@@ -122,7 +125,7 @@ class Table(table.Table):
 
 
 class Heading:
-    """The title of a part of a command's output."""
+    """The heading of a section of a command's output: a rule on a terminal, a marked line elsewhere."""
 
     def __init__(self, title: str):
         self.title = title
@@ -132,16 +135,17 @@ class Heading:
 
 
 def tagged(tag: str, style: str, text: str) -> Text:
-    """`text` behind a styled word, such as "note:"."""
+    """`text` after a styled word such as "note:"."""
     return Text.assemble((tag, style), " ", text)
 
 
 def one_line(text: str) -> str:
-    """`text` without its line breaks."""
+    """`text` with its line breaks replaced by spaces."""
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _stand_in(error: UnicodeError) -> tuple[str, int]:
+    """The codec error handler that replaces characters which cannot be encoded."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     missing = error.object[error.start : error.end]
@@ -152,14 +156,14 @@ codecs.register_error("ramet.stand-in", _stand_in)
 
 
 def tolerate() -> None:
-    """Make standard output and standard error take every character: one that they cannot encode is written as its stand-in or its code."""
+    """Make standard output and standard error accept every character; those that they cannot encode become stand-ins or escape codes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="ramet.stand-in")
 
 
 def give_way() -> None:
-    """Leave standard output to a machine-readable result: what is shown for people goes to standard error."""
+    """Reserve standard output for a machine-readable result: from now on `console` prints to standard error."""
     console.stderr = True
 
 
@@ -169,7 +173,7 @@ messages = Screen(stderr=True)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers."""
+    """A block in which transformers shows no progress bars and no warnings."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

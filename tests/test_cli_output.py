@@ -102,8 +102,8 @@ def test_a_signal_gives_its_status_and_one_line(number, status, capsys, monkeypa
         (("run", "1+2", "--budgett", "3"), "--budget"),
         (("eval", "--polcy", "x"), "--policy"),
         (("confg",), "config"),
-        (("eval", "--name", ""), "names no folder"),
-        (("train", "--name", ".."), "names no folder"),
+        (("eval", "--name", ""), "is not the name of a folder"),
+        (("train", "--name", ".."), "is not the name of a folder"),
     ],
 )
 def test_what_is_refused_says_what_was_meant(arguments, says, capsys):

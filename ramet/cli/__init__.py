@@ -1,1 +1,1 @@
-"""The command line: parse, call, print; one file a group of commands."""
+"""The command line: it parses options, calls the package and prints. Each group of commands has its own file."""

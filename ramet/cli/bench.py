@@ -1,4 +1,4 @@
-"""`ramet bench` and `ramet attention`: what this machine does, and how attention is shared."""
+"""`ramet bench` and `ramet attention`: benchmarks of this machine, and sequence-parallel attention."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ramet.errors import ConfigError, require
 
 bench = typer.Typer(help="Measure this machine. Example: ramet bench sampling --json sampling.json", no_args_is_help=True)
 attention = typer.Typer(
-    help="Sequence-parallel attention: Spava and what it is compared with. Example: ramet attention plan", no_args_is_help=True
+    help="Sequence-parallel attention: Spava and the methods it is compared with. Example: ramet attention plan", no_args_is_help=True
 )
 
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of what is random: training, tasks that are measured, samples.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed of training, of the choice of tasks, and of sampling.")]
 
 
 def _destination(path: Path | None) -> Path | None:
-    """Where a result is to be written: refused before the work if it cannot be."""
+    """The path of a result, refused before the work if it cannot be written."""
     if path is not None:
         storage.writable(path)
         if storage.to_stdout(path):
@@ -28,32 +28,32 @@ def _destination(path: Path | None) -> Path | None:
 
 
 Json = Annotated[
-    Path | None, typer.Option("--json", callback=_destination, help="Write machine-readable results there; -: to standard output.")
+    Path | None, typer.Option("--json", callback=_destination, help="Write machine-readable results to this file; - is standard output.")
 ]
 
 
 def _picture(path: Path | None) -> Path | None:
-    """The same of a picture, which also wants something that draws it."""
+    """The path of a picture, refused before the work if it cannot be written or matplotlib is missing."""
     if path is not None:
         require("matplotlib", "--png")
     return _destination(path)
 
 
-Png = Annotated[Path | None, typer.Option("--png", callback=_picture, help="Draw the result there.")]
+Png = Annotated[Path | None, typer.Option("--png", callback=_picture, help="Plot the result to this PNG file.")]
 Hosts = Annotated[int, typer.Option(min=1, help="Hosts that share a context.")]
 Anchor = Annotated[int | None, typer.Option(min=0, help="Rows that every block sees; by default 1/64 of the context.")]
 Passing = Annotated[int | None, typer.Option(min=0, help="Rows that a block passes on; by default 1/128 of the context.")]
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """The positive whole numbers of an option that takes several. Raises `ConfigError` for what is none."""
+    """The positive whole numbers of an option that takes several. Raises `ConfigError` for anything else."""
     try:
-        found = [int(part) for part in text.split(",") if part.strip()]
+        values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ConfigError(f"--{option} must be whole numbers with commas between them (got {text!r})") from None
-    if any(number < 1 for number in found):
+        raise ConfigError(f"--{option} takes whole numbers separated by commas (got {text!r})") from None
+    if any(value < 1 for value in values):
         raise ConfigError(f"--{option} must be positive (got {text!r})")
-    return found
+    return values
 
 
 @bench.command("sampling")
@@ -61,11 +61,11 @@ def bench_sampling(
     model: Annotated[str, typer.Option(help="nano, or a model directory.")] = "nano",
     requests: Annotated[int, typer.Option(min=8, help="Requests of the workload.")] = 512,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; backends take turns within each.")] = 3,
-    backend: Annotated[str, typer.Option(help="transformers; or vllm: that many trees beside LLM.generate.")] = "transformers",
+    backend: Annotated[str, typer.Option(help="transformers, or vllm: as many trees compared with LLM.generate.")] = "transformers",
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Sampling throughput on ragged tree workloads beside `model.generate`, in one run.
+    """Compare the sampling throughput on ragged tree workloads with `model.generate`, in one run.
 
     Example: ramet bench sampling --json sampling.json
     """
@@ -79,6 +79,7 @@ def bench_sampling(
 
 
 def method_of(name: str, anchor: int | None, passing: int | None) -> Any:
+    """The attention method called `name`, a `ramet.attention.methods.Method`."""
     from ramet.attention.methods import Method
 
     return Method(name, anchor, passing)  # type: ignore[arg-type]
@@ -95,7 +96,7 @@ def attention_plan(
     png: Png = None,
     json: Json = None,
 ) -> None:
-    """Print which rank holds what, and who attends to what.
+    """Print which rank holds which rows, and which rows attend to which.
 
     Example: ramet attention plan --context 131072 --hosts 8 --png plan.png
     """
@@ -112,11 +113,11 @@ def attention_check(
     query: Annotated[int, typer.Option(min=1, help="Random tokens of the question.")] = 16,
     anchor: Anchor = None,
     passing: Passing = None,
-    dtype: Annotated[str, typer.Option(help="float32, or float64: hardly any rounding, twice the memory.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, or float64 for almost no rounding and twice the memory.")] = "float32",
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Compare a model's logits with those of dense attention on this machine, hosts simulated one after another.
+    """Compare a model's logits with those of dense attention on this machine; hosts are simulated one after another.
 
     Example: ramet attention check --model nano --hosts 4
     """
@@ -135,7 +136,7 @@ def bench_reward_server(
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Many clients of one reward server: is every answer the model's own, and how fast beside direct calls.
+    """Test a reward server with many clients: whether every answer is the model's own, and its speed compared with direct calls.
 
     Example: ramet bench reward-server --model runs/reward-demo/drm --questions runs/reward-demo/held-out/questions.jsonl
     """
@@ -147,12 +148,12 @@ def bench_reward_server(
 @bench.command("cluster")
 def bench_cluster(
     engines: Annotated[int, typer.Option(min=2, help="Simulated engines.")] = 1000,
-    updates: Annotated[int, typer.Option(min=1, help="Simulated updates, a seed each.")] = 3,
+    updates: Annotated[int, typer.Option(min=1, help="Simulated updates, each with its own seed.")] = 3,
     png: Png = None,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Where should a tree's requests go? The real runtime on a simulated cluster of engines, under a virtual clock.
+    """Compare ways to place a tree's requests, with the real runtime on a simulated cluster of engines under a virtual clock.
 
     Example: ramet bench cluster --engines 1000 --json cluster.json --png cluster.png
     """
@@ -163,12 +164,12 @@ def bench_cluster(
 
 @bench.command("scaling")
 def bench_scaling(
-    trees: Annotated[int, typer.Option(min=8, help="Trees of an update for every eight GPUs.")] = 512,
-    fixed: Annotated[bool, typer.Option("--fixed", help="The same trees for any number of GPUs.")] = False,
+    trees: Annotated[int, typer.Option(min=8, help="Trees of one update per eight GPUs.")] = 512,
+    fixed: Annotated[bool, typer.Option("--fixed", help="The same number of trees for any number of GPUs.")] = False,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Training on 8 to 1,024 GPUs by a model: what an update takes and what limits it. What this machine can measure, it measures.
+    """Model training on 8 to 1,024 GPUs: how long an update takes and what limits it. What this machine can measure is measured.
 
     Example: ramet bench scaling --json scaling.json
     """
@@ -179,12 +180,12 @@ def bench_scaling(
 
 @bench.command("simulate")
 def bench_simulate(
-    seeds: Annotated[int | None, typer.Option(min=1, help="How many; by default 10,000, or 1 if --seed is given.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The first one.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print what each seed stands for, its trees, and tracebacks.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds; by default 10,000, or 1 if --seed is given.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The first seed.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the scenario of each seed, its trees, and tracebacks.")] = False,
     json: Json = None,
 ) -> None:
-    """Grow random trees under random faults, an interleaving a seed, and check what must always hold.
+    """Grow random trees under random faults, one interleaving per seed, and check the invariants.
 
     Example: ramet bench simulate --seeds 10000 --json simulate.json
     """
@@ -198,7 +199,7 @@ def bench_runtime(
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each case.")] = 3,
     json: Json = None,
 ) -> None:
-    """What a clone costs in CPU and memory, beside a task of a bare anyio task group.
+    """Measure what a clone costs in CPU and memory, compared with a task in a plain anyio task group.
 
     Example: ramet bench runtime --json runtime.json
     """
@@ -209,7 +210,7 @@ def bench_runtime(
 
 @bench.command("kills")
 def bench_kills(
-    kills: Annotated[int, typer.Option(min=1, help="Of each job.")] = 200,
+    kills: Annotated[int, typer.Option(min=1, help="Kills of each command.")] = 200,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
@@ -226,17 +227,17 @@ def bench_kills(
 @attention.command("bench")
 @bench.command("attention")
 def bench_attention(
-    method: Annotated[str, typer.Option(help="all, or names with commas between them.")] = "all",
-    hosts: Annotated[str, typer.Option(help="Numbers of hosts, for the critical path.")] = "2,4,8,16",
-    length: Annotated[str, typer.Option(help="Tokens, for the critical path.")] = "8192,32768,131072",
-    wall_length: Annotated[str, typer.Option(help="Tokens, for two real processes over gloo; empty: not measured.")] = "8192,16384,32768",
-    query: Annotated[int, typer.Option(min=1, help="Rows of the question, of the tokens.")] = 64,
-    bandwidth: Annotated[float, typer.Option(min=1e-3, help="Of the link between hosts, in GB/s.")] = 12.5,
-    repeats: Annotated[int, typer.Option(min=1, help="Of each measurement.")] = 3,
+    method: Annotated[str, typer.Option(help="all, or names separated by commas.")] = "all",
+    hosts: Annotated[str, typer.Option(help="Numbers of hosts for the critical path.")] = "2,4,8,16",
+    length: Annotated[str, typer.Option(help="Numbers of tokens for the critical path.")] = "8192,32768,131072",
+    wall_length: Annotated[str, typer.Option(help="Tokens for two real processes over gloo; empty: skip them.")] = "8192,16384,32768",
+    query: Annotated[int, typer.Option(min=1, help="How many of the tokens are the question.")] = 64,
+    bandwidth: Annotated[float, typer.Option(min=1e-3, help="Bandwidth of the link between hosts, in GB/s.")] = 12.5,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions of each measurement.")] = 3,
     png: Png = None,
     json: Json = None,
 ) -> None:
-    """Attention methods at the shapes of Qwen2.5-3B: each host's time on its critical path, and two real processes.
+    """Time attention methods at the shapes of Qwen2.5-3B: each host on its critical path, and two real processes.
 
     Example: ramet bench attention --method spava,zigzag --hosts 8 --length 32768 --json attention.json
     """
@@ -249,16 +250,17 @@ def bench_attention(
 @bench.command("needle")
 def bench_needle(
     model: Annotated[str, typer.Option(help="smollm2-135m, or a model directory.")] = "smollm2-135m",
-    length: Annotated[int, typer.Option(min=64, help="Tokens of a text.")] = 8100,
-    hosts: Annotated[str, typer.Option(help="Numbers of hosts; the lengths below are tried on the first.")] = "4,2,8",
-    anchors: Annotated[str, typer.Option(help="Of Spava: the anchor is one part in so many of the context.")] = "256,16",
-    passings: Annotated[str, typer.Option(help="Of Spava: a block passes on one part in so many.")] = "256,32",
-    depths: Annotated[int, typer.Option(min=1, help="Places of the code in the text.")] = 5,
-    samples: Annotated[int, typer.Option(min=1, help="Texts for each place.")] = 2,
+    length: Annotated[int, typer.Option(min=64, help="Tokens per text.")] = 8100,
+    hosts: Annotated[str, typer.Option(help="Numbers of hosts; --anchors and --passings are tried with the first.")] = "4,2,8",
+    anchors: Annotated[str, typer.Option(help="For Spava: the context length divided by the length of the anchor.")] = "256,16",
+    passings: Annotated[str, typer.Option(help="For Spava: the context length divided by the rows that a block passes on.")] = "256,32",
+    depths: Annotated[int, typer.Option(min=1, help="Positions of the code in the text.")] = 5,
+    samples: Annotated[int, typer.Option(min=1, help="Texts per position.")] = 2,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for the journal, results.json and needle.png.")] = Path("runs/needle"),
 ) -> None:
-    """What approximate attention loses on a real model: a code in a long text, divergence from dense, recall. Resumes.
+    """Measure what approximate attention loses on a real model: retrieval of a code from a long text, divergence from dense attention, and
+    recall. Run again to resume.
 
     Example: ramet bench needle --model smollm2-135m --hosts 4
     """

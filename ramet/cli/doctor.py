@@ -1,4 +1,4 @@
-"""`ramet doctor`: what is installed, what works, what to install for what is missing."""
+"""`ramet doctor`: what is installed, what works, and what to install."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ PARTS = {
     "vllm": "the backend vllm",
     "openrlhf": "ramet train --trainer openrlhf",
 }
-"""What extras bring and commands name, by module."""
+"""What the modules of the extras are for."""
 
 
 def _version(module: str) -> str:
-    """vLLM for CPUs is installed under another name than it is imported by."""
+    """The version of an installed module. vLLM for CPUs is installed under a name other than its module's."""
     for name in (module, f"{module}-cpu"):
         try:
             return importlib.metadata.version(name)
@@ -44,8 +44,8 @@ def _version(module: str) -> str:
     return "of unknown version"
 
 
-def _lacking() -> list[str]:
-    """Packages that the base install requires and that are not there; empty also where ramet runs from its source alone."""
+def _missing_requirements() -> list[str]:
+    """Packages that the base install requires but are not installed; empty too if ramet runs from its source without an installation."""
     try:
         required = importlib.metadata.requires("ramet") or []
     except importlib.metadata.PackageNotFoundError:
@@ -55,7 +55,7 @@ def _lacking() -> list[str]:
 
 
 def _nano_works() -> str:
-    """Sample from the shipped model, for real."""
+    """Sample from the shipped model and return what it answered."""
     from ramet.agents.budget import Budget
     from ramet.agents.runtime import Runtime
     from ramet.agents.sampling import Sampling
@@ -75,13 +75,14 @@ def _nano_works() -> str:
 
 
 def _gpu() -> str:
+    """The name of the GPU, or that there is none."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "none: everything runs on the CPU"
 
 
 class _Findings:
-    """What was looked at: as a table, as records, and what of it is broken."""
+    """The results of the checks, as a table and as records; `broken` names the failed ones."""
 
     def __init__(self) -> None:
         self.table = Table("what", "state", "for")
@@ -89,50 +90,51 @@ class _Findings:
         self.broken: list[str] = []
 
     def note(self, what: str, state: str, purpose: str, ok: bool = True, optional: bool = False) -> None:
-        """What is not `ok` is broken, unless it is `optional`."""
+        """Add a check. One that is not `ok` counts as broken unless it is `optional`."""
         self.table.add_row(what, Text(state, "green" if ok else "" if optional else "red"), purpose)
         self.records.append({"record": "check", "what": what, "ok": ok, "optional": optional, "state": state})
         if not ok and not optional:
             self.broken.append(what)
 
 
-def _look() -> _Findings:
-    """Everything, tried where it is installed. An extra that is not installed is no fault, one that does not import is."""
+def _check() -> _Findings:
+    """Run all checks. An extra that is not installed is not a fault; one that is installed but cannot be imported is."""
     from ramet.policy.models.catalogue import CATALOGUE, cache
 
-    found = _Findings()
-    found.note("python", sys.version.split()[0], "3.11 or newer", sys.version_info >= (3, 11))
-    lacking = _lacking()
-    found.note("base install", f"without {', '.join(lacking)}: pip install ramet" if lacking else "whole", "agents, servers", not lacking)
+    findings = _Findings()
+    findings.note("python", sys.version.split()[0], "3.11 or newer", sys.version_info >= (3, 11))
+    missing = _missing_requirements()
+    state = f"without {', '.join(missing)}: pip install ramet" if missing else "complete"
+    findings.note("base install", state, "agents, servers", not missing)
     for module, purpose in PARTS.items():
         here = importlib.util.find_spec(module) is not None
         name = module.replace("_", "-")
-        found.note(name, _version(name) if here else f"not installed: {extra(module)}", purpose, here, optional=True)
+        findings.note(name, _version(name) if here else f"not installed: {extra(module)}", purpose, here, optional=True)
     if importlib.util.find_spec("trio") is not None:
-        found.note("trio", _version("trio"), "the runtime's second backend")
+        findings.note("trio", _version("trio"), "the runtime's second backend")
     if importlib.util.find_spec("flash_attn") is not None:
-        found.note("flash-attn", _version("flash-attn"), "attention kernels on NVIDIA GPUs")
+        findings.note("flash-attn", _version("flash-attn"), "attention kernels on NVIDIA GPUs")
     needed = [module for module in ("torch", "transformers", "safetensors") if importlib.util.find_spec(module) is None]
     if needed:
-        found.note("nano model", f"not tried without {', '.join(needed)}", "ramet demo, run, train, eval", False, optional=True)
+        findings.note("nano model", f"not tested without {', '.join(needed)}", "ramet demo, run, train, eval", False, optional=True)
     else:
-        for what, look, purpose in (("CUDA", _gpu, "larger models"), ("nano model", _nano_works, "ramet demo, run, train, eval")):
+        for what, check, purpose in (("CUDA", _gpu, "larger models"), ("nano model", _nano_works, "ramet demo, run, train, eval")):
             try:
-                found.note(what, look(), purpose)
+                findings.note(what, check(), purpose)
             except (RametError, RuntimeError, OSError, ImportError) as error:
-                found.note(what, str(error), purpose, False)
+                findings.note(what, str(error), purpose, False)
     for name, model in CATALOGUE.items():
         here = (cache() / name / "config.json").exists()
-        state = "fetched" if here else f"not here: ramet models get {name}"
-        found.note(name, state, model.about.partition(",")[0], here, optional=True)
-    return found
+        state = "fetched" if here else f"not fetched: ramet models get {name}"
+        findings.note(name, state, model.about.partition(",")[0], here, optional=True)
+    return findings
 
 
 def run_doctor(out: Path | None) -> None:
-    """Print the table. What is not installed is stated; raise only if something that is installed, or the base, does not work."""
-    found = _look()
-    console.print(found.table)
+    """Print the table. Raises `RametError` only if the base install or something that is installed does not work."""
+    findings = _check()
+    console.print(findings.table)
     if out is not None:
-        write_json(out, [meta("doctor", 0), *found.records])
-    if found.broken:
-        raise RametError(f"not working: {', '.join(found.broken)}; the table says what to do")
+        write_json(out, [meta("doctor", 0), *findings.records])
+    if findings.broken:
+        raise RametError(f"not working: {', '.join(findings.broken)}; the table says what to do")

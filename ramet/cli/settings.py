@@ -1,4 +1,4 @@
-"""`ramet config`: what a run's settings are and where each comes from; and every setting, with what it takes and means."""
+"""`ramet config`: the settings of a run and where each comes from, and the reference of all settings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ would have, and where each value comes from.
 
 
 def show_settings(path: Path | None, overrides: Sequence[str], section: str, toml: bool, out: Path | None) -> None:
-    """The settings of a run whose names begin with `section`. Raises `ConfigError` if there are none."""
+    """Print the settings of a run whose names begin with `section`. Raises `ConfigError` if there are none."""
     config, origins = traced(path, overrides)
     values = config.model_dump(mode="json")
     rows = [(name, _value(values, name), origin) for name, origin in origins.items() if _begins(name, section)]
@@ -45,6 +45,7 @@ def show_settings(path: Path | None, overrides: Sequence[str], section: str, tom
 
 
 def _begins(name: str, section: str) -> bool:
+    """Whether a setting is in a section, given as whole parts of its dotted name."""
     return not section or f"{name}.".startswith(section.rstrip(".") + ".")
 
 
@@ -55,7 +56,7 @@ def _value(values: Any, name: str) -> Any:
 
 
 def written(value: Any) -> str:
-    """As a file says it; nothing for what no file can say."""
+    """A value as it is written in a TOML file; empty for None, which cannot be written there."""
     if value is None:
         return ""
     if isinstance(value, bool):
@@ -69,7 +70,7 @@ def written(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Setting:
-    """One line of the reference. `kinds`: the environments that it belongs to; empty outside `[env]`."""
+    """One line of the reference. `kinds` holds the environments that the setting belongs to; it is empty outside `[env]`."""
 
     name: str
     kinds: tuple[str, ...]
@@ -79,7 +80,7 @@ class Setting:
 
 
 def sections() -> Iterator[tuple[str, str, list[Setting]]]:
-    """(title, what it is, its settings) of every section, as they stand in a file."""
+    """(title, description, settings) of every section, in the order of a file."""
     defaults = RunConfig().model_dump(mode="json")
     schemas = Settings(RunConfig)
     for name, schema in schemas.sections():
@@ -105,16 +106,16 @@ def _absent(section: str) -> str:
 
 
 def print_reference(section: str, markdown: bool, out: Path | None) -> None:
-    """Every setting whose name begins with `section`. Raises `ConfigError` if there are none."""
-    found = [(title, about, chosen) for title, about, rows in sections() if (chosen := [r for r in rows if _begins(r.name, section)])]
-    if not found:
+    """Print every setting whose name begins with `section`. Raises `ConfigError` if there are none."""
+    selected = [(title, about, chosen) for title, about, rows in sections() if (chosen := [r for r in rows if _begins(r.name, section)])]
+    if not selected:
         raise ConfigError(f"no setting begins with {section!r}; there are {', '.join(RunConfig.model_fields)}")
     if out is not None:
-        write_json(out, [{"record": "setting", **asdict(row)} for _, _, rows in found for row in rows])
+        write_json(out, [{"record": "setting", **asdict(row)} for _, _, rows in selected for row in rows])
     if markdown:
         console.print(Text(page()), soft_wrap=True, end="")
         return
-    for title, about, rows in found:
+    for title, about, rows in selected:
         table = Table("setting", "takes", "default", "meaning", title=title, caption=about)
         for row in rows:
             table.add_row(row.name, row.takes, row.default, row.meaning)
@@ -122,7 +123,7 @@ def print_reference(section: str, markdown: bool, out: Path | None) -> None:
 
 
 def page() -> str:
-    """All of it as a page of Markdown."""
+    """The whole reference as a Markdown page."""
     parts = [INTRODUCTION]
     for title, about, rows in sections():
         cells = [("key", "takes", "default", "meaning"), ("---",) * 4]

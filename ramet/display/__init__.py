@@ -1,1 +1,1 @@
-"""Records to tables, pictures, pages and progress. Measures nothing."""
+"""Turns records into tables, pictures and pages, and shows progress. It measures nothing."""

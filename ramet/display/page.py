@@ -1,4 +1,4 @@
-"""`report.html` of a frontier: one self-contained page that draws accuracy against whichever cost one chooses."""
+"""`report.html` of a frontier: one self-contained page that plots accuracy against a cost of the reader's choice."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ label { margin-right: 1.2rem; }
 
 
 def write_page(path: Path, title: str, records: Sequence[Mapping[str, Any]]) -> None:
-    """The page: the plot, differences at matched cost, areas, and what it was measured on."""
+    """Write the page: the plot, differences at matched cost, areas under the frontier, and the machine that it was measured on."""
     points = [r for r in records if r["record"] == "point"]
-    # "<" is written so that no name can end the script element.
+    # "<" is escaped so that no name can end the script element.
     data = json.dumps(points, allow_nan=False).replace("<", "\\u003c")
     parts = [
-        f"<h1>{escape(title)}</h1><p>Accuracy with 95% intervals against what a task costs. Point at a dot for its numbers, "
+        f"<h1>{escape(title)}</h1><p>Accuracy with 95% intervals against the cost of a task. Point at a dot for its numbers; "
         "click a name to hide it.</p><p>",
         *(f'<label>{name} <select id="{name}"></select></label>' for name in ("metric", "split", "cost")),
         '<label><input type="checkbox" id="log" checked> logarithmic</label></p>',

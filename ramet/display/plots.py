@@ -1,4 +1,4 @@
-"""Pictures of results: the frontier, what the controller does by length, and learning curves."""
+"""Plots of results: the frontier, what the controller does by length, and learning curves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COLOURS = {
     "map_reduce_trained": "#3a8f5c",
 }
 DASHES = {"best_of_n": "--", "map_reduce": "--", "best_of_n_solo": ":"}
-"""Of methods that share a colour, the weights that are not the trained ones."""
+"""Line styles of methods that share a colour with another: those whose weights are not the trained ones."""
 SPLITS = {"iid": "lengths as trained", "ood": "at least twice as long"}
 
 
@@ -46,21 +46,22 @@ P = ParamSpec("P")
 
 
 def picture(draw: Callable[Concatenate[Any, Path, P], None]) -> Callable[Concatenate[Any, Path, P], None]:
-    """One picture of a run folder: where matplotlib is not installed it is left out, and a note says so."""
+    """A decorator for functions that draw a picture of a run folder: without matplotlib, they print a note instead."""
 
     @wraps(draw)
-    def drawn(shown: Any, path: Path, /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def draw_or_note(data: Any, path: Path, /, *args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            draw(shown, path, *args, **kwargs)
+            draw(data, path, *args, **kwargs)
         except ModuleNotFoundError as error:
             if not (missing := missing_extra(error)):
                 raise
             messages.print(tagged("note:", "yellow", f"{path.name} is not drawn: {missing}, and run the same command again"))
 
-    return drawn
+    return draw_or_note
 
 
 def subplots(rows: int, columns: int) -> Any:
+    """A matplotlib figure and its grid of axes, [row][column], in the common style."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -76,7 +77,7 @@ def _style(policy: str) -> dict[str, Any]:
 
 @picture
 def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against the budget and against the critical path, one row a split, 95% bands."""
+    """Accuracy against the budget and against the critical path, one row per split, with 95% bands."""
     points = [r for r in records if r["record"] == "point"]
     splits = [s for s in SPLITS if any(p["split"] == s for p in points)]
     figure, axes = subplots(len(splits), 2)
@@ -103,7 +104,7 @@ def frontier(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 @picture
 def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy of each method against each cost, one row a metric and split, with 95% bars."""
+    """Accuracy of each method against each cost, one row per metric and split, with 95% error bars."""
     points = [r for r in records if r["record"] == "point"]
     rows = list(dict.fromkeys((p["metric"], p["split"]) for p in points))
     columns = [c for c in ("generated", "prefilled", "critical_path", "money") if any(p[c] for p in points)]
@@ -111,7 +112,7 @@ def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = subplots(len(rows), len(columns))
     for row, (metric, split) in enumerate(rows):
         for column, cost in enumerate(columns):
-            shown = axes[row][column]
+            plot = axes[row][column]
             for colour, name in enumerate(names):
                 line = sorted((p for p in points if (p["metric"], p["split"], p["method"]) == (metric, split, name)), key=lambda p: p[cost])
                 ys = [p["accuracy"] for p in line]
@@ -119,7 +120,7 @@ def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
                     [max(y - p["ci_low"], 0) for y, p in zip(ys, line, strict=True)],
                     [max(p["ci_high"] - y, 0) for y, p in zip(ys, line, strict=True)],
                 ]
-                shown.errorbar(
+                plot.errorbar(
                     [p[cost] for p in line],
                     ys,
                     bars,
@@ -130,8 +131,8 @@ def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
                     color=f"C{colour}",
                     label=name.replace("_", " "),
                 )
-            shown.set(xscale="log", xlabel=f"mean cost of a task: {cost.replace('_', ' ')}", title=f"{metric}, {split}")
-            shown.set_ylim(bottom=0)
+            plot.set(xscale="log", xlabel=f"mean cost of a task: {cost.replace('_', ' ')}", title=f"{metric}, {split}")
+            plot.set_ylim(bottom=0)
         axes[row][0].set_ylabel(metric)
     axes[0][0].legend(frameon=False, fontsize=8)
     save(figure, path)
@@ -139,7 +140,7 @@ def costs(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 @picture
 def behaviour(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """When the trained controller spawns, by length and budget, and accuracy by length at the largest budget of each split."""
+    """How often the trained controller spawns by length and budget, and accuracy by length at the largest budget of each split."""
     ample = sorted(ample_sizes(records), key=lambda r: r["size_low"])
     rates = spawn_rates(records)
     budgets = list(next(iter(rates.values()), {}))
@@ -182,11 +183,13 @@ def learning(curves: dict[str, Sequence[dict[str, Any]]], path: Path, score: str
 
 
 def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
+    """The centred moving average over `window` values, fewer at the ends."""
     half = window // 2
     return [sum(values[max(i - half, 0) : i + half + 1]) / len(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
 
 
 def save(figure: Any, path: Path) -> None:
+    """Write a figure as a file, creating its folder, and close it."""
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)

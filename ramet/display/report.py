@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page, pictures inside, no network."""
+"""`report.html` of a comparison: one self-contained page with its pictures, which needs no network."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ pre { background: #8881; padding: .8rem; overflow-x: auto; font-size: .85rem; }
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """An HTML table; all texts are escaped."""
     head = "".join(f"<th>{escape(h)}</th>" for h in headers)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def points_table(records: Sequence[dict[str, Any]], split: str) -> str:
-    """Accuracy with its interval per policy and budget."""
+    """The accuracy of each policy at each budget of a split, with its interval, in HTML."""
     points = [r for r in records if r["record"] == "point" and r["split"] == split]
     budgets = sorted({p["budget"] for p in points})
     rows = []
@@ -47,7 +48,7 @@ def points_table(records: Sequence[dict[str, Any]], split: str) -> str:
 
 
 def costs_table(records: Sequence[dict[str, Any]], split: str) -> str:
-    """Tokens, critical path and spawn rate per policy, at the largest budget."""
+    """Accuracy, tokens, critical path and spawn rate of each policy at the largest budget of a split, in HTML."""
     points = [r for r in records if r["record"] == "point" and r["split"] == split]
     largest = max(p["budget"] for p in points)
     rows = [
@@ -67,7 +68,7 @@ def costs_table(records: Sequence[dict[str, Any]], split: str) -> str:
 
 
 def write_report(path: Path, title: str, intro: str, records: Sequence[dict[str, Any]], pictures: Sequence[Path], tree: str = "") -> None:
-    """The page. `tree` is preformatted text of one tree."""
+    """Write the page; pictures that do not exist are left out. `tree` is preformatted text of one tree."""
     splits = [s for s in SPLITS if any(r["record"] == "point" and r["split"] == s for r in records)]
     parts = [f"<h1>{escape(title)}</h1><p>{escape(intro)}</p>"]
     for picture in pictures:

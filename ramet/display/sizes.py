@@ -1,4 +1,4 @@
-"""Of a comparison's records, those that say what was done by size."""
+"""The records of a comparison that are broken down by task size."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 def ample_sizes(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of records, those by size at the largest budget of their split."""
+    """The records by size at the largest budget of their split."""
     sizes = sorted((r for r in records if r["record"] == "size"), key=lambda r: r["budget"])
     largest = {r["split"]: r["budget"] for r in sizes}
     return [r for r in records if r["record"] == "size" and r["budget"] == largest[r["split"]]]
 
 
 def spawn_rates(records: Sequence[dict[str, Any]]) -> dict[tuple[int, int], dict[int, float]]:
-    """How often the trained controller spawns, by range of sizes and by budget, both ascending, on lengths as trained."""
+    """The trained controller's spawn rate on lengths as in training, by range of sizes and by budget, both ascending."""
     chosen = [r for r in records if r["record"] == "size" and (r["policy"], r["split"]) == ("trained", "iid")]
     rates: dict[tuple[int, int], dict[int, float]] = {}
     for r in sorted(chosen, key=lambda r: (r["size_low"], r["budget"])):

@@ -1,4 +1,4 @@
-"""The tables of a comparison in Markdown, as the README shows them."""
+"""The tables of a comparison in Markdown, as the README and the documentation show them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ramet.display.sizes import ample_sizes, spawn_rates
 
 
 def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """Accuracy by budget, claims, cost at equal accuracy, and behaviour by length and budget, each a table."""
+    """All tables: accuracy by budget, claims, cost at equal accuracy, behaviour by length and budget, and the baselines' settings."""
     tables = (
         accuracy(records, "iid"), accuracy(records, "ood"), claims(records), costs(records), spawning(records), lengths(records),
         choices(records),
@@ -19,23 +19,24 @@ def markdown(records: Sequence[dict[str, Any]]) -> str:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(row)} |" for row in (headers, ["---"] * len(headers), *rows)]
 
 
 def accuracy(records: Sequence[dict[str, Any]], split: str) -> list[str]:
-    """Policies down, budgets across; half the width of the 95% interval after each accuracy."""
+    """One row per policy, one column per budget; each accuracy with half the width of its 95% interval."""
     points = {(r["policy"], r["budget"]): r for r in records if r["record"] == "point" and r["split"] == split}
     budgets = sorted({budget for _, budget in points})
     rows = []
     for policy, label in LABELS.items():
-        found = [points[policy, budget] for budget in budgets if (policy, budget) in points]
-        if found:
-            rows.append([label, *(f"{p['accuracy']:.2f} ±{(p['ci_high'] - p['ci_low']) / 2:.2f}" for p in found)])
+        own = [points[policy, budget] for budget in budgets if (policy, budget) in points]
+        if own:
+            rows.append([label, *(f"{p['accuracy']:.2f} ±{(p['ci_high'] - p['ci_low']) / 2:.2f}" for p in own)])
     return table([f"{SPLITS[split]}, token budget", *map(str, budgets)], rows)
 
 
 def claims(records: Sequence[dict[str, Any]]) -> list[str]:
-    """At how many budgets the trained controller is not worse, clearly better and clearly worse."""
+    """At how many budgets the trained controller is not worse, clearly better and clearly worse than each baseline."""
     rows = [
         [
             LABELS[r["baseline"]],
@@ -49,7 +50,7 @@ def claims(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def choices(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What the baselines were set to, on tasks of their own."""
+    """The settings that were chosen for the baselines on tasks kept for tuning."""
     chosen = [r for r in records if r["record"] == "choice"]
     rows = []
     for weights, split in dict.fromkeys((r["weights"], r["split"]) for r in chosen):
@@ -61,10 +62,10 @@ def choices(records: Sequence[dict[str, Any]]) -> list[str]:
 
 def costs(records: Sequence[dict[str, Any]]) -> list[str]:
     """Critical path and generated tokens of the controller where it is as accurate as a baseline at its best."""
-    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    by_cost: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for r in records:
         if r["record"] == "equal_accuracy":
-            found.setdefault((r["baseline"], r["split"]), {})[r["cost"]] = r
+            by_cost.setdefault((r["baseline"], r["split"]), {})[r["cost"]] = r
 
     def ratio(r: dict[str, Any]) -> str:
         if r["ratio"] is None:
@@ -73,13 +74,13 @@ def costs(records: Sequence[dict[str, Any]]) -> list[str]:
 
     rows = [
         [LABELS[policy], SPLITS[split], f"{by['critical_path']['accuracy']:.2f}", ratio(by["critical_path"]), ratio(by["generated"])]
-        for (policy, split), by in found.items()
+        for (policy, split), by in by_cost.items()
     ]
     return table(["at the accuracy of", "on", "which is", "critical path, ratio", "generated tokens, ratio"], rows)
 
 
 def lengths(records: Sequence[dict[str, Any]]) -> list[str]:
-    """What controller and base do by length, at the largest budget of each split."""
+    """What the controller and the base model do by length, at the largest budget of each split."""
     rows = [
         [
             LABELS[r["policy"]],
@@ -96,7 +97,7 @@ def lengths(records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def spawning(records: Sequence[dict[str, Any]]) -> list[str]:
-    """How often the trained controller spawns, by length and budget, on lengths as trained."""
+    """The trained controller's spawn rate by length and budget, on lengths as in training."""
     rates = spawn_rates(records)
     budgets = next(iter(rates.values()), {})
     rows = [[f"{low}-{high}", *(f"{rate:.0%}" for rate in by_budget.values())] for (low, high), by_budget in rates.items()]

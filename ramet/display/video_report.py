@@ -1,4 +1,4 @@
-"""Pictures and the page of what a reward model was measured to do."""
+"""Plots, tables and the page of a video reward model's evaluation."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Record = dict[str, Any]
 
 @picture
 def accuracy_bars(records: Sequence[Record], path: Path) -> None:
-    """Accuracy of each subset under each condition, with 95% bars and the line of chance."""
-    shown = [r for r in records if r["record"] == "result" and r["subset"] != "macro"]
-    subsets, conditions = list(dict.fromkeys(r["subset"] for r in shown)), list(dict.fromkeys(r["condition"] for r in shown))
+    """Accuracy on each subset under each condition, with 95% error bars and a line at chance."""
+    results = [r for r in records if r["record"] == "result" and r["subset"] != "macro"]
+    subsets, conditions = list(dict.fromkeys(r["subset"] for r in results)), list(dict.fromkeys(r["condition"] for r in results))
     figure, (row,) = subplots(1, 1)
     width = 0.8 / len(conditions)
     for n, condition in enumerate(conditions):
-        chosen = {r["subset"]: r for r in shown if r["condition"] == condition}
-        places = [s for s, subset in enumerate(subsets) if subset in chosen]
-        found = [chosen[subsets[s]] for s in places]
-        heights = [r["accuracy"] for r in found]
-        bars = [[max(r["accuracy"] - r["ci_low"], 0) for r in found], [max(r["ci_high"] - r["accuracy"], 0) for r in found]]
+        by_subset = {r["subset"]: r for r in results if r["condition"] == condition}
+        places = [s for s, subset in enumerate(subsets) if subset in by_subset]
+        own = [by_subset[subsets[s]] for s in places]
+        heights = [r["accuracy"] for r in own]
+        bars = [[max(r["accuracy"] - r["ci_low"], 0) for r in own], [max(r["ci_high"] - r["accuracy"], 0) for r in own]]
         row[0].bar([s + (n - (len(conditions) - 1) / 2) * width for s in places], heights, width * 0.92, yerr=bars, label=TITLES[condition],
                    error_kw={"elinewidth": 0.8}, color=f"C{list(TITLES).index(condition)}")  # fmt: skip
     row[0].axhline(0.5, color="#888", lw=1, ls="--")
@@ -54,11 +54,11 @@ def accuracy_bars(records: Sequence[Record], path: Path) -> None:
 
 @picture
 def best_of_n_curves(records: Sequence[Record], path: Path) -> None:
-    """Accuracy by N of each method, with 95% bands."""
-    shown = [r for r in records if r["record"] == "best_of_n"]
+    """The accuracy of each method by N, with 95% bands."""
+    curves = [r for r in records if r["record"] == "best_of_n"]
     figure, (row,) = subplots(1, 1)
-    for n, method in enumerate(dict.fromkeys(r["method"] for r in shown)):
-        line = sorted((r for r in shown if r["method"] == method), key=lambda r: r["n"])
+    for n, method in enumerate(dict.fromkeys(r["method"] for r in curves)):
+        line = sorted((r for r in curves if r["method"] == method), key=lambda r: r["n"])
         style = {"color": "#444", "ls": "--"} if method == "pass" else {"color": "#aaa"} if method == "random" else {"color": f"C{n}"}
         xs = [r["n"] for r in line]
         row[0].plot(
@@ -74,7 +74,7 @@ def best_of_n_curves(records: Sequence[Record], path: Path) -> None:
 
 @picture
 def training_curve(log: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss and accuracy of the training pairs by step."""
+    """Loss and accuracy on the training pairs by step."""
     figure, (row,) = subplots(1, 2)
     for axis, name in zip(row, ("loss", "accuracy"), strict=True):
         axis.plot([entry["step"] for entry in log], [entry[name] for entry in log], color="#c0392b")
@@ -86,16 +86,20 @@ MEASURES = {
     "consistent": "both", "letter_agreement": "place", "first_share": "1st", "invalid_rate": "unread", "tie_rate": "ties",
     "forward": "forward", "reversed": "reversed", "lenient": "lenient",
 }  # fmt: skip
-"""Headers of what is shown beside accuracy, the most telling first: right in both orders, same place in both, votes for the first, ..."""
+"""Measures shown beside accuracy with their column headers, the most informative first.
+
+They are the shares of pairs that are right in both orders and that choose the same place in both orders, of votes for the first answer,
+of unreadable votes and of ties, and the accuracy with the better answer first, with it last, and with ties counted as right.
+"""
 
 
 def results_table(records: Sequence[Record], measures: int = len(MEASURES)) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows, for the terminal, where fewer measures have room, and for the page."""
-    shown = [r for r in records if r["record"] == "result"]
-    kept = [n for n in MEASURES if any(n in r for r in shown)][:measures]
-    swept = [n for n in ("frames", "k") if len({r[n] for r in shown if n in r}) > 1]
+    """Headers and rows with up to `measures` measures; the terminal has room for fewer than the page."""
+    results = [r for r in records if r["record"] == "result"]
+    columns = [n for n in MEASURES if any(n in r for r in results)][:measures]
+    swept = [n for n in ("frames", "k") if len({r[n] for r in results if n in r}) > 1]
     rows = []
-    for r in shown:
+    for r in results:
         interval = f"{r['ci_low']:.3f}-{r['ci_high']:.3f}" if "ci_low" in r else ""
         rows.append(
             [
@@ -104,81 +108,84 @@ def results_table(records: Sequence[Record], measures: int = len(MEASURES)) -> t
                 str(r["n"]),
                 f"{r['accuracy']:.3f}",
                 interval,
-                *(f"{r[n]:.2f}" if n in r else "" for n in kept),
+                *(f"{r[n]:.2f}" if n in r else "" for n in columns),
                 *(str(r[n]) for n in swept),
             ]
         )
-    return ["video", "subset", "n", "right", "95%", *(MEASURES[n] for n in kept), *swept], rows
+    return ["video", "subset", "n", "right", "95%", *(MEASURES[n] for n in columns), *swept], rows
 
 
-def wrong_pairs(pairs: Sequence[PreferencePair], records: Sequence[Record], wrong: Sequence[str], most: int = 12) -> str:
-    """The first of the pairs that were judged wrong (`wrong`, their ids) with their own video, with frames of it."""
+def wrong_pairs(pairs: Sequence[PreferencePair], records: Sequence[Record], wrong: Sequence[str], limit: int = 12) -> str:
+    """HTML of the first `limit` pairs that were judged wrongly with their own video, with frames of it. `wrong` holds their ids."""
     by_id = {pair.id: pair for pair in pairs}
-    said = {r["id"]: r for r in records if r.get("condition") == "right"}
-    parts = [f"<h2>Pairs judged wrong: {len(wrong)} of {len(said)}</h2>"]
-    for name in wrong[:most]:
+    judged = {r["id"]: r for r in records if r.get("condition") == "right"}
+    parts = [f"<h2>Pairs judged wrongly: {len(wrong)} of {len(judged)}</h2>"]
+    for name in wrong[:limit]:
         pair = by_id[name]
         parts.append(f"<h3>{escape(name)} ({escape(pair.category or 'no category')})</h3>{_frames(pair)}<p>{escape(pair.question)}</p>")
         parts.append(f"<p><b>better:</b> {escape(pair.chosen)}</p>")
         parts += [f"<p><b>worse:</b> {escape(answer)}</p>" for answer in pair.rejected]
-        parts.append(f"<pre>{escape(_said(said[name]))}</pre>")
+        parts.append(f"<pre>{escape(_judgement(judged[name]))}</pre>")
     return "".join(parts)
 
 
-def _said(record: Record) -> str:
+def _judgement(record: Record) -> str:
+    """The scores of a pair, or the text of its votes."""
     if "chosen" in record:
         return f"score {record['chosen']:.3f} for the better answer, {', '.join(f'{s:.3f}' for s in record['rejected'])} for the worse"
     votes = [vote for votes in record["votes"] for vote in votes]
-    return "\n".join(f"{'better' if forward else 'worse'} first: {error or said}" for forward, _, said, error in votes)
+    return "\n".join(f"{'better' if forward else 'worse'} first: {error or text}" for forward, _, text, error in votes)
 
 
 def _frames(pair: PreferencePair, count: int = 4) -> str:
+    """HTML of `count` frames of each video of a pair."""
     return "".join(_frames_of(segment, count) for segment in segments_of(pair.video))
 
 
 def _frames_of(segment: Segment, count: int) -> str:
+    """HTML of `count` frames of one video, or the error if it cannot be read."""
     from PIL import Image
 
     try:
-        found = read_frames(Path(segment.file), count, segment.start, segment.end)
+        frames = read_frames(Path(segment.file), count, segment.start, segment.end)
     except TaskError as error:
         return f"<p>{escape(str(error))}</p>"
-    made = []
-    for frame, time in zip(found.pixels, found.times, strict=True):
+    images = []
+    for frame, time in zip(frames.pixels, frames.times, strict=True):
         image = Image.fromarray(frame)
         image.thumbnail((200, 200))
-        held = io.BytesIO()
-        image.save(held, "PNG")
-        data = base64.b64encode(held.getvalue()).decode()
-        made.append(f'<img alt="at {time:.1f} s" title="{time:.1f} s" style="width:150px" src="data:image/png;base64,{data}"> ')
-    return f"<p>{''.join(made)}</p>"
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        images.append(f'<img alt="at {time:.1f} s" title="{time:.1f} s" style="width:150px" src="data:image/png;base64,{data}"> ')
+    return f"<p>{''.join(images)}</p>"
 
 
 def write_page(
     path: Path, title: str, intro: str, protocol: str, records: Sequence[Record], pictures: Sequence[Path], more: str = ""
 ) -> None:
-    """The page, with everything inside."""
+    """Write the page, with its pictures inside; pictures that do not exist are left out. `more` is HTML for the end of the page."""
     parts = [f"<h1>{escape(title)}</h1><p>{escape(intro)}</p>"]
-    for drawn in filter(Path.exists, pictures):
-        data = base64.b64encode(drawn.read_bytes()).decode()
-        parts.append(f'<p><img alt="{escape(drawn.stem)}" src="data:image/png;base64,{data}"></p>')
+    for picture_file in filter(Path.exists, pictures):
+        data = base64.b64encode(picture_file.read_bytes()).decode()
+        parts.append(f'<p><img alt="{escape(picture_file.stem)}" src="data:image/png;base64,{data}"></p>')
     parts.append(f"<h2>Results</h2><p>Protocol: {escape(protocol)}</p>{table(*results_table(records))}")
-    parts.append('<p class="note">Intervals are 95%, over videos; that of macro is a bootstrap.</p>')
+    parts.append('<p class="note">Intervals are 95%, clustered by video; that of macro is from a bootstrap.</p>')
     head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style></head><body>'
     write_text(path, head + "".join(parts) + more + "</body></html>\n")
 
 
 def print_results(records: list[dict[str, Any]]) -> None:
-    """Results and best-of-N curves as tables."""
+    """Print results and best-of-N curves as tables."""
     protocol = next((r["line"] for r in records if r["record"] == "protocol"), "")
     headers, rows = results_table(records, 4)
-    shown = Table(title="how often the better answer is preferred", caption=protocol, box=SIMPLE_HEAD)
+    results = Table(title="how often the better answer is preferred", caption=protocol, box=SIMPLE_HEAD)
     for header in headers:
-        shown.add_column(header, no_wrap=True, justify="left" if header in ("video", "subset") else "right")
+        results.add_column(header, no_wrap=True, justify="left" if header in ("video", "subset") else "right")
     for row in rows:
-        shown.add_row(*row)
+        results.add_row(*row)
     if rows:
-        console.print(shown)
+        console.print(results)
     curves = [r for r in records if r["record"] == "best_of_n"]
     if curves:
         ns = sorted({r["n"] for r in curves})
