@@ -308,7 +308,7 @@ def bench(
     max_tokens: _Tokens = None,
     pointwise: Annotated[bool, typer.Option("--pointwise", help="Have a model that judges rate answers one by one.")] = False,
     ties: Annotated[float, typer.Option(help="What a tie of scores counts: 0 or 0.5.")] = 0.0,
-    frames: Annotated[str, typer.Option("--max-frames", help="Most frames per video, several by commas; by default as trained, or 16.")] = "",
+    frames: Annotated[str, typer.Option("--max-frames", help="Most frames per video, with commas; by default as trained, or 16.")] = "",
     pixels: _Pixels = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only this many pairs, the first ones.")] = None,
     seed: _Seed = 0,
