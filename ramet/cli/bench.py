@@ -241,10 +241,10 @@ def bench_attention(
 
     Example: ramet bench attention --method spava,zigzag --hosts 8 --length 32768 --json attention.json
     """
-    from ramet.benchmarks.speed.attention_speed import bench_attention
+    from ramet.benchmarks.speed.attention_speed import TimingPlan, bench_attention
 
     lists = (numbers("hosts", hosts), numbers("length", length), numbers("wall-length", wall_length))
-    bench_attention(method, *lists, query, bandwidth, repeats, png, json)
+    bench_attention(TimingPlan(method, *lists, query, bandwidth, repeats), png, json)
 
 
 @bench.command("needle")
@@ -264,7 +264,7 @@ def bench_needle(
 
     Example: ramet bench needle --model smollm2-135m --hosts 4
     """
-    from ramet.benchmarks.speed.attention_quality import bench_needle
+    from ramet.benchmarks.speed.attention_quality import NeedlePlan, bench_needle
 
     lists = (numbers("hosts", hosts), numbers("anchors", anchors), numbers("passings", passings))
-    bench_needle(model, length, *lists, depths, samples, seed or 0, out)
+    bench_needle(model, NeedlePlan(length, *lists, depths, samples, seed or 0), out)

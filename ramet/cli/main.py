@@ -137,19 +137,20 @@ def run(
 
     Example: ramet run --policy nano "3+4-2+7-9+5+8-1+6+2"
     """
-    from ramet.runs.show import run_one, run_served
+    from ramet.runs.show import GrowthPlan, run_one, run_served
 
+    plan = GrowthPlan(budget, depth, temperature, seed or 0, journal, json)
     if url or backend:
         if attention is not None:
             raise ConfigError("--attention is for a model that is loaded here, and --url for one that a server has loaded: leave one out")
-        run_served(question, policy, url, backend or "chat", budget, depth, temperature, seed or 0, journal, json)
+        run_served(question, policy, url, backend or "chat", plan)
         return
     sharing = None
     if attention is not None:
         from ramet.policy.engines.sequence_parallel import Sharing
 
         sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
-    run_one(question, policy or "nano", budget, depth, temperature, seed or 0, journal, json, sharing)
+    run_one(question, policy or "nano", plan, sharing)
 
 
 @app.command()
@@ -175,10 +176,10 @@ def train(
     if trainer == "local":
         if dry_run or plan:
             raise ConfigError("--dry-run and --plan belong to the trainer openrlhf: add --trainer openrlhf")
-        from ramet.runs.jobs import train_job
+        from ramet.runs.jobs import train_command
 
         with draining(messages.print):
-            train_job(resolved, folder, spawn, json)
+            train_command(resolved, folder, spawn, json)
         return
     from ramet.runs import cluster
 
@@ -210,13 +211,13 @@ def evaluate(
 
     Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
     """
-    from ramet.runs.jobs import eval_job
+    from ramet.runs.jobs import eval_command
     from ramet.runs.settings import LANGUAGE
 
     with draining(messages.print):
         overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
         resolved = _run_config(config, overrides, seed, LANGUAGE if env not in (None, "rows") else None)
-        eval_job(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
+        eval_command(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
 
 
 @app.command()
@@ -282,7 +283,7 @@ def frontier(
     Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpotqa_dev.jsonl --limit 50 --json frontier.json
     """
     from ramet.runs.settings import LANGUAGE
-    from ramet.runs.sweep import METHODS, frontier_job, price_table
+    from ramet.runs.sweep import METHODS, FrontierPlan, frontier_command, price_table
 
     overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
     resolved = _run_config(config, overrides, seed, LANGUAGE)
@@ -290,10 +291,10 @@ def frontier(
     chosen = every if methods is None else [m.strip() for m in methods.split(",")]
     folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
     with draining(messages.print):
-        frontier_job(
-            policy, resolved, folder, chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model,
-            price_table(price or []), tune, json,
-        )  # fmt: skip
+        plan = FrontierPlan(
+            chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model, price_table(price or []), tune
+        )
+        frontier_command(policy, resolved, plan, folder, json)
 
 
 def _last(policy: str) -> str:

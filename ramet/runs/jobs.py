@@ -215,7 +215,7 @@ def print_points(records: Sequence[dict[str, Any]], score: str = "accuracy") -> 
         console.print(shown)
 
 
-def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet train`: train, then measure the final weights; everything resumes."""
     if not config.env.measurable:
         console.print("env.data names no file or data set: the final weights will not be measured")
@@ -234,7 +234,7 @@ def train_job(config: RunConfig, directory: Path, spawn: bool, out: Path | None)
     console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
 
 
-def eval_job(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+def eval_command(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet eval`: one policy over the sweep of budgets."""
     config.env.check_measurable()
     data = data_records(config)
@@ -338,6 +338,6 @@ def small_commands(seed: int) -> dict[str, Callable[[Path], None]]:
     config = validate(RunConfig, {"seed": seed, **SMALL})
     open_model(config)
     return {
-        "eval": lambda folder: eval_job("nano", config, folder, True, None),
-        "train": lambda folder: train_job(config, folder, True, None),
+        "eval": lambda folder: eval_command("nano", config, folder, True, None),
+        "train": lambda folder: train_command(config, folder, True, None),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,7 @@ _COLOURS = {Status.ANSWERED: "green", Status.EMPTY: "yellow", Status.OUT_OF_BUDG
 
 
 def branch_view(root: Branch, chat: ChatFormat) -> View:
-    """What each branch said, turn by turn, its clones under the turn that started them. A chain may be deeper than Python's stack."""
+    """The text of each branch, turn by turn, its clones under the turn that started them. A chain may be deeper than Python's stack."""
     top = View(_label(root))
     waiting = [(root, top)]
     while waiting:
@@ -135,57 +135,54 @@ async def grow_live(policy: Policy, chat: ChatFormat, task: Task, budget: Budget
     return result[0]
 
 
-def run_one(
-    expression: str,
-    policy: str,
-    generated: int,
-    depth: int,
-    temperature: float,
-    seed: int,
-    kept: Path | None,
-    out: Path | None,
-    sharing: Sharing | None = None,
-) -> None:
+@dataclass(frozen=True)
+class GrowthPlan:
+    """How `ramet run` grows its tree, and what it writes.
+
+    generated, depth  limits of its budget
+    kept  a journal of its samples, which are taken from there where they are known
+    out   a file of records
+    """
+
+    generated: int
+    depth: int
+    temperature: float
+    seed: int
+    kept: Path | None = None
+    out: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.generated < 1:
+            raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
+
+
+def run_one(expression: str, policy: str, plan: GrowthPlan, sharing: Sharing | None = None) -> None:
     """`ramet run`: one expression, its tree, its answer, its bill.
 
-    Samples are kept in `kept` and taken from there. With `sharing`, several workers read what is long; under torchrun the
+    With `sharing`, several workers read what is long; under torchrun the
     ranks but the first serve, and print nothing.
     """
     from ramet.policy.engines.hf import HFPolicy
     from ramet.policy.models.load import load_model
 
-    _check_budget(generated)
     task = rows_task(parse_sum(expression), "run")
     path = resolve(policy)
     model, _, chat = load_model(path)
-    budget = Budget(
-        generated=generated, depth=depth, answer_reserve=min(8, generated), context=min(768, model.config.max_position_embeddings)
-    )
+    context = min(768, model.config.max_position_embeddings)
+    budget = Budget(generated=plan.generated, depth=plan.depth, answer_reserve=min(8, plan.generated), context=context)
     engine = HFPolicy(model) if sharing is None else sharing.policy(path, model)
     if engine is None:
         return
-    job = fingerprint("run", expression, budget.model_dump(mode="json"), temperature, seed, weights_id(path), repr(sharing))
-    _grow_and_show(engine, chat, task, budget, temperature, seed, job, kept, out)
+    run = fingerprint("run", expression, budget.model_dump(mode="json"), plan.temperature, plan.seed, weights_id(path), repr(sharing))
+    _grow_and_show(engine, chat, task, budget, plan, run)
 
 
-def run_served(
-    question: str,
-    policy: str | None,
-    url: str,
-    backend: str,
-    generated: int,
-    depth: int,
-    temperature: float,
-    seed: int,
-    kept: Path | None,
-    out: Path | None,
-) -> None:
+def run_served(question: str, policy: str | None, url: str, backend: str, plan: GrowthPlan) -> None:
     """`ramet run --url`: the same of any question, by a server.
 
     To a model of the nano format a sum is put in rows, as in its training. Others are told in words how to answer, and may be asked
     anything; an answer that is not a sum's is not graded.
     """
-    _check_budget(generated)
     if backend == "completions" and policy is None:
         raise ConfigError("a completions server takes token ids: give the directory of its model, which has the tokenizer, as --policy")
     model = resolve(policy) if policy and backend == "completions" else policy or ""
@@ -198,44 +195,37 @@ def run_served(
     if isinstance(chat, ControlTokenFormat):
         task = rows_task(parse_sum(question), "run")
     else:
-        asked = Task("run", (Message("user", question),), {}, None if values is None else sum(values))
-        task = instructed(asked, DELEGATE_PARTS if depth else COT)
-    budget = Budget(generated=generated, depth=depth, answer_reserve=min(24, generated))
-    job = fingerprint("run", question, budget.model_dump(mode="json"), temperature, seed, backend, engine_id(config, model))
-    _grow_and_show(engine, chat, task, budget, temperature, seed, job, kept, out)
+        plain = Task("run", (Message("user", question),), {}, None if values is None else sum(values))
+        task = instructed(plain, DELEGATE_PARTS if plan.depth else COT)
+    budget = Budget(generated=plan.generated, depth=plan.depth, answer_reserve=min(24, plan.generated))
+    run = fingerprint("run", question, budget.model_dump(mode="json"), plan.temperature, plan.seed, backend, engine_id(config, model))
+    _grow_and_show(engine, chat, task, budget, plan, run)
 
 
-def _check_budget(generated: int) -> None:
-    if generated < 1:
-        raise ConfigError("a budget of zero tokens answers nothing; give --budget at least 1")
-
-
-def _grow_and_show(
-    engine: Any, chat: ChatFormat, task: Task, budget: Budget, temperature: float, seed: int, job: str, kept: Path | None, out: Path | None
-) -> None:
-    """Grow one tree, from and into the journal `kept` of `job`, and print it; write its record to `out`."""
-    keeping: AbstractContextManager[Journal | None] = nullcontext() if kept is None else Journal(kept, job)
+def _grow_and_show(engine: Any, chat: ChatFormat, task: Task, budget: Budget, plan: GrowthPlan, run: str) -> None:
+    """Grow one tree and print it; its journal is that of the fingerprint `run`."""
+    keeping: AbstractContextManager[Journal | None] = nullcontext() if plan.kept is None else Journal(plan.kept, run)
     with keeping as journal:
         source = JournaledPolicy(engine, journal) if journal is not None else engine
 
         async def main() -> Tree:
             async with engine:
-                return await grow_live(source, chat, task, budget, seed, Sampling(temperature=temperature))
+                return await grow_live(source, chat, task, budget, plan.seed, Sampling(temperature=plan.temperature))
 
         tree = drain.run(main)
         if tree.error and isinstance(source, JournaledPolicy):
             source.give_up()
     if isinstance(source, JournaledPolicy) and source.replayed:
-        console.print(f"{source.replayed} samples taken from {kept}, {source.sampled} made")
+        console.print(f"{source.replayed} samples taken from {plan.kept}, {source.sampled} made")
     if tree.error:
         raise PolicyError(tree.error)
     right = None if task.reference is None else integer_match(task, tree.answer) == 1.0
-    if out is not None:
+    if plan.out is not None:
         record = {
             "record": "tree", "answer": tree.answer, "reference": task.reference, "correct": right,
             "status": tree.root.status.value, **asdict(tree.usage),
         }  # fmt: skip
-        write_json(out, [meta("run", seed), record])
+        write_json(plan.out, [meta("run", plan.seed), record])
     console.print(Text(task.messages[-1].content, style="bold"))
     console.print(branch_view(tree.root, chat))
     answer = Text.assemble("answer ", (tree.answer or "none", "bold"))

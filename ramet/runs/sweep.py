@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,57 +104,66 @@ def entries(
     return chosen
 
 
-def frontier_job(
-    policy: str,
-    config: RunConfig,
-    directory: Path,
-    names: Sequence[str],
-    depths: Sequence[int],
-    widths: Sequence[int],
-    trained: str | None,
-    solo: str | None,
-    reward_model: Path | None,
-    prices: Mapping[str, float],
-    tune: int,
-    out: Path | None,
-) -> None:
-    """Measure, compare, draw, write. `tune`: tasks on which the settings of methods are chosen first; 0: as in `SETTINGS`."""
-    if (trained or solo) and config.url:
+@dataclass(frozen=True)
+class FrontierPlan:
+    """What `ramet frontier` compares.
+
+    methods        by name, of `METHODS`
+    depths, widths  of `delegate`, to sweep over; empty: as the budget has them
+    trained, solo  weights that were trained with the tool, and without it
+    reward_model   chooses among the samples of `best_of_n`; None: their likelihood does
+    prices         see `price_table`
+    tune           tasks on which the settings of methods are chosen first; 0: as in `SETTINGS`
+    """
+
+    methods: Sequence[str]
+    depths: Sequence[int] = ()
+    widths: Sequence[int] = ()
+    trained: str | None = None
+    solo: str | None = None
+    reward_model: Path | None = None
+    prices: Mapping[str, float] = field(default_factory=dict)
+    tune: int = 0
+
+
+def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directory: Path, out: Path | None) -> None:
+    """Measure, compare, draw, write."""
+    if (plan.trained or plan.solo) and config.url:
         raise ConfigError("a server samples with the weights that it has loaded; measure trained ones with another --set backend")
     config.env.check_measurable()
     model: str | Path = policy if config.backend == "chat" else resolve(policy)
     env = config.env.build()
-    score = methods.likelihood if reward_model is None else preference(reward_model)
-    entries(names, config, env, depths, widths, score)  # says what cannot be, before anything is made
+    score = methods.likelihood if plan.reward_model is None else preference(plan.reward_model)
+    entries(plan.methods, config, env, plan.depths, plan.widths, score)  # says what cannot be, before anything is made
     data = data_records(config)
     claim_folder(directory, config)
     measured: list[Measured] = []
     choices: list[dict[str, Any]] = []
     models: dict[str, str] = {}
-    tried = {name: [asdict(setting) for setting in grid] for name, grid in GRIDS.items()} if tune else {}
-    job = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL, tune, tried]
-    job += [None if reward_model is None else weights_id(reward_model)]
-    with Journal(directory / "journal.jsonl", fingerprint(*job)) as journal:
-        settings = tuned([name for name in names if name in SETTINGS], config, env, model, tune, score, journal, policy)
-        chosen = entries(names, config, env, depths, widths, score, settings)
+    tried = {name: [asdict(setting) for setting in grid] for name, grid in GRIDS.items()} if plan.tune else {}
+    identity = [config.identity(), config.env.files(), engine_id(config, model), PROTOCOL, plan.tune, tried]
+    identity += [None if plan.reward_model is None else weights_id(plan.reward_model)]
+    with Journal(directory / "journal.jsonl", fingerprint(*identity)) as journal:
+        settings = tuned([name for name in plan.methods if name in SETTINGS], config, env, model, plan.tune, score, journal, policy)
+        chosen = entries(plan.methods, config, env, plan.depths, plan.widths, score, settings)
         choices += choice_records("base", settings)
         measured += run_measuring(config, model, chosen, env.splits, journal, policy)
-    for name, weights in (("trained", trained), ("solo", solo)):
+    for name, weights in (("trained", plan.trained), ("solo", plan.solo)):
         if weights is not None:
             path = resolve(weights)
-            with Journal(directory / f"{name}.jsonl", fingerprint(*job, engine_id(config, path))) as journal:
+            with Journal(directory / f"{name}.jsonl", fingerprint(*identity, engine_id(config, path))) as journal:
                 own = [tree_entry(name, config, name == "trained")]
                 if name == "trained":
                     own.append(tree_entry("trained, never delegates", config, False))
-                controls = [n for n in names if n in CONTROLS]
-                settings = tuned(controls, config, env, path, tune, score, journal, weights)
+                controls = [n for n in plan.methods if n in CONTROLS]
+                settings = tuned(controls, config, env, path, plan.tune, score, journal, weights)
                 own += [replace(e, name=f"{e.name} ({name})") for e in entries(controls, config, env, score=score, settings=settings)]
                 measured += run_measuring(config, path, own, env.splits, journal, weights)
                 choices += choice_records(name, settings)
                 models |= {entry.name: weights for entry in own}
     delegates = next((e.name for e in chosen if e.name.startswith("delegate")), None)
-    winner = "trained" if trained else "solo" if solo else delegates
-    records = [meta("frontier", config.seed), *data, *choices, *results(measured, config, env, winner, prices, models, policy)]
+    winner = "trained" if plan.trained else "solo" if plan.solo else delegates
+    records = [meta("frontier", config.seed), *data, *choices, *results(measured, config, env, winner, plan.prices, models, policy)]
     records += failures(measured)
     write_json(directory / "results.json", records)
     if out is not None:
@@ -166,8 +175,8 @@ def frontier_job(
     first = env.metrics[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first], score_name(config))
     _say(records, first)
-    names = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex")
-    console.print(f"run folder {directory}: {', '.join(name for name in names if (directory / name).exists())}")
+    files = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex")
+    console.print(f"run folder {directory}: {', '.join(name for name in files if (directory / name).exists())}")
 
 
 def tuned(

@@ -17,7 +17,7 @@ from ramet.attention.methods import NAMES, Method
 from ramet.attention.plan import BlockPlan, apb, spava
 from ramet.benchmarks.speed import attention_quality, attention_speed
 from ramet.benchmarks.speed.attention import kinds
-from ramet.benchmarks.speed.attention_quality import bench_needle
+from ramet.benchmarks.speed.attention_quality import NeedlePlan, bench_needle
 from ramet.benchmarks.speed.attention_speed import critical_path, plot, sampling
 from ramet.cli.main import app
 from ramet.policy.models.catalogue import BASE
@@ -113,7 +113,7 @@ def test_the_needle_is_measured_and_resumed(tmp_path: Path, capsys: pytest.Captu
     assert text.count(given.code) == 1
     assert 200 < len(given.ids) <= 300
     assert 0.3 < text.index(given.code) / len(text) < 0.7
-    run = lambda: bench_needle("nano", 300, [2], [16], [16], 2, 1, 0, tmp_path)  # noqa: E731
+    run = lambda: bench_needle("nano", NeedlePlan(300, [2], [16], [16], 2, 1, 0), tmp_path)  # noqa: E731
     run()
     assert "apb has no retaining heads here" in capsys.readouterr().out
     written = (tmp_path / "journal.jsonl").read_bytes()

@@ -152,25 +152,42 @@ def cases(hosts: Sequence[int], context: int, anchors: Sequence[int], passings: 
             yield f"spava 1/{anchor} 1/{passing}", Method("spava", context // anchor, context // passing), hosts[0]
 
 
-def bench_needle(
-    policy: str, length: int, hosts: list[int], anchors: list[int], passings: list[int], depths: int, samples: int, seed: int, out: Path
-) -> None:
+@dataclass(frozen=True)
+class NeedlePlan:
+    """What is measured.
+
+    length   tokens of a text, at most
+    hosts    numbers of hosts
+    anchors, passings  of Spava on the first number of hosts: one part in so many of the context
+    depths, samples    places of the code in the text, and texts for each
+    """
+
+    length: int
+    hosts: Sequence[int]
+    anchors: Sequence[int]
+    passings: Sequence[int]
+    depths: int
+    samples: int
+    seed: int
+
+
+def bench_needle(policy: str, needle: NeedlePlan, out: Path) -> None:
     """Measure into the folder `out`: journal, results.json, a picture of cost against divergence."""
     path = resolve(policy)
     model, tokenizer, _ = load_model(path)
-    if length + ANSWER_TOKENS > model.config.get_text_config().max_position_embeddings:
+    if needle.length + ANSWER_TOKENS > model.config.get_text_config().max_position_embeddings:
         raise ConfigError(
-            f"{length} tokens and an answer exceed the model's {model.config.get_text_config().max_position_embeddings} positions"
+            f"{needle.length} tokens and an answer exceed the model's {model.config.get_text_config().max_position_embeddings} positions"
         )
     attach(model)
-    places = [(2 * i + 1) / (2 * depths) for i in range(depths)]
-    texts = [(depth, needle_text(tokenizer, length, depth, seed + n)) for n in range(samples) for depth in places]
-    job = fingerprint("needle", length, depths, seed, weights_id(path))
-    with Journal(out / "journal.jsonl", job) as journal:
+    places = [(2 * i + 1) / (2 * needle.depths) for i in range(needle.depths)]
+    texts = [(depth, needle_text(tokenizer, needle.length, depth, needle.seed + n)) for n in range(needle.samples) for depth in places]
+    run = fingerprint("needle", needle.length, needle.depths, needle.seed, weights_id(path))
+    with Journal(out / "journal.jsonl", run) as journal:
         done = {(r["case"], r["hosts"], r["text"]) for r in journal.records}
         for index, (depth, text) in enumerate(texts):
             context = len(text.ids) - text.query
-            todo = [case for case in cases(hosts, context, anchors, passings) if (case[0], case[2], index) not in done]
+            todo = [case for case in cases(needle.hosts, context, needle.anchors, needle.passings) if (case[0], case[2], index) not in done]
             if not todo and ("dense", 1, index) in done:
                 continue
             about = {"text": index, "depth": depth, "length": len(text.ids)}
@@ -198,7 +215,7 @@ def bench_needle(
                     }
                 )
         records = summary(journal.records)
-    write_json(out / "results.json", [meta("bench needle", seed), *records])
+    write_json(out / "results.json", [meta("bench needle", needle.seed), *records])
     plot(records, out / "needle.png")
     show(records)
     console.print(f"all of it in {out}")

@@ -286,26 +286,36 @@ def wall(names: Sequence[str], hosts: int, lengths: Sequence[int], query: int, r
     return records
 
 
-def bench_attention(
-    method: str,
-    hosts: Sequence[int],
-    lengths: Sequence[int],
-    wall_lengths: Sequence[int],
-    query: int,
-    bandwidth: float,
-    repeats: int,
-    picture: Path | None,
-    out: Path | None,
-) -> None:
+@dataclass(frozen=True)
+class TimingPlan:
+    """What is measured.
+
+    method         "all", or names with commas between them
+    hosts, lengths  numbers of hosts and of tokens, for the critical path
+    wall_lengths   numbers of tokens, for two real processes; empty: not measured
+    query          rows of the question, of the tokens
+    bandwidth      of the link between hosts, in GB/s
+    """
+
+    method: str
+    hosts: Sequence[int]
+    lengths: Sequence[int]
+    wall_lengths: Sequence[int]
+    query: int
+    bandwidth: float
+    repeats: int
+
+
+def bench_attention(plan: TimingPlan, picture: Path | None, out: Path | None) -> None:
     """Measure, print, draw, write."""
-    names = list(NAMES) if method == "all" else [name.strip() for name in method.split(",")]
+    names = list(NAMES) if plan.method == "all" else [name.strip() for name in plan.method.split(",")]
     for name in names:
         Method(name)  # type: ignore[arg-type]
     started = time.perf_counter()
-    records = critical_path(names, hosts, lengths, query, bandwidth * 1e9, repeats, QWEN_3B)
+    records = critical_path(names, plan.hosts, plan.lengths, plan.query, plan.bandwidth * 1e9, plan.repeats, QWEN_3B)
     threads = torch.get_num_threads()
-    if wall_lengths:
-        records += wall(names, 2, wall_lengths, query, repeats)
+    if plan.wall_lengths:
+        records += wall(names, 2, plan.wall_lengths, plan.query, plan.repeats)
     torch.set_num_threads(threads)
     if out is not None:
         write_json(out, [meta("bench attention", 0, time.perf_counter() - started), *records])
