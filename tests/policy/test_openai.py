@@ -130,18 +130,18 @@ async def test_token_ids_go_out_and_come_back(monkeypatch):
         (lambda b, h: stream(h, {"error": {"message": "engine died"}}), TransientPolicyError, "engine died"),
         (lambda b, h: stream(h, {"choices": [{"text": "hi", "finish_reason": "stop"}]}), PolicyError, "use the chat backend"),
         (lambda b, h: stream(h, {"choices": [{"token_ids": [1, 2], "logprobs": None}]}), PolicyError, "0 log-probabilities for 2"),
-        (lambda b, h: stream(h, chunk([5], "abort")), TransientPolicyError, "broke a sample off: abort"),
+        (lambda b, h: stream(h, chunk([5], "abort")), TransientPolicyError, "aborted a sample: abort"),
         (
             lambda b, h: stream(h, {"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [None]}}]}),
             PolicyError,
-            "not as the protocol",
+            "does not follow the protocol",
         ),
-        (lambda b, h: stream(h, b'{"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [NaN]}}]}'), PolicyError, "not as the"),
-        (lambda b, h: stream(h, {"choices": "x"}), PolicyError, "not as the protocol"),
+        (lambda b, h: stream(h, b'{"choices": [{"token_ids": [1], "logprobs": {"token_logprobs": [NaN]}}]}'), PolicyError, "does not follow the"),
+        (lambda b, h: stream(h, {"choices": "x"}), PolicyError, "does not follow the protocol"),
         (lambda b, h: send(h, 401, b"bad key: Bearer sk-secret"), PolicyError, r"401: bad key: Bearer \.\.\."),
         (lambda b, h: send(h, 500, b"y" * 2**20), TransientPolicyError, "500: y"),
         (lambda b, h: h.connection.shutdown(2), TransientPolicyError, "Error"),
-        (lambda b, h: stream(h, b"x" * 2**23), PolicyError, "more than 4194304 bytes"),
+        (lambda b, h: stream(h, b"x" * 2**23), PolicyError, "more than 4194304 characters"),
     ],
 )
 async def test_what_servers_do_wrong(answer, error, message, monkeypatch):
@@ -187,7 +187,7 @@ async def test_keys_that_are_none_and_users_in_addresses_are_refused_without_bei
         assert asked[0]["authorization"] == "Bearer sk-secret", "the newline of a secret file is not part of the key"
         for bad in ("sk-sécret", "sk\rsecret"):
             monkeypatch.setenv("OPENAI_API_KEY", bad)
-            with pytest.raises(PolicyError, match="holds what cannot be a key") as caught:
+            with pytest.raises(PolicyError, match="does not hold a valid API key") as caught:
                 await one(CompletionsPolicy(url))
             assert bad not in str(caught.value)
     with pytest.raises(PolicyError, match="names a user") as caught:

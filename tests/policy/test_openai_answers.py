@@ -18,7 +18,7 @@ from ramet.agents.tree import Message, StopReason
 from ramet.errors import PolicyError, TransientPolicyError
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.engines.openai.client import connected
-from ramet.policy.engines.openai.tally import estimate
+from ramet.policy.engines.openai.text import estimate
 from tests.policy.raw_server import HEAD, reply, says, serve, stream, usage
 
 pytestmark = pytest.mark.anyio
@@ -101,7 +101,7 @@ async def test_a_limit_by_any_name_cuts(finish, stop):
 @pytest.mark.parametrize("finish", ["error", "abort"])
 async def test_what_the_server_broke_off_may_be_asked_again_and_is_charged(finish):
     partial = Partial()
-    with pytest.raises(TransientPolicyError, match=f"broke a sample off: {finish}"):
+    with pytest.raises(TransientPolicyError, match=f"aborted a sample: {finish}"):
         await chat(stream(says("half a"), says("", finish), usage(2)), partial=partial)
     assert len(partial.ids) == 2
 

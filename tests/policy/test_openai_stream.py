@@ -73,7 +73,7 @@ def test_no_bytes_break_the_reader_and_cutting_changes_nothing(body, size):
 
 @pytest.mark.parametrize("body", [b"data: " + b"x" * 2000, b"x" * 2000, b"data: x\n" * 1000, b"<p>\n" + b"y\n" * 1000])
 def test_an_event_has_an_end(body, monkeypatch):
-    monkeypatch.setattr(stream, "MOST", 1000)
+    monkeypatch.setattr(stream, "MAX_CHARACTERS", 1000)
     for size in (0, 7):
         with pytest.raises(EventTooLong):
             events(body, size)

@@ -1,13 +1,13 @@
 """OpenAI-compatible servers as policies.
 
-`CompletionsPolicy` speaks token ids with servers that take and return them (vLLM, SGLang-type): what is sampled is what is
-recorded. `ChatPolicy` speaks messages with any chat server; its ids are made here (`WireFormat`), so its trees can be priced,
-compared and resumed, but not trained (`trainable`).
+`CompletionsPolicy` exchanges token ids with servers that accept and return them (such as vLLM and SGLang): the recorded ids are those
+that were sampled. `ChatPolicy` exchanges messages with any chat server; it invents ids for them (`WireFormat`), so its trees can be
+priced, compared and resumed, but not trained on (`trainable`).
 
-Both stream, so that a request that is cancelled or cut off is charged what had come. An answer is complete at its finish reason
-or at `[DONE]`, whichever comes first. What may pass raises `TransientPolicyError`, with the server's Retry-After; what does not
-fit this one prompt raises `RefusedRequest`; everything else that fails is final. The API key is read from an environment
-variable and stands in no message, log or journal.
+Both stream, so that a request that is cancelled or cut off is charged for what had arrived. An answer is complete at its finish
+reason or at `[DONE]`, whichever comes first. Failures that may pass raise `TransientPolicyError`, with the server's Retry-After; a
+prompt that the server refuses raises `RefusedRequest`; all other failures are final. The API key is read from an environment
+variable and never appears in a message, log or journal.
 """
 
 from ramet.policy.engines.openai.chat import ChatPolicy

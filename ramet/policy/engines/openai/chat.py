@@ -1,4 +1,4 @@
-"""Messages to `/chat/completions`."""
+"""The policy of a chat server: messages to `/chat/completions`."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.policy.engines.openai.server import Server
-from ramet.policy.engines.openai.tally import Tally
+from ramet.policy.engines.openai.text import TextAccumulator
 from ramet.policy.engines.openai.wire import WireFormat
 
 GUESSED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
-"""Values that change nothing, for the fields of all servers; taken back if the first request is refused without naming a field."""
+"""Neutral values of the sampling fields of all servers; left out if the first request is refused without naming a field."""
 
 
 class ChatPolicy(Server):
-    """Any chat server. A sample has an id for every token that is charged (`Tally`); together they carry its text.
+    """Samples from any chat server. A sample has one id per charged token (`TextAccumulator`); together they encode its text.
 
-    Reasoning that the server gives apart is charged and not kept; native tool calls are spelled out as the prompt asks for them.
+    Reasoning that the server sends apart is charged but not kept; native tool calls are written out in the format of the prompt.
     """
 
     path = "chat/completions"
@@ -28,13 +28,14 @@ class ChatPolicy(Server):
         self._chat = chat
 
     def _body(self, request: SampleRequest) -> dict[str, Any]:
-        asked = request.sampling
-        extra = {"top_k": asked.top_k} if asked.top_k else {}
+        sampling = request.sampling
+        extra = {"top_k": sampling.top_k} if sampling.top_k else {}
         return {
             "messages": self._chat.messages(request.prompt, self._fields.fold_system), "max_tokens": request.max_tokens,
-            "temperature": asked.temperature, "top_p": asked.top_p, "seed": request.seed % 2**31, "logprobs": True,
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": request.seed % 2**31, "logprobs": True,
             "stream_options": {"include_usage": True}, **extra,
         }  # fmt: skip
 
-    def hear(self, request: SampleRequest, partial: Partial) -> Tally:
-        return Tally(self._chat, partial, request)
+    def accumulator(self, request: SampleRequest, partial: Partial) -> TextAccumulator:
+        """An accumulator of text."""
+        return TextAccumulator(self._chat, partial, request)

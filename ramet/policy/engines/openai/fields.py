@@ -1,4 +1,4 @@
-"""Which fields of a request a server is sent, and under which names."""
+"""The fields of a request, under the names that the server knows; fields that it refuses are left out."""
 
 from __future__ import annotations
 
@@ -19,62 +19,65 @@ _SYSTEM = re.compile(r"system['\"`]? (role|message|prompt|instruction)|role['\"`
 
 
 class Fields:
-    """names  the server's name of a field; an empty one leaves it out
-    extra   what is sent besides
-    known   the fields that can be called otherwise
+    """The fields of all requests to one server.
 
-    A field that the server refuses by name is left out from then on, but for the limit on tokens, which is renamed: without it
-    no budget would hold.
+    names        the server's name of a field; an empty name leaves the field out
+    extra        additional fields
+    known        the fields that may be renamed
+    fold_system  put the system message into the first user message
+
+    A field that the server refuses by name is left out of later requests. The limit on tokens is renamed instead: without it
+    no budget could be enforced.
     """
 
     def __init__(self, names: Mapping[str, str], extra: Mapping[str, Any], known: Collection[str]):
         if unknown := sorted(set(names) - set(known)):
-            raise PolicyError(f"no field {unknown[0]!r} is sent that could be called otherwise; there are {', '.join(known)}")
+            raise PolicyError(f"there is no field {unknown[0]!r} to rename; there are {', '.join(known)}")
         if not names.get(LIMIT, LIMIT):
-            raise PolicyError(f"{LIMIT} can be renamed, to {NEW_LIMIT} for example, but not left out: nothing else holds the budget")
+            raise PolicyError(f"{LIMIT} can be renamed, to {NEW_LIMIT} for example, but not left out: nothing else enforces the budget")
         self.names, self.extra = dict(names), dict(extra)
         self.fold_system = False
 
-    def body(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """The body of a request that asks for `asked`."""
-        named = {self.names.get(field, field): value for field, value in asked.items()}
+    def body(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON body of a request with these fields."""
+        named = {self.names.get(field, field): value for field, value in fields.items()}
         return {**{name: value for name, value in named.items() if name}, **self.extra}
 
-    def adapt(self, said: str, param: Any, sent: Mapping[str, Any], optional: Collection[str]) -> str:
-        """Change what is refused in `said`, the text of an error; `param` is the name that the error gives, if it does.
+    def adapt(self, text: str, param: Any, sent: Mapping[str, Any], optional: Collection[str]) -> str:
+        """Leave out or rename the field that an error refuses; `text` is its message, `param` the field that it names, if it does.
 
-        Of a value that the server does not take, only one that changes nothing is left out.
-        What has been changed, for people; empty if nothing could be.
+        If the server refuses the value, not the field, the field is left out only if its value is neutral.
+        Returns what was changed, as text for the user; empty if nothing could be.
         """
         names = {field: name for field in optional if (name := self.names.get(field, field)) in sent}
-        if not _REFUSED.search(said):
+        if not _REFUSED.search(text):
             names = {field: name for field, name in names.items() if field in _NEUTRAL and sent[name] == _NEUTRAL[field]}
-        places = {field: _place(name, said, param) for field, name in names.items()}
-        found = {field: place for field, place in places.items() if place is not None}
-        if found:
-            field = min(found, key=lambda name: found[name])
+        places = {field: _place(name, text, param) for field, name in names.items()}
+        refused = {field: place for field, place in places.items() if place is not None}
+        if refused:
+            field = min(refused, key=lambda name: refused[name])
             if field != LIMIT:
                 self.names[field] = ""
                 if field == "stream":
                     self.names["stream_options"] = ""
-                return f"does not take {field}: it is left out, and the server's own default holds"
+                return f"does not accept {field}: it is left out, and the server's own default applies"
             if self.names.get(LIMIT, LIMIT) == LIMIT:
                 self.names[LIMIT] = NEW_LIMIT
-                return f"does not take {LIMIT}: it is called {NEW_LIMIT}"
-        elif _REFUSED.search(said) and _SYSTEM.search(said) and not self.fold_system:
+                return f"does not accept {LIMIT}: {NEW_LIMIT} is sent instead"
+        elif _REFUSED.search(text) and _SYSTEM.search(text) and not self.fold_system:
             self.fold_system = True
-            return "does not take system messages: they stand in the first message of the user"
+            return "does not accept system messages: they are put into the first user message"
         return ""
 
 
-def names_field(said: str, param: Any, sent: Mapping[str, Any]) -> bool:
-    """Is a refusal about a field of what was sent?"""
-    return any(_place(name, said, param) is not None for name in sent)
+def names_field(text: str, param: Any, sent: Mapping[str, Any]) -> bool:
+    """Whether a refusal is about a field that was sent."""
+    return any(_place(name, text, param) is not None for name in sent)
 
 
-def _place(name: str, said: str, param: Any) -> int | None:
-    """Where the text names a field; before everything if the error is about it."""
+def _place(name: str, text: str, param: Any) -> int | None:
+    """The position at which the text names a field; -1 if the error is about it, None if it is not named."""
     if name == param:
         return -1
-    found = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", said)
-    return found.start() if found else None
+    match = re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text)
+    return match.start() if match else None

@@ -1,4 +1,4 @@
-"""A connection to one OpenAI-compatible server: it is waited for, asked, read, and understood when it fails."""
+"""A connection to one OpenAI-compatible server: waiting for it, sending requests, reading answers, interpreting errors."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import StopReason
 from ramet.errors import EventTooLong, PolicyError, RefusedRequest, TransientPolicyError, first_line
+from ramet.policy.engines.openai.chunk import Chunk, Usage, parse_chunk, stop_of
 from ramet.policy.engines.openai.client import Address, connected
-from ramet.policy.engines.openai.faults import Masker, error_in, failure, is_page, one_line, passes, said_by, wait_of
+from ramet.policy.engines.openai.faults import Masker, error_in, error_text, failure, is_page, is_transient, one_line, wait_of
 from ramet.policy.engines.openai.fields import Fields, names_field
-from ramet.policy.engines.openai.said import Said, Usage, read, stop_of
 from ramet.policy.engines.openai.stream import Event, EventReader
 
 log = logging.getLogger(__name__)
 
 AFTER_FINISH = 2.0
-"""Seconds that usage is waited for after the finish reason."""
+"""Seconds to wait for usage after the finish reason."""
 AFTER_DONE = 0.1
-"""Seconds that the end of the body is waited for after `[DONE]`, so that the connection can be used again."""
+"""Seconds to wait for the end of the body after `[DONE]`, so that the connection can be reused."""
 QUIET = 10.0
-"""Seconds between two lines about failures that are tried again."""
+"""The least number of seconds between two log lines about failures that are retried."""
 _PAGE = 2**16
-"""Bytes of an error that are read; it may come with a page of any length."""
+"""Bytes of an error's body that are read; it may be a page of any length."""
 _SHAPE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 WIRE = (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, OSError, ValueError, OverflowError)
 REJECTED = (400, 404, 415, 422, 500, 501)
-"""Statuses with which servers refuse a field that they do not know."""
+"""Statuses with which servers refuse unknown fields."""
 NEUTRAL = {
     "vllm": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
     "sglang": {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0},
@@ -47,20 +47,20 @@ NEUTRAL = {
     "me": {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
     "openai": {}, "openai-internal": {}, "system": {}, "library": {},
 }  # fmt: skip
-"""By owner of the model in the server's list: what keeps its own defaults, or the model's `generation_config`, out of the sampling.
+"""Fields that keep a server's own defaults, or the model's `generation_config`, out of sampling; by the model's `owned_by`.
 
-"me" is llama-cpp-python; "library" Ollama.
+"me" is llama-cpp-python, "library" Ollama.
 """
 
 
-class Hearing(Protocol):
-    """Where what is said goes. Both raise `PolicyError`, without the server's name, for what the server may not say."""
+class Accumulator(Protocol):
+    """Adds the chunks of an answer to a partial sample. Raises `PolicyError`, without the server's name, for an invalid answer."""
 
-    def take(self, said: Said) -> None:
-        """Note what an event says."""
+    def take(self, chunk: Chunk) -> None:
+        """Add a chunk."""
 
     def settle(self) -> None:
-        """Note that no more will be said."""
+        """Note that no chunk follows."""
 
 
 class Server(ABC):
@@ -69,21 +69,23 @@ class Server(ABC):
     url          up to and including the version, such as http://127.0.0.1:8000/v1
     model        the server's name for it; by default the first that it lists
     concurrency  requests in flight at this server
-    seconds      longest silence before a request counts as failed: no event comes; comments that keep a connection alive are none
-    context      longest prompt and sample together; by default what the server says, if it does
-    key          environment variable that holds the API key, if there is one
-    wait         seconds that a server which is not up yet is waited for
-    names        the server's names of fields that it calls otherwise; an empty name leaves the field out
-    extra        fields to send besides
-    fold_system  put the system message into the first message of the user
+    seconds      longest time without an event before a request counts as failed; keep-alive comments are not events
+    context      longest prompt and sample together, in tokens; by default the server's `max_model_len`, if it lists one
+    key          name of the environment variable of the API key; it may be unset
+    wait         seconds to wait for a server that is not up yet
+    names        the server's own names of fields; an empty name leaves a field out
+    extra        additional fields to send
+    fold_system  put the system message into the first user message
+
+    Raises `PolicyError` for invalid settings.
     """
 
     trainable = False
     path: str
     optional: tuple[str, ...] = ()
-    """Fields that can be left out if the server refuses them, or called otherwise."""
+    """Fields that may be renamed, or left out if the server refuses them."""
     guessed: Mapping[str, Any] = {}
-    """What a server of which nothing is known is sent besides, to keep its own defaults out of the sampling."""
+    """Additional fields for a server of unknown kind, to keep its own defaults out of sampling."""
 
     def __init__(
         self, url: str, model: str | None = None, *, concurrency: int = 64, seconds: float = 300.0, context: int | None = None,
@@ -92,7 +94,7 @@ class Server(ABC):
     ) -> None:  # fmt: skip
         if concurrency < 1 or not seconds > 0 or not wait >= 0:
             raise PolicyError(
-                f"{concurrency} requests at a time, {seconds:g} seconds of silence and {wait:g} of waiting: all but the last above 0"
+                f"concurrency {concurrency}, seconds {seconds:g}, wait {wait:g}: concurrency and seconds must be above 0, wait not below"
             )
         self._address = Address(url, key)
         self._url = self._address.shown
@@ -112,18 +114,19 @@ class Server(ABC):
 
     @property
     def context(self) -> int | None:
+        """The longest prompt and sample together, in tokens; None if the server does not say."""
         return self._context
 
     async def __aenter__(self) -> Self:
         secret = os.environ.get(self._key, "").strip()
         if not (secret.isascii() and secret.isprintable()):
-            raise PolicyError(f"the environment variable {self._key} holds what cannot be a key")
+            raise PolicyError(f"the environment variable {self._key} does not hold a valid API key")
         self._mask = Masker(self._address.secrets(secret))
         self._url = self._mask(self._address.shown)
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {secret}"} if secret else {})}
         self._client = connected(headers, self._concurrency)
         try:
-            await self._wait_for_it()
+            await self._wait_until_up()
         except BaseException:
             await self._client.aclose()
             self._client = None
@@ -135,10 +138,10 @@ class Server(ABC):
             await self._client.aclose()
             self._client = None
 
-    async def _wait_for_it(self) -> None:
-        """Ask for the models until the server answers. Raises `PolicyError`, and `Drained` where nothing new is to be started."""
+    async def _wait_until_up(self) -> None:
+        """Request the list of models until the server answers. Raises `PolicyError`, or `Drained` if the run is asked to stop."""
         until, pause = anyio.current_time() + self._wait, 0.25
-        told = False
+        warned = False
         while True:
             try:
                 await self._discover()
@@ -146,14 +149,14 @@ class Server(ABC):
             except TransientPolicyError as error:
                 if anyio.current_time() + pause > until:
                     raise PolicyError(f"no OpenAI-compatible server answers at {error}") from error
-                if not told:
-                    log.warning("no server answers yet: %s; waiting for it, at most %.0f seconds", error, self._wait)
-                    told = True
+                if not warned:
+                    log.warning("no server answers yet: %s; waiting at most %.0f seconds for it", error, self._wait)
+                    warned = True
                 await drain.pause(pause)
                 pause = min(2 * pause, 4.0)
 
     async def _discover(self) -> None:
-        """The model's name and context, from the server's list. A server without one has to be told about."""
+        """Learn the model's name and context from the server's list. Raises `PolicyError` if it lists none and none is named."""
         assert self._client is not None
         patience = min(self._seconds, 30.0)
         reply = None
@@ -171,7 +174,7 @@ class Server(ABC):
             raise failure(self._url, reply.text, None, reply.status_code, None, self._mask, self._note(reply.status_code, reply.text))
         listed = _models(text)
         if not listed and self.model:
-            return  # it has no list; the first request will tell whether it has the model
+            return  # without a list; the first request shows whether it has the model
         self._listed = list(listed)
         if not listed and not reply.is_success:
             raise PolicyError(f"{self.refusal(reply, reply.text)}; no model is named, and it lists none")
@@ -186,7 +189,7 @@ class Server(ABC):
         self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
 
     def _chosen(self) -> str:
-        """The model of a server where none is named."""
+        """The model to use if none is named."""
         return self._listed[0]
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
@@ -199,7 +202,7 @@ class Server(ABC):
         try:
             stop = await self._sampled(request, partial)
         except TransientPolicyError as error:
-            self._tell(error)
+            self._warn(error)
             raise
         finally:
             self._slots.release()
@@ -207,9 +210,9 @@ class Server(ABC):
         return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, partial.prefilled, partial.cached, self.version)
 
     async def _sampled(self, request: SampleRequest, partial: Partial) -> StopReason:
-        """Ask, again at once where the server refuses a field that can be left out."""
+        """Send the request, and send it again without a field that the server refuses and that can be left out."""
         while True:
-            body = self._whole(request)
+            body = self._complete_body(request)
             exchange = Exchange(self, request, partial)
             try:
                 return await exchange.run(body)
@@ -218,112 +221,113 @@ class Server(ABC):
                 if partial.ids or too_long or not exchange.refused or not self._adapted(exchange, body, request):
                     raise await self._explained(error, exchange) from error.__cause__
 
-    def _whole(self, request: SampleRequest) -> dict[str, Any]:
-        asked = {**self._neutral, **self._body(request)}
-        return self._fields.body({"model": self.model, "stream": True, **asked})
+    def _complete_body(self, request: SampleRequest) -> dict[str, Any]:
+        """The body of a request, under the server's own names of fields."""
+        return self._fields.body({"model": self.model, "stream": True, **self._neutral, **self._body(request)})
 
     def _adapted(self, exchange: Exchange, sent: Mapping[str, Any], request: SampleRequest) -> bool:
-        """Is there something else to be asked than what was refused?"""
-        if self._whole(request) != sent:
-            return True  # another request has been refused before
+        """Whether the request would now be sent otherwise than the refused body `sent`; changes the fields if that helps."""
+        if self._complete_body(request) != sent:
+            return True  # the fields have changed since, for another request
         change = self._fields.adapt(exchange.refused, exchange.param, sent, (*self.optional, *self._neutral))
         guesses = self.guessed.keys() & sent.keys() if self._neutral is self.guessed else set()
         if not change and guesses and not self._served and not names_field(exchange.refused, exchange.param, sent):
             self._neutral = {}
-            change = f"refuses a request: {', '.join(sorted(guesses))} are left out, and its own defaults hold"
+            change = f"refuses a request: {', '.join(sorted(guesses))} are left out, and its own defaults apply"
         if change:
             log.warning("%s %s", self._url, change)
         return bool(change)
 
     async def _explained(self, error: PolicyError, exchange: Exchange) -> PolicyError:
-        """The error to raise in the place of this one."""
+        """The error to raise instead of `error`, with what else is known."""
         if exchange.status == 404 and self._listed and self.model not in self._listed:
             return PolicyError(f"{error}; it lists {self._names()}")
         return error
 
-    def _names(self, most: int = 10) -> str:
-        """The models that the server lists, as far as fits a line."""
-        names = ", ".join(one_line(self._mask(name), 100) for name in self._listed[:most])
-        return names + (f" and {len(self._listed) - most} more" if len(self._listed) > most else "")
+    def _names(self, limit: int = 10) -> str:
+        """The names of the first models that the server lists, on one line."""
+        names = ", ".join(one_line(self._mask(name), 100) for name in self._listed[:limit])
+        return names + (f" and {len(self._listed) - limit} more" if len(self._listed) > limit else "")
 
-    def _tell(self, error: TransientPolicyError) -> None:
-        """A line about failures that may be tried again; not for each of many."""
+    def _warn(self, error: TransientPolicyError) -> None:
+        """Log a failure that may be retried, at most one line every `QUIET` seconds."""
         self._failures += 1
         now = anyio.current_time()
         if now - self._shown >= QUIET:
             self._shown = now
-            log.warning("%s (may pass, and is tried again; %d such failures so far)", error, self._failures)
+            log.warning("%s (retried, since it may pass; %d such failures so far)", error, self._failures)
 
     def _broken(self, error: Exception) -> PolicyError:
-        """What the connection failed with."""
+        """The error to raise for a failure of the connection."""
         kind, causes = type(error).__name__, [error, *_causes(error)]
-        said = next((line for cause in causes if (line := one_line(self._mask(str(cause))))), "")
-        line = f"{self._url}: {kind}{f' {said}' if said else ''}{self._through()}"
+        message = next((line for cause in causes if (line := one_line(self._mask(str(cause))))), "")
+        line = f"{self._url}: {kind}{f' {message}' if message else ''}{self._through()}"
         passing = isinstance(error, (httpx.HTTPError, httpx.StreamError)) and not isinstance(
             error, (httpx.LocalProtocolError, httpx.UnsupportedProtocol)
         )
         words = ("illegal status line", "Name or service not known", "nodename nor servname", "No address associated", "407 Proxy")
-        lasting = any(isinstance(cause, ssl.SSLError) for cause in causes) or any(word in said for word in words)
+        lasting = any(isinstance(cause, ssl.SSLError) for cause in causes) or any(word in message for word in words)
         return TransientPolicyError(line) if passing and (self._served or not lasting) else PolicyError(line)
 
     def _through(self) -> str:
         return f" (through the proxy in {proxy})" if (proxy := self._address.proxy) else ""
 
     def _note(self, status: int, text: str) -> str:
-        """What to look at when the reply is not what a server of this kind says."""
+        """A hint, to append to a message, if the reply is not one of a server of this kind."""
         notes = []
         if not self._address.versioned and (status in (404, 405) or is_page(text)):
             notes.append("is /v1 missing at the end of the address?")
         elif is_page(text):
-            notes.append("this is no API: is the address right, or did a proxy answer?")
+            notes.append("this is not an API: is the address right, or did a proxy answer?")
         if self._address.proxy and (status in (403, 407) or status >= 500 or is_page(text)):
             notes.append(f"it came through the proxy in {self._address.proxy}")
         return "; " + "; ".join(notes) if notes else ""
 
     def refusal(self, reply: httpx.Response, text: str) -> PolicyError:
-        """The error that a reply's status and body tell of."""
+        """The error to raise for the status and body of a failed reply."""
         status, note = reply.status_code, self._note(reply.status_code, text)
         if 300 <= status < 400:
             target = one_line(self._mask(str(reply.headers.get("location") or "nowhere")), 200)
-            return PolicyError(f"{self._url} answers {status}: it redirects to {target}; give the address where it really is{note}")
+            return PolicyError(f"{self._url} answers {status}: it redirects to {target}; give that address{note}")
         return failure(self._url, text, parsed(text), status, wait_of(reply.headers), self._mask, note)
 
     def reported(self, event: Event, value: Any) -> PolicyError:
-        """The error that an event tells of."""
+        """The error to raise for an error inside a stream."""
         return failure(self._url, event.text, value, None, None, self._mask)
 
     def no_stream(self, event: Event, status: int) -> PolicyError:
-        """The error of a body that is neither events nor an answer."""
-        said = one_line(self._mask(said_by(event.text)))
-        line = f"{self._url} answers with {said if is_page(event.text) else repr(said)} instead of a stream{self._note(status, event.text)}"
-        may_pass = not is_page(event.text) and passes(None, event.text, said)
-        return TransientPolicyError(line) if may_pass else PolicyError(line)
+        """The error to raise for a body that is neither a stream nor an answer."""
+        message = one_line(self._mask(error_text(event.text)))
+        quoted = message if is_page(event.text) else repr(message)
+        line = f"{self._url} answers with {quoted} instead of a stream{self._note(status, event.text)}"
+        transient = not is_page(event.text) and is_transient(None, event.text, message)
+        return TransientPolicyError(line) if transient else PolicyError(line)
 
     @abstractmethod
     def _body(self, request: SampleRequest) -> dict[str, Any]:
-        """What the request asks of the server."""
+        """The fields of a request, under their usual names."""
 
     @abstractmethod
-    def hear(self, request: SampleRequest, partial: Partial) -> Hearing:
-        """What takes the answer to a request into its partial sample."""
+    def accumulator(self, request: SampleRequest, partial: Partial) -> Accumulator:
+        """A new accumulator for the answer to a request."""
 
 
 def note_prompt(usage: Usage | None, prompt: int, partial: Partial) -> None:
-    """Prompt tokens computed and reused, of the `prompt` ids that were sent; all computed, where the server says nothing of reuse."""
+    """Note how many of `prompt` prompt tokens were cached and how many computed; all were computed if the server does not say."""
     if usage is not None and usage.cached is not None:
         partial.cached = min(max(usage.cached, partial.cached), prompt)
     partial.prefilled = prompt - partial.cached
 
 
 class Exchange:
-    """One request and what comes back.
+    """One request and its answer.
 
-    The body is always read to its end or cancelled from within, never left: a generator that is left open stays open.
+    The body is always read to its end or cancelled from within: abandoning httpx's generator would leave it open.
     """
 
     def __init__(self, server: Server, request: SampleRequest, partial: Partial):
-        self._server, self._partial, self._most = server, partial, request.max_tokens
-        self._hearing = server.hear(request, partial)
+        self._server, self._partial, self._max_tokens = server, partial, request.max_tokens
+        self._accumulator = server.accumulator(request, partial)
         self._scope = anyio.CancelScope()
         self._finish: str | None = None
         self._over = self._sampled = False
@@ -332,13 +336,13 @@ class Exchange:
         self._error: PolicyError | None = None
         self.status: int | None = None
         self.refused, self.param = "", None
-        """The text of a refusal that came before anything was sampled, and the field that it names."""
+        """The message of a refusal before anything was sampled, and the field that it names."""
 
     async def run(self, body: Mapping[str, Any]) -> StopReason:
-        """Send the body and read the answer. What has come is in the partial sample, however this ends."""
+        """Send the body and read the answer. However this ends, the partial sample contains what has arrived. Raises `PolicyError`."""
         server = self._server
         failed: Exception | None = None
-        self._expect(server._seconds)
+        self._set_deadline(server._seconds)
         with self._scope:
             try:
                 await self._read(body)
@@ -348,11 +352,11 @@ class Exchange:
             if failed is not None:
                 self._error = server._broken(failed)
             elif self._scope.cancelled_caught:
-                self._error = TransientPolicyError(f"{server._url}: nothing came for {server._seconds:g} seconds{server._through()}")
+                self._error = TransientPolicyError(f"{server._url}: nothing arrived for {server._seconds:g} seconds{server._through()}")
             else:
                 self._error = TransientPolicyError(f"{server._url} ended a stream without a finish reason and without [DONE]")
         try:
-            self._hearing.settle()
+            self._accumulator.settle()
         except PolicyError as error:
             raise PolicyError(f"{server._url} {error}") from None
         if self._error is not None:
@@ -360,16 +364,16 @@ class Exchange:
         assert self._finish is not None
         stop = stop_of(self._finish)
         if stop is None:
-            raise TransientPolicyError(f"{server._url} broke a sample off: {one_line(server._mask(self._finish), 60)}")
+            raise TransientPolicyError(f"{server._url} aborted a sample: {one_line(server._mask(self._finish), 60)}")
         if not self._sampled and self._unread:
             names = one_line(server._mask(", ".join(self._unread)), 100)
-            raise PolicyError(f"{server._url} answers in a form that is not known here, with {names}")
+            raise PolicyError(f"{server._url} answers in an unknown form, with the fields {names}")
         if not self._sampled and not self._events:
-            raise TransientPolicyError(f"{server._url} ended a stream with nothing in it")
+            raise TransientPolicyError(f"{server._url} ended an empty stream")
         return stop
 
-    def _expect(self, seconds: float) -> None:
-        """Nothing is to take longer than this from now on."""
+    def _set_deadline(self, seconds: float) -> None:
+        """Cancel the exchange unless it is extended or ends within this time."""
         self._scope.deadline = anyio.current_time() + seconds
 
     def _end(self, error: PolicyError | None = None) -> None:
@@ -393,7 +397,7 @@ class Exchange:
                 self._take_all(reader, None)
 
     async def _read_refusal(self, reply: httpx.Response) -> None:
-        self._expect(min(self._server._seconds, 10.0))
+        self._set_deadline(min(self._server._seconds, 10.0))
         page = b""
         try:
             async for block in reply.aiter_bytes():
@@ -416,7 +420,7 @@ class Exchange:
             self._note_refusal(text, parsed(text))
 
     def _note_refusal(self, text: str, value: Any) -> None:
-        self.refused = said_by(text) if value is None else text
+        self.refused = error_text(text) if value is None else text
         inner = value.get("error") if isinstance(value, dict) else None
         self.param = inner.get("param") if isinstance(inner, dict) else None
 
@@ -431,56 +435,56 @@ class Exchange:
     def _take(self, event: Event) -> None:
         server = self._server
         if event.done:
-            # Without a reason: a sample as long as it may be was cut.
-            self._finish = self._finish or ("length" if len(self._partial.ids) >= self._most else "stop")
+            # Without a finish reason, a sample of max_tokens tokens was cut.
+            self._finish = self._finish or ("length" if len(self._partial.ids) >= self._max_tokens else "stop")
             self._over = True
-            self._expect(AFTER_DONE)
+            self._set_deadline(AFTER_DONE)
             return
-        error = None if self._finish else error_in(event)
-        if error is not None:
+        reported = None if self._finish else error_in(event)
+        if reported is not None:
             if not self._partial.ids:
-                self._note_refusal(event.text, error)
-            self._end(server.reported(event, error))
+                self._note_refusal(event.text, reported)
+            self._end(server.reported(event, reported))
             return
         if event.value is None:
             if self._finish is None and event.kind == "body":
                 self._end(server.no_stream(event, self.status or 200))
             elif self._finish is None and event.kind != "ping" and event.text.strip() not in ("null", "[]"):
                 line = one_line(server._mask(event.text), 200)
-                kind = TransientPolicyError if passes(None, event.text, line) else PolicyError
-                self._end(kind(f"{server._url} sends what is not JSON: {line!r}"))
+                kind = TransientPolicyError if is_transient(None, event.text, line) else PolicyError
+                self._end(kind(f"{server._url} sends an event that is not JSON: {line!r}"))
             return
         try:
-            said = read(event.value)
+            chunk = parse_chunk(event.value)
             if self._finish is not None:
-                said = Said(usage=said.usage)  # the answer is complete; what it has cost may follow
-            self._hearing.take(said)
-        except _SHAPE as wrong:
+                chunk = Chunk(usage=chunk.usage)  # the answer is complete; its usage may follow
+            self._accumulator.take(chunk)
+        except _SHAPE as error:
             if self._finish is None:
-                line = one_line(server._mask(first_line(wrong)))
-                self._end(PolicyError(f"{server._url} sends an event that is not as the protocol has it: {line}"))
+                line = one_line(server._mask(first_line(error)))
+                self._end(PolicyError(f"{server._url} sends an event that does not follow the protocol: {line}"))
             return
-        except PolicyError as wrong:
-            self._end(PolicyError(f"{server._url} {wrong}"))
+        except PolicyError as error:
+            self._end(PolicyError(f"{server._url} {error}"))
             return
-        self._sampled, self._events = self._sampled or said.sampled, self._events + 1
-        self._unread.update(dict.fromkeys(said.unread[:8]))
-        if self._finish is None and said.something:
-            self._expect(server._seconds)
-        if said.finish is not None and self._finish is None:
-            self._finish = said.finish
-            self._expect(AFTER_FINISH)
+        self._sampled, self._events = self._sampled or chunk.sampled, self._events + 1
+        self._unread.update(dict.fromkeys(chunk.unread[:8]))
+        if self._finish is None and chunk.progress:
+            self._set_deadline(server._seconds)
+        if chunk.finish is not None and self._finish is None:
+            self._finish = chunk.finish
+            self._set_deadline(AFTER_FINISH)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """What an error came of, nearest first: the outer ones of a connection are often without words."""
+    """The causes of an error, nearest first: the outer errors of a connection often have no message."""
     while (cause := error.__cause__ or error.__context__) is not None:
         yield cause
         error = cause
 
 
 def parsed(text: str) -> Any:
-    """A text that is JSON; None for any other."""
+    """The text as JSON; None if it is not JSON."""
     try:
         return json.loads(text) if re.match(r"\s*[\[{\"]", text) else None
     except (ValueError, RecursionError):
@@ -488,7 +492,7 @@ def parsed(text: str) -> Any:
 
 
 def _models(text: str) -> dict[str, dict[str, Any]]:
-    """The models that a list names, by name."""
+    """The entries of a list of models, by name."""
     value = parsed(text)
     listed = value.get("data") or value.get("models") if isinstance(value, dict) else value
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []

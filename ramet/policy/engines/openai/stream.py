@@ -1,8 +1,8 @@
-"""Server-sent events out of bytes, by the rules of the WHATWG (HTML standard, 9.2), and what servers send in their place.
+"""Parsing server-sent events (WHATWG HTML standard, section 9.2), and what servers send instead.
 
-Beyond the rules: data that is one whole JSON object, or `[DONE]`, is an event at once, without waiting for the blank line that
-some servers leave out; a JSON object on a line of its own is an event; `error: ...` is one of kind error; a body that is no
-stream at all is one event of kind body; what stands at the end without a newline counts.
+Beyond the standard: data that is a complete JSON object, or `[DONE]`, is an event at once, since some servers omit the blank line
+after it; a JSON object on a line of its own is an event; `error: ...` is an event of kind error; a body that is not a
+stream is one event of kind body; a last line without a newline counts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from typing import Any
 
 from ramet.errors import EventTooLong
 
-MOST = 2**22
-"""Characters of one event, or of a body that is none."""
+MAX_CHARACTERS = 2**22
+"""The longest event, or body that is not a stream, that is read."""
 _BREAK = re.compile("\r\n|\n|\r")
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """kind  message, or what `event:` says; error; body
-    value  the JSON object that `text` is, if it is one
+    """One event of a stream.
+
+    text   its data
+    kind   "message" or the value of its `event:` field; "error"; "body"
+    value  the data as a JSON object, None if it is not one
     """
 
     text: str
@@ -32,11 +35,12 @@ class Event:
 
     @property
     def done(self) -> bool:
+        """Whether this is the event `[DONE]`, which ends a stream."""
         return self.text.strip().strip('"').upper() == "[DONE]"
 
 
 class EventReader:
-    """Feed it the blocks of a body as they come; close it at the end. Comments make no event."""
+    """Turns the bytes of a body into events: feed it each block, and close it at the end. Comments give no event."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
@@ -44,7 +48,7 @@ class EventReader:
         self._data: list[str] = []
         self._body: list[str] = []
         self._length = 0
-        """Of what is held of a line, of data and of a body."""
+        """Characters held of an incomplete line, event or body."""
         self._kind = "message"
         self._after_return = False
         self._begun = False
@@ -54,7 +58,7 @@ class EventReader:
         return self._read(self._decoder.decode(block))
 
     def close(self) -> list[Event]:
-        """The events that the end of the body completes."""
+        """The events that are complete with the end of the body."""
         events = self._read(self._decoder.decode(b"", True) + "\n")
         if self._body:
             return [*events, _event("\n".join(self._body), "body")]
@@ -79,8 +83,8 @@ class EventReader:
     def _hold(self, where: list[str], text: str) -> None:
         where.append(text)
         self._length += len(text) + 1
-        if self._length > MOST:
-            raise EventTooLong(f"an event of more than {MOST} bytes")
+        if self._length > MAX_CHARACTERS:
+            raise EventTooLong(f"an event of more than {MAX_CHARACTERS} characters")
 
     def _take(self, line: str) -> list[Event]:
         if self._body:

@@ -1,4 +1,4 @@
-"""Messages as token ids of our own, for servers that take messages."""
+"""A chat format with invented token ids, for servers that accept messages, not ids."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ramet.agents.tree import Message
 
 
 class WireFormat:
-    """Messages as ids of our own: a few that mark roles, the others pieces of text. Tool calls are spelled Hermes tags.
+    """Messages as invented ids: a few that mark roles, all others pieces of text. Tool calls are written in Hermes tags.
 
-    An id is the bytes of its piece, read as a number, so that a journal of ids can be read by any process. A prompt is cut into
-    pieces of four characters, about a token each: limits on context and counts of prompt tokens are estimates.
+    The id of a piece is its bytes, read as a number, so any process can read a journal of ids. A prompt is cut into
+    pieces of four characters, about one token each: limits on context and counts of prompt tokens are estimates.
     """
 
     ROLES = ("system", "user", "assistant", "tool")
     END = len(ROLES)
     LONGEST = 400
-    """Characters of a piece: numbers of many more digits are refused where JSON is written and read."""
+    """The longest piece, in characters: JSON readers refuse numbers of many more digits."""
     placeholder_ids: PlaceholderIds = staticmethod(no_vision)
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class WireFormat:
         return self.END + int.from_bytes(b"\1" + text.encode("utf-8", "replace"), "big")
 
     def pieces(self, text: str, count: int) -> list[int]:
-        """Text as `count` ids, the last ones empty where there are fewer characters; as more, if it is too long for so few."""
+        """The text as `count` ids, the last ones empty if it has fewer characters, and as more ids if it is too long for `count`."""
         length = max(-(-len(text) // count) if count else 0, 1)
         cut = [text[i : i + length] for i in range(0, len(text), length)] if length <= self.LONGEST and count else []
         if text and not cut:
@@ -45,6 +45,7 @@ class WireFormat:
         return [self.ROLES.index(role), *(self.piece(text[i : i + 4]) for i in range(0, len(text), 4)), self.END]
 
     def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+        """As `ChatFormat.render`: the ids of messages and of the start of the assistant's turn. `tools`: with the tool's description."""
         system = "\n\n".join(m.content for m in messages if m.role == "system")
         if tools:
             system = "\n\n".join(filter(None, [system, tool_preamble()]))
@@ -57,22 +58,25 @@ class WireFormat:
         return [*ids, self.ROLES.index("assistant")]
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
+        """As `ChatFormat.after_turn`: the ids of a tool result and of the start of the next turn. `closed`: the last turn has its end."""
         return [*([] if closed else [self.END]), *self._content("tool", text), self.ROLES.index("assistant")]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
+        """As `ChatFormat.parse`: the answer and the tool calls of a turn."""
         return parse_spelled(self.text(sampled))
 
     def text(self, ids: Sequence[int]) -> str:
+        """As `ChatFormat.text`: the text of the pieces; ids of roles are left out."""
         return self._bytes(ids).decode("utf-8", "replace")
 
     def messages(self, ids: Sequence[int], fold_system: bool = False) -> list[dict[str, str]]:
-        """The messages that ids stand for. Tool results go as the user's, marked: servers differ in what else they take.
+        """The messages that ids encode. Tool results become tagged user messages, since not all servers accept the role "tool".
 
-        An assistant's turn without text, such as one that was all reasoning, is left out, and what stands around it is one message.
-        `fold_system` puts the system message at the head of the first of the user.
+        An assistant turn without text, such as one of reasoning alone, is left out, and the messages around it are joined.
+        `fold_system` puts the system message at the start of the first user message.
         """
         starts = [at for at, i in enumerate(ids) if i < self.END]
-        found: list[dict[str, str]] = []
+        messages: list[dict[str, str]] = []
         joined = False
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             role, content = self.ROLES[ids[start]], self.text(ids[start + 1 : end])
@@ -80,11 +84,11 @@ class WireFormat:
                 role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
             if role == "assistant" and not content.strip():
                 joined = True
-            elif joined and found and found[-1]["role"] == role:
-                found[-1]["content"] += f"\n\n{content}"
+            elif joined and messages and messages[-1]["role"] == role:
+                messages[-1]["content"] += f"\n\n{content}"
             else:
-                found.append({"role": role, "content": content})
+                messages.append({"role": role, "content": content})
                 joined = False
-        if fold_system and len(found) > 1 and found[0]["role"] == "system" and found[1]["role"] == "user":
-            found[:2] = [{"role": "user", "content": f"{found[0]['content']}\n\n{found[1]['content']}"}]
-        return found
+        if fold_system and len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
+            messages[:2] = [{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}]
+        return messages

@@ -1,8 +1,8 @@
-"""What one event of a server says, in all the shapes in which servers say it.
+"""Chunks: one event of a streamed answer, parsed from all the shapes in which servers send it.
 
-Text stands in a choice's `delta`, `message` or `text`, as a string or as parts; reasoning in `reasoning_content`, `reasoning` or
-`thinking`, or in parts of such a type; a refusal is text; tool calls are native (`tool_calls`, `function_call`). Where shapes
-cannot be read, the readers raise `TypeError`, `ValueError` or `AttributeError`.
+Text is in a choice's `delta`, `message` or `text`, as a string or as parts; reasoning in `reasoning_content`, `reasoning` or
+`thinking`, or in parts of such a type; a refusal counts as text; tool calls are native (`tool_calls`, `function_call`). Events of
+any other shape raise `TypeError`, `ValueError` or `AttributeError`.
 """
 
 from __future__ import annotations
@@ -15,32 +15,35 @@ from typing import Any
 from ramet.agents.tree import StopReason
 
 _LENGTH = ("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "model_length", "token_limit")
-_BROKEN = ("error", "abort", "aborted", "cancelled", "canceled", "insufficient_system_resource", "engine_overloaded")
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_KNOWN = ("role", "content", "refusal", "function_call", "tool_calls", "reasoning_details", *_THOUGHTS)
+_ABORTED = ("error", "abort", "aborted", "cancelled", "canceled", "insufficient_system_resource", "engine_overloaded")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_KNOWN = ("role", "content", "refusal", "function_call", "tool_calls", "reasoning_details", *_REASONING)
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens by the server's own count, as far as it gives them; of the prompt's, those that it had already."""
+    """The server's own token counts, None where it gives none: tokens generated, and prompt tokens that were cached."""
 
     generated: int | None = None
     cached: int | None = None
 
 
 @dataclass(slots=True)
-class Said:
-    """text, thought  what is for the reader, and what is not
-    whole    the text is the whole answer, not its next part
-    tokens   (text, log-probability as it stands) of each token, if the server tells
-    ids      token ids, if the server tells
-    calls    (place, its own name, function, arguments) of parts of native tool calls
-    finish   why the sample has ended, once it has
-    unread   names of what the event has besides, and nobody knows
+class Chunk:
+    """What one event adds to a sample.
+
+    text       the next part of the answer
+    reasoning  the next part of reasoning that the server separates from the answer
+    whole      the text is the whole answer, not its next part
+    tokens     (text, log-probability as sent) of each token, if the server sends them
+    ids        token ids, if the server sends them
+    calls      (index, id, function name, arguments) of parts of native tool calls
+    finish     the server's finish reason, once the sample has ended
+    unread     names of non-empty fields that are unknown here
     """
 
     text: str = ""
-    thought: str = ""
+    reasoning: str = ""
     whole: bool = False
     tokens: list[tuple[str, Any]] = field(default_factory=list)
     ids: list[int] | None = None
@@ -50,86 +53,86 @@ class Said:
     unread: list[str] = field(default_factory=list)
 
     @property
-    def something(self) -> bool:
-        """Does the event bring the sample forward?"""
+    def progress(self) -> bool:
+        """Whether the event adds anything to the sample, its usage and finish reason included."""
         return bool(self.sampled or self.usage or self.finish)
 
     @property
     def sampled(self) -> bool:
-        """Does it have something that was sampled?"""
-        return bool(self.text or self.thought or self.tokens or self.ids or self.calls)
+        """Whether the event contains anything that was sampled."""
+        return bool(self.text or self.reasoning or self.tokens or self.ids or self.calls)
 
 
 def stop_of(finish: str) -> StopReason | None:
-    """How a sample has ended; None for one that the server has broken off. Reasons that nobody knows are final.
+    """The stop reason of a finish reason; None if the server aborted the sample. Unknown finish reasons count as the end.
 
-    What a filter cut short is an answer: asking again would be cut again.
+    So does an answer that a content filter cut short: a retry would be cut again.
     """
     reason = finish.strip().lower()
-    return None if reason in _BROKEN else StopReason.LENGTH if reason in _LENGTH else StopReason.END
+    return None if reason in _ABORTED else StopReason.LENGTH if reason in _LENGTH else StopReason.END
 
 
-def read(event: Mapping[str, Any]) -> Said:
-    """What the event says of the first choice."""
-    said = Said()
+def parse_chunk(event: Mapping[str, Any]) -> Chunk:
+    """The chunk of an event: what it contains of the first choice."""
+    chunk = Chunk()
     for choice in event.get("choices") or ():
         if str(choice.get("index") or 0) == "0":
-            _choice(choice, said)
-    if said.usage is None:
-        said.usage = _usage(event)
-    if "choices" not in event and said.usage is None:
-        said.unread = [name for name, value in event.items() if value]
-    return said
+            _choice(choice, chunk)
+    if chunk.usage is None:
+        chunk.usage = _usage(event)
+    if "choices" not in event and chunk.usage is None:
+        chunk.unread = [name for name, value in event.items() if value]
+    return chunk
 
 
-def _choice(choice: Mapping[str, Any], said: Said) -> None:
+def _choice(choice: Mapping[str, Any], chunk: Chunk) -> None:
     delta, message = choice.get("delta"), choice.get("message")
     holder = delta or message or {}
-    said.whole = not delta and bool(message)
-    said.text, said.thought = _parts(holder.get("content"))
+    chunk.whole = not delta and bool(message)
+    chunk.text, chunk.reasoning = _parts(holder.get("content"))
     if not holder and choice.get("text"):
-        said.text = _text(choice["text"])
-    if not said.text and holder.get("refusal"):
-        said.text = _within(holder["refusal"])
-    if not said.thought:
-        said.thought = next((thought for name in _THOUGHTS if (thought := _aside(holder.get(name)))), "")
-    called = holder.get("function_call")
-    calls = [*(holder.get("tool_calls") or ()), *([{"function": called}] if called else [])]
-    said.calls = [_call(call, place) for place, call in enumerate(calls)]
-    said.tokens = _tokens(choice.get("logprobs"))
+        chunk.text = _text(choice["text"])
+    if not chunk.text and holder.get("refusal"):
+        chunk.text = _within(holder["refusal"])
+    if not chunk.reasoning:
+        chunk.reasoning = next((reasoning for name in _REASONING if (reasoning := _reasoning(holder.get(name)))), "")
+    function_call = holder.get("function_call")
+    native_calls = [*(holder.get("tool_calls") or ()), *([{"function": function_call}] if function_call else [])]
+    chunk.calls = [_call(call, place) for place, call in enumerate(native_calls)]
+    chunk.tokens = _tokens(choice.get("logprobs"))
     ids = choice.get("token_ids")
-    said.ids = None if ids is None else [_id(i) for i in ids]
-    said.usage = _usage(choice)
+    chunk.ids = None if ids is None else [_id(i) for i in ids]
+    chunk.usage = _usage(choice)
     finish = choice.get("finish_reason")
-    said.finish = None if finish in (None, False, "", "null", "None") else str(finish)
-    said.unread = [name for name, value in holder.items() if value and name not in _KNOWN]
+    chunk.finish = None if finish in (None, False, "", "null", "None") else str(finish)
+    chunk.unread = [name for name, value in holder.items() if value and name not in _KNOWN]
 
 
 def _parts(content: Any) -> tuple[str, str]:
-    """(text, thoughts) of content as a string or as parts."""
+    """(text, reasoning) of content, given as a string or as parts."""
     if content is None or isinstance(content, str):
         return content or "", ""
-    text, thought = "", ""
+    text, reasoning = "", ""
     for part in content if isinstance(content, list) else [content]:
         if isinstance(part, dict) and str(part.get("type")) in ("thinking", "reasoning", "redacted_thinking", "reasoning_text"):
-            thought += _within(part)
+            reasoning += _within(part)
         else:
             text += _within(part)
-    return text, thought
+    return text, reasoning
 
 
 def _within(part: Any) -> str:
-    """All text in a part of content."""
+    """All text inside a part of content."""
     if isinstance(part, list):
         return "".join(map(_within, part))
     if isinstance(part, dict):
-        inner = next((part[name] for name in ("text", "content", *_THOUGHTS, "refusal") if part.get(name)), "")
+        inner = next((part[name] for name in ("text", "content", *_REASONING, "refusal") if part.get(name)), "")
         return inner if isinstance(inner, str) else _within(inner)
     return _text(part)
 
 
-def _aside(value: Any) -> str:
-    """Reasoning in whatever form: what is none is left alone, since nothing depends on it."""
+def _reasoning(value: Any) -> str:
+    """Reasoning in any form; unknown forms are ignored, since nothing depends on them."""
     return value if isinstance(value, str) else _within([v for v in value if v]) if isinstance(value, list) else ""
 
 
@@ -155,7 +158,7 @@ def _id(value: Any) -> int:
 
 
 def _tokens(logprobs: Any) -> list[tuple[str, Any]]:
-    """Tokens with log-probabilities, in the form of chat, of completions, or as a bare list."""
+    """(text, log-probability) of each token, in the form of chat, of completions, or as a plain list."""
     listed = logprobs
     if isinstance(logprobs, dict):
         listed = logprobs.get("content")
@@ -168,17 +171,17 @@ def _tokens(logprobs: Any) -> list[tuple[str, Any]]:
 
 
 def logprob(value: Any) -> float | None:
-    """A log-probability; None for what is no finite number."""
+    """The value as a log-probability; None if it is not a finite number."""
     return float(value) if _finite(value) else None
 
 
 def _finite(value: Any) -> bool:
-    """Is it a number, and one that a float can hold?"""
+    """Whether the value is a number that a float can hold."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300
 
 
 def _count(*values: Any) -> int | None:
-    """The first of the values that is a number of tokens."""
+    """The first of the values that is a valid number of tokens; None if none is."""
     for value in values:
         if _finite(value) and value >= 0:
             return int(value)
@@ -186,22 +189,22 @@ def _count(*values: Any) -> int | None:
 
 
 def _inside(holder: Mapping[str, Any], names: Sequence[str], key: str) -> Any:
-    """`key` in the first mapping that stands under one of `names`."""
+    """The value of `key` in the first mapping found under one of `names`; None if there is none."""
     return next((inner[key] for name in names if isinstance(inner := holder.get(name), dict) and key in inner), None)
 
 
 def _usage(holder: Mapping[str, Any]) -> Usage | None:
-    """Usage as OpenAI, Anthropic, DeepSeek, Groq and llama.cpp give it.
+    """Usage in the forms of OpenAI, Anthropic, DeepSeek, Groq and llama.cpp; None if there is none.
 
-    Where reasoning stands beside the completion's tokens instead of among them, only the total, or the details, tell.
+    Some servers do not count reasoning among the completion's tokens: then the total, or the details, give the tokens generated.
     """
     usage = holder.get("usage") or _inside(holder, ("x_groq",), "usage")
     timings = holder.get("timings")
     if not isinstance(usage, dict):
         if not isinstance(timings, dict):
             return None
-        found = Usage(_count(timings.get("predicted_n")), _count(timings.get("cache_n")))
-        return found if found != Usage() else None
+        counts = Usage(_count(timings.get("predicted_n")), _count(timings.get("cache_n")))
+        return counts if counts != Usage() else None
     completion = _count(usage.get("completion_tokens"), usage.get("output_tokens"))
     prompt = _count(usage.get("prompt_tokens"), usage.get("input_tokens"))
     total = _count(usage.get("total_tokens"))
@@ -217,5 +220,5 @@ def _usage(holder: Mapping[str, Any]) -> Usage | None:
         generated = (completion or 0) + reasoning
     if total is not None and prompt is not None and total - prompt - (completion or 0) not in (0, cached):
         generated = max(generated or 0, total - prompt)
-    found = Usage(generated, cached)
-    return found if found != Usage() else None
+    counts = Usage(generated, cached)
+    return counts if counts != Usage() else None
