@@ -18,7 +18,7 @@ from ramet.agents.tree import Message, StopReason
 from ramet.errors import PolicyError, TransientPolicyError
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.engines.openai.client import connected
-from ramet.policy.engines.openai.text import estimate
+from ramet.policy.engines.openai.text import estimate_tokens
 from tests.policy.raw_server import HEAD, reply, says, serve, stream, usage
 
 pytestmark = pytest.mark.anyio
@@ -197,19 +197,19 @@ LONG = "word " * 600
 @pytest.mark.parametrize(
     "events, count",
     [
-        ([says(LONG), says("", "stop")], estimate(LONG)),
-        ([says("", "stop", reasoning_content=LONG)], estimate(LONG)),
+        ([says(LONG), says("", "stop")], estimate_tokens(LONG)),
+        ([says("", "stop", reasoning_content=LONG)], estimate_tokens(LONG)),
         ([says("", None, reasoning=LONG), says("ok", "stop"), usage(700)], 700),
         ([says("ok", "stop"), usage(2, total_tokens=10 + 2 + 500)], 502),
         ([says("ok", "stop"), usage(2, completion_tokens_details={"reasoning_tokens": 300})], 302),
         ([says("ok", "stop"), usage(302, completion_tokens_details={"reasoning_tokens": 300})], 302),
         ([says("ok", "stop"), usage(2, total_tokens=12 + 8, prompt_tokens_details={"cached_tokens": 8})], 2),
         ([says("ok", "stop"), {"choices": [], "usage": {"input_tokens": 3, "output_tokens": 5}}], 5),
-        ([says(LONG, "stop"), usage(0)], estimate(LONG)),
-        ([says(LONG, "stop"), usage(1)], estimate(LONG)),
+        ([says(LONG, "stop"), usage(0)], estimate_tokens(LONG)),
+        ([says(LONG, "stop"), usage(1)], estimate_tokens(LONG)),
         ([{**says("ok"), **usage(3), "choices": says("ok")["choices"]}, says("", "stop")], 3),
-        ([says("ok", "stop"), usage(-5)], estimate("ok")),
-        ([says("ok", "stop"), {"choices": [], "usage": {"completion_tokens": "many"}}], estimate("ok")),
+        ([says("ok", "stop"), usage(-5)], estimate_tokens("ok")),
+        ([says("ok", "stop"), {"choices": [], "usage": {"completion_tokens": "many"}}], estimate_tokens("ok")),
         ([listed(["one"], text=LONG, finish="stop")], 94),
     ],
 )  # fmt: skip

@@ -27,7 +27,7 @@ _MINUS_INFINITY = -9999.0
 """The finite number that is recorded for a log-probability of minus infinity."""
 
 
-def estimate(text: str) -> int:
+def estimate_tokens(text: str) -> int:
     """The tokens of a text, estimated without its tokenizer: four letters, a digit, a sign or some white space are one, an emoji three."""
     return sum(1 for _ in _TOKEN.finditer(text)) + 2 * sum(1 for _ in _RARE.finditer(text))
 
@@ -111,8 +111,8 @@ class TextAccumulator:
 
     def _add_estimated(self, text: str, hidden: str) -> None:
         """Add text, and hidden text that is charged but not kept, whose tokens the server does not list."""
-        shown = estimate(text)
-        count = shown + estimate(hidden)
+        shown = estimate_tokens(text)
+        count = shown + estimate_tokens(hidden)
         self._bare += shown
         self._bare_characters += len(text)
         self._estimated_hidden += count - shown
