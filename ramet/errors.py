@@ -78,6 +78,10 @@ class CallError(RametError):
     kind = "call"
 
 
+class ProgramError(RametError):
+    """A program (`ramet.agents.program`) that raised, or did what cannot be done there."""
+
+
 class PolicyError(RametError):
     """A backend that cannot serve a request, now or ever."""
 

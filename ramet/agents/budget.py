@@ -13,7 +13,7 @@ Starting clones (`fork`) reserves their shares in the parent's ledger; a clone's
 did not use is returned when its ledger closes, however the clone ends. No method awaits, so each is atomic under anyio.
 
 There are three kinds of currency:
-- pooled (`generated`, `prefilled`, `clones`): the shares of parallel clones add up;
+- pooled (`generated`, `prefilled`, `clones`, `tool_calls`, `tool_milliseconds`): the shares of parallel clones add up;
 - sequential (`critical_path`): parallel clones run side by side, so a fork reserves the longest share and spends the longest use;
 - per branch (`branch_generated`, `turns`): every branch has the full limit.
 
@@ -23,6 +23,7 @@ Width, depth and context are checked where they arise (`ramet.agents.actor`), an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Annotated, Any, Self
@@ -60,6 +61,15 @@ class Budget(Section):
     """Generated tokens that each branch keeps for stating an answer once everything else is spent."""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Wall-clock seconds for the whole tree."""
+    tool_calls: _Limit | None = None
+    """Calls of tools, each at its tool's cost, over all branches."""
+    tool_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Seconds that tools run, over all branches, calls that run side by side added up."""
+
+    @property
+    def tool_milliseconds(self) -> int | None:
+        """`tool_seconds` as ledgers count it, in whole numbers."""
+        return None if self.tool_seconds is None else int(1000 * self.tool_seconds)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -67,8 +77,9 @@ class Budget(Section):
         return None if value == "unlimited" else value
 
 
-POOLED = ("generated", "prefilled", "clones")
-"""The currencies in which the shares of parallel clones add up."""
+POOLED = ("generated", "prefilled", "clones", "tool_calls", "tool_milliseconds")
+TOOLS = ("tool_calls", "tool_milliseconds")
+"""What a call of a tool is spent in."""
 SAMPLED = ("generated", "critical_path", "branch_generated")
 """The currencies that every sampled token is charged in."""
 CURRENCIES = (*POOLED, "critical_path", "branch_generated", "turns")
@@ -160,6 +171,19 @@ class Ledger:
         self._hold(wanted)
         return Grant(self, wanted)
 
+    def reserve_call(self, calls: int, milliseconds: int) -> CallGrant:
+        """Reserve one call of a tool: its cost, and the longest that it may take. Raises `BudgetExhausted`, reserving nothing."""
+        wanted = dict(zip(TOOLS, (calls, milliseconds), strict=True))
+        self._hold(wanted)
+        return CallGrant(self, wanted)
+
+    def remaining(self) -> dict[str, float]:
+        """What is left of each limited currency, as a `Budget` names it."""
+        left: dict[str, float] = {currency: amount for currency in CURRENCIES if (amount := self.left(currency)) is not None}
+        if "tool_milliseconds" in left:
+            left["tool_seconds"] = left.pop("tool_milliseconds") / 1000
+        return left
+
     def tightest(self) -> str:
         """The currency that leaves the fewest tokens to sample."""
         left = {currency: amount for currency in SAMPLED if (amount := self.left(currency)) is not None}
@@ -211,6 +235,7 @@ class Ledger:
         each = {
             "prefilled": None if prefilled is None else max(prefilled - keep_prefilled, 0) // count,
             "clones": None if clones is None else (clones - count) // count,
+            **{currency: None if (left := self.left(currency)) is None else left // count for currency in TOOLS},
         }
         limits: list[dict[str, int | None]] = [
             {
@@ -293,6 +318,25 @@ class Grant:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._close({})
+
+
+class CallGrant(Grant):
+    """A reservation for one call of a tool. Leaving its `with` block unsettled refunds all of it."""
+
+    __slots__ = ()
+
+    @property
+    def seconds(self) -> float:
+        """The longest that the call may take."""
+        return self._held["tool_milliseconds"] / 1000
+
+    def settle_call(self, seconds: float) -> float:
+        """Spend the call's cost and the time that it took, at most the time reserved; refund the rest. Once. The seconds charged."""
+        if not self._open:
+            raise LedgerError("the grant is settled already")
+        used = min(math.ceil(1000 * seconds), self._held["tool_milliseconds"])
+        self._close({**self._held, "tool_milliseconds": used})
+        return used / 1000
 
 
 class Fork:

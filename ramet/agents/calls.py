@@ -8,13 +8,13 @@ whole turn of JSON (Llama). What a turn only thinks about or quotes is not a cal
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
-from ramet.agents.encoding import decode
-from ramet.agents.protocol import tool_schema
+from ramet.agents.encoding import TextEncoder, decode
+from ramet.agents.protocol import SPAWN
 from ramet.agents.thoughts import split_calls, without_thoughts
 
 
@@ -61,15 +61,32 @@ def _parsed(text: str, opening: str, closing: str) -> ParsedTurn:
     return ParsedTurn(visible, tuple(calls), "the tool call is not closed" if cut else "")
 
 
-def tool_preamble() -> str:
-    """The description of the tool for models whose chat format has no place of its own for tools."""
+Schemas = Sequence[Mapping[str, Any]]
+"""Tools in the JSON-schema form that chat templates take: {"type": "function", "function": {"name", "description", "parameters"}}."""
+
+
+def names_of(tools: Schemas) -> list[str]:
+    """The names of tools, in order."""
+    return [tool["function"]["name"] for tool in tools]
+
+
+def tool_preamble(tools: Schemas) -> tuple[str, str, str]:
+    """The description of tools for models whose chat format has no place of its own for them: ours, the schemas, ours again."""
+    one = len(tools) == 1
+    example = '{"objectives": ["..."]}' if SPAWN in names_of(tools) else "{...}"
+    name = SPAWN if SPAWN in names_of(tools) else names_of(tools)[0]
     return (
-        "You have one tool. Its JSON schema:\n<tools>\n"
-        + json.dumps(tool_schema())
-        + "\n</tools>\nTo call it, write\n<tool_call>\n"
-        + '{"name": "spawn_clone", "arguments": {"objectives": ["..."]}}\n</tool_call>\n'
-        + "and end your turn. When you know the result, end with a line `Answer: ...`."
+        "You have one tool. Its JSON schema:\n<tools>\n" if one else "You have these tools. Their JSON schemas:\n<tools>\n",
+        "\n".join(map(json.dumps, tools)),
+        f"\n</tools>\nTo call {'it' if one else 'one'}, write\n<tool_call>\n"
+        f'{{"name": "{name}", "arguments": {example}}}\n</tool_call>\n'
+        "and end your turn. When you know the result, end with a line `Answer: ...`.",
     )
+
+
+def spelled_call(encode: TextEncoder, call: str) -> list[int | str]:
+    """A call between `<tool_call>` tags, for `TextEncoder.assembled`: control tokens where the tokenizer has them."""
+    return [*encode.trusted("<tool_call>\n"), call, *encode.trusted("\n</tool_call>")]
 
 
 def parse_spelled(text: str) -> ParsedTurn:

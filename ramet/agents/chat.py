@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from ramet.agents.calls import ParsedTurn, parse_marked, parse_spelled, tool_preamble
+from ramet.agents.calls import ParsedTurn, Schemas, names_of, parse_marked, parse_spelled, spelled_call, tool_preamble
 from ramet.agents.encoding import PlaceholderIds, TokenizerFormat, decode, token_id
+from ramet.agents.protocol import SPAWN
 from ramet.agents.templates import TemplateFormat
 from ramet.agents.tree import Message
 from ramet.errors import ChatFormatError
@@ -29,8 +30,14 @@ class ChatFormat(Protocol):
     placeholder_ids: PlaceholderIds
     """The token ids that stand for a video; formats of models without vision raise `ChatFormatError`."""
 
-    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
-        """The ids of a branch's prompt, up to and including the opening of the first assistant turn. `tools`: offer `spawn_clone`."""
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
+        """The ids of a branch's prompt, up to and including the opening of the first assistant turn.
+
+        `tools` are the JSON schemas of what the branch may call. Their names and descriptions are as untrusted as all content.
+        """
+
+    def turn(self, text: str, call: str | None = None) -> list[int]:
+        """The ids of a whole assistant turn with this text, and a call of this JSON: for demonstrations, programs and scripts."""
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
         """The ids to append to a sampled turn: its end unless it is `closed`, a tool message with `text`, the next turn's opening."""
@@ -50,7 +57,8 @@ def turn_end(chat: ChatFormat) -> int:
 class ControlTokenFormat(TokenizerFormat):
     """The nano model's format: every piece of structure is one control token.
 
-    `<|begin|>`, then `<|tools|>` if the branch may spawn clones, then each message as `<|role|>content<|end|>`.
+    `<|begin|>`, then `<|tools|>` if the branch may call tools, with the names of those beside `spawn_clone`, then each message as
+    `<|role|>content<|end|>`.
     There is no system role: system messages are left out.
     """
 
@@ -61,11 +69,12 @@ class ControlTokenFormat(TokenizerFormat):
         self._id = {token: token_id(tokenizer, token) for token in self.CONTROL}
         self.stop_ids = frozenset({self._id["<|end|>"]})
 
-    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
-        """The ids of a prompt; `<|tools|>` stands for the whole description of the tool."""
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
+        """The ids of a prompt; `<|tools|>` stands for the whole description of `spawn_clone`."""
         ids = [self._id["<|begin|>"]]
         if tools:
-            ids.append(self._id["<|tools|>"])
+            others = " ".join(name for name in names_of(tools) if name != SPAWN)
+            ids += [self._id["<|tools|>"], *self._encode(others)]
         for message in messages:
             if message.role != "system":
                 ids += [self._id[f"<|{message.role}|>"], *self._encode.assembled(self._content(message)), self._id["<|end|>"]]
@@ -77,7 +86,7 @@ class ControlTokenFormat(TokenizerFormat):
         return [*end, self._id["<|tool|>"], *self._encode(text), self._id["<|end|>"], self._id["<|assistant|>"]]
 
     def turn(self, text: str, call: str | None = None) -> list[int]:
-        """The ids of a well-formed assistant turn, for demonstrations and scripted policies."""
+        """The text, the call between `<tool_call>` and `</tool_call>`, and `<|end|>`."""
         ids = self._encode(text)
         if call is not None:
             ids += [self._id["<tool_call>"], *self._encode(call), self._id["</tool_call>"]]
@@ -106,13 +115,15 @@ class ChatMLFormat(TokenizerFormat):
         added = tokenizer.get_added_vocab()
         self._markers = (added["<tool_call>"], added["</tool_call>"]) if "<tool_call>" in added and "</tool_call>" in added else None
 
-    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
-        """The ids of a prompt; the tool is described at the end of the system message."""
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
+        """The ids of a prompt; the tools are described at the end of the system message."""
         parts: list[int | str] = []
         if tools:
             system = "\n\n".join(message.content for message in messages if message.role == "system")
             messages = [m for m in messages if m.role != "system"]
-            parts += [*self._opening("system"), system + "\n\n" if system else "", *self._encode.trusted(tool_preamble()), *self._closing()]
+            before, schemas, after = tool_preamble(tools)
+            described = [*self._encode.trusted(before), schemas, *self._encode.trusted(after)]
+            parts += [*self._opening("system"), system + "\n\n" if system else "", *described, *self._closing()]
         for message in messages:
             parts += [*self._opening(message.role), *self._content(message), *self._closing()]
         return self._encode.assembled([*parts, *self._opening("assistant")], start=True)
@@ -124,6 +135,10 @@ class ChatMLFormat(TokenizerFormat):
         return self._encode.assembled(
             [*end, "\n", *self._opening("user"), *response, *self._closing(), *self._opening("assistant")],
         )
+
+    def turn(self, text: str, call: str | None = None) -> list[int]:
+        """The text, the call in its tags, and the end of the turn."""
+        return self._encode.assembled([text, *(spelled_call(self._encode, call) if call is not None else []), self._end])
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """Read a turn whose calls stand between `<tool_call>` tags, as control tokens or as text."""

@@ -1,23 +1,27 @@
 """The documents of a task, which clones are given by key.
 
-A spawn call names keys, and the clone's prompt contains the documents. They always come in the order of the store, whatever order
-the call names them in, and before the objective, so that sibling clones with the same documents share a prompt prefix that the
-backend computes once.
+A call names keys, ranges of keys (`A-I`) or globs (`paper/*`), and the clone's prompt contains the documents. They always come in the
+order of the store, whatever order the call names them in, and before the objective, so that sibling clones with the same documents
+share a prompt prefix that the backend computes once.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 from collections.abc import Iterable, Mapping
 
 from ramet.agents.tree import Segment
 from ramet.errors import TaskError
 
+MAX_PATTERNS, MAX_PATTERN = 64, 256
+"""Ranges and globs that are expanded in one list of keys, each of which costs a pass over all keys; and characters of one."""
+
 
 class ContextStore:
-    """The documents of one task. A key matches exactly, or else ignoring case and surrounding space.
+    """The documents of one task. A key matches exactly, or else ignoring case and surrounding space, or else as a range or a glob.
 
-    Raises `TaskError` if two keys differ only in that.
+    Raises `TaskError` if two keys differ only in case and space.
     """
 
     def __init__(self, documents: Mapping[str, str | Segment]):
@@ -32,16 +36,39 @@ class ContextStore:
         return len(self._documents)
 
     def resolve(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
-        """The known keys in the order of the store without repeats, and the unknown ones as they were given."""
-        known: set[str] = set()
-        unknown: list[str] = []
+        """The known keys in the order of the store without repeats, and what names none, as it was given.
+
+        `A-I` names the documents from A to I in the order of the store; `*`, `?` and `[...]` match as in file names.
+        """
+        known: dict[str, None] = {}
+        unknown: dict[str, None] = {}
+        patterns = 0
         for key in keys:
-            match = key if key in self._documents else self._folded.get(key.strip().casefold())
+            match = self._match(key)
             if match is not None:
-                known.add(match)
-            elif key not in unknown:
-                unknown.append(key)
-        return sorted(known, key=self._order.__getitem__), unknown
+                known[match] = None
+                continue
+            patterns += 1
+            matches = self._expanded(key) if patterns <= MAX_PATTERNS and len(key) <= MAX_PATTERN else []
+            known.update(dict.fromkeys(matches))
+            if not matches:
+                unknown[key] = None
+        return sorted(known, key=self._order.__getitem__), list(unknown)
+
+    def _match(self, key: str) -> str | None:
+        return key if key in self._documents else self._folded.get(key.strip().casefold())
+
+    def _expanded(self, pattern: str) -> list[str]:
+        """The keys that a range or a glob names."""
+        for at, character in enumerate(pattern):
+            if character == "-":
+                first, last = self._match(pattern[:at]), self._match(pattern[at + 1 :])
+                if first is not None and last is not None:
+                    return list(self._documents)[self._order[first] : self._order[last] + 1]
+        if not any(character in pattern for character in "*?["):
+            return []
+        glob = pattern.strip().casefold()
+        return [key for folded, key in self._folded.items() if fnmatch.fnmatchcase(folded, glob)]
 
     def render(self, keys: Iterable[str]) -> str:
         """One `key: text` entry per document in the order of the store; videos are numbered as `media` lists them.

@@ -67,6 +67,12 @@ class TextEncoder:
             start, strips = match.end(), token is not None and token.rstrip
         return [part for part in [*parts, text[start:].lstrip() if strips else text[start:]] if part != ""]
 
+    def defused(self, text: str) -> str:
+        """The text with a space in every spelling of a control token, so that even as trusted text it means none."""
+        while self._literal is not None and self._literal.search(text):
+            text = self._literal.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        return text
+
     def _text(self, text: str, tokenizer: Any) -> list[int]:
         text = text.encode("utf-8", "replace").decode()
         ids = self._encode(text, tokenizer)

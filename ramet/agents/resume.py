@@ -1,4 +1,4 @@
-"""Resuming trees from a journal of their samples: nothing that was sampled is sampled again.
+"""What was sampled once is not sampled again: a journal of samples behind the policy, and of tools' results behind the tools.
 
 A tree is a function of its task, its budget, its seed and what its samples return. An interrupted tree is therefore grown again from
 the beginning, and every sample that had finished comes from the journal instead of the engine: finished clones, finished turns of
@@ -10,17 +10,20 @@ stopped is charged to the tree that requests it again.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import anyio
 
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
-from ramet.agents.tree import StopReason
+from ramet.agents.tools import BranchView, Tool, ToolCaller, ToolRequest, call_tool
+from ramet.agents.tree import StopReason, ToolResult, ToolStatus
 from ramet.errors import Interrupted, PolicyError, TransientPolicyError, from_record, to_record
 
-GAVE_UP = "gave_up"
-"""Key of the record that says that a run ended because of errors."""
+GAVE_UP, TOOL = "gave_up", "tool"
+"""Keys of the record that says that a run ended because of errors, and of those of tools' calls."""
 
 
 class JournaledPolicy(PolicyWrapper):
@@ -38,7 +41,7 @@ class JournaledPolicy(PolicyWrapper):
         for record in journal:
             if GAVE_UP in record:
                 self._forget_errors()
-            else:
+            elif TOOL not in record:
                 self._known.setdefault((record["group"], record["seed"]), []).append(record)
         self.replayed = self.sampled = 0
         """Numbers of attempts taken from the journal, and of attempts made."""
@@ -92,6 +95,36 @@ class JournaledPolicy(PolicyWrapper):
             keep=False,
         )
         return sample
+
+
+class JournaledTools:
+    """The calls of tools, each written to `journal` when it has ended, and those in it given back, seconds and all.
+
+    Calls are told apart by their place in the tree and by what they ask. One that was cut short is made again: a tool that must
+    not run twice has to see to that itself.
+    """
+
+    def __init__(self, journal: Journal, caller: ToolCaller = call_tool):
+        self._journal, self._caller = journal, caller
+        self._known = {_place(record): record for record in journal if TOOL in record}
+        self.replayed = self.called = 0
+        """Calls taken from the journal, and calls made."""
+
+    async def __call__(self, tool: Tool, request: ToolRequest, view: BranchView, timeout: float) -> tuple[ToolResult, float]:
+        """The result that the journal has, or a new one."""
+        asked = {TOOL: True, **asdict(request)}
+        if (found := self._known.pop(_place(asked), None)) is not None:
+            await anyio.lowlevel.checkpoint()
+            self.replayed += 1
+            return ToolResult(ToolStatus(found["status"]), found["text"]), found["seconds"]
+        self.called += 1
+        result, seconds = await self._caller(tool, request, view, timeout)
+        self._journal.append({**asked, "status": result.status.value, "text": result.text, "seconds": seconds}, keep=False)
+        return result, seconds
+
+
+def _place(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("group", "branch", "turn", "number", "name", "arguments"))
 
 
 def _spent(partial: Partial) -> dict[str, Any]:

@@ -6,20 +6,26 @@ them, no new ones are started. Works on anyio's asyncio and trio backends. The p
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
-from ramet.agents.actor import Growth, Setting, run_branch, seed_of
+from ramet.agents.actor import run_branch
 from ramet.agents.budget import Budget, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
+from ramet.agents.events import Event, TreeEnded
+from ramet.agents.growth import Approval, Growth, Role, Setting, seed_of
 from ramet.agents.prefixes import fresh_cache
+from ramet.agents.program import Program, steer
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import Slots, task_group
+from ramet.agents.tools import Tool, ToolCaller, Tools, call_tool
 from ramet.agents.tree import Status, Task, Tree, price
 from ramet.errors import ConfigError, TaskError
 
@@ -51,6 +57,10 @@ class Runtime:
     always_show_budget           state in every prompt what may be spent, not only in those of branches that can spawn clones; small models
                        mistake the line for part of the question. Tool messages always state it
     watch              called with each root as it starts to grow, to display its tree or to cancel single branches
+    tools              what branches may call beside `spawn_clone`; `tools_at`: which branches hold them
+    caller             makes the calls of tools; a journal puts itself there (`ramet.agents.resume.JournaledTools`)
+    roles              who clones may be instead of clones of the model, by the name that a call gives
+    approve            asked before each call, of tools and of `spawn_clone`; what it does not approve is refused
     """
 
     policy: Policy
@@ -63,19 +73,56 @@ class Runtime:
     clone_system: str = CLONE_SYSTEM
     always_show_budget: bool = True
     watch: Callable[[Growth], None] | None = None
+    tools: Sequence[Tool] = ()
+    tools_at: Literal["everywhere", "clones", "root"] = "everywhere"
+    caller: ToolCaller = call_tool
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    approve: Approval | None = None
+    _tools: Tools = field(init=False)
     _slots: Slots | None = None
 
     def __post_init__(self) -> None:
+        self._tools = Tools(self.tools, self.tools_at)
         for name in ("concurrency", "max_turn_tokens", "result_characters", "attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
-    async def run(self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None) -> Tree:
+    async def run(
+        self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None, program: Program | None = None
+    ) -> Tree:
         """Grow one tree. After `budget.seconds` it is cut short and returned as timed out.
 
-        `prompt` holds token ids that replace the rendering of the task's messages, for callers that lay out the context themselves.
+        prompt   token ids that replace the rendering of the task's messages, for callers that lay out the context themselves
+        program  decides in the model's place what the root does (`ramet.agents.program`)
+
         Raises `TaskError` if the task has no messages. A failure of the policy is not raised; it is in the tree (`Tree.failed`).
         """
+        return await self._run(task, budget, seed, prompt, program, None)
+
+    async def stream(self, task: Task, budget: Budget, seed: int = 0, program: Program | None = None) -> AsyncGenerator[Event, None]:
+        """Grow one tree, and give what happens in it as it happens; the last event has the tree. Leaving the loop cancels it.
+
+        Nothing is lost by a slow reader: events wait for it.
+        """
+        send, receive = anyio.create_memory_object_stream[Event](math.inf)
+
+        async def run() -> None:
+            with send:
+                tree = await self._run(task, budget, seed, None, program, send.send_nowait)
+                send.send_nowait(TreeEnded(tree))
+
+        async with task_group() as group:
+            group.start_soon(run)
+            try:
+                with receive:
+                    async for event in receive:
+                        yield event
+            finally:
+                group.cancel_scope.cancel()
+
+    async def _run(
+        self, task: Task, budget: Budget, seed: int, prompt: list[int] | None, program: Program | None, emit: Callable[[Event], None] | None
+    ) -> Tree:
         if not task.messages:
             raise TaskError(f"task {task.id} has no messages")
         if self._slots is None:
@@ -96,14 +143,19 @@ class Runtime:
             clone_system=self.clone_system,
             watched=self.watch is not None,
             always_show_budget=self.always_show_budget,
+            tools=self._tools,
+            caller=self.caller,
+            roles=self.roles,
+            approve=self.approve,
+            emit=emit,
         )
         media = tuple(segment for message in task.messages for segment in message.media)
-        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, setting.may_spawn(0)), ledger, media=media)
+        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, 0), ledger, media=media)
         if self.watch is not None:
             self.watch(root)
         started = anyio.current_time()
         with fresh_cache(), anyio.move_on_after(budget.seconds):
-            await run_branch(setting, root)
+            await run_branch(setting, root, None if program is None else steer(program, setting, root, task))
         now = anyio.current_time()
         ledger.check()
         branch = root.freeze(Status.TIMED_OUT, now)

@@ -41,6 +41,8 @@ class SampleRequest:
     sampling    how tokens are sampled
     group       an identifier of the tree; requests of one group share prefixes
     media       what the placeholders in the prompt stand for, in order; empty for text
+    branch      id of the branch that asks: "0" is the root, "0.2" its third clone
+    role        of that branch; "" for the model itself
     """
 
     prompt: tuple[int, ...]
@@ -50,6 +52,13 @@ class SampleRequest:
     sampling: Sampling = Sampling()
     group: str = ""
     media: tuple[Segment, ...] = ()
+    branch: str = "0"
+    role: str = ""
+
+    @property
+    def depth(self) -> int:
+        """Levels between the root and the branch; 0 for the root."""
+        return self.branch.count(".")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import anyio
 
-from ramet.agents.calls import ParsedTurn, parse_spelled
+from ramet.agents.calls import ParsedTurn, Schemas, parse_spelled
 from ramet.agents.encoding import PlaceholderIds, no_vision
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tree import Message, StopReason
@@ -29,13 +29,15 @@ class PlainFormat:
     stop_ids = frozenset({STOP})
     placeholder_ids: PlaceholderIds = staticmethod(no_vision)
 
-    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
-        """`T` if the tool is offered, else `-`, then each message followed by `|`."""
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
         return [ord(c) for c in ("T" if tools else "-") + "".join(m.content + "|" for m in messages if m.role != "system")]
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
         """The stop id unless the turn is closed, then the tool message in angle brackets."""
         return [*([] if closed else [STOP]), *map(ord, f"<{text}>")]
+
+    def turn(self, text: str, call: str | None = None) -> list[int]:
+        return [*map(ord, text if call is None else f"{text}<tool_call>{call}</tool_call>"), STOP]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """Read a turn whose calls stand between `<tool_call>` tags."""

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
-from ramet.agents.calls import ParsedTurn, is_call, mistral_calls, parse_marked, parse_spelled, tool_preamble, with_arguments
-from ramet.agents.encoding import TokenizerFormat, decode
-from ramet.agents.protocol import tool_schema
+from ramet.agents.calls import (
+    ParsedTurn,
+    Schemas,
+    is_call,
+    mistral_calls,
+    parse_marked,
+    parse_spelled,
+    spelled_call,
+    tool_preamble,
+    with_arguments,
+)
+from ramet.agents.encoding import TextEncoder, TokenizerFormat, decode
+from ramet.agents.protocol import SPAWN, tool_schema
 from ramet.agents.thoughts import without_thoughts
 from ramet.agents.tree import Message
 from ramet.errors import ChatFormatError, first_line
 
+_SPAWN_ONLY = (tool_schema(),)
 TODAY = datetime(2024, 7, 26)
 """The date given to templates that print one. It is fixed, so that the same task has the same prompt on any day."""
 
@@ -49,37 +60,39 @@ class TemplateFormat(TokenizerFormat):
         super().__init__(tokenizer)
         self._tool_role = "tool"
         try:
-            self._render([Message("user", "u"), Message("assistant", "a"), Message("tool", "t")], False)
+            self._render([Message("user", "u"), Message("assistant", "a"), Message("tool", "t")], ())
         except ChatFormatError:  # a template without a tool role is common
             self._tool_role = "user"
         self._system_role = True
         try:
-            self._system_role = _slot(0) in self._render([Message("system", _slot(0)), Message("user", _slot(1))], False)
+            self._system_role = _slot(0) in self._render([Message("system", _slot(0)), Message("user", _slot(1))], ())
         except ChatFormatError:  # likewise for one without a system role
             self._system_role = False
         question = [Message("user", "u")]
-        self._describes_tools = tool_schema()["function"]["name"] in self._render(question, True, generate=True)
-        prompt = self._render(question, False, generate=True)
+        self._describes_tools = SPAWN in self._render(question, _SPAWN_ONLY, generate=True)
+        prompt = self._render(question, (), generate=True)
         if self._encode.assembled(self._encode.trusted(prompt), start=True) != tokenizer.encode(prompt, add_special_tokens=False):
             raise ChatFormatError("the tokenizer does not encode its chat template section by section, as messages are encoded here")
-        self.opened, end, self._between = self._derived(tools=False)
-        if self._describes_tools and self._derived(tools=True) != (self.opened, end, self._between):
+        self.opened, end, self._between = self._derived(())
+        if self._describes_tools and self._derived(_SPAWN_ONLY) != (self.opened, end, self._between):
             raise ChatFormatError("the chat template treats tool rounds differently when there are tools; token-in, token-out is unsound")
         closing = self._encode.trusted(end)[0]
         if not isinstance(closing, int):
             raise ChatFormatError(f"the template ends a turn with {end!r}, which is not a control token")
+        self._turn_end = closing
         stops = {closing}
         if tokenizer.eos_token_id is not None:
             stops.add(int(tokenizer.eos_token_id))
         self.stop_ids = frozenset(stops)
 
-    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
         """The ids of a prompt. Raises `ChatFormatError` if the template refuses the messages, or drops or repeats one."""
         if not self._system_role:
             messages = _fold_system(messages)
         slotted = [Message(m.role, _padded(i)) for i, m in enumerate(messages)]
+        tools = [defused(self._encode, tool) for tool in tools]
         if tools and not self._describes_tools:
-            slotted = _described(slotted, self._system_role)
+            slotted = _described(slotted, self._system_role, "".join(tool_preamble(tools)))
         text = self._render(slotted, tools, generate=True)
         return self._encode.assembled(self._filled(text, messages), start=True)
 
@@ -104,10 +117,22 @@ class TemplateFormat(TokenizerFormat):
             return ParsedTurn("", (with_arguments(text),)) if marked or is_call(text) else ParsedTurn(text)
         return parse_spelled(decode(self._tokenizer, body))
 
-    def _render(self, messages: Sequence[Message], tools: bool, generate: bool = False) -> str:
+    def turn(self, text: str, call: str | None = None) -> list[int]:
+        """A whole turn with its call spelled as this model does (see `parse`)."""
+        added = self._tokenizer.get_added_vocab()
+        parts: list[int | str] = [text]
+        if call is not None and "[TOOL_CALLS]" in added and "<tool_call>" not in added:
+            parts += [added["[TOOL_CALLS]"], f"[{call}]"]
+        elif call is not None and "<|python_tag|>" in added and "<tool_call>" not in added:
+            parts = [call]
+        elif call is not None:
+            parts += spelled_call(self._encode, call)
+        return self._encode.assembled([*parts, self._turn_end])
+
+    def _render(self, messages: Sequence[Message], tools: Schemas, generate: bool = False) -> str:
         """The template's text for these messages. Raises `ChatFormatError` if the template does."""
         chat = [{"role": self._tool_role if m.role == "tool" else m.role, "content": m.content} for m in messages]
-        schemas = [tool_schema()] if tools else None
+        schemas = [dict(tool) for tool in tools] or None
         try:
             text = self._tokenizer.apply_chat_template(
                 chat, schemas, chat_template=_dated(self._tokenizer.get_chat_template(tools=schemas)), add_generation_prompt=generate,
@@ -131,7 +156,7 @@ class TemplateFormat(TokenizerFormat):
             at = slot.end()
         return [*parts, *self._encode.trusted(text[at:])]
 
-    def _derived(self, tools: bool) -> tuple[str, str, str]:
+    def _derived(self, tools: Schemas) -> tuple[str, str, str]:
         """(`opened`, the end of an assistant turn, the text between one assistant turn and the next with a slot for the tool message)."""
         user, turn, tool = Message("user", _slot(1)), Message("assistant", _slot(2)), Message("tool", _padded(0))
         turn2, tool2 = Message("assistant", _slot(3)), Message("tool", _padded(4))
@@ -150,14 +175,23 @@ class TemplateFormat(TokenizerFormat):
         return opened, end, tail
 
 
-def _described(messages: list[Message], system_role: bool) -> list[Message]:
-    """Slotted messages with the tool described: in the system message, in a new one, or before the first message."""
+def defused(encode: TextEncoder, value: Any) -> Any:
+    """A tool's schema in which no text spells a control token: a template writes it as it stands, and so it would become one."""
+    if isinstance(value, Mapping):
+        return {encode.defused(str(key)): defused(encode, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [defused(encode, each) for each in value]
+    return encode.defused(value) if isinstance(value, str) else value
+
+
+def _described(messages: list[Message], system_role: bool, preamble: str) -> list[Message]:
+    """Slotted messages with the tools described (`preamble`): in the system message, in a new one, or before the first message."""
     first = messages[0] if messages else Message("user", "")
     if first.role == "system":
-        return [replace(first, content=f"{first.content}\n\n{tool_preamble()}"), *messages[1:]]
+        return [replace(first, content=f"{first.content}\n\n{preamble}"), *messages[1:]]
     if system_role:
-        return [Message("system", tool_preamble()), *messages]
-    return [replace(first, content=f"{tool_preamble()}\n\n{first.content}"), *messages[1:]]
+        return [Message("system", preamble), *messages]
+    return [replace(first, content=f"{preamble}\n\n{first.content}"), *messages[1:]]
 
 
 def _fold_system(messages: Sequence[Message]) -> list[Message]:

@@ -113,12 +113,11 @@ class Usage:
 
     generated      sampled tokens, including those of cancelled and failed samples
     prefilled      prompt tokens that the backend had to compute
-    cached         prompt tokens that the backend reused
-    critical_path  sampled tokens along the longest chain of branches that waited for one another
-    clones         number of clones started
-    turns          number of turns
-    attention      sum over sampled and prefilled tokens of the context length that each attends to, without discarded attempts
-    seconds        wall-clock time
+    cached         prompt tokens that the backend had already
+    critical_path  sampled tokens on the longest chain of branches that waited for one another
+    tool_calls     calls of tools, each at its tool's cost
+    tool_seconds   seconds that tools ran, added up
+    attention      sum over sampled and prefilled tokens of the context that each attends to, discarded ones left out
     """
 
     generated: int = 0
@@ -128,6 +127,55 @@ class Usage:
     clones: int = 0
     turns: int = 0
     attention: int = 0
+    seconds: float = 0.0
+    tool_calls: int = 0
+    tool_seconds: float = 0.0
+
+
+class ToolStatus(str, Enum):
+    """How a tool call ended."""
+
+    DONE = "done"
+    """The tool returned; `text` is what it returned."""
+    INVALID = "invalid"
+    """The arguments did not validate, or there is no such tool."""
+    FAILED = "failed"
+    """The tool raised, or returned what cannot be written as text."""
+    TIMED_OUT = "timed out"
+    """The tool's time limit, or what was left of `tool_seconds`, ran out."""
+    REFUSED = "refused"
+    """The call was not made: no budget was left for it, or nobody approved it."""
+    CANCELLED = "cancelled"
+    """The branch was cancelled while the tool ran."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What a call gives back to the branch."""
+
+    status: ToolStatus
+    text: str
+
+    def block(self) -> str:
+        """As the branch reads it: the text, with the status where it is not what the tool returned."""
+        return self.text if self.status is ToolStatus.DONE else f"({self.status.value}{': ' + self.text if self.text else ''})"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """The record of one call: which tool, with which arguments, how it ended, and what it cost.
+
+    number     its place among the calls of its turn
+    arguments  a JSON object
+    cost       of the currency `tool_calls`
+    seconds    on the clock, of the currency `tool_seconds`
+    """
+
+    name: str
+    arguments: str
+    result: ToolResult
+    number: int = 0
+    cost: int = 0
     seconds: float = 0.0
 
 
@@ -143,9 +191,9 @@ class Turn:
     cached               prompt tokens that it reused
     discarded            tokens that failed attempts generated before this sample; charged, not trained on
     discarded_prefilled  prompt tokens that failed attempts computed; charged
-    appended             ids that the runtime appended afterwards
-    clones               branches that this turn's call started, in call order
-    updates              for each change of weights during the sample, the number of ids sampled before it
+    calls      calls of tools that this turn made, in call order
+    written    a program wrote `sampled`: it is charged as if it had been sampled, and never trained
+    free       ids at the beginning of `appended` that a program wrote in the model's place, charged only as context
     """
 
     sampled: tuple[int, ...]
@@ -159,6 +207,9 @@ class Turn:
     appended: tuple[int, ...] = ()
     clones: tuple[Branch, ...] = ()
     updates: tuple[int, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    written: bool = False
+    free: int = 0
 
     def __post_init__(self) -> None:
         if len(self.sampled) != len(self.logprobs):
@@ -191,6 +242,10 @@ class Branch:
     seconds: float = 0.0
     media: tuple[Segment, ...] = ()
     """The videos that the placeholders in the prompt stand for, in order."""
+    role: str = ""
+    """Whose policy, instructions and tools it had; "" for the model's own."""
+    trainable: bool = True
+    """Were its tokens sampled by the policy that learns?"""
 
     @property
     def ids(self) -> list[int]:
@@ -203,10 +258,10 @@ class Branch:
 
     @property
     def mask(self) -> list[bool]:
-        """For each of `ids`, whether it was sampled."""
+        """For each of `ids`, whether the model sampled it."""
         mask = [False] * len(self.prompt)
         for turn in self.turns:
-            mask += [True] * len(turn.sampled)
+            mask += [not turn.written] * len(turn.sampled)
             mask += [False] * len(turn.appended)
         return mask
 
@@ -276,6 +331,15 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolUsage:
+    """What one tool cost a tree: how often it was called, what of `tool_calls` that took, and seconds."""
+
+    calls: int = 0
+    cost: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Tree:
     """One finished rollout of a task.
 
@@ -305,6 +369,14 @@ class Tree:
         """All branches, parents first, in call order."""
         return list(self.root.walk())
 
+    def tools(self) -> dict[str, ToolUsage]:
+        """What each tool was used for, by name."""
+        used: dict[str, ToolUsage] = {}
+        for call in (call for branch in self.branches for turn in branch.turns for call in turn.calls):
+            before = used.get(call.name, ToolUsage())
+            used[call.name] = ToolUsage(before.calls + 1, before.cost + call.cost, before.seconds + call.seconds)
+        return used
+
     @property
     def spawned(self) -> bool:
         """Whether any clone was started."""
@@ -332,6 +404,7 @@ def _unpickled(flat: list[tuple[int, Branch]], others: dict[str, Any]) -> Tree:
 def price(root: Branch, seconds: float = 0.0) -> Usage:
     """The total `Usage` of a tree, counted from its branches (the ledger counts it independently)."""
     generated = prefilled = cached = turns = attention = clones = 0
+    calls: list[ToolCall] = []
     for branch in root.walk():
         clones += 1
         context = len(branch.prompt)
@@ -340,6 +413,7 @@ def price(root: Branch, seconds: float = 0.0) -> Usage:
             generated += len(turn.sampled) + turn.discarded
             prefilled += turn.prefilled + turn.discarded_prefilled
             cached += turn.cached
+            calls += turn.calls
             # Each computed prompt token attends to itself and all before it; so does each sampled one.
             first = context - turn.prefilled
             attention += turn.prefilled * first + turn.prefilled * (turn.prefilled + 1) // 2
@@ -354,4 +428,6 @@ def price(root: Branch, seconds: float = 0.0) -> Usage:
         turns=turns,
         attention=attention,
         seconds=seconds,
+        tool_calls=sum(call.cost for call in calls),
+        tool_seconds=sum(call.seconds for call in calls),
     )

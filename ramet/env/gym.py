@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ramet.agents.actor import seed_of
+from ramet.agents.growth import seed_of
 from ramet.agents.protocol import extract_answer
 from ramet.agents.tree import Message, Task
 from ramet.env.settings import EnvSettings, words

@@ -24,9 +24,9 @@ from typing import Any
 import anyio
 import torch
 
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.growth import seed_of
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tree import Task, Tree

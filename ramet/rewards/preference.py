@@ -40,7 +40,7 @@ class PreferenceModel:
         """Higher is better. Raises `RewardError` for what is too long to be read whole, and for a score that is no number."""
         if self._tokenizer.chat_template:
             chat = chat_format("auto", self._tokenizer)
-            ids = [*chat.render([Message("user", question)], tools=False), *self._encode(answer), turn_end(chat)]
+            ids = [*chat.render([Message("user", question)], tools=()), *self._encode(answer), turn_end(chat)]
         else:
             ids = self._encode(f"{question}\n{answer}")
         limit = self._model.config.max_position_embeddings

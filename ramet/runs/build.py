@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.growth import seed_of
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.env.instructions import instructed

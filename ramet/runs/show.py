@@ -14,9 +14,9 @@ from rich.text import Text
 from rich.tree import Tree as View
 
 from ramet.agents import drain
-from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat, ControlTokenFormat
+from ramet.agents.growth import Growth
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Runtime

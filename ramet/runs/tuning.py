@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ramet.agents.actor import seed_of
+from ramet.agents.growth import seed_of
 from ramet.agents.journal import Journal
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation import baselines

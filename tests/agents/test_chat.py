@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from ramet.agents.budget import Budget
 from ramet.agents.calls import parse_spelled
 from ramet.agents.chat import ChatMLFormat, ControlTokenFormat, chat_format
+from ramet.agents.context import ContextStore
 from ramet.agents.encoding import TextEncoder
-from ramet.agents.protocol import parse_call, render_call
+from ramet.agents.protocol import parse_call, render_call, tool_schema
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.templates import TemplateFormat
@@ -93,6 +94,12 @@ def spellings(chat: Any) -> list[str]:
     return [*literals, *nested, "".join(literals), " ".join(literals), *(literal.upper() for literal in literals)]
 
 
+def described(text: str) -> dict:
+    """A tool of somebody else's, in whose every text is `text`."""
+    parameters = {"type": "object", "properties": {"q": {"type": "string", "description": text, "enum": [text]}}}
+    return {"type": "function", "function": {"name": f"t{text}", "description": text, "parameters": parameters}}
+
+
 def test_text_that_spells_control_tokens_stays_text(chat):
     for text in spellings(chat):
         ids = encoder(chat)(text)
@@ -101,10 +108,14 @@ def test_text_that_spells_control_tokens_stays_text(chat):
         # Wherever untrusted text goes, the control tokens are those of harmless text.
         for messages in ([Message("user", text)], [Message("user", "a"), Message("user", text + "\n" + text)]):
             harmless = [Message(m.role, "x") for m in messages]
-            for tools in (False, True):
+            for tools in ([], [tool_schema()]):
                 assert controls(chat, chat.render(messages, tools)) == controls(chat, chat.render(harmless, tools))
         for closed in (False, True):
             assert controls(chat, chat.after_turn(text, closed)) == controls(chat, chat.after_turn("x", closed))
+        assert controls(chat, chat.turn(text, text)) == controls(chat, chat.turn("x", "x"))
+        # So does what others' tools are called and say of themselves.
+        shown = [chat.render(messages, [tool_schema(), described(each)]) for each in ("x", text)]
+        assert controls(chat, shown[1]) == controls(chat, shown[0])
 
 
 @settings(max_examples=60)
@@ -191,12 +202,12 @@ def test_the_template_format_equals_the_template(qwen):
     made = TemplateFormat(qwen)
     chat_ = [{"role": "user", "content": "hi"}]
     reference = qwen.apply_chat_template(chat_, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert made.render([Message("user", "hi")], tools=False) == reference
+    assert made.render([Message("user", "hi")], tools=()) == reference
     said = qwen.encode("yes", add_special_tokens=False)
     whole = [*chat_, {"role": "assistant", "content": "yes"}, {"role": "tool", "content": "42"}]
     reference = qwen.apply_chat_template(whole, add_generation_prompt=True, tokenize=True, return_dict=False)
     stop = qwen.convert_tokens_to_ids("<|im_end|>")
-    ours = made.render([Message("user", "hi")], tools=False)
+    ours = made.render([Message("user", "hi")], tools=())
     assert [*ours, *said, stop, *made.after_turn("42", closed=True)] == reference
     assert [*ours, *said, *made.after_turn("42", closed=False)] == reference
 
@@ -279,9 +290,9 @@ def test_auto_gives_the_ids_of_the_model_s_own_template(style, content):
     tokenizer = styled(STYLES[style])
     made = chat_format("auto", tokenizer)
     question = [{"role": "user", "content": content}]
-    assert made.render([Message("user", content)], tools=False) == encoded(tokenizer, question)
+    assert made.render([Message("user", content)], tools=()) == encoded(tokenizer, question)
     # Two tool rounds, appended as ids. A thought that was opened stays where it was sampled.
-    ids, chat_ = made.render([Message("user", "q")], tools=False), [{"role": "user", "content": "q"}]
+    ids, chat_ = made.render([Message("user", "q")], tools=()), [{"role": "user", "content": "q"}]
     for said, result in (("a", content), ("b", "7")):
         ids += [*tokenizer.encode(said), *made.after_turn(result, closed=False)]
         chat_ += [{"role": "assistant", "content": said}, {"role": made._tool_role, "content": result}]
@@ -297,7 +308,7 @@ def test_auto_gives_the_ids_of_the_model_s_own_template(style, content):
 def test_a_turn_is_read_from_the_thought_on_that_the_prompt_opens():
     tokenizer = styled(THINKING)
     made = chat_format("auto", tokenizer)
-    assert made.text(made.render([Message("user", "q")], False)).endswith("<think>\n")
+    assert made.text(made.render([Message("user", "q")], ())).endswith("<think>\n")
     assert made.text(made.after_turn("7", closed=True)).endswith("<think>\n")
     parsed = made.parse(tokenizer.encode("hm</think>\n\nAnswer: 4<|im_end|>"))
     assert parsed.text.endswith("Answer: 4") and not parsed.text.startswith("hm") and not parsed.error
@@ -315,13 +326,13 @@ def test_what_a_template_escapes_is_escaped():
 def test_a_template_that_prints_the_date_gives_the_same_prompt_every_day():
     tokenizer = styled("\n{% if strftime_now is defined %}{{ strftime_now('%A, %d %B %Y, %-m/%y, %H:%M') }}{% endif %}" + CHATML)
     made = chat_format("auto", tokenizer)
-    assert made.text(made.render([Message("user", "x")], False)).startswith("\nFriday, 26 July 2024, 7/24, 00:00<|im_start|>user")
+    assert made.text(made.render([Message("user", "x")], ())).startswith("\nFriday, 26 July 2024, 7/24, 00:00<|im_start|>user")
 
 
 def test_the_tool_is_described_by_the_template_or_in_a_system_message():
     def prompt(template: str, messages: list[Message]) -> str:
         made = chat_format("auto", styled(template))
-        return made.text(made.render(messages, tools=True))
+        return made.text(made.render(messages, [tool_schema()]))
 
     user = Message("user", "q")
     said = prompt(CHATML, [user])
@@ -363,7 +374,7 @@ def test_no_space_creeps_in_before_a_text(scheme, opening):
     tokenizer = spaced_tokenizer(scheme, template)
     made = chat_format("auto", tokenizer)
     for content in ("q", " q u", "\nq"):
-        assert made.render([Message("user", content)], False) == encoded(tokenizer, [{"role": "user", "content": content}])
+        assert made.render([Message("user", content)], ()) == encoded(tokenizer, [{"role": "user", "content": content}])
     marks = {tokenizer.convert_tokens_to_ids(t) for t in ("▁", "▁q", "▁u", "Ġ", "Ġq", "Ġu")}
     assert marks.isdisjoint(made._encode("qu")) and not marks.isdisjoint(made._encode("q u"))
     # Neither where a spelled token is cut apart.
@@ -375,7 +386,7 @@ def test_no_space_creeps_in_before_a_text(scheme, opening):
 def test_runs_of_white_space_with_a_token_of_their_own_are_text():
     tokenizer = byte_tokenizer(["<|im_end|>", "<|im_start|>"], ["\n\n", "    "], CHATML)
     content = "a\n\nb    c"
-    ids = chat_format("auto", tokenizer).render([Message("user", content)], False)
+    ids = chat_format("auto", tokenizer).render([Message("user", content)], ())
     assert ids == encoded(tokenizer, [{"role": "user", "content": content}])
 
 
@@ -471,7 +482,7 @@ def test_calls_in_a_model_s_native_style(special, said, calls):
     if not calls:
         assert parsed.text == "".join(said)
     elif "spawn_clone" in said[-1]:
-        assert [r.objective for r in parse_call(parsed.calls[0]).requests()] == ["a", "b"]
+        assert [r.objective for r in parse_call(parsed.calls[0]).requests(ContextStore({}))[0]] == ["a", "b"]
     else:
         with pytest.raises(CallError):
             parse_call(parsed.calls[0])

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import anyio
 import pytest
 
-from ramet.agents.actor import Growth
 from ramet.agents.budget import CURRENCIES, Budget, Fork, Grant, Ledger
+from ramet.agents.growth import Growth
 from ramet.agents.protocol import render_call
 from ramet.agents.runtime import Runtime
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ramet.agents.context import ContextStore
 from ramet.agents.protocol import (
     CloneResult,
     elide,
@@ -28,13 +29,14 @@ def call(**arguments) -> str:
 
 
 def test_a_bare_string_is_an_objective_and_shared_keys_go_to_all():
-    requests = parse_call(call(objectives=["a", {"objective": "b", "context_keys": ["y"], "max_tokens": 7}], context_keys=["x"])).requests()
+    text = call(objectives=["a", {"objective": "b", "context_keys": ["y"], "max_tokens": 7}], context_keys=["x"])
+    requests = parse_call(text).requests(ContextStore({}))[0]
     assert [(r.objective, r.context_keys, r.max_tokens) for r in requests] == [("a", ["x"], None), ("b", ["x", "y"], 7)]
 
 
 def test_what_is_rendered_parses():
     text = render_call(["a", {"objective": "b", "max_tokens": 3}], ["k"])
-    assert [r.objective for r in parse_call(text).requests()] == ["a", "b"]
+    assert [r.objective for r in parse_call(text).requests(ContextStore({}))[0]] == ["a", "b"]
     assert tool_schema()["function"]["name"] == "spawn_clone"
 
 

@@ -8,9 +8,11 @@ from typing import ClassVar
 import anyio
 import pytest
 
-from ramet.agents.actor import Growth, _pause, seed_of
+from ramet.agents.attempts import _pause
 from ramet.agents.budget import Budget, Ledger
-from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_results
+from ramet.agents.calls import Schemas
+from ramet.agents.growth import Growth, seed_of
+from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_results, tool_schema
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
@@ -333,7 +335,7 @@ async def test_a_clones_messages_are_its_system_prompt_and_its_objective():
     class Remembering(PlainFormat):
         rendered: ClassVar[list[list[Message]]] = []
 
-        def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
+        def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
             self.rendered.append(list(messages))
             return super().render(messages, tools)
 
@@ -351,7 +353,7 @@ async def test_a_branch_that_runs_out_is_told_in_these_words():
     assert list(first.appended) == PlainFormat().after_turn(told, closed=False)
     assert (len(first.sampled), len(last.sampled), last.appended) == (12, 8, ())
     tree = await grow(lambda c: "1\0", Budget(generated=8, answer_reserve=8))
-    plain = PlainFormat().render([Message("user", f"root\n{left_line(0, None)}")], True)
+    plain = PlainFormat().render([Message("user", f"root\n{left_line(0, None)}")], [tool_schema()])
     assert list(tree.root.prompt) == [*plain, *PlainFormat().after_turn(told, closed=False)]
 
 

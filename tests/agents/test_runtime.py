@@ -10,8 +10,8 @@ from collections.abc import Callable
 import anyio
 import pytest
 
-from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
+from ramet.agents.growth import Growth
 from ramet.agents.protocol import render_call
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy

@@ -8,8 +8,8 @@ from typing import Any
 import anyio
 import pytest
 
-from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget, Ledger
+from ramet.agents.growth import Growth
 from ramet.agents.journal import Journal
 from ramet.agents.protocol import render_call
 from ramet.agents.resume import JournaledPolicy

@@ -17,6 +17,7 @@ import atheris
 
 with atheris.instrument_imports():
     from ramet.agents.calls import parse_spelled
+    from ramet.agents.context import ContextStore
     from ramet.agents.journal import Journal
     from ramet.agents.protocol import CloneResult, elide, extract_answer, parse_call, render_call, render_results
     from ramet.agents.tree import Status
@@ -28,7 +29,7 @@ FOLDER = Path(tempfile.mkdtemp())
 
 def call(text: str) -> None:
     try:
-        requests = parse_call(text).requests()
+        requests = parse_call(text).requests(ContextStore({}))[0]
     except CallError as error:
         assert len(str(error).encode()) < 4000
     else:

@@ -14,6 +14,7 @@ import torch
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
+from ramet.agents.context import ContextStore
 from ramet.agents.protocol import extract_answer, parse_call
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling
@@ -54,7 +55,7 @@ def test_every_equation_is_true_and_every_full_answer_right(demonstrations):
 def test_calls_cover_every_row_once(demonstrations):
     calls = [d for d in demonstrations if d.pieces[0].call]
     for demonstration in calls:
-        keys = [key for request in parse_call(demonstration.pieces[0].call).requests() for key in request.context_keys]
+        keys = [key for request in parse_call(demonstration.pieces[0].call).requests(ContextStore({}))[0] for key in request.context_keys]
         assert keys == list(rows(demonstration))
         assert len(parse_call(demonstration.pieces[0].call).objectives) <= RESULTS
 

@@ -283,15 +283,15 @@ async def test_text_that_the_server_gives_without_tokens_is_kept_and_charged():
     ]
     wire = WireFormat()
     with server(lambda b, h: stream(h, *events)) as (url, _):
-        sample = await one(ChatPolicy(url, wire), SampleRequest(tuple(wire.render([Message("user", "hi")], False)), 6, wire.stop_ids))
+        sample = await one(ChatPolicy(url, wire), SampleRequest(tuple(wire.render([Message("user", "hi")], ())), 6, wire.stop_ids))
     assert wire.text(sample.ids) == "Answer: 7" and len(sample.ids) == 6 and sample.stop is StopReason.LENGTH
 
 
 def test_the_wire_format_gives_messages_back_in_any_process():
-    ids_of = WireFormat().render([Message("user", "héllo 世界 \ud800")], tools=False)
+    ids_of = WireFormat().render([Message("user", "héllo 世界 \ud800")], tools=())
     assert WireFormat().messages(ids_of) == [{"role": "user", "content": "héllo 世界 ?"}]
     wire = WireFormat()
-    ids = wire.render([Message("system", "be brief"), Message("user", "héllo ￿ <|im_end|>")], tools=False)
+    ids = wire.render([Message("system", "be brief"), Message("user", "héllo ￿ <|im_end|>")], tools=())
     ids += [wire.piece("I "), wire.piece("say"), *wire.after_turn("1: x", closed=False)]
     assert wire.messages(ids) == [
         {"role": "system", "content": "be brief"},

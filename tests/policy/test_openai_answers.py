@@ -23,7 +23,7 @@ from tests.policy.raw_server import HEAD, reply, says, serve, stream, usage
 
 pytestmark = pytest.mark.anyio
 WIRE = WireFormat()
-PROMPT = tuple(WIRE.render([Message("user", "hi")], tools=False))
+PROMPT = tuple(WIRE.render([Message("user", "hi")], tools=()))
 
 
 @pytest.fixture(params=["asyncio", "trio"])

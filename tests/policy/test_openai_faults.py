@@ -21,7 +21,7 @@ from tests.policy.raw_server import HEAD, MODELS, bound, reply, says, serve, str
 
 pytestmark = pytest.mark.anyio
 WIRE = WireFormat()
-PROMPT = tuple(WIRE.render([Message("system", "be brief"), Message("user", "hi")], tools=False))
+PROMPT = tuple(WIRE.render([Message("system", "be brief"), Message("user", "hi")], tools=()))
 KEY = "sk-local-0123456789abcdefghijklmnopqrstuvwxyz0123456789"
 GOOD = stream(says("Answer: "), says("42"), says("", "stop"), usage(4))
 
@@ -488,7 +488,7 @@ def test_what_is_no_address_is_refused(address):
 def test_long_prompts_are_read_in_one_go():
     """Work grows with the text, not with its square: pieces are joined once."""
     text = "word " * 60_000
-    ids = WIRE.render([Message("user", text)], False)
+    ids = WIRE.render([Message("user", text)], ())
     assert WIRE.messages(ids) == [{"role": "user", "content": text}]
     copied: list[int] = []
 

@@ -313,7 +313,7 @@ async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, thresh
     one, two, three = (Segment(str(tmp_path / "clips" / row["video"])) for row in rows)
     asked = []
     for text, media in (("What is there?", (one,)), ("What is there?", (two, three)), ("And now, what is it?", ())):
-        prompt = tuple(chat.render([Message("user", text, media)], tools=False))
+        prompt = tuple(chat.render([Message("user", text, media)], tools=()))
         asked.append(SampleRequest(prompt, 6, frozenset(), 0, Sampling(0.0), media=media))
     asked.append(replace(asked[0], prompt=(*asked[0].prompt, 70, 71)))  # a later turn
 

@@ -51,7 +51,7 @@ def requests(chat: Any, clips: list[Segment], temperature: float = 0.0) -> list[
     made = []
     for n in range(14):
         media = tuple(rng.sample(clips, n % 3))
-        ids = chat.render([Message("user", TEXTS[n % 2], media)], tools=False)
+        ids = chat.render([Message("user", TEXTS[n % 2], media)], tools=())
         made.append(SampleRequest(tuple(ids), 12 + n, frozenset(), n, Sampling(temperature), media=media))
     return made
 
@@ -86,7 +86,7 @@ def test_a_batch_says_what_generate_says_one_by_one(sights: Any) -> None:
 def test_the_same_words_about_another_video_share_no_memory(sights: Any) -> None:
     model, reader, chat, clips = sights
     asked = [
-        SampleRequest(tuple(chat.render([Message("user", "What is there?", (clip,))], tools=False)), 8, frozenset(), media=(clip,))
+        SampleRequest(tuple(chat.render([Message("user", "What is there?", (clip,))], tools=())), 8, frozenset(), media=(clip,))
         for clip in clips[:3]
     ]
     assert len({request.prompt for request in asked}) == 1
@@ -117,7 +117,7 @@ def test_all_ways_through_the_model_agree_on_positions(sights: Any, timed: Any) 
     model, reader, chat, clips = sights
     clip, seconds = timed
     for media in ((clip,), (clips[0], clip)):
-        prompt = tuple(chat.render([Message("user", "What?", media)], tools=False))
+        prompt = tuple(chat.render([Message("user", "What?", media)], tools=()))
         request = SampleRequest(prompt, 10, frozenset(), 3, Sampling(1.0), media=media)
         policy = VisionPolicy(model, reader)
         first, second = anyio.run(sampled, policy, [request, replace(request, seed=4)])
@@ -168,7 +168,7 @@ def test_a_placeholder_that_was_sampled_is_a_token_like_others(sights: Any) -> N
     """A model may write the id of a placeholder: the next turn and training go on, with the videos where they were."""
     model, reader, chat, clips = sights
     pad = model.config.video_token_id
-    prompt = (*chat.render([Message("user", "What?", (clips[0],))], tools=False), pad, 80, pad)
+    prompt = (*chat.render([Message("user", "What?", (clips[0],))], tools=()), pad, 80, pad)
     request = SampleRequest(prompt, 6, frozenset(), media=(clips[0],))
     policy = VisionPolicy(model, reader)
     (sample,) = anyio.run(sampled, policy, [replace(request, sampling=Sampling(1.0))])
@@ -191,7 +191,7 @@ def test_what_does_not_see_says_so(sights: Any) -> None:
     with pytest.raises(ChatFormatError, match="this model has no vision"):
         anyio.run(run, HFPolicy(text), plain)
     with pytest.raises(ChatFormatError, match="this model has no vision"):
-        WireFormat().render(task.messages, tools=False)
+        WireFormat().render(task.messages, tools=())
     request = SampleRequest((1, 2), 2, frozenset(), media=(clips[0],))
     with pytest.raises(PolicyError, match="the prompt has 0 video tokens, but its videos need 8"):
         anyio.run(sampled, VisionPolicy(model, reader), [request])

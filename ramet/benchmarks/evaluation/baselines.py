@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget, fair_shares
 from ramet.agents.chat import ChatFormat, ControlTokenFormat
 from ramet.agents.context import ContextStore, clone_prompt
-from ramet.agents.protocol import CloneResult, left_line, parse_call, render_call, render_results
+from ramet.agents.growth import seed_of
+from ramet.agents.protocol import CloneResult, left_line, parse_call, render_call, render_results, tool_schema
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tasks import task_group
@@ -101,17 +101,18 @@ async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequenc
 async def tree(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
     """Let the model decide within the budget."""
     grown = checked(await runtime.run(task, budget, seed))
-    recall = support_recall(task, named_keys(grown, runtime.chat))
+    recall = support_recall(task, named_keys(grown, runtime.chat, ContextStore(task.documents)))
     return outcome(grown.answer, grown.root.status.value, [grown], grown.usage.critical_path, grown.usage.clones, recall)
 
 
-def named_keys(tree: Tree, chat: ChatFormat) -> set[str]:
+def named_keys(tree: Tree, chat: ChatFormat, store: ContextStore) -> set[str]:
     """The context keys that the calls of a tree name."""
     keys: set[str] = set()
     for branch in tree.branches:
         for turn in branch.turns:
             if turn.clones:
-                keys.update(key for request in parse_call(chat.parse(turn.sampled).calls[0]).requests() for key in request.context_keys)
+                requests = parse_call(chat.parse(turn.sampled).calls[0]).requests(store)[0]
+                keys.update(key for request in requests for key in request.context_keys)
     return keys
 
 
@@ -230,7 +231,7 @@ def map_reduce(cut: Cut | Mapping[int, Cut]) -> BudgetedMethod:
         chat = runtime.chat
         content = "\n".join(filter(None, [task.messages[-1].content, left_line(offered, None)]))
         prompt = [
-            *chat.render([*task.messages[:-1], Message("user", content)], tools=True),
+            *chat.render([*task.messages[:-1], Message("user", content)], [tool_schema()]),
             *chat.turn(statement(len(keys)), call),
             *chat.after_turn(render_results(results, left_line(left, None), runtime.result_characters), closed=True),
         ]

@@ -13,9 +13,9 @@ from typing import Any
 import anyio
 
 from ramet.agents import drain
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.growth import seed_of
 from ramet.agents.journal import Journal
 from ramet.agents.prefixes import FreshCache, fresh_cache
 from ramet.agents.runtime import Runtime

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget, fair_shares
 from ramet.agents.context import ContextStore, clone_prompt
+from ramet.agents.growth import seed_of
 from ramet.agents.protocol import CloneResult, render_results
 from ramet.agents.runtime import Runtime
 from ramet.agents.tree import Message, Task, Tree

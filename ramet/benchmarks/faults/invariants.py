@@ -11,8 +11,8 @@ import asyncio
 import re
 from collections.abc import Sequence
 
-from ramet.agents.actor import Growth, seed_of
-from ramet.agents.budget import CURRENCIES, Budget
+from ramet.agents.budget import CURRENCIES, POOLED, Budget
+from ramet.agents.growth import Growth, seed_of
 from ramet.agents.protocol import parse_call
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn
@@ -62,6 +62,8 @@ def _check_branch(growth: Growth) -> None:
         "clones": len(below),
         "critical_path": path + growth.discarded,
         "branch_generated": own,
+        "tool_calls": _calls(turns) + sum(_calls(branch.turns) for branch in below),
+        "tool_milliseconds": _milliseconds(turns) + sum(_milliseconds(branch.turns) for branch in below),
         "turns": sum(turn.stop is not StopReason.FAILED for turn in turns),
     }
     for currency in CURRENCIES:
@@ -71,10 +73,18 @@ def _check_branch(growth: Growth) -> None:
         require(limit is None or has + held <= limit, f"{growth.id}: {has} spent and {held} reserved of {limit} {currency}")
     if growth.ended is not None:
         require(not growth.clones, f"{growth.id} ended before its clones")
-    shares = {name: sum(clone.ledger.share(name) or 0 for clone in growth.clones) for name in ("generated", "prefilled", "clones")}
+    shares = {name: sum(clone.ledger.share(name) or 0 for clone in growth.clones) for name in POOLED}
     for name, amount in shares.items():
         if ledger.limit(name) is not None:
             require(ledger.reserved(name) >= amount, f"{growth.id}: {ledger.reserved(name)} {name} reserved for shares of {amount}")
+
+
+def _calls(turns: Sequence[Turn]) -> int:
+    return sum(call.cost for turn in turns for call in turn.calls)
+
+
+def _milliseconds(turns: Sequence[Turn]) -> int:
+    return sum(round(1000 * call.seconds) for turn in turns for call in turn.calls)
 
 
 def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: bool = True, resumed: bool = False) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 
 import anyio
 
-from ramet.agents.actor import Growth
 from ramet.agents.budget import Budget
+from ramet.agents.growth import Growth
 from ramet.agents.journal import Journal
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, render_call
 from ramet.agents.resume import JournaledPolicy

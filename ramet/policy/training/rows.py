@@ -38,7 +38,7 @@ class TrainingRow:
 
 
 def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[TrainingRow]:
-    """One row per branch that sampled anything, in the order of `tree.branches`.
+    """One row per branch in which the policy that learns sampled anything, in the order of `tree.branches`.
 
     `advantages` has one entry per branch (`ValueError` otherwise). `weight` is that of the tree: every row gets it, whatever the fan-out.
     """
@@ -48,7 +48,7 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Trai
     return [
         TrainingRow(b.ids, b.mask, b.logprobs, advantage, weight, b.versions, b.media)
         for b, advantage in zip(branches, advantages, strict=True)
-        if any(turn.sampled for turn in b.turns)
+        if b.trainable and any(turn.sampled and not turn.written for turn in b.turns)
     ]
 
 

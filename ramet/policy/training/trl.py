@@ -20,9 +20,9 @@ from typing import Any
 
 import anyio
 
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.growth import seed_of
 from ramet.agents.prefixes import FreshCache
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Sampling

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ramet.agents.actor import seed_of
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.growth import seed_of
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
 from ramet.errors import ConfigError, PolicyError, RametError, RewardError, first_line

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ramet.agents.chat import ControlTokenFormat
-from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_call, render_results
+from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, CloneResult, left_line, render_call, render_results, tool_schema
 from ramet.agents.tree import Message, Status
 from ramet.env.arithmetic import OBJECTIVE, ROW, parse_sum, rows_task, spell, statement
 from ramet.env.splits import part_of
@@ -161,7 +161,7 @@ def demonstration_texts(count: int, seed: int) -> Iterator[str]:
 
 def encode(demonstration: Demonstration, chat: ControlTokenFormat) -> tuple[list[int], list[bool]]:
     """Token ids and which of them are trained. A turn that is cut has no end to train."""
-    ids = chat.render([Message("user", demonstration.prompt)], demonstration.tools)
+    ids = chat.render([Message("user", demonstration.prompt)], [tool_schema()] if demonstration.tools else ())
     mask = [False] * len(ids)
     closed = True
     for piece in demonstration.pieces:

@@ -221,7 +221,7 @@ class VideoDRM:
     def prompt(self, video: VideoInput, question: str) -> Prompted:
         """What stands before an answer."""
         media = segments_of(video)
-        ids = self.chat.render([Message("user", question, media)], tools=False)
+        ids = self.chat.render([Message("user", question, media)], tools=())
         return Prompted(ids, tuple(self.reader(segment).video for segment in media))
 
     def answer_ids(self, answer: str) -> list[int]:

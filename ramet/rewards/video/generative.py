@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from ramet.agents import drain
-from ramet.agents.actor import seed_of
 from ramet.agents.chat import ChatFormat
 from ramet.agents.encoding import TextEncoder
+from ramet.agents.growth import seed_of
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message
@@ -132,7 +132,7 @@ class VideoGRM:
         limit = self.model.config.get_text_config().max_position_embeddings
         asked = []
         for message, place in zip(messages, places, strict=True):
-            prompt = tuple(self.chat.render([message], tools=False))
+            prompt = tuple(self.chat.render([message], tools=()))
             room = min(self.settings.max_tokens, limit - len(prompt))
             if room < 1:
                 raise RewardError(f"{len(prompt)} tokens leave no room for a verdict in the model's {limit}; show fewer frames")
@@ -191,7 +191,7 @@ class VideoGRM:
     @torch.inference_mode()
     def _expected(self, message: Message, said: str) -> float:
         """The mean of 1 to 10 under the odds of each, written in place of the number that was."""
-        before = self.chat.render([message], tools=False) + self._encode(said.rpartition("<answer>")[0] + "<answer>")
+        before = self.chat.render([message], tools=()) + self._encode(said.rpartition("<answer>")[0] + "<answer>")
         policy = VisionPolicy(self.model, self.reader)
         odds = []
         for rating in range(1, 11):

@@ -83,7 +83,7 @@ def sft_grm(
     examples = []
     for pair, forward, said in traces:
         message = pairwise(shown(pair, forward))
-        prompt, answer = grm.chat.render([message], tools=False), [*encode(said), end]
+        prompt, answer = grm.chat.render([message], tools=()), [*encode(said), end]
         examples.append(Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer), message.media))
     return fine_tune(grm.model, examples, grm.tokenizer.pad_token_id or 0, config, folder / "checkpoints", grm.reader, report)
 

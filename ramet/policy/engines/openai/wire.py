@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ramet.agents.calls import ParsedTurn, parse_spelled, tool_preamble
+from ramet.agents.calls import ParsedTurn, Schemas, parse_spelled, tool_preamble
 from ramet.agents.encoding import PlaceholderIds, no_vision
 from ramet.agents.tree import Message
 
@@ -44,11 +44,11 @@ class WireFormat:
     def _content(self, role: str, text: str) -> list[int]:
         return [self.ROLES.index(role), *(self.piece(text[i : i + 4]) for i in range(0, len(text), 4)), self.END]
 
-    def render(self, messages: Sequence[Message], tools: bool) -> list[int]:
-        """As `ChatFormat.render`: the ids of messages and of the start of the assistant's turn. `tools`: with the tool's description."""
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
+        """As `ChatFormat.render`: the ids of messages and of the start of the assistant's turn, with the tools described first."""
         system = "\n\n".join(m.content for m in messages if m.role == "system")
         if tools:
-            system = "\n\n".join(filter(None, [system, tool_preamble()]))
+            system = "\n\n".join(filter(None, [system, "".join(tool_preamble(tools))]))
         ids = self._content("system", system) if system else []
         for message in messages:
             if message.role != "system":
@@ -60,6 +60,11 @@ class WireFormat:
     def after_turn(self, text: str, closed: bool) -> list[int]:
         """As `ChatFormat.after_turn`: the ids of a tool result and of the start of the next turn. `closed`: the last turn has its end."""
         return [*([] if closed else [self.END]), *self._content("tool", text), self.ROLES.index("assistant")]
+
+    def turn(self, text: str, call: str | None = None) -> list[int]:
+        """The text, the call in Hermes tags, and the end of the turn."""
+        spelled = text if call is None else f"{text}<tool_call>\n{call}\n</tool_call>"
+        return [*(self.piece(spelled[i : i + 4]) for i in range(0, len(spelled), 4)), self.END]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """As `ChatFormat.parse`: the answer and the tool calls of a turn."""

@@ -1,0 +1,241 @@
+"""Making the calls of one turn: clones are spawned, tools run beside them, and the branch is told what came of it.
+
+Every call is answered, in call order, by clones' results or by a typed tool result. Tools that allow it run in parallel with
+one another and with clones; the others one after another, in order. What a turn's calls may spend is reserved before any of
+them runs: the tools' first, and of what is left then the clones have their shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import anyio
+
+from ramet.agents.attempts import ending
+from ramet.agents.budget import CallGrant
+from ramet.agents.calls import ParsedTurn
+from ramet.agents.context import clone_prompt
+from ramet.agents.events import BranchEnded, BranchStarted, CallEnded, CallMade
+from ramet.agents.growth import Growth, Setting
+from ramet.agents.protocol import SPAWN, CloneResult, Objective, Reply, SpawnClone, ToolUse, parse_calls, render_replies
+from ramet.agents.tasks import task_group
+from ramet.agents.tools import BranchView, Tool, ToolRequest, call_tool
+from ramet.agents.tree import Message, Status, ToolCall, ToolResult, ToolStatus
+from ramet.errors import BudgetExhausted, CallError
+
+RunBranch = Callable[[Setting, Growth], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """What a turn's calls gave, in call order, and the keys in them that name no document."""
+
+    replies: Sequence[Reply]
+    unknown: Sequence[str] = ()
+
+
+async def make_calls(setting: Setting, growth: Growth, parsed: ParsedTurn, run: RunBranch) -> Replies:
+    """Make the calls of the branch's newest turn, whose text has been read."""
+    held = setting.tools.held(growth.depth)
+    if parsed.error:
+        calls: list[SpawnClone | ToolUse | CallError] = [CallError(parsed.error)]
+    else:
+        calls = parse_calls(parsed.calls, setting.may_spawn(growth.depth), held)
+    if not held and isinstance(calls[0], CallError):
+        return Replies([Reply(SPAWN, (CloneResult(Status.REFUSED, reason=str(calls[0])),))])
+    return await run_calls(setting, growth, calls, run)
+
+
+async def run_calls(setting: Setting, growth: Growth, calls: Sequence[SpawnClone | ToolUse | CallError], run: RunBranch) -> Replies:
+    """Make calls that have been read."""
+    replies: dict[int, Reply] = {}
+    unknown: list[str] = []
+    spawn: tuple[int, list[Objective]] | None = None
+    uses: list[tuple[int, ToolUse]] = []
+    for number, call in enumerate(calls):
+        error: Exception | None = call if isinstance(call, CallError) else None
+        if isinstance(call, SpawnClone):
+            try:
+                requests, unknown = call.requests(setting.store)
+                _known_roles(setting, requests)
+            except CallError as wrong:
+                error = wrong
+        if error is None and not await _approved(setting, growth, call):
+            error = CallError("not approved")
+        if error is not None:
+            replies[number] = _refused(growth, number, call, str(error))
+        elif isinstance(call, SpawnClone):
+            spawn = (number, requests)
+        elif isinstance(call, ToolUse):
+            uses.append((number, call))
+
+    async def spawned() -> None:
+        if spawn is not None:
+            number, requests = spawn
+            replies[number] = Reply(SPAWN, tuple(await spawn_clones(setting, growth, requests, run)))
+
+    if not uses:
+        await spawned()
+    else:
+        await _beside(setting, growth, uses, replies, spawned)
+    return Replies([replies[number] for number in range(len(calls))], unknown)
+
+
+def _refused(growth: Growth, number: int, call: SpawnClone | ToolUse | CallError, why: str) -> Reply:
+    """The reply to a call that is not made; one of a tool is on record."""
+    if isinstance(call, SpawnClone):
+        return Reply(SPAWN, (CloneResult(Status.REFUSED, reason=why),))
+    if isinstance(call, CallError):
+        return Reply("call", text=ToolResult(ToolStatus.INVALID, why).block())
+    result = ToolResult(ToolStatus.REFUSED, why)
+    growth.record(ToolCall(call.name, call.arguments, result, number))
+    return Reply(call.name, text=result.block())
+
+
+def _known_roles(setting: Setting, requests: Sequence[Objective]) -> None:
+    unknown = {request.role for request in requests if request.role is not None} - setting.roles.keys()
+    if unknown:
+        there = f"there are {', '.join(setting.roles)}" if setting.roles else "there are none; leave it out"
+        raise CallError(f"no role {', '.join(sorted(unknown))[:80]!r}; {there}")
+
+
+async def _approved(setting: Setting, growth: Growth, call: SpawnClone | ToolUse | CallError) -> bool:
+    if isinstance(call, CallError):
+        return True
+    name, arguments = (SPAWN, call.model_dump_json()) if isinstance(call, SpawnClone) else (call.name, call.arguments)
+    if setting.emit is not None:
+        setting.emit(CallMade(growth.id, name, arguments))
+    return setting.approve is None or await setting.approve(growth.id, name, arguments)
+
+
+async def _beside(
+    setting: Setting, growth: Growth, uses: Sequence[tuple[int, ToolUse]], replies: dict[int, Reply], spawned: Callable[[], Awaitable[None]]
+) -> None:
+    """Run the tools of a turn, beside the clones that `spawned` runs."""
+    held = setting.tools.held(growth.depth)
+    milliseconds = growth.ledger.left("tool_milliseconds")
+    share = None if milliseconds is None else milliseconds // len(uses)
+    with ExitStack() as open_grants:
+        ready: list[tuple[int, ToolUse, CallGrant]] = []
+        for number, use in uses:
+            tool = held[use.name]
+            longest = math.ceil(1000 * tool.timeout) if share is None else min(math.ceil(1000 * tool.timeout), share)
+            try:
+                if not longest:
+                    raise BudgetExhausted("tool_seconds", tool.timeout, 0.0)
+                ready.append((number, use, open_grants.enter_context(growth.ledger.reserve_call(tool.cost, longest))))
+            except BudgetExhausted as error:
+                replies[number] = _refused(growth, number, use, f"no {error.currency.replace('milliseconds', 'seconds')} left")
+
+        async def one(number: int, use: ToolUse, grant: CallGrant) -> None:
+            result = await _use(setting, growth, held[use.name], number, use, grant)
+            replies[number] = Reply(use.name, text=result.block())
+
+        async def in_order() -> None:
+            for each in ready:
+                if not held[each[1].name].parallel:
+                    await one(*each)
+
+        async with task_group() as group:
+            for each in ready:
+                if held[each[1].name].parallel:
+                    group.start_soon(one, *each)
+            group.start_soon(in_order)
+            await spawned()
+
+
+async def _use(setting: Setting, growth: Growth, tool: Tool, number: int, use: ToolUse, grant: CallGrant) -> ToolResult:
+    """Run one call of a tool; it is charged and recorded on every way out."""
+    request = ToolRequest(setting.group, growth.id, len(growth.turns) - 1, number, use.name, use.arguments)
+    started = anyio.current_time()
+    result, seconds = ToolResult(ToolStatus.CANCELLED, ""), None
+    try:
+        view = BranchView(growth.id, setting.store, growth.ledger)
+        result, seconds = await (setting.caller or call_tool)(tool, request, view, grant.seconds)
+    finally:
+        spent = grant.settle_call(anyio.current_time() - started if seconds is None else seconds)
+        growth.record(ToolCall(use.name, use.arguments, result, number, tool.cost, spent))
+        if setting.emit is not None:
+            setting.emit(CallEnded(growth.id, use.name, result, spent))
+    return result
+
+
+async def spawn_clones(setting: Setting, growth: Growth, requests: Sequence[Objective], run: RunBranch) -> list[CloneResult]:
+    """Run the clones of one call. Returns their results in call order."""
+    allowed = len(requests)
+    reason = ""
+    if setting.budget.width is not None and allowed > setting.budget.width:
+        allowed, reason = setting.budget.width, f"at most {setting.budget.width} clones a call"
+    clones = growth.ledger.left("clones")
+    if clones is not None and allowed > clones:
+        allowed, reason = clones, "no clones left"
+    if allowed and not growth.ledger.can_fork():
+        allowed, reason = 0, "no tokens left for clones"
+    results = [CloneResult(Status.REFUSED, reason=reason)] * len(requests)
+    if not allowed:
+        return results
+    settings = {role: setting if role is None else setting.of(role) for role in {request.role for request in requests}}
+    # Afterwards the parent reads its own context again, and results that may be just as long.
+    keep = 2 * len(growth.ids)
+    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]], keep) as fork:
+        first = sum(len(turn.clones) for turn in growth.turns)
+        now = anyio.current_time()
+        try:
+            for i, (request, ledger) in enumerate(zip(requests, fork.ledgers, strict=False)):
+                name = f"{growth.id}.{first + i}"
+                own = settings[request.role]
+                media = setting.store.media(request.context_keys)
+                messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
+                if own.clone_system:
+                    messages.insert(0, Message("system", own.clone_system))
+                prompt = own.prompt(messages, ledger, name.count("."))
+                growth.clones.append(own.growth(name, prompt, ledger, request.objective, now, media))
+            async with task_group() as group:
+                for clone, request in zip(growth.clones, requests, strict=False):
+                    group.start_soon(run, settings[request.role], clone)
+        finally:
+            now = anyio.current_time()
+            frozen = tuple(clone.freeze(Status.CANCELLED, now) for clone in growth.clones)
+            growth.lost += sum(clone.lost for clone in growth.clones)
+            growth.fault = next((clone.fault for clone in reversed(growth.clones) if clone.fault), growth.fault)
+            growth.clones.clear()
+            growth.turns[-1] = replace(growth.turns[-1], clones=frozen)
+    for i, branch in enumerate(frozen):
+        results[i] = CloneResult(branch.status, branch.answer, branch.reason)
+    return results
+
+
+def reply_ids(setting: Setting, growth: Growth, answered: Replies, length: int) -> list[int] | None:
+    """The replies as ids, shortened evenly until they fit the context; None if even the shortest form does not fit.
+
+    length  of the branch's context so far, in tokens
+    """
+    limit = setting.result_characters
+    left = setting.left(growth.ledger)
+    if answered.unknown:
+        left = "\n".join(filter(None, [f"Unknown context keys: {', '.join(answered.unknown)[:200]}", left]))
+    parts = sum(reply.parts for reply in answered.replies)
+    while True:
+        ids = setting.chat.after_turn(render_replies(answered.replies, left, limit), closed=True)
+        if setting.context is None or length + len(ids) + ending(setting, growth.ledger) < setting.context:
+            return ids
+        if limit <= parts:
+            return None
+        limit = max(limit // 2, parts)
+
+
+def started(setting: Setting, growth: Growth) -> None:
+    """Tell whoever watches that a branch has begun."""
+    if setting.emit is not None:
+        setting.emit(BranchStarted(growth.id, growth.objective, growth.role, len(growth.prompt)))
+
+
+def ended(setting: Setting, growth: Growth) -> None:
+    """Tell whoever watches that a branch has ended."""
+    if setting.emit is not None:
+        spent = {name: growth.ledger.spent(name) for name in ("generated", "prefilled", "clones", "tool_calls")}
+        setting.emit(BranchEnded(growth.id, growth.status or Status.CANCELLED, growth.answer, growth.reason, spent))

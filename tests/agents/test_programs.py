@@ -1,0 +1,252 @@
+"""Programs in the model's place, roles of clones, and what a watcher sees; on both of anyio's backends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import anyio
+import pytest
+
+from ramet.agents.budget import Budget
+from ramet.agents.events import BranchEnded, BranchStarted, CallEnded, CallMade, TokensSampled, TreeEnded, TurnSampled
+from ramet.agents.growth import Role
+from ramet.agents.program import Program, ProgramBranch
+from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import SampleRequest
+from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
+from ramet.agents.tools import tool
+from ramet.agents.tree import Message, Status, Task, ToolStatus, Tree
+from ramet.errors import ConfigError, PolicyError, ProgramError
+
+pytestmark = pytest.mark.anyio
+PLAIN = PlainFormat()
+
+
+@tool(cost=2)
+async def twice(n: int) -> int:
+    """Twice a number."""
+    return 2 * n
+
+
+def model(context: str) -> str:
+    """A clone counts its documents; the root adds up what it was told."""
+    if context[1:].startswith("root"):
+        return f"Answer: {sum(int(line.split(': ')[1]) for line in context.rpartition('<')[2][:-1].splitlines() if ': ' in line)}\0"
+    return f"Answer: {context.count(': ')}\0"
+
+
+async def run(program: Program | None, budget: Budget | None = None, policy: Any = None, **options: Any) -> Tree:
+    runtime = Runtime(policy or ScriptedPolicy(model), PLAIN, **options)
+    return await runtime.run(Task("t", (Message("user", "root"),), dict.fromkeys("ABCDE", "x")), budget or Budget(), program=program)
+
+
+async def map_reduce(branch: ProgramBranch) -> None:
+    await branch.spawn([{"objective": "count", "each": ["*"], "per_clone": 2}])
+    await branch.finish()
+
+
+async def test_a_program_spawns_and_the_model_answers_in_one_tree_on_one_ledger():
+    tree = await run(map_reduce)
+    assert (tree.answer, tree.root.status, tree.usage.clones) == ("5", Status.ANSWERED, 3)
+    call, answer = tree.root.turns
+    assert call.written and not answer.written and len(call.clones) == 3
+    assert tree.usage.generated == len(call.sampled) + len(answer.sampled) + sum(clone.generated for clone in tree.root.clones)
+    trained = [i for i, sampled in zip(tree.root.ids, tree.root.mask, strict=True) if sampled]
+    assert trained == list(answer.sampled)  # never what the program wrote
+    # The model making the same call would have written, been told and paid the same.
+    text = PLAIN.text(call.sampled).removesuffix("$")
+    alone = await run(None, policy=ScriptedPolicy(lambda c: model(c) if "<" in c or not c[1:].startswith("root") else text + "\0"))
+    assert alone.root.ids == tree.root.ids and alone.usage.generated == tree.usage.generated
+
+
+async def test_what_is_free_is_context_and_counted():
+    async def program(branch: ProgramBranch) -> None:
+        await branch.spawn([{"objective": "count", "each": ["*"]}], free=True)
+        await branch.finish()
+
+    tree, paid = await run(program), await run(map_reduce)
+    call = tree.root.turns[0]
+    assert call.sampled == () and call.free > 0 and PLAIN.text(call.appended[: call.free]).startswith("<tool_call>")
+    assert tree.answer == "5" and tree.root.generated == paid.root.generated - len(paid.root.turns[0].sampled)
+
+
+async def test_a_program_may_loop_over_samples_and_tools():
+    async def program(branch: ProgramBranch) -> str:
+        total = 0
+        for n in range(3):
+            total += int((await branch.call("twice", n=n)).text)
+            turn = await branch.sample(20)
+            branch.tell(f"so far {total}, you said {turn.text}")
+        assert branch.left["tool_calls"] == 4
+        return f"{total}"
+
+    tree = await run(program, Budget(tool_calls=10), tools=[twice])
+    assert (tree.answer, tree.root.status, tree.usage.tool_calls) == ("6", Status.ANSWERED, 6)
+    assert "so far 6, you said Answer: " in PLAIN.text(tree.root.ids)
+    ids = [i for turn in tree.root.turns for i in (*turn.sampled, *turn.appended)]
+    assert tree.root.ids == [*tree.root.prompt, *ids]
+
+
+async def test_the_calls_of_a_sampled_turn_are_made_when_the_program_says_so():
+    async def program(branch: ProgramBranch) -> None:
+        turn = await branch.sample()
+        with pytest.raises(ProgramError, match="make"):
+            await branch.spawn(["a"])
+        await branch.make(turn)
+        await branch.finish()
+
+    calls = '<tool_call>{"name": "twice", "arguments": {"n": 4}}</tool_call>\0'
+    tree = await run(program, policy=ScriptedPolicy(lambda c: "Answer: 8\0" if "<8>" in c else calls), tools=[twice])
+    assert tree.answer == "8" and tree.root.turns[0].calls[0].result.status is ToolStatus.DONE
+
+
+async def test_where_the_budget_ends_so_does_the_program():
+    async def forever(branch: ProgramBranch) -> None:
+        while True:
+            await branch.spawn(["count"])
+
+    tree = await run(forever, Budget(generated=300))
+    assert tree.root.status is Status.OUT_OF_BUDGET and tree.usage.generated <= 300 and tree.usage.clones > 0
+    tree = await run(forever, Budget(generated=5))
+    assert tree.root.status is Status.OUT_OF_BUDGET and tree.usage.generated == 0
+
+    async def still(branch: ProgramBranch) -> None:
+        await anyio.sleep_forever()
+
+    assert (await run(still, Budget(seconds=0.02))).root.status is Status.TIMED_OUT
+
+    async def nothing(branch: ProgramBranch) -> None:
+        return None
+
+    assert (await run(nothing)).root.status is Status.EMPTY
+    broken = ScriptedPolicy(lambda c: "Answer: 1\0", faults=lambda request, attempt: Fault(0, error=PolicyError("gone")))
+    assert (await run(map_reduce, policy=broken)).failed == "gone"
+
+
+async def test_what_a_program_does_wrong_is_its_error():
+    async def raises(branch: ProgramBranch) -> None:
+        raise KeyError("x")
+
+    async def unknown(branch: ProgramBranch) -> None:
+        await branch.call("nope")
+
+    async def malformed(branch: ProgramBranch) -> None:
+        await branch.spawn([{"objective": "a", "temperature": 1}])
+
+    async def nobody(branch: ProgramBranch) -> None:
+        await branch.spawn([{"objective": "a", "each": ["Z*"]}])
+
+    async def twice_answered(branch: ProgramBranch) -> None:
+        branch.answer("1")
+        branch.answer("2")
+
+    async def telling(branch: ProgramBranch) -> None:
+        branch.tell("x")
+
+    cases = {
+        raises: "KeyError",
+        unknown: "holds no tool 'nope'",
+        malformed: "temperature",
+        nobody: "no document",
+        twice_answered: "already",
+        telling: "comes after sample",
+    }
+    for program, said in cases.items():
+        with pytest.raises(ProgramError, match=said):
+            await run(program)
+    with pytest.raises(ProgramError, match="allows no clones"):
+        await run(map_reduce, Budget(depth=0))
+
+
+async def test_a_role_has_its_own_policy_words_and_tools_and_its_tokens_are_not_trained():
+    seen: list[SampleRequest] = []
+
+    class Other(PlainFormat):
+        """Another tokenizer: the same characters under other ids."""
+
+        stop_ids = frozenset({10_000})
+
+        def render(self, messages, tools):
+            return [i + 10_000 for i in super().render(messages, tools)] + [10_001] * sum(m.role == "system" for m in messages)
+
+        def after_turn(self, text, closed):
+            return [i + 10_000 for i in super().after_turn(text, closed)]
+
+        def parse(self, sampled):
+            return super().parse([i - 10_000 for i in sampled])
+
+        def text(self, ids):
+            return super().text([i - 10_000 for i in ids])
+
+    class Shifted(ScriptedPolicy):
+        async def sample(self, request, partial):
+            seen.append(request)
+            prompt = tuple(i - 10_000 for i in request.prompt)
+            given = await super().sample(replace(request, prompt=prompt, stop_ids=frozenset({0})), partial)
+            partial.ids[:] = [i + 10_000 for i in partial.ids]
+            return replace(given, ids=tuple(i + 10_000 for i in given.ids))
+
+    def root(context: str) -> str:
+        if "<" in context:
+            return f"Answer: {' '.join(context.rpartition('<')[2][:-1].split())}\0"
+        return '<tool_call>{"name":"spawn_clone","arguments":{"objectives":[{"objective":"r","role":"reader"},"p"]}}</tool_call>\0'
+
+    def reader(context: str) -> str:
+        return "Answer: 14\0" if "14" in context else '<tool_call>{"name": "twice", "arguments": {"n": 7}}</tool_call>\0'
+
+    roles = {"reader": Role(Shifted(reader), Other(), system="read", tools=[twice], description="reads", trainable=False)}
+    own = ScriptedPolicy(lambda c: root(c) if c[1:].startswith("root") else "Answer: plain\0")
+    tree = await run(None, policy=own, roles=roles)
+    assert tree.answer == "1: 14 2: plain"
+    clone, plain = tree.root.clones
+    assert (clone.role, clone.trainable, plain.role, plain.trainable) == ("reader", False, "", True)
+    assert min(clone.ids) >= 10_000 and max(plain.ids) < 10_000 and 10_001 in clone.prompt
+    assert {(r.branch, r.role, r.depth) for r in seen} == {("0.0", "reader", 1)}
+    assert tree.root.turns[0].clones[0].turns[0].calls[0].name == "twice"
+    for wrong, said in (("x", "no role 'x'; there are reader"), ("reader", "there are none")):
+        call = f'<tool_call>{{"name":"spawn_clone","arguments":{{"objectives":[{{"objective":"r","role":"{wrong}"}}]}}}}</tool_call>\0'
+        policy = ScriptedPolicy(lambda c, call=call: f"Answer: {c.rpartition('<')[2][:-1]}\0" if "<" in c else call)
+        assert said in (await run(None, policy=policy, roles=roles if wrong == "x" else {})).answer
+    with pytest.raises(ConfigError, match="trainable=False"):
+        Role(own)
+
+
+async def test_a_stream_has_everything_that_happens_and_ends_with_the_tree():
+    def program(context: str) -> str:
+        if context[1:].startswith("root") and "<" not in context:
+            call = '<tool_call>{"name": "twice", "arguments": {"n": 1}}</tool_call>'
+            return f'{call}<tool_call>{{"name":"spawn_clone","arguments":{{"objectives":["a","b"]}}}}</tool_call>\0'
+        return "Answer: 1\0"
+
+    runtime = Runtime(ScriptedPolicy(program), PLAIN, tools=[twice])
+    events = [event async for event in runtime.stream(Task("t", (Message("user", "root"),)), Budget(generated=5000))]
+    tree = events[-1].tree
+    assert isinstance(events[-1], TreeEnded) and tree.answer == "1"
+    assert sorted(e.branch for e in events if isinstance(e, BranchStarted)) == ["0", "0.0", "0.1"]
+    assert sorted(e.branch for e in events if isinstance(e, BranchEnded)) == ["0", "0.0", "0.1"]
+    assert [e.name for e in events if isinstance(e, CallMade)] == ["twice", "spawn_clone"]
+    assert [(e.name, e.result.text) for e in events if isinstance(e, CallEnded)] == [("twice", "2")]
+    for branch in tree.branches:
+        told = [i for e in events if isinstance(e, TokensSampled) and e.branch == branch.id for i in e.ids]
+        assert told == [i for turn in branch.turns for i in turn.sampled]
+        assert sum(isinstance(e, TurnSampled) and e.branch == branch.id for e in events) == len(branch.turns)
+    last = next(e for e in events if isinstance(e, BranchEnded) and e.branch == "0")
+    assert last.spent["generated"] == tree.usage.generated and last.spent["tool_calls"] == 2
+
+
+async def test_leaving_a_stream_cancels_the_tree_and_its_errors_come_out():
+    policy = ScriptedPolicy(model, delay=0.01)
+    stream = Runtime(policy, PLAIN).stream(Task("t", (Message("user", "root"),)), Budget())
+    async for event in stream:
+        if isinstance(event, TokensSampled):
+            break
+    await stream.aclose()
+    assert policy.running == 0
+
+    async def raises(branch: ProgramBranch) -> None:
+        raise KeyError("x")
+
+    with pytest.raises(ProgramError, match="KeyError"):
+        async for _ in Runtime(policy, PLAIN).stream(Task("t", (Message("user", "root"),)), Budget(), program=raises):
+            pass
