@@ -18,17 +18,25 @@ if TYPE_CHECKING:
     from ramet.agents.chat import ChatFormat as ChatFormat
     from ramet.agents.chat import ChatMLFormat as ChatMLFormat
     from ramet.agents.chat import chat_format as chat_format
+    from ramet.agents.growth import Role as Role
+    from ramet.agents.program import ProgramBranch as ProgramBranch
     from ramet.agents.protocol import CloneResult as CloneResult
     from ramet.agents.protocol import Objective as Objective
     from ramet.agents.runtime import Runtime as Runtime
     from ramet.agents.sampling import Policy as Policy
     from ramet.agents.sampling import Sampling as Sampling
     from ramet.agents.templates import TemplateFormat as TemplateFormat
+    from ramet.agents.tools import BranchView as BranchView
+    from ramet.agents.tools import Tool as Tool
+    from ramet.agents.tools import budget as budget
+    from ramet.agents.tools import read as read
+    from ramet.agents.tools import tool as tool
     from ramet.agents.tree import Branch as Branch
     from ramet.agents.tree import Message as Message
     from ramet.agents.tree import Segment as Segment
     from ramet.agents.tree import Status as Status
     from ramet.agents.tree import Task as Task
+    from ramet.agents.tree import ToolResult as ToolResult
     from ramet.agents.tree import Tree as Tree
     from ramet.agents.tree import Turn as Turn
     from ramet.agents.tree import Usage as Usage
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
     from ramet.errors import CheckpointError as CheckpointError
     from ramet.errors import ConfigError as ConfigError
     from ramet.errors import PolicyError as PolicyError
+    from ramet.errors import ProgramError as ProgramError
     from ramet.errors import RametError as RametError
     from ramet.errors import RefusedRequest as RefusedRequest
     from ramet.errors import RewardError as RewardError
