@@ -111,14 +111,15 @@ class Runtime:
                 tree = await self._run(task, budget, seed, None, program, send.send_nowait)
                 send.send_nowait(TreeEnded(tree))
 
-        async with task_group() as group:
-            group.start_soon(run)
-            try:
-                with receive:
+        # The receiver outlives the tasks: what they still tell while they are cancelled has somewhere to go.
+        with receive:
+            async with task_group() as group:
+                group.start_soon(run)
+                try:
                     async for event in receive:
                         yield event
-            finally:
-                group.cancel_scope.cancel()
+                finally:
+                    group.cancel_scope.cancel()
 
     async def _run(
         self, task: Task, budget: Budget, seed: int, prompt: list[int] | None, program: Program | None, emit: Callable[[Event], None] | None
