@@ -167,3 +167,10 @@ def test_the_classes_and_functions_that_a_page_names_occur_in_the_code(page):
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
     named = {name for span in spans for name in re.findall(r"\b(?:[A-Z][a-z]+(?:[A-Z][a-z]*)+|[a-z_]+(?=\())", span)}
     assert named <= code, named - code
+
+
+def test_every_paper_that_code_or_docs_cite_is_among_the_references():
+    sources = [*PAGES, *(ROOT / "ramet").rglob("*.py")]
+    cited = {paper for path in sources for paper in re.findall(r"(?i)arxiv[:\s]+(\d{4}\.\d{5})", path.read_text())}
+    listed = set(re.findall(r"arXiv (\d{4}\.\d{5})", (ROOT / "docs" / "references.md").read_text()))
+    assert cited <= listed, cited - listed
