@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from ramet.agents.protocol import tool_schema
 from ramet.cli.main import app
 from ramet.env.arithmetic import rows_task
 from ramet.errors import ConfigError
@@ -83,7 +84,7 @@ def test_a_completions_server_takes_the_nano_model_s_tokens():
     answer = stream({"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}, "finish_reason": "stop"}]})
     with serve(answer) as (url, asked):
         said = run("--url", url, "--backend", "completions", "--policy", "nano", "40+2")
-    question = chat.render(rows_task([40, 2], "run").messages, tools=True)[:-2]  # what may be spent is said before the turn ends
+    question = chat.render(rows_task([40, 2], "run").messages, [tool_schema()])[:-2]  # what may be spent is said before the turn ends
     assert "answer 42 (right)" in said and asked[0]["prompt"][: len(question)] == question
 
 
