@@ -27,7 +27,7 @@ def on_terminal(width: int, **environ: str) -> Screen:
     return Screen(file=Terminal(), width=width, height=25, _environ={"TERM": "xterm", **environ}, color_system=None)
 
 
-def said(screen: Screen) -> str:
+def output(screen: Screen) -> str:
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
 
@@ -39,14 +39,14 @@ def test_a_name_is_printed_as_it_is_wherever_it_stands(name):
         table.add_row(name, name)
         for shown in (name, Text(name), tagged("note:", "yellow", name), table, Tree(name), Heading(name)):
             screen.print(shown)
-        assert said(screen).count(name) == 10
+        assert output(screen).count(name) == 10
 
 
 def test_control_characters_of_what_is_shown_do_not_reach_the_terminal():
     for shown in ("a\x1b[31mb\x07\x9bc", Text("a\x1b[31mb\x07\x9bc")):
         screen = on_terminal(80)
         screen.print(shown)
-        assert said(screen) == "a[31mbc\n"
+        assert output(screen) == "a[31mbc\n"
 
 
 def filled(rows: int = 2) -> Table:
@@ -60,16 +60,16 @@ def test_a_file_or_pipe_gets_every_record_on_one_line():
     screen = Screen(file=io.StringIO(), _environ={"COLUMNS": "40"})
     screen.print(filled())
     screen.print("a line of many words, " * 20)
-    lines = said(screen).splitlines()
+    lines = output(screen).splitlines()
     assert sum("a policy of a long name" in line and "0.05-0.85" in line and "36" in line for line in lines) == 2
-    assert max(map(len, lines)) == 440 and "…" not in said(screen)
+    assert max(map(len, lines)) == 440 and "…" not in output(screen)
 
 
 @pytest.mark.parametrize("width", [1, 20, 30, 40, 60, 80, 100, 200])
 def test_on_a_terminal_of_any_width_no_number_is_cut(width):
     screen = on_terminal(width)
     screen.print(filled())
-    shown = said(screen)
+    shown = output(screen)
     assert "…" not in shown and max(cell_len(line) for line in shown.splitlines()) <= max(width, 20)
     assert shown.count("0.05-0.85") == 2 and shown.count("0.100") == 1
 
@@ -85,7 +85,7 @@ def test_whatever_stands_in_a_table_is_all_there_and_within_the_width(rows, widt
     for row in rows:
         table.add_row(*row)
     screen.print(table)
-    shown = said(screen)
+    shown = output(screen)
     assert max(cell_len(line) for line in shown.splitlines()) <= width
     for letter in "ab09":
         assert shown.count(letter) >= sum(cell.count(letter) for row in rows for cell in row)
@@ -113,9 +113,9 @@ def test_a_bar_keeps_count_and_time_at_any_width(width, monkeypatch):
         for update in range(100):
             report({"update": update, "reward": 0.5, "accuracy": 0.5, "spawn_rate": 0.5, "generated": 60.0, "critical_path": 50.0})
         (bar,) = [live for live in screen._live_stack if hasattr(live, "get_renderable")]
-        drawn = on_terminal(width)
-        drawn.print(bar.get_renderable())
-    (line,) = said(drawn).splitlines()
+        bar_screen = on_terminal(width)
+        bar_screen.print(bar.get_renderable())
+    (line,) = output(bar_screen).splitlines()
     assert "100/200" in line and ":" in line and cell_len(line) <= width
     assert ("accuracy 50%" in line) == (width >= 80) and ("path 50" in line) == (width >= 120)
 
@@ -126,7 +126,7 @@ def test_where_no_bar_can_move_a_line_is_printed_at_each_tenth(screen, monkeypat
     with progress.measuring("x[/b]", 50) as report:
         for _ in range(50):
             report(1)
-    assert said(screen).splitlines() == [f"x[/b]: {n} of 50 outcomes" for n in range(5, 55, 5)]
+    assert output(screen).splitlines() == [f"x[/b]: {n} of 50 outcomes" for n in range(5, 55, 5)]
 
 
 def test_the_lines_of_an_error_are_one():

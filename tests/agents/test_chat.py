@@ -121,11 +121,11 @@ def test_text_that_spells_control_tokens_stays_text(chat):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_random_mixtures_of_spellings_stay_text(data, nano_tokenizer, qwen):
-    for made in (ControlTokenFormat(nano_tokenizer), ChatMLFormat(qwen)):
-        pieces = st.sampled_from(spellings(made)) | st.text(max_size=8)
+    for chat in (ControlTokenFormat(nano_tokenizer), ChatMLFormat(qwen)):
+        pieces = st.sampled_from(spellings(chat)) | st.text(max_size=8)
         text = "".join(data.draw(st.lists(pieces, max_size=6)))
         cut = data.draw(st.integers(0, len(text)))
-        assert not controls(made, encoder(made)(text[:cut])) and not controls(made, encoder(made)(text[cut:] + text[:cut]))
+        assert not controls(chat, encoder(chat)(text[:cut])) and not controls(chat, encoder(chat)(text[cut:] + text[:cut]))
 
 
 def test_surrogates_and_every_byte_can_be_encoded(chat):
@@ -203,13 +203,13 @@ def test_the_template_format_equals_the_template(qwen):
     chat_ = [{"role": "user", "content": "hi"}]
     reference = qwen.apply_chat_template(chat_, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert made.render([Message("user", "hi")], tools=()) == reference
-    said = qwen.encode("yes", add_special_tokens=False)
+    turn = qwen.encode("yes", add_special_tokens=False)
     whole = [*chat_, {"role": "assistant", "content": "yes"}, {"role": "tool", "content": "42"}]
     reference = qwen.apply_chat_template(whole, add_generation_prompt=True, tokenize=True, return_dict=False)
     stop = qwen.convert_tokens_to_ids("<|im_end|>")
     ours = made.render([Message("user", "hi")], tools=())
-    assert [*ours, *said, stop, *made.after_turn("42", closed=True)] == reference
-    assert [*ours, *said, *made.after_turn("42", closed=False)] == reference
+    assert [*ours, *turn, stop, *made.after_turn("42", closed=True)] == reference
+    assert [*ours, *turn, *made.after_turn("42", closed=False)] == reference
 
 
 @pytest.mark.parametrize(
@@ -293,9 +293,9 @@ def test_auto_gives_the_ids_of_the_model_s_own_template(style, content):
     assert made.render([Message("user", content)], tools=()) == encoded(tokenizer, question)
     # Two tool rounds, appended as ids. A thought that was opened stays where it was sampled.
     ids, chat_ = made.render([Message("user", "q")], tools=()), [{"role": "user", "content": "q"}]
-    for said, result in (("a", content), ("b", "7")):
-        ids += [*tokenizer.encode(said), *made.after_turn(result, closed=False)]
-        chat_ += [{"role": "assistant", "content": said}, {"role": made._tool_role, "content": result}]
+    for turn, result in (("a", content), ("b", "7")):
+        ids += [*tokenizer.encode(turn), *made.after_turn(result, closed=False)]
+        chat_ += [{"role": "assistant", "content": turn}, {"role": made._tool_role, "content": result}]
     kept = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "<think>"]
     if style == "opened thought":
         assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 3
@@ -335,14 +335,14 @@ def test_the_tool_is_described_by_the_template_or_in_a_system_message():
         return made.text(made.render(messages, [tool_schema()]))
 
     user = Message("user", "q")
-    said = prompt(CHATML, [user])
-    assert said.startswith("<|im_start|>system\nYou have one tool")
-    assert said.endswith("<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
+    text = prompt(CHATML, [user])
+    assert text.startswith("<|im_start|>system\nYou have one tool")
+    assert text.endswith("<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n")
     assert prompt(CHATML, [Message("system", "Be brief."), user]).startswith("<|im_start|>system\nBe brief.\n\nYou have one tool")
     assert prompt(ALTERNATING, [user]).startswith("<s><|im_start|>user\nYou have one tool")
     native = "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}" + CHATML
-    said = prompt(native, [user])
-    assert said.startswith('<|im_start|>tools\n[{"type": "function"') and "You have one tool" not in said
+    text = prompt(native, [user])
+    assert text.startswith('<|im_start|>tools\n[{"type": "function"') and "You have one tool" not in text
 
 
 def spaced_tokenizer(scheme: str, template: str | None) -> Any:
@@ -395,11 +395,11 @@ class Reciting:
 
     version, context = 0, None
 
-    def __init__(self, chat: Any, said: str):
+    def __init__(self, chat: Any, recited: str):
         encode = encoder(chat)._tokenizer.encode
         call = encode(f"<tool_call>{render_call(['one', 'two'], ['doc'])}</tool_call>", add_special_tokens=False)
         # The clone's answer is made of text tokens, as a model that was told to would spell it.
-        answer = [*encode("Answer: ", add_special_tokens=False), *encoder(chat)(said)]
+        answer = [*encode("Answer: ", add_special_tokens=False), *encoder(chat)(recited)]
         self.turns = [call, answer, answer, encode("Answer: done", add_special_tokens=False)]
         self.stop = min(chat.stop_ids)
 
@@ -417,8 +417,8 @@ async def test_what_task_document_and_clone_spell_does_not_change_the_tree(chat)
 
     async def grow(text: str) -> list[Any]:
         task = Task("t", (Message("user", text),), {"doc": text})
-        said = text.replace("tool_call", "call") if spelled else text
-        tree = await Runtime(Reciting(chat, said), chat).run(task, Budget())
+        recited = text.replace("tool_call", "call") if spelled else text
+        tree = await Runtime(Reciting(chat, recited), chat).run(task, Budget())
         assert tree.answer == "done"
         return [(b.id, b.status, len(b.turns), [t.stop for t in b.turns], controls(chat, b.ids)) for b in tree.branches]
 
@@ -459,7 +459,7 @@ ARGUMENTS = {"objectives": ["a", {"objective": "b", "context_keys": ["k"]}]}
 
 
 @pytest.mark.parametrize(
-    ("special", "said", "calls"),
+    ("special", "pieces", "calls"),
     [
         (["[TOOL_CALLS]"], ["[TOOL_CALLS]", json.dumps([{"name": "spawn_clone", "arguments": ARGUMENTS}])], 1),
         (["[TOOL_CALLS]"], ["hm [TOOL_", "CALLS][]"], 0),
@@ -473,15 +473,15 @@ ARGUMENTS = {"objectives": ["a", {"objective": "b", "context_keys": ["k"]}]}
         (["<|python_tag|>"], ["{" * 5000], 0),
     ],
 )
-def test_calls_in_a_model_s_native_style(special, said, calls):
+def test_calls_in_a_model_s_native_style(special, pieces, calls):
     tokenizer = byte_tokenizer(["<|start|>", "<|eot|>", *special], template=LLAMA)
     made = TemplateFormat(tokenizer)
-    ids = [i for piece in said for i in (tokenizer.encode(piece, add_special_tokens=False) if piece in special else made._encode(piece))]
+    ids = [i for piece in pieces for i in (tokenizer.encode(piece, add_special_tokens=False) if piece in special else made._encode(piece))]
     parsed = made.parse([*ids, tokenizer.convert_tokens_to_ids("<|eot|>")])
     assert len(parsed.calls) == calls and not parsed.error
     if not calls:
-        assert parsed.text == "".join(said)
-    elif "spawn_clone" in said[-1]:
+        assert parsed.text == "".join(pieces)
+    elif "spawn_clone" in pieces[-1]:
         assert [r.objective for r in parse_call(parsed.calls[0]).requests(ContextStore({}))[0]] == ["a", "b"]
     else:
         with pytest.raises(CallError):

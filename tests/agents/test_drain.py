@@ -16,9 +16,9 @@ from ramet.errors import PolicyError
 def handled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(drain, "_signal", None)
-    said: list[str] = []
-    drain.handle_signals(lambda: said.append("last words"))
-    yield said
+    lines: list[str] = []
+    drain.handle_signals(lambda: lines.append("last words"))
+    yield lines
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
         signal.signal(number, handler)
 
@@ -90,10 +90,10 @@ def test_a_sigint_that_is_ignored_stays_ignored():
 
 
 def test_the_first_sigterm_drains_and_the_second_interrupts():
-    said: list[str] = []
-    with pytest.raises(KeyboardInterrupt), drain.draining(said.append):
+    lines: list[str] = []
+    with pytest.raises(KeyboardInterrupt), drain.draining(lines.append):
         assert not drain.requested()
         signal.raise_signal(signal.SIGTERM)
-        assert drain.requested() and len(said) == 1
+        assert drain.requested() and len(lines) == 1
         signal.raise_signal(signal.SIGTERM)
     assert drain.status() == 143 and not drain.requested()

@@ -158,28 +158,28 @@ class World:
         self.forks: list[tuple[Fork, Account, int]] = []
 
     def moves(self) -> dict[str, Callable[[], None]]:
-        found: dict[str, Callable[[], None]] = {}
+        moves: dict[str, Callable[[], None]] = {}
         for number, (ledger, account) in enumerate(self.branches):
             if self._busy(account):
                 continue
             for generated in (1, 3):
-                found[f"reserve {generated} in {number}"] = lambda a=(ledger, account, generated): self._reserve(*a)
+                moves[f"reserve {generated} in {number}"] = lambda a=(ledger, account, generated): self._reserve(*a)
             if len(self.branches) < 4:
                 for wants in ([None], [None, 1], [0, None]):
-                    found[f"fork {wants} in {number}"] = lambda a=(ledger, account, wants): self._fork(*a)
+                    moves[f"fork {wants} in {number}"] = lambda a=(ledger, account, wants): self._fork(*a)
         for number, (grant, account, amounts) in enumerate(self.grants):
             for used, turns in ((amounts[0], 1), (0, 1), (amounts[0] - 1, 0)):
-                found[f"settle {used} {turns} of {number}"] = lambda a=(number, used, turns): self._settle(*a)
-            found[f"drop {number}"] = lambda a=number: self._settle(a, None, 0)
+                moves[f"settle {used} {turns} of {number}"] = lambda a=(number, used, turns): self._settle(*a)
+            moves[f"drop {number}"] = lambda a=number: self._settle(a, None, 0)
             del grant, account
         for number, (_, account, at) in enumerate(self.forks):
             made = account.forks[at][1]
             for i, (is_open, clone) in enumerate(made):
                 if is_open and not clone.grants and not self._busy(clone):
-                    found[f"close {i} of {number}"] = lambda a=(number, i): self._close(*a)
+                    moves[f"close {i} of {number}"] = lambda a=(number, i): self._close(*a)
             if not any(clone.grants or self._busy(clone) for is_open, clone in made if is_open):
-                found[f"leave {number}"] = lambda a=number: self._leave(a)
-        return found
+                moves[f"leave {number}"] = lambda a=number: self._leave(a)
+        return moves
 
     def _busy(self, account: Account) -> bool:
         """A branch whose clones run does nothing itself; a closed one neither."""

@@ -153,10 +153,10 @@ def test_errors_that_ended_a_run_are_not_replayed_for_ever(tmp_path):
             async def main():
                 return [await ask(policy, seed) for _ in range(times)]
 
-            said = anyio.run(main)
+            answers = anyio.run(main)
             if "give up" in name:
                 policy.give_up()
-            return said, policy.replayed
+            return answers, policy.replayed
 
     assert run("interrupted", 2, 0, 2) == (["503 after 1"] * 2, 0)
     assert run("interrupted", 0, 0, 3) == (["503 after 1", "503 after 1", (5,)], 2)

@@ -33,12 +33,12 @@ class Says:
 
 def counted(policy: FreshCache, *prompts: tuple[int, ...]) -> list[tuple[int, int]]:
     async def main() -> list[tuple[int, int]]:
-        found = []
+        costs = []
         with fresh_cache():
             for prompt in prompts:
                 sample = await policy.sample(SampleRequest(prompt, 10, frozenset()), Partial())
-                found.append((sample.prefilled, sample.cached))
-        return found
+                costs.append((sample.prefilled, sample.cached))
+        return costs
 
     return anyio.run(main)
 

@@ -70,10 +70,10 @@ def test_seeds_are_a_function_of_the_place():
 
 def test_pauses_double_up_to_ten_seconds():
     """No shorter than 0.1, 0.2, 0.4, ... seconds and than the server asks for, and at most twice the former on top."""
-    for n, least in ((1, 0.1), (2, 0.2), (3, 0.4), (4, 0.8), (8, 10.0), (80, 10.0)):
-        for asked in (None, 0.0, 3.0, 60.0):
-            drawn = [_pause(TransientPolicyError("busy", asked), n, seed) - max(least, asked or 0.0) for seed in range(200)]
-            assert -1e-9 <= min(drawn) < 0.2 * least and 1.8 * least < max(drawn) <= 2 * least + 1e-9
+    for n, backoff in ((1, 0.1), (2, 0.2), (3, 0.4), (4, 0.8), (8, 10.0), (80, 10.0)):
+        for retry_after in (None, 0.0, 3.0, 60.0):
+            jitter = [_pause(TransientPolicyError("busy", retry_after), n, seed) - max(backoff, retry_after or 0.0) for seed in range(200)]
+            assert -1e-9 <= min(jitter) < 0.2 * backoff and 1.8 * backoff < max(jitter) <= 2 * backoff + 1e-9
     assert _pause(TransientPolicyError("busy"), 3, 7) == _pause(TransientPolicyError("busy"), 3, 7), "a function of the request"
     assert _pause(TransientPolicyError("busy", 60.0, past=True), 5, 0) == 0.0, "an earlier run has waited"
 
@@ -92,8 +92,8 @@ def test_the_runtime_waits_as_long_as_it_should_and_counts_the_time():
         return trees
 
     seed = seed_of(0, "0", 0)
-    for tree, asked in zip(simulate(main, 0), ((None, None), (3.0, 5.0)), strict=True):
-        assert tree.root.seconds == pytest.approx(sum(_pause(TransientPolicyError("", a), n, seed) for n, a in enumerate(asked, 1)))
+    for tree, retry_afters in zip(simulate(main, 0), ((None, None), (3.0, 5.0)), strict=True):
+        assert tree.root.seconds == pytest.approx(sum(_pause(TransientPolicyError("", a), n, seed) for n, a in enumerate(retry_afters, 1)))
         assert tree.answer == "1"
 
 
@@ -135,10 +135,10 @@ class Recording(ScriptedPolicy):
 
     def __init__(self, *arguments: object, **options: object) -> None:
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
-        self.asked: list[SampleRequest] = []
+        self.recorded: list[SampleRequest] = []
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        self.asked.append(request)
+        self.recorded.append(request)
         return await super().sample(request, partial)
 
 
@@ -146,10 +146,10 @@ async def test_requests_carry_the_trees_settings():
     policy = Recording(lambda c: "Answer: 1\0" if not c.startswith("T") or "1: " in c else spawn("a"))
     sampling = Sampling(temperature=0.3, top_k=5)
     await Runtime(policy, PlainFormat(), sampling).run(task(), Budget(), seed=7)
-    assert {request.sampling for request in policy.asked} == {sampling}
-    assert len({request.group for request in policy.asked}) == 1
-    assert policy.asked[0].group
-    assert [request.seed for request in policy.asked] == [seed_of(7, "0", 0), seed_of(7, "0.0", 0), seed_of(7, "0", 1)]
+    assert {request.sampling for request in policy.recorded} == {sampling}
+    assert len({request.group for request in policy.recorded}) == 1
+    assert policy.recorded[0].group
+    assert [request.seed for request in policy.recorded] == [seed_of(7, "0", 0), seed_of(7, "0.0", 0), seed_of(7, "0", 1)]
 
 
 @pytest.mark.parametrize(("attempts", "calls"), [(1, 1), (2, 2), (3, 3)])
@@ -157,7 +157,7 @@ async def test_attempts_are_counted(attempts: int, calls: int):
     errors = {n: TransientPolicyError("reset", 0.0) for n in range(9)}
     policy = Recording(lambda _: "Answer: 1\0", faults=failing(errors, after=1))
     tree = await Runtime(policy, PlainFormat(), attempts=attempts).run(task(), Budget())
-    assert len(policy.asked) == calls
+    assert len(policy.recorded) == calls
     assert tree.root.status is Status.FAILED
     assert tree.usage.generated == calls
     (turn,) = tree.root.turns
@@ -177,7 +177,7 @@ async def test_a_retry_of_the_final_turn_may_use_the_reserve_and_no_more():
     """Twenty tokens, eight of them kept for the answer: the final turn fails after three and has five left."""
     policy = Recording(lambda c: "Answer: 1\0" if "budget" in c else "y" * 50, faults=failing({1: TransientPolicyError("x", 0.0)}, after=3))
     await Runtime(policy, PlainFormat()).run(task(), Budget(generated=20, answer_reserve=8))
-    assert [request.max_tokens for request in policy.asked] == [12, 8, 5]
+    assert [request.max_tokens for request in policy.recorded] == [12, 8, 5]
 
 
 class Wasteful(Recording):
@@ -186,17 +186,17 @@ class Wasteful(Recording):
     spare = 0
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
-        self.asked.append(request)
-        partial.ids += [1] * (request.max_tokens - (self.spare if len(self.asked) == 1 else 0))
+        self.recorded.append(request)
+        partial.ids += [1] * (request.max_tokens - (self.spare if len(self.recorded) == 1 else 0))
         raise TransientPolicyError("gone", 0.0)
 
 
-@pytest.mark.parametrize(("spare", "asked"), [(0, [12]), (1, [12, 1]), (2, [12, 2])])
-async def test_attempts_end_with_the_tokens(spare: int, asked: list[int]):
+@pytest.mark.parametrize(("spare", "grants"), [(0, [12]), (1, [12, 1]), (2, [12, 2])])
+async def test_attempts_end_with_the_tokens(spare: int, grants: list[int]):
     policy = Wasteful(lambda _: "")
     policy.spare = spare
     tree = await Runtime(policy, PlainFormat(), attempts=9).run(task(), Budget(generated=12))
-    assert [request.max_tokens for request in policy.asked] == asked
+    assert [request.max_tokens for request in policy.recorded] == grants
     assert (tree.root.status, tree.error) == (Status.FAILED, "gone"), "it was not the answer that used up the budget"
     assert tree.usage.generated == sum(turn.discarded for turn in tree.root.turns) == 12
 
@@ -236,8 +236,8 @@ async def test_what_runs_out_is_named(budget: Budget, reason: str):
 async def test_a_prompt_that_does_not_fit_says_so_to_whoever_asked():
     tree = await grow(lambda _: "Answer: 1\0", Budget(context=4, answer_reserve=2))
     assert tree.root.reason == "the budget's context of 4 tokens"
-    call, told = spawn({"objective": "x", "context_keys": ["d"]}), "1: (out of budget: the budget's context of 400 tokens"
-    program = lambda c: "Answer: ok\0" if told in c else call  # noqa: E731
+    call, note = spawn({"objective": "x", "context_keys": ["d"]}), "1: (out of budget: the budget's context of 400 tokens"
+    program = lambda c: "Answer: ok\0" if note in c else call  # noqa: E731
     assert (await grow(program, Budget(context=400), {"d": "w" * 500})).answer == "ok"
 
 
@@ -347,14 +347,14 @@ async def test_a_clones_messages_are_its_system_prompt_and_its_objective():
 
 async def test_a_branch_that_runs_out_is_told_in_these_words():
     """After a cut turn, with what the reserve has left; before the first turn, in the prompt."""
-    told = f"{OUT_OF_BUDGET_NOTICE}\n{left_line(8, None)}"
+    notice = f"{OUT_OF_BUDGET_NOTICE}\n{left_line(8, None)}"
     tree = await grow(lambda c: "Answer: 1\0" if OUT_OF_BUDGET_NOTICE in c else "y" * 50, Budget(generated=20, answer_reserve=8))
     first, last = tree.root.turns
-    assert list(first.appended) == PlainFormat().after_turn(told, closed=False)
+    assert list(first.appended) == PlainFormat().after_turn(notice, closed=False)
     assert (len(first.sampled), len(last.sampled), last.appended) == (12, 8, ())
     tree = await grow(lambda c: "1\0", Budget(generated=8, answer_reserve=8))
     plain = PlainFormat().render([Message("user", f"root\n{left_line(0, None)}")], [tool_schema()])
-    assert list(tree.root.prompt) == [*plain, *PlainFormat().after_turn(told, closed=False)]
+    assert list(tree.root.prompt) == [*plain, *PlainFormat().after_turn(notice, closed=False)]
 
 
 async def test_results_come_back_in_these_words():
@@ -364,8 +364,8 @@ async def test_results_come_back_in_these_words():
     )
     (clone,) = tree.root.clones
     left = 500 - len(tree.root.turns[0].sampled) - len(clone.turns[0].sampled)
-    said = f"Unknown context keys: p, q\n{left_line(left, 3)}"
-    expected = PlainFormat().after_turn(render_results([CloneResult(Status.ANSWERED, "5")], said, 4000), closed=True)
+    left_text = f"Unknown context keys: p, q\n{left_line(left, 3)}"
+    expected = PlainFormat().after_turn(render_results([CloneResult(Status.ANSWERED, "5")], left_text, 4000), closed=True)
     assert list(tree.root.turns[0].appended) == expected
 
 
@@ -431,12 +431,12 @@ async def test_the_last_turn_is_not_followed_by_a_notice():
 
 
 async def test_refusals_in_these_words():
-    for said, answer in (
+    for turn, answer in (
         (spawn("x"), "refused: spawn_clone is not available here; answer yourself"),
         (spawn("x")[:-1] * 2 + "\0", "refused: one call a turn: put all objectives into one call"),
     ):
         budget = Budget(depth=0) if "not available" in answer else Budget()
-        tree = await grow(lambda c, said=said: "Answer: 1\0" if "refused" in c else said, budget)
+        tree = await grow(lambda c, turn=turn: "Answer: 1\0" if "refused" in c else turn, budget)
         refusal = render_results([CloneResult(Status.REFUSED, reason=answer.removeprefix("refused: "))], "", 4000)
         assert list(tree.root.turns[0].appended) == PlainFormat().after_turn(refusal, closed=True)
 

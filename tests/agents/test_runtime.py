@@ -112,15 +112,15 @@ async def test_a_bad_call_comes_back_and_can_be_repaired():
 
 
 @pytest.mark.parametrize(
-    ("said", "says"),
+    ("turn", "error"),
     [
         ("<tool_call>{", "not closed"),
         ("<tool_call>{}</tool_call><tool_call>{}</tool_call>", "one call a turn"),
         ("<tool_call>x</tool_call>", "JSON"),
     ],
 )
-async def test_malformed_turns_are_answered_and_not_dropped(said, says):
-    tree = await grow(lambda context: "Answer: ok\0" if says in context else said + "\0")
+async def test_malformed_turns_are_answered_and_not_dropped(turn, error):
+    tree = await grow(lambda context: "Answer: ok\0" if error in context else turn + "\0")
     assert tree.answer == "ok"
 
 
@@ -371,13 +371,13 @@ async def test_an_error_of_the_consumer_comes_out_as_it_is():
 
 
 async def test_the_same_seed_asks_for_the_same_samples():
-    asked = []
+    runs = []
     for _ in range(2):
         policy = ScriptedPolicy(delegating)
         await Runtime(policy, PlainFormat()).run(task(a="1", b="2"), Budget(generated=500), seed=11)
-        asked.append(sorted((r.prompt, r.seed, r.max_tokens) for r in policy.requests))
-    assert asked[0] == asked[1]
-    assert len({seed for _, seed, _ in asked[0]}) == len(asked[0])
+        runs.append(sorted((r.prompt, r.seed, r.max_tokens) for r in policy.requests))
+    assert runs[0] == runs[1]
+    assert len({seed for _, seed, _ in runs[0]}) == len(runs[0])
 
 
 async def test_a_task_without_messages_is_refused():

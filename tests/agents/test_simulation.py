@@ -20,7 +20,7 @@ from ramet.agents.simulation import PATIENCE, simulate
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
 from ramet.benchmarks.faults.invariants import check_growth
-from ramet.benchmarks.faults.simulate import Run, Scenario, run_seed
+from ramet.benchmarks.faults.simulate import Scenario, SimulatedRun, run_seed
 from ramet.errors import BudgetExhausted, InvariantViolation, PolicyError, RametError, SimulationError, TransientPolicyError
 
 
@@ -184,7 +184,7 @@ def test_scenarios_are_many_sided(tmp_path):
         kinds[scenario.disk] = kinds.get(scenario.disk, 0) + 1
     assert min(kinds.values()) >= 5
     for seed in range(60):
-        run = Run(Scenario.of(seed), tmp_path / f"{seed}.jsonl")
+        run = SimulatedRun(Scenario.of(seed), tmp_path / f"{seed}.jsonl")
         run.go()
         statuses |= {branch.status for tree in run.trees.values() for branch in tree.branches}
     assert {Status.ANSWERED, Status.EMPTY, Status.OUT_OF_BUDGET, Status.FAILED, Status.CANCELLED} <= statuses
@@ -223,13 +223,13 @@ BUGS: dict[str, dict[str, Any]] = {
 def test_planted_bugs_are_found(bug, tmp_path, monkeypatch):
     for name, broken in BUGS[bug].items():
         monkeypatch.setattr(Ledger, name, broken)
-    found = 0
+    failures = 0
     for seed in range(40):
         try:
             run_seed(seed, tmp_path)
         except RametError:
-            found += 1
-    assert found
+            failures += 1
+    assert failures
 
 
 def spawning(context: str) -> str:
@@ -368,6 +368,6 @@ def test_faults_are_functions_of_the_request_and_the_attempt():
     faults = Faults(3, 2.0)
     requests = [SampleRequest((1,), 9, frozenset(), seed) for seed in range(200)]
     shuffled = random.Random(0).sample(requests, 200)
-    drawn = {r.seed: repr(faults(r, 0)) for r in shuffled}
-    assert all(repr(faults(r, 0)) == drawn[r.seed] for r in requests)
-    assert 60 < sum(v != "None" for v in drawn.values()) < 140
+    fault_of = {r.seed: repr(faults(r, 0)) for r in shuffled}
+    assert all(repr(faults(r, 0)) == fault_of[r.seed] for r in requests)
+    assert 60 < sum(v != "None" for v in fault_of.values()) < 140

@@ -79,7 +79,7 @@ def test_a_call_that_is_quoted_is_none(quoted):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "visible"),
     [
         ("I think in <think> tags.\nAnswer: 42", "I think in <think> tags.\nAnswer: 42"),
         ("Write:\n```\n<think>\n```\nAnswer: 42", "Write:\n```\n<think>\n```\nAnswer: 42"),
@@ -93,8 +93,8 @@ def test_a_call_that_is_quoted_is_none(quoted):
         ('<tool_call>{"a": "`"}</tool_call> and `', '<tool_call>{"a": "`"}</tool_call> and `'),
     ],
 )  # fmt: skip
-def test_what_is_said_is_what_is_neither_thought_nor_mark(text, said):
-    assert without_thoughts(text) == said
+def test_what_is_said_is_what_is_neither_thought_nor_mark(text, visible):
+    assert without_thoughts(text) == visible
 
 
 def test_backticks_in_a_call_quote_nothing():

@@ -97,10 +97,10 @@ def operands(task: Task) -> tuple[int, ...]:
 
 def test_what_is_trained_on_tuned_on_and_measured_differs_in_content():
     env = RowsEnvironment((2, 4), ood_operands=(2, 4), row=(1, 2))
-    drawn = {split: {operands(t) for seed in range(5) for t in env.tasks(split, 100, seed)} for split in PARTS}
-    assert len(drawn["train"]) > 200 and all(len(sums) > 100 for sums in drawn.values())
-    assert not drawn["train"] & (drawn["tune"] | drawn["tune_ood"] | drawn["iid"] | drawn["ood"])
-    assert not (drawn["tune"] | drawn["tune_ood"]) & (drawn["iid"] | drawn["ood"])
+    sums_of = {split: {operands(t) for seed in range(5) for t in env.tasks(split, 100, seed)} for split in PARTS}
+    assert len(sums_of["train"]) > 200 and all(len(sums) > 100 for sums in sums_of.values())
+    assert not sums_of["train"] & (sums_of["tune"] | sums_of["tune_ood"] | sums_of["iid"] | sums_of["ood"])
+    assert not (sums_of["tune"] | sums_of["tune_ood"]) & (sums_of["iid"] | sums_of["ood"])
 
 
 @pytest.mark.parametrize("split", ["tune", "tune_ood", "iid", "ood"])

@@ -70,10 +70,10 @@ def test_segments_cover_the_video_once(folder: Path) -> None:
 
 
 def test_rewards(folder: Path) -> None:
-    asked: list[VideoAnswer] = []
+    items: list[VideoAnswer] = []
 
     def reward(item: VideoAnswer) -> float:
-        asked.append(item)
+        items.append(item)
         return 0.25
 
     source = {"iid": str(folder / "questions.jsonl")}
@@ -82,7 +82,7 @@ def test_rewards(folder: Path) -> None:
     right = task.reference.answer
     assert env.metrics == ("reward", "em")
     assert [env.grade(task, a) for a in (right, "mauve", None)] == [0.25, 0.25, 0.0]
-    assert asked[0] == VideoAnswer(task.reference.evidence, task.reference.question, f"Answer: {right}")
+    assert items[0] == VideoAnswer(task.reference.evidence, task.reference.question, f"Answer: {right}")
     assert [env.grade(task, a, "em") for a in (right, right.upper(), "mauve", None)] == [1.0, 1.0, 0.0, 0.0]
     assert LongVideoEnvironment(source).metrics == ("em",)
     with pytest.raises(ConfigError, match=r"env\.reward_model is not set"):
@@ -90,7 +90,7 @@ def test_rewards(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"env": {"kind": "longvideo", "metric": "f1"}}, "env.metric takes one of em, reward"),
         ({"env": {"kind": "hotpotqa", "metric": "reward"}}, "env.metric takes one of em, f1"),
@@ -101,8 +101,8 @@ def test_rewards(folder: Path) -> None:
         ({"attention": {"method": "ring"}}, "attention.method"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_what_does_not_belong_together_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         validate(RunConfig, change)
 
 

@@ -72,8 +72,8 @@ def test_the_three_formats_and_their_copies_read_alike(tmp_path):
         hotpot(1) | {"context": [{"title": t, "sentences": s} for t, s in hotpot(1)["context"]]},
     ]
     for row in rows:
-        found, supporting = documents(row, {}, "row 1")
-        assert found == {"Hall 1": "It was built. By Ann.", "Other 1": "Nothing.", "Ann 1": "A builder."}
+        texts, supporting = documents(row, {}, "row 1")
+        assert texts == {"Hall 1": "It was built. By Ann.", "Other 1": "Nothing.", "Ann 1": "A builder."}
         assert supporting == {"Hall 1", "Ann 1"}
     env = MultihopEnvironment({"iid": write(tmp_path / "m.jsonl", musique(), musique(answerable=False))}, name="musique")
     [task] = env.tasks("iid", 10, 0)
@@ -96,10 +96,10 @@ def test_documents_are_the_text_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "said, meant", [("Tom &amp; Jerry", "Tom & Jerry"), ("Cafe\u0301", "Caf\u00e9"), ("SAO  Paulo ", "sao\u00a0paulo")]
+    "spelling, title_meant", [("Tom &amp; Jerry", "Tom & Jerry"), ("Cafe\u0301", "Caf\u00e9"), ("SAO  Paulo ", "sao\u00a0paulo")]
 )
-def test_what_supports_an_answer_is_found_however_its_title_is_spelled(tmp_path, said, meant):
-    for title, fact in ((said, meant), (meant, said)):
+def test_what_supports_an_answer_is_found_however_its_title_is_spelled(tmp_path, spelling, title_meant):
+    for title, fact in ((spelling, title_meant), (title_meant, spelling)):
         row = hotpot(1) | {"context": [[title, ["a"]], ["U", ["b"]]], "supporting_facts": [[fact, 0]]}
         [task] = read(tmp_path, "hotpotqa", row, only_gold=True)
         assert list(task.documents) == [title.strip()] and task.meta["supporting"] == (title.strip(),)
@@ -109,7 +109,7 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
 
 
 @pytest.mark.parametrize(
-    "kind, row, options, says",
+    "kind, row, options, message",
     [
         ("hotpotqa", hotpot(1) | {"question": None}, {}, "row 1, column 'question': should be text (got null); correct the row"),
         ("hotpotqa", hotpot(1) | {"question": ""}, {}, "column 'question': is empty"),
@@ -147,10 +147,10 @@ PARAGRAPH = {"title": "T", "paragraph_text": "x", "is_supporting": True}
         ("amc", {"problem": "p", "answer": float("nan")}, {}, "column 'answer': should be text (got NaN)"),
     ],
 )  # fmt: skip
-def test_a_broken_row_is_one_line_with_file_row_and_column(tmp_path, kind, row, options, says):
+def test_a_broken_row_is_one_line_with_file_row_and_column(tmp_path, kind, row, options, message):
     with pytest.raises(TaskError) as error:
         read(tmp_path, kind, row, **options)
-    assert says in str(error.value) and str(tmp_path / "rows.jsonl") in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(tmp_path / "rows.jsonl") in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("gold", ["The", "a an", "A", "...", "?"])
@@ -159,7 +159,7 @@ def test_an_answer_of_articles_or_punctuation_is_earned_by_saying_it_and_not_by_
         [task] = read(tmp_path, "musique", row)
         env = env_settings(kind="musique").build()
         for metric in ("em", "f1"):
-            assert [env.grade(task, said, metric) for said in (gold, gold.lower(), "", " ", ",", None)] == [1, 1, 0, 0, 0, 0]
+            assert [env.grade(task, answer, metric) for answer in (gold, gold.lower(), "", " ", ",", None)] == [1, 1, 0, 0, 0, 0]
 
 
 def test_order_is_seeded_and_fewer_are_the_first_of_more(tmp_path):
@@ -170,12 +170,12 @@ def test_order_is_seeded_and_fewer_are_the_first_of_more(tmp_path):
     assert [t.id for t in env.tasks("iid", 7, 3)] == ids[:7]
     assert [t.id for t in env.tasks("iid", 100, 4)] != ids
     assert env.splits == ("iid",)
-    for split, says in (
+    for split, message in (
         ("ood", r"env\.ood names no file"),
         ("train", r"env\.train names"),
         ("tune", r"env\.train names .* one in 10 .* for tuning"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=message):
             env.tasks(split, 1, 0)
 
 
@@ -190,7 +190,7 @@ def sums(*numbers: int) -> list[dict]:
     return [{"question": f"What is {n} and {n}?", "answer": f"#### {2 * n}"} for n in numbers]
 
 
-def asked(tasks: list[Task]) -> list[str]:
+def prompts(tasks: list[Task]) -> list[str]:
     return [task.messages[0].content for task in tasks]
 
 
@@ -199,7 +199,7 @@ def test_training_draws_every_row_before_any_again(tmp_path):
     path = write(tmp_path / "train.jsonl", *sums(*range(100)))
     config = load(RunConfig, None, ["model=nano", "env.kind=gsm8k", f"env.train={path}", "train.tasks=9", "train.minibatches=1", "seed=3"])
     draw = learning_problem(config, len).sample_tasks
-    epochs = [[q for update in range(10 * e, 10 * e + 10) for q in asked([task for task, _ in draw(update)])] for e in range(3)]
+    epochs = [[q for update in range(10 * e, 10 * e + 10) for q in prompts([task for task, _ in draw(update)])] for e in range(3)]
     env = config.env.build()
     assert all(len(set(epoch)) == 90 and set(epoch) == set(epochs[0]) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
@@ -212,14 +212,14 @@ def test_what_is_trained_on_tuned_on_and_measured_differs(tmp_path):
     rows = sums(*range(200))
     train, data = write(tmp_path / "train.jsonl", *rows, *rows[:20]), write(tmp_path / "data.jsonl", *sums(*range(1000, 1050)))
     env = env_settings(kind="gsm8k", train=train, data=data).build()
-    trained, tuned, measured = (set(asked(env.tasks(split, 500, 0))) for split in ("train", "tune", "iid"))
+    trained, tuned, measured = (set(prompts(env.tasks(split, 500, 0))) for split in ("train", "tune", "iid"))
     assert (len(trained), len(tuned), len(measured)) == (180, 20, 50)
     assert not trained & tuned and not (trained | tuned) & measured
-    assert tuned == set(asked(env.tasks("tune", 500, 9))), "whatever the seed"
+    assert tuned == set(prompts(env.tasks("tune", 500, 9))), "whatever the seed"
     shuffled = write(tmp_path / "shuffled.jsonl", *rows[::-1])
-    assert tuned == set(asked(env_settings(kind="gsm8k", train=shuffled).build().tasks("tune", 500, 0))), "by content, whatever the order"
+    assert tuned == set(prompts(env_settings(kind="gsm8k", train=shuffled).build().tasks("tune", 500, 0))), "by content, whatever the order"
     few = env_settings(kind="gsm8k", train=write(tmp_path / "few.jsonl", *rows[:9])).build()
-    assert len(set(asked(few.tasks("train", 20, 0)))) == 9
+    assert len(set(prompts(few.tasks("train", 20, 0)))) == 9
     with pytest.raises(TaskError, match="too few questions"):
         few.tasks("tune", 1, 0)
 
@@ -252,8 +252,8 @@ def test_a_question_in_both_files_is_refused_unless_it_is_asked_for(tmp_path, ch
             env_settings(kind="gsm8k", train=train, data=data).build().tasks(split, 5, 0)
     env = env_settings(kind="gsm8k", train=train, data=data, allow_overlap=True).build()
     assert len(env.tasks("iid", 99, 0)) == 30 and env.row_counts("iid") == {"rows": 30, "duplicates": 0, "trained_on": 10}
-    measured = {" ".join(q.split()).casefold().removesuffix("?") for q in asked(env.tasks("iid", 99, 0))}
-    assert not measured & {q.casefold().removesuffix("?") for q in asked(env.tasks("tune", 99, 0))}, "what is tuned on is never measured"
+    measured = {" ".join(q.split()).casefold().removesuffix("?") for q in prompts(env.tasks("iid", 99, 0))}
+    assert not measured & {q.casefold().removesuffix("?") for q in prompts(env.tasks("tune", 99, 0))}, "what is tuned on is never measured"
 
 
 def test_one_file_is_not_trained_on_and_measured(tmp_path):
@@ -262,28 +262,28 @@ def test_one_file_is_not_trained_on_and_measured(tmp_path):
         env_settings(kind="hotpotqa", train=path, data=path).build().tasks("iid", 5, 0)
     years = write(tmp_path / "aime.jsonl", *({"Problem": f"p{y}", "Answer": 1, "Year": y} for y in range(2015, 2025)))
     split = env_settings(kind="aime", train=years, data=years, last_year=2020).build()
-    assert set(asked(split.tasks("iid", 20, 0))) == {f"p{y}" for y in range(2021, 2025)}, "but for years that part it"
+    assert set(prompts(split.tasks("iid", 20, 0))) == {f"p{y}" for y in range(2021, 2025)}, "but for years that part it"
 
 
 def test_a_row_that_is_there_twice_is_measured_once(tmp_path):
     """Twice: with the same question, answer and support. The same question about other documents is another."""
-    again = hotpot(1) | {"_id": "copy", "question": "who built HALL 1 ?".replace(" ?", "?"), "context": hotpot(1)["context"][::-1]}
+    same_question = hotpot(1) | {"_id": "copy", "question": "who built HALL 1 ?".replace(" ?", "?"), "context": hotpot(1)["context"][::-1]}
     other = hotpot(1) | {"context": [["Hall 1", ["Another hall."]], ["Ann 1", ["Another."]]]}
-    env = MultihopEnvironment({"iid": write(tmp_path / "t.jsonl", hotpot(1), again, hotpot(2), other, hotpot(2))}, name="hotpotqa")
+    env = MultihopEnvironment({"iid": write(tmp_path / "t.jsonl", hotpot(1), same_question, hotpot(2), other, hotpot(2))}, name="hotpotqa")
     assert [t.id for t in sorted(env.tasks("iid", 9, 0), key=lambda t: t.id)] == ["hotpotqa-iid-0", "hotpotqa-iid-2", "hotpotqa-iid-3"]
     assert env.row_counts("iid") == {"rows": 5, "duplicates": 2, "trained_on": 0}
 
 
 @pytest.mark.parametrize(
-    ("asked", "again"),
+    ("question", "same_question"),
     [
         ("Find $x=5$.", "Find $x = 5$"), ("Find \\(x\\).", "Find $x$."), ("Is $\\dfrac{1}{2}$ odd?", "Is \\frac12 odd?"),
         ("Find x", "Find\u200b x"),
     ],
 )  # fmt: skip
-def test_a_question_is_the_same_however_its_formulas_are_set(tmp_path, asked, again):
+def test_a_question_is_the_same_however_its_formulas_are_set(tmp_path, question, same_question):
     """And its answer, however the number is written: one outcome counts once, and none is trained on and measured."""
-    rows = {"question": asked, "answer": "#### 0.5"}, {"question": again, "answer": "#### 1/2"}
+    rows = {"question": question, "answer": "#### 0.5"}, {"question": same_question, "answer": "#### 1/2"}
     twice = env_settings(kind="gsm8k", data=write(tmp_path / "twice.jsonl", *rows)).build()
     assert len(twice.tasks("iid", 9, 0)) == 1
     both = env_settings(kind="gsm8k", train=write(tmp_path / "t.jsonl", rows[0]), data=write(tmp_path / "d.jsonl", rows[1])).build()
@@ -460,15 +460,15 @@ def test_reasoning_gym_is_graded_by_comparison_and_never_runs_an_answer():
 
 def test_what_reasoning_gym_makes_to_train_on_tune_on_and_measure_differs_in_its_prompts():
     env = GymEnvironment("lcm")
-    trained = {q for update in range(20) for q in asked(env.tasks("train", 100, update))}
-    tuned, measured = (asked(env.tasks(split, 150, 0)) for split in ("tune", "iid"))
+    trained = {q for update in range(20) for q in prompts(env.tasks("train", 100, update))}
+    tuned, measured = (prompts(env.tasks(split, 150, 0)) for split in ("tune", "iid"))
     assert len(set(tuned)) == len(set(measured)) == 150 and len(trained) > 1000
     assert not trained & set(tuned) and not trained & set(measured) and not set(tuned) & set(measured)
-    assert asked(env.tasks("iid", 40, 0)) == measured[:40]
+    assert prompts(env.tasks("iid", 40, 0)) == measured[:40]
     small = GymEnvironment("lcm", {"max_value": 9})
     with pytest.raises(ConfigError, match=r"there are only \d+ different tasks for the split iid"):
         small.tasks("iid", 300, 0)
-    assert len(asked(small.tasks("train", 300, 0))) == 300
+    assert len(prompts(small.tasks("train", 300, 0))) == 300
 
 
 REPEATED = """
@@ -493,8 +493,8 @@ def test_tasks_are_the_same_in_every_process():
         for seed in ("1", "2")
     )
     assert one == other and len(one) == len(names)
-    for name, said in zip(names, one, strict=True):
-        assert ("differ from process to process" in said) == (name in ("isomorphic_strings", "ransom_note"))
+    for name, message in zip(names, one, strict=True):
+        assert ("differ from process to process" in message) == (name in ("isomorphic_strings", "ransom_note"))
 
 
 @pytest.mark.parametrize("name", ["rotate_matrix", "modulo_grid"])
@@ -505,7 +505,7 @@ def test_a_task_whose_own_reference_is_not_graded_right_is_refused(name):
 
 
 def test_a_task_that_its_generator_does_not_manage_is_passed_over():
-    assert len({*asked(GymEnvironment("maze").tasks("iid", 60, 1))}) == 60
+    assert len({*prompts(GymEnvironment("maze").tasks("iid", 60, 1))}) == 60
 
 
 def test_an_entry_whose_own_reference_is_not_graded_right_is_left_out():

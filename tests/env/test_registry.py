@@ -29,7 +29,7 @@ class {name}(EnvSettings):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("overrides", "message"),
     [
         (["env.kind=gsm8k", "env.seconds=2.0"], "env: seconds does not belong to the environment gsm8k, which takes data, train, "),
         (["env.task=leg_counting"], "env: task does not belong to the environment rows, which takes operands, ood_operands, row, largest"),
@@ -42,10 +42,10 @@ class {name}(EnvSettings):
         (["env.kind=gym"], "names no task of reasoning-gym"),
     ],
 )
-def test_what_an_environment_does_not_take_is_one_line(given: list[str], said: str) -> None:
+def test_what_an_environment_does_not_take_is_one_line(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load(RunConfig, None, given)
-    assert said in str(error.value) and "\n" not in str(error.value)
+        load(RunConfig, None, overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,12 +78,12 @@ def bring(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str, value: str
 
 def test_another_package_brings_an_environment_by_an_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bring(monkeypatch, tmp_path, OUTSIDE.format(name="Dice", kind="dice"), "outside_dice:Dice")
-    found: Any = registry._load_kinds()
-    assert found["dice"]().build().name == "dice" and set(KINDS) < set(found)
+    kinds: Any = registry._load_kinds()
+    assert kinds["dice"]().build().name == "dice" and set(KINDS) < set(kinds)
 
 
 @pytest.mark.parametrize(
-    ("source", "value", "said"),
+    ("source", "value", "message"),
     [
         ("import nothing_of_this_name", "outside_dice:Dice", "the environment dice cannot be imported from outside_dice:Dice: "),
         ("Dice = 3", "outside_dice:Dice", "is not a subclass of EnvSettings"),
@@ -91,9 +91,9 @@ def test_another_package_brings_an_environment_by_an_entry_point(monkeypatch: py
     ],
 )
 def test_an_entry_point_that_brings_none_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, value: str, said: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, value: str, message: str
 ) -> None:
     bring(monkeypatch, tmp_path, source, value)
     with pytest.raises(ConfigError) as error:
         registry._load_kinds()
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
