@@ -39,7 +39,7 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 
 
 def without_extras(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", HIDE + program], capture_output=True, encoding="utf-8", timeout=100)
+    return subprocess.run([sys.executable, "-c", HIDE + program], capture_output=True, encoding="utf-8", timeout=300)
 
 
 def brought(extra: str) -> set[str]:
@@ -91,6 +91,8 @@ for words, named in (
     ("frontier --env gym --set env.task=leg_counting --set backend=chat --set url=http://127.0.0.1:9/v1", "data"),
     ("frontier --env hotpotqa --data x.jsonl --set backend=chat --set url=http://127.0.0.1:9/v1", "data"),
     ("eval --env gsm8k --data x.parquet --set backend=chat --set url=http://127.0.0.1:9/v1 --name z", "data"),
+    ("eval --name v --set backend=vllm", "vllm"), ("train --trainer openrlhf --plan", "train"), ("train --trainer openrlhf", "openrlhf"),
+    ("eval --name h --set backend=completions --set url=http://127.0.0.1:9/v1 --policy hf:owner/name", "completions"),
     ("models get smollm2-135m", "train"), ("reward serve --model x --videos .", "reward"),
 ):
     error = CliRunner().invoke(app, words.split()).exception

@@ -26,7 +26,7 @@ ANSWER = stream(says("I multiply.\n"), says("Answer: 42"), says("", "stop"), usa
 
 
 def python(*words: str, cwd: Path, interpreter: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([interpreter, *words], cwd=cwd, env=CLEAN, capture_output=True, encoding="utf-8", timeout=200)
+    return subprocess.run([interpreter, *words], cwd=cwd, env=CLEAN, capture_output=True, encoding="utf-8", timeout=300)
 
 
 def kept() -> list[Path]:

@@ -19,7 +19,7 @@ from ramet.agents.tree import Task, Tree
 from ramet.env.instructions import instructed
 from ramet.env.questions import Questions
 from ramet.env.settings import words
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, require
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import FREE
@@ -54,6 +54,8 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
     if config.backend == "chat":
         wire = WireFormat()
         return ChatPolicy(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
+    if config.backend == "vllm":
+        require("vllm", "the backend vllm")
     from ramet.policy.models.tokenizer import load_tokenizer
 
     path = find(str(model))

@@ -16,7 +16,7 @@ from typing import Any
 
 from ramet.agents import drain
 from ramet.display import progress
-from ramet.errors import ConfigError, PartLost, RunLost
+from ramet.errors import ConfigError, PartLost, RunLost, require
 from ramet.policy.models.checkpoint import checkpoint_path, latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
@@ -49,6 +49,7 @@ def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
 
 def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`--plan`: placement and memory. Raises `ConfigError` if it does not fit."""
+    require("torch", "--plan")
     spec = run_spec(config, directory, spawn)
     context = longest(config, spec.model)
     flags(spec, context)
