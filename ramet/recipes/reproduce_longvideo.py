@@ -106,8 +106,8 @@ def _base(folder: Path, config: RunConfig, seconds: float) -> None:
         raise ConfigError("the demonstrations are written for a vision-language model in the nano chat format: leave chat out")
     rows = [json.loads(line) for line in read_text(folder / "train" / "questions.jsonl").splitlines()]
     by_id = {task.reference.id: task.reference for task in tasks}
-    seen = [(by_id[row["id"]], row["scenes"]) for row in rows if row["id"] in by_id]
-    truth = {key: colour for asked, scenes in seen for key, colour in scenes_of(asked, scenes, seconds).items()}
+    scenes_by_question = [(by_id[row["id"]], row["scenes"]) for row in rows if row["id"] in by_id]
+    truth = {key: colour for question, scenes in scenes_by_question for key, colour in scenes_of(question, scenes, seconds).items()}
     shown = examples(demonstrate_watching(tasks, truth, chat, config.seed))
     with progress.stepping("demonstrations", SFT_STEPS) as tell:
         settings = SFTTraining(steps=SFT_STEPS, batch=32, at_once=32, learning_rate=1e-3, lora_rank=0, seed=config.seed)

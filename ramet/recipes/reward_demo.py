@@ -1,4 +1,4 @@
-"""`ramet reward demo`: pairs are built, a VideoDRM is trained on them, and it is asked whether it looks at the video.
+"""`ramet reward demo`: pairs are built, a VideoDRM is trained on them, and tests show whether it looks at the video.
 
 Everything is small and made here: clips are drawn, answers come from a script that guesses, and the model is the code of Qwen2.5-VL
 with 190,000 random weights. Interrupt it whenever you like: the same command goes on where it stopped.
@@ -41,7 +41,7 @@ STEPS = 1600
 
 
 class DemoConfig(BaseModel):
-    """What tells demonstrations apart."""
+    """What tells run folders of the demonstration apart."""
 
     seed: int
 
@@ -63,11 +63,11 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
         conditions = ("right", "wrong", "none", "reversed")
         with progress.measuring("judging", len(held) * len(conditions)) as report:
             judged = run_bench(drm, held, protocol, conditions, journal, report, at_once=64)
-    found = results(judged, seed=seed)
+    measured = results(judged, seed=seed)
     console.print(Heading("4. picking the best of eight answers"))
     picker = ScoreSelector(drm)
     picked = best_of_n(_candidates(questions, seed), {"VideoDRM": picker}, (1, 2, 4, 8), seed=seed)
-    records = [meta("reward demo", seed, time.perf_counter() - started), protocol_record(protocol), *found, *picked]
+    records = [meta("reward demo", seed, time.perf_counter() - started), protocol_record(protocol), *measured, *picked]
     records += json.loads(read_text(folder / "calibration.json"))
     write_json(folder / "demo.json", records)
     if out is not None:
@@ -87,8 +87,8 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
         wrong_pairs(held, judged, misjudged(judged)),
     )
     print_results(records)
-    for said in warnings(found):
-        console.print(tagged("note:", "yellow", said))
+    for warning in warnings(measured):
+        console.print(tagged("note:", "yellow", warning))
     console.print(f"done in {time.perf_counter() - started:.0f} seconds. Open {folder / 'report.html'}; demo.json lies beside it")
 
 
@@ -135,10 +135,10 @@ def trained_drm(
 
 def _candidates(questions: list[VideoQuestion], seed: int) -> list[CandidateAnswers]:
     """Eight guesses at each question, right as often as chance."""
-    found = []
+    candidates = []
     for question in questions:
         (answers,) = Guesser(1 / len(question.choices), "candidates").answer([question], 8, seed)
         stated = tuple(map(question.stated, answers))
         right = tuple(map(question.right, answers))
-        found.append(CandidateAnswers(question.id, question.shown, question.question, tuple(answers), stated, right))
-    return found
+        candidates.append(CandidateAnswers(question.id, question.shown, question.question, tuple(answers), stated, right))
+    return candidates

@@ -94,13 +94,13 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
     from ramet.policy.models.tokenizer import load_tokenizer
 
     tokenizer, chat = load_tokenizer(path, config.chat)
-    model, video, asked = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
+    model, video, attention = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
     if hasattr(model, "vision_config"):
         video = config.env.video_settings()
         chat.placeholder_ids = VideoReader(model, tokenizer, video).ids
     policy = SequenceParallelPolicy(
-        path, asked.hosts, Method(asked.method, asked.anchor, asked.passing), threshold=asked.threshold, dtype=config.dtype,
-        threads=config.threads, video=video,
+        path, attention.hosts, Method(attention.method, attention.anchor, attention.passing), threshold=attention.threshold,
+        dtype=config.dtype, threads=config.threads, video=video,
     )  # fmt: skip
     return policy, chat, token_count(tokenizer)
 

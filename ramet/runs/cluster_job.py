@@ -51,12 +51,12 @@ def longest(config: RunConfig, model: Path) -> int:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(model, local_files_only=True)
+        architecture = AutoConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model} is not a model directory ({first_line(error)})") from error
-    if hasattr(found, "vision_config"):
+    if hasattr(architecture, "vision_config"):
         raise ConfigError("the openrlhf trainer does not support vision-language models: use the local trainer")
-    most = int(found.max_position_embeddings)
+    most = int(architecture.max_position_embeddings)
     return min(config.budget.context or most, most)
 
 
@@ -123,6 +123,7 @@ def ours(error: BaseException, log: Path) -> RametError:
 
 
 def main() -> None:
+    """Run the job of the folder that the command line names; exits with 0 where it was done."""
     directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
     ended: RametError | None = None
     over = threading.Event()

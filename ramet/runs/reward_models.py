@@ -26,6 +26,8 @@ from ramet.runs.jobs import claim_folder
 from ramet.storage import read_text
 from ramet.terminal import console, tagged
 
+FAULTS = 5
+
 
 class RewardRun(BaseModel):
     """What tells the run folders of `ramet reward` apart."""
@@ -162,10 +164,10 @@ def file_id(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else path
 
 
-def print_faults(pairs: Sequence[PreferencePair], most: int = 5) -> None:
-    """What is wrong with pairs, the first `most` of it."""
+def print_faults(pairs: Sequence[PreferencePair]) -> None:
+    """What is wrong with pairs, the first `FAULTS` of it."""
     problems = faults(pairs)
-    for problem in problems[:most]:
+    for problem in problems[:FAULTS]:
         console.print(tagged("note:", "yellow", problem))
-    if len(problems) > most:
-        console.print(tagged("note:", "yellow", f"and {len(problems) - most} more"))
+    if len(problems) > FAULTS:
+        console.print(tagged("note:", "yellow", f"and {len(problems) - FAULTS} more"))

@@ -1,7 +1,7 @@
 """How often a reward model prefers the better answer about a video, under which protocol, and whether it looks at the video at all.
 
-Everything that a judge says or a model scores is kept in a journal, pair by pair; `results` computes all numbers from the journal, so that
-they can be computed again without the model. Definitions (docs/video-rewards.md has them in words):
+Every output of a judge and every score of a model is kept in a journal, pair by pair; `results` computes all numbers from the
+journal, so that they can be computed again without the model. Definitions (docs/video-rewards.md has them in words):
 
     pointwise   right if the better answer's score is above every other's; a tie is wrong, or half right if the protocol says so
     pairwise    k votes in each order; what cannot be read abstains; a majority decides; no majority is wrong (strict), half right (lenient)
@@ -27,15 +27,16 @@ from ramet.rewards.video.pairs import PreferencePair, VideoInput
 CONDITIONS = ("right", "wrong", "none", "reversed", "shuffled")
 """The pair's own video, another pair's, none; its frames backwards, or in any order."""
 Record = dict[str, Any]
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class BenchmarkProtocol:
-    """What has to be said beside every number.
+    """How the pairs were judged, which belongs beside every number.
 
     k, order, temperature, max_tokens  of pairwise judging
     ties        what a tie of scores counts, in pointwise: 0 or 0.5
-    frames, pixels                     what is shown of a video
+    frames, pixels                     of a video
     """
 
     mode: Literal["pairwise", "pointwise"]
@@ -96,8 +97,9 @@ def run_bench(
             report(len(pairs) - len(left))
         for start in range(0, len(left), at_once):
             part = [replace(pair, video=videos[pair.id]) for pair in left[start : start + at_once]]
-            for pair, found in zip(part, _ask(looking, part, protocol), strict=True):
-                journal.append({"condition": condition, "id": pair.id, "category": pair.category, "cluster": clusters[pair.id], **found})
+            for pair, judgement in zip(part, _judgements(looking, part, protocol), strict=True):
+                cluster = clusters[pair.id]
+                journal.append({"condition": condition, "id": pair.id, "category": pair.category, "cluster": cluster, **judgement})
             if report is not None:
                 report(len(part))
     order = {pair.id: n for n, pair in enumerate(pairs)}
@@ -106,17 +108,17 @@ def run_bench(
     return sorted(chosen, key=lambda r: (conditions.index(r["condition"]), order[r["id"]]))
 
 
-def _ask(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol) -> list[Record]:
-    """What the model says of each pair; `failed` where its video cannot be read, it is too long, or no score comes of it."""
+def _judgements(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol) -> list[Record]:
+    """The scores or votes of the model for each pair; `failed` where its video cannot be read, it is too long, or no score comes of it."""
     try:
-        return _asked(model, pairs, protocol)
+        return _judge_all(model, pairs, protocol)
     except (TaskError, RewardError) as error:
         if len(pairs) > 1:
-            return [_ask(model, [pair], protocol)[0] for pair in pairs]
+            return [_judgements(model, [pair], protocol)[0] for pair in pairs]
         return [{"failed": str(error)}]
 
 
-def _asked(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol) -> list[Record]:
+def _judge_all(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkProtocol) -> list[Record]:
     if protocol.mode == "pointwise":
         scores = iter(model.score([VideoAnswer(p.video, p.question, answer) for p in pairs for answer in (p.chosen, *p.rejected)]))
         return [{"chosen": next(scores), "rejected": [next(scores) for _ in pair.rejected]} for pair in pairs]
@@ -142,7 +144,7 @@ def measures(record: Record, ties: float = 0.0) -> dict[str, float]:
     verdicts = [decided(votes) for votes in duels]
     every = [vote for votes in duels for vote in votes]
     valid = [vote for vote in every if vote.choice is not None]
-    found = {
+    contributions = {
         "accuracy": float(all(v.winner == "a" for v in verdicts)),
         "lenient": min({"a": 1.0, None: 0.5, "b": 0.0}[v.winner] for v in verdicts),
         "tie_rate": float(any(v.winner is None for v in verdicts)),
@@ -150,16 +152,16 @@ def measures(record: Record, ties: float = 0.0) -> dict[str, float]:
         "error_rate": sum(bool(vote.error) for vote in every) / len(every),
     }
     if valid:
-        found["first_share"] = sum(vote.choice == 1 for vote in valid) / len(valid)
+        contributions["first_share"] = sum(vote.choice == 1 for vote in valid) / len(valid)
     if any(v.forward for v in every) and not all(v.forward for v in every):
         by_order = [[majority([v for v in votes if v.forward is forward]) for votes in duels] for forward in (True, False)]
-        found["forward"], found["reversed"] = (float(all(w == "a" for w in winners)) for winners in by_order)
-        found["consistent"] = found["forward"] * found["reversed"]
+        contributions["forward"], contributions["reversed"] = (float(all(w == "a" for w in winners)) for winners in by_order)
+        contributions["consistent"] = contributions["forward"] * contributions["reversed"]
         # Different answers in the two orders are the same place.
         both = [(x, y) for x, y in zip(*by_order, strict=True) if x is not None and y is not None]
         if both:
-            found["letter_agreement"] = sum(x != y for x, y in both) / len(both)
-    return found
+            contributions["letter_agreement"] = sum(x != y for x, y in both) / len(both)
+    return contributions
 
 
 def misjudged(records: Sequence[Record]) -> list[str]:
@@ -172,25 +174,25 @@ def results(records: Iterable[Record], ties: float = 0.0, seed: int = 0) -> list
     grouped: dict[str, list[Record]] = {}
     for record in records:
         grouped.setdefault(record["condition"], []).append(record)
-    found = []
+    summaries = []
     for condition, group in grouped.items():
         categories = sorted({r["category"] for r in group if r["category"]})
         subsets = {"all": group} | {c: [r for r in group if r["category"] == c] for c in categories}
         made = [_result(name, condition, chosen, ties, seed) for name, chosen in subsets.items()]
-        found += made
+        summaries += made
         if len(categories) > 1:
             parts = made[1:]
             names = [n for n, v in parts[0].items() if isinstance(v, float) and "_ci_" not in n and not n.startswith("ci_")]
             mean = {n: sum(p[n] for p in parts) / len(parts) for n in names if all(n in p for p in parts)}
             own = [r for r in group if r["category"]]
             low, high = macro_interval([(measures(r, ties)["accuracy"], r["cluster"], r["category"]) for r in own], seed)
-            found.append(
+            summaries.append(
                 {"record": "result", "subset": "macro", "condition": condition, "n": len(own), **mean, "ci_low": low, "ci_high": high}
             )
-    return found
+    return summaries
 
 
-def macro_interval(values: Sequence[tuple[float, str, str]], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+def macro_interval(values: Sequence[tuple[float, str, str]], seed: int) -> tuple[float, float]:
     """95% bootstrap over clusters of the mean of categories' means, of (value, cluster, category)."""
     clusters = {c: n for n, c in enumerate(dict.fromkeys(c for _, c, _ in values))}
     categories = {c: n for n, c in enumerate(dict.fromkeys(c for _, _, c in values))}
@@ -198,7 +200,7 @@ def macro_interval(values: Sequence[tuple[float, str, str]], seed: int = 0, resa
     for value, cluster, category in values:
         sums[clusters[cluster], categories[category]] += value
         counts[clusters[cluster], categories[category]] += 1
-    draws = np.random.default_rng(seed).integers(0, len(clusters), size=(resamples, len(clusters)))
+    draws = np.random.default_rng(seed).integers(0, len(clusters), size=(RESAMPLES, len(clusters)))
     times = np.stack([np.bincount(draw, minlength=len(clusters)) for draw in draws])
     with np.errstate(invalid="ignore"):
         means = np.nanmean((times @ sums) / (times @ counts), axis=1)
@@ -220,26 +222,27 @@ def _result(subset: str, condition: str, records: Sequence[Record], ties: float,
     return result
 
 
-def warnings(found: Sequence[Record]) -> list[str]:
-    """What a reader of the numbers should be told first."""
-    said = []
-    for r in (r for r in found if r["subset"] == "all"):
+def warnings(summaries: Sequence[Record]) -> list[str]:
+    """What a reader of the `results` should know first, a line each."""
+    notes = []
+    for r in (r for r in summaries if r["subset"] == "all"):
         share = r.get("first_share")
         if share is not None and abs(share - 0.5) > 0.25:
-            said.append(f"{r['condition']}: {max(share, 1 - share):.0%} of the votes pick the {'first' if share > 0.5 else 'second'} place")
+            place = "first" if share > 0.5 else "second"
+            notes.append(f"{r['condition']}: {max(share, 1 - share):.0%} of the votes pick the {place} place")
         if r.get("letter_agreement", 0) > 0.5:
-            said.append(f"{r['condition']}: the same place wins in both orders for {r['letter_agreement']:.0%} of the pairs")
+            notes.append(f"{r['condition']}: the same place wins in both orders for {r['letter_agreement']:.0%} of the pairs")
         if r.get("invalid_rate", 0) > 0.05:
-            said.append(f"{r['condition']}: {r['invalid_rate']:.0%} of the outputs cannot be read ({r['error_rate']:.0%} raised an error)")
+            notes.append(f"{r['condition']}: {r['invalid_rate']:.0%} of the outputs cannot be read ({r['error_rate']:.0%} raised an error)")
         if r["error_rate"] > 0 and "invalid_rate" not in r:
-            said.append(f"{r['condition']}: {r['error_rate']:.0%} of the pairs could not be judged, and count as wrong; see the journal")
+            notes.append(f"{r['condition']}: {r['error_rate']:.0%} of the pairs could not be judged, and count as wrong; see the journal")
         if r["tie_rate"] > 0.2:
-            said.append(f"{r['condition']}: {r['tie_rate']:.0%} of the pairs end in a tie")
-    right = {r["condition"]: r for r in found if r["subset"] == "all"}
+            notes.append(f"{r['condition']}: {r['tie_rate']:.0%} of the pairs end in a tie")
+    right = {r["condition"]: r for r in summaries if r["subset"] == "all"}
     for other in ("wrong", "none"):
         if "right" in right and other in right and right[other]["ci_high"] >= right["right"]["accuracy"] > 0.55:
-            said.append(f"as good with the condition {other} as with the right video: the judge may not look at it")
-    return said
+            notes.append(f"as good with the condition {other} as with the right video: the judge may not look at it")
+    return notes
 
 
 def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -> list[Record]:
@@ -247,7 +250,7 @@ def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -
 
     That is McNemar's where each cluster is one pair.
     """
-    found = []
+    differences = []
     split: list[dict[str, dict[str, Record]]] = [{}, {}]
     for side, records in zip(split, (one, other), strict=True):
         for record in records:
@@ -260,14 +263,15 @@ def against(one: Iterable[Record], other: Iterable[Record], ties: float = 0.0) -
         clusters = [split[0][condition][i]["cluster"] for i in common]
         difference = clustered_mean([a[i] - b[i] for i in common], clusters, differences=True)
         ours, theirs = ({c: [v[i] for i, own in zip(common, clusters, strict=True) if own == c] for c in clusters} for v in (a, b))
-        found.append(
+        differences.append(
             {
                 "record": "difference", "condition": condition, "n": len(common), "difference": difference.mean, "ci_low": difference.low,
                 "ci_high": difference.high, "p": sign_test(ours, theirs),
             }
         )  # fmt: skip
-    return found
+    return differences
 
 
 def protocol_record(protocol: BenchmarkProtocol) -> Record:
+    """The `protocol` record."""
     return {"record": "protocol", **asdict(protocol), "line": protocol.line()}
