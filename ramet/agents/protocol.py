@@ -277,9 +277,11 @@ class Reply:
 
     @property
     def parts(self) -> int:
+        """The number of results, by which replies share the space of a message: at least 1."""
         return max(len(self.results), 1)
 
     def block(self, limit: int) -> str:
+        """The reply as text within `limit` characters."""
         return render_results(self.results, "", limit) if self.results else elide(self.text, limit)
 
 

@@ -30,6 +30,7 @@ class PlainFormat:
     placeholder_ids: PlaceholderIds = staticmethod(no_vision)
 
     def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
+        """`T` if a tool is offered, else `-`, then each message followed by `|`."""
         return [ord(c) for c in ("T" if tools else "-") + "".join(m.content + "|" for m in messages if m.role != "system")]
 
     def after_turn(self, text: str, closed: bool) -> list[int]:
@@ -37,6 +38,7 @@ class PlainFormat:
         return [*([] if closed else [STOP]), *map(ord, f"<{text}>")]
 
     def turn(self, text: str, call: str | None = None) -> list[int]:
+        """The ids of a well-formed assistant turn, with a call or without."""
         return [*map(ord, text if call is None else f"{text}<tool_call>{call}</tool_call>"), STOP]
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
