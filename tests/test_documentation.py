@@ -174,3 +174,13 @@ def test_every_paper_that_code_or_docs_cite_is_among_the_references():
     cited = {paper for path in sources for paper in re.findall(r"(?i)arxiv[:\s]+(\d{4}\.\d{5})", path.read_text())}
     listed = set(re.findall(r"arXiv (\d{4}\.\d{5})", (ROOT / "docs" / "references.md").read_text()))
     assert cited <= listed, cited - listed
+
+
+def test_every_page_can_be_reached_from_the_front_page():
+    reached, ahead = set(), {ROOT / "README.md"}
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        linked = {(page.parent / name).resolve() for name in re.findall(r"\]\(([\w/.-]+\.md)", page.read_text())}
+        ahead |= {page for page in linked if page in PAGES} - reached
+    assert reached == set(PAGES)
