@@ -162,3 +162,11 @@ def test_every_extra_that_is_named_to_a_person_exists():
     groups = [group for page in pages for group in re.findall(r"ramet\[([\w,-]+)\]", page.read_text(encoding="utf-8"))]
     named = {name for group in groups for name in group.split(",")}
     assert named and named <= extras
+
+
+def test_doctor_fails_where_something_that_is_installed_does_not_work(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('libtorch.so is of another machine')", encoding="utf-8")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['ramet', 'doctor']; from ramet.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=300)
+    assert done.returncode == 1 and "libtorch.so is of another machine" in done.stdout
+    assert done.stderr.splitlines() == ["error: not working: CUDA, nano model; the table says what to do"]

@@ -173,6 +173,9 @@ def test_the_wheel_works_without_torch_where_nothing_else_is(built, tmp_path):
         assert "frontier.png is not drawn" in said and "pip install 'ramet[plot]'" in said and len(asked) == 10
     written = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("results.*")}
     assert {"eval-m/results.json", "frontier-m-gsm8k/results.json", "frontier-m-gsm8k/results.csv"} <= written
+    for link in programs.parent.glob("lib/python*/site-packages/mpmath*"):
+        link.unlink()
+    assert "without mpmath: pip install ramet" in ramet("doctor", status=1)
 
 
 def test_the_wheel_runs_a_model_where_only_the_extra_train_is(built, tmp_path):
