@@ -7,10 +7,14 @@ torch, and neither do the names that need none.
 from __future__ import annotations
 
 import ast
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# Silent, until whoever uses the package, such as its command line, says where its log goes.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     # One line a name. `_exported` reads it, so that what type checkers see is what there is.

@@ -1,7 +1,8 @@
-"""Every error that ramet raises on purpose.
+"""Every error that ramet raises on purpose; no other module defines an exception.
 
-One line says what is wrong and what to do; the command line prints that line and exits with
-`exit_code`. Anything else that escapes is a bug and keeps its traceback. Errors cross processes as they are.
+One line says what is wrong and what to do; the command line prints that line and exits with `exit_code`. Anything else that escapes
+is a bug and keeps its traceback. Errors cross processes as what they are: pickled, by Ray or a pipe, and as JSON by `to_record` and
+`from_record`.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class CallError(RametError):
 
 class ProgramError(RametError):
     """A program (`ramet.agents.program`) that raised, or did what cannot be done there."""
+
+    kind = "program"
 
 
 class PolicyError(RametError):

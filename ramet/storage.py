@@ -9,6 +9,7 @@ import datetime
 import errno
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -19,7 +20,8 @@ from typing import IO, Any
 
 from ramet import __version__
 from ramet.errors import StorageError
-from ramet.terminal import messages, tagged
+
+logger = logging.getLogger(__name__)
 
 STDOUT = Path("-")
 """Stands for standard output as the destination of results."""
@@ -138,7 +140,7 @@ def lock(directory: Path) -> None:
         if error.errno not in _NO_LOCKS:
             raise _refused(path, error) from error
         note = f"the file system of {directory} has no locks: let no other process work in it"
-        messages.print(tagged("note:", "yellow", note))
+        logger.warning(note)
     _LOCKS[directory] = file
 
 

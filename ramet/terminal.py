@@ -1,4 +1,6 @@
-"""Where commands print: `console` is for results on standard output, `messages` for notes and errors on standard error.
+"""What commands print: results by `show` on standard output; beside them, on standard error, what the package logs, errors and bars.
+
+The package says nothing by itself: every module logs to a logger of its own, and the command line calls `log_to`.
 
 - Text is plain. Names, paths, errors and the output of models are never interpreted as markup, and their control characters are removed;
   styles are given with `rich.text.Text`.
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -162,24 +165,60 @@ def tolerate() -> None:
             stream.reconfigure(errors="ramet.stand-in")
 
 
-def give_way() -> None:
-    """Reserve standard output for a machine-readable result: from now on `console` prints to standard error."""
-    console.stderr = True
-
-
-console = Screen()
+_results = Screen()
 messages = Screen(stderr=True)
+
+
+def show(shown: RenderableType, **layout: Any) -> None:
+    """Print a result on standard output, or, once `give_way` was called, on standard error."""
+    _results.print(shown, **layout)
+
+
+def give_way(way: bool = True) -> None:
+    """Leave standard output to a machine-readable result: what is shown for people goes to standard error."""
+    _results.stderr = way
+
+
+HEADING = {"heading": True}
+"""The `extra` of a log record that is the title of a part of a command's output."""
+
+
+class LineHandler(logging.Handler):
+    """Shows log records on a screen, each whole on a line of its own: warnings behind a word, headings as such, others as they are."""
+
+    def __init__(self, screen: Screen):
+        super().__init__()
+        self.screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if record.levelno >= logging.WARNING:
+                self.screen.print(tagged(f"{record.levelname.lower()}:", "yellow", text), soft_wrap=True)
+            else:
+                self.screen.print(Heading(text) if getattr(record, "heading", False) else text, soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+
+def log_to(screen: Screen, level: int = logging.INFO) -> None:
+    """Show what the package logs, from `level` on, on `screen` and on no other."""
+    logger = logging.getLogger("ramet")
+    for handler in [handler for handler in logger.handlers if isinstance(handler, LineHandler)]:
+        logger.removeHandler(handler)
+    logger.addHandler(LineHandler(screen))
+    logger.setLevel(level)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """A block in which transformers shows no progress bars and no warnings."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    before = theirs.get_verbosity()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        theirs.set_verbosity(before)

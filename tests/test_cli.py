@@ -47,7 +47,7 @@ def test_run_goes_on_from_its_journal(tmp_path):
     records = (tmp_path / "kept").read_bytes().splitlines(keepends=True)
     (tmp_path / "kept").write_bytes(b"".join(records[:2]))
     again = ramet(*command)
-    assert f"1 samples taken from {tmp_path / 'kept'}, {len(records) - 2} made" in " ".join(again.stdout.split())
+    assert f"1 samples taken from {tmp_path / 'kept'}, {len(records) - 2} made" in " ".join(again.stderr.split())
     assert again.stdout[again.stdout.index("A: ") : again.stdout.index("bill")] in whole.stdout
     other = ramet(*command, "--budget", "100")
     assert other.returncode == 1 and "belongs to another configuration" in other.stderr
@@ -98,7 +98,7 @@ def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
         while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < 3):
             pass
     resumed = ramet(*command, cut, cwd=tmp_path)
-    assert resumed.returncode == 0 and f"run folder runs/{cut}: " in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and f"run folder runs/{cut}: " in resumed.stderr
 
     def curve(name: str) -> list[dict]:
         lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()

@@ -62,6 +62,37 @@ def test_everything_is_printed_on_the_consoles_to_which_a_name_is_text():
     assert not found, found
 
 
+def test_nothing_but_a_command_prints_and_no_module_has_a_console():
+    """Messages are logged; the exceptions are what is itself a program."""
+    programs = {"recipes/minimal.py", "benchmarks/speed/fanout.py"}
+    printing = {str(path.relative_to(ROOT)) for path in FILES for call in calls(path) if ast.unparse(call.func) == "print"}
+    assert printing <= programs, printing - programs
+    told = {
+        f"{path.relative_to(ROOT)}: {node.module} {alias.name}"
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and module_of(path).partition(".")[0] not in ("cli", "terminal")
+        for alias in node.names
+        if (node.module, alias.name) in (("ramet.terminal", "messages"), ("ramet.terminal", "log_to"), ("rich", "print"))
+    }
+    assert not told, told
+
+
+def test_a_logger_is_named_after_its_module():
+    def expected(path: Path) -> str:
+        # What is run by its name is called __main__.
+        run = '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+        return repr(f"ramet.{module_of(path)}") if run else "__name__"
+
+    named = {
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for path in FILES
+        for call in calls(path)
+        if ast.unparse(call.func) == "logging.getLogger" and ast.unparse(call.args[0]) not in (expected(path), "'ramet'")
+    }
+    assert not named, named
+
+
 ROOMS = (
     "errors", "schema", "terminal", "storage", "data",
     "agents", "media", "attention",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
+import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from ramet.display import progress
-from ramet.terminal import Heading, Screen, Table, one_line, tagged, tolerate
+from ramet.terminal import Heading, LineHandler, Screen, Table, one_line, tagged, tolerate
 
 NAMES = ("x[/b]", "lr[a]1", "t:100:", "[bold red]", "[link=http://x]y[/link]", r"a\[b]", "{0}", "%s")
 
@@ -105,28 +108,80 @@ def test_a_stream_that_cannot_take_a_character_gets_a_stand_in(encoding, monkeyp
     assert r"\udcff" in shown and ("你" if encoding == "utf-8" else r"\u4f60") in shown
 
 
+@pytest.fixture
+def draw_on() -> Iterator[Callable[[Screen], None]]:
+    yield progress.draw_on
+    progress.draw_on(None)
+
+
+def update(number: int) -> dict[str, float]:
+    return {"update": number, "reward": 0.5, "accuracy": 0.5, "spawn_rate": 0.5, "generated": 60.0, "critical_path": 50.0}
+
+
 @pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
-def test_a_bar_keeps_count_and_time_at_any_width(width, monkeypatch):
+def test_a_bar_keeps_count_and_time_at_any_width(width, draw_on, caplog):
     screen = on_terminal(width)
-    monkeypatch.setattr(progress, "console", screen)
-    with progress.training("training of x[/b] {0}", 200, 0) as report:
-        for update in range(100):
-            report({"update": update, "reward": 0.5, "accuracy": 0.5, "spawn_rate": 0.5, "generated": 60.0, "critical_path": 50.0})
+    draw_on(screen)
+    with caplog.at_level("INFO", "ramet"), progress.training("training of x[/b] {0}", 200, 0) as report:
+        for number in range(100):
+            report(update(number))
         (bar,) = [live for live in screen._live_stack if hasattr(live, "get_renderable")]
         bar_screen = on_terminal(width)
         bar_screen.print(bar.get_renderable())
     (line,) = output(bar_screen).splitlines()
     assert "100/200" in line and ":" in line and cell_len(line) <= width
     assert ("accuracy 50%" in line) == (width >= 80) and ("path 50" in line) == (width >= 120)
+    assert not caplog.messages
 
 
-@pytest.mark.parametrize("screen", [Screen(file=io.StringIO()), on_terminal(80, TERM="dumb")])
-def test_where_no_bar_can_move_a_line_is_printed_at_each_tenth(screen, monkeypatch):
-    monkeypatch.setattr(progress, "console", screen)
-    with progress.measuring("x[/b]", 50) as report:
+@pytest.mark.parametrize("screen", [None, Screen(file=io.StringIO()), on_terminal(80, TERM="dumb")])
+def test_where_no_bar_can_move_a_line_is_logged_at_each_tenth_and_for_each_update(screen, draw_on, caplog):
+    draw_on(screen)
+    with caplog.at_level("INFO", "ramet"), progress.measuring("x[/b]", 50) as report:
         for _ in range(50):
             report(1)
-    assert output(screen).splitlines() == [f"x[/b]: {n} of 50 outcomes" for n in range(5, 55, 5)]
+    assert caplog.messages == [f"x[/b]: {n} of 50 outcomes" for n in range(5, 55, 5)]
+    caplog.clear()
+    with caplog.at_level("INFO", "ramet"), progress.training("x[/b]", 50, 0) as report:
+        for number in range(3):
+            report(update(number))
+    facts = "reward 0.50  accuracy 50%  spawns 50%  tokens 60  path 50"
+    assert caplog.messages == [f"x[/b]: {n} of 50 updates: {facts}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_logged_stands_whole_on_one_line_behind_its_level(name):
+    for screen in (Screen(file=io.StringIO()), on_terminal(30)):
+        records = [
+            logging.LogRecord("ramet.x", level, "", 0, f"{name} and many words more than fit", None, None)
+            for level in (logging.INFO, logging.WARNING, logging.ERROR)
+        ]
+        records[0].heading = True
+        for record in records:
+            LineHandler(screen).emit(record)
+        _, *lines = output(screen).splitlines()[-3:]
+        assert lines == [f"{tag}: {name} and many words more than fit" for tag in ("warning", "error")]
+
+
+def test_the_package_says_nothing_until_it_is_told_where_to():
+    program = """
+import logging, io, ramet
+from ramet.display import progress
+from ramet.terminal import Screen, log_to
+def work():
+    logging.getLogger("ramet.agents").error("lost")
+    with progress.measuring("work", 1) as report:
+        report(1)
+work()
+for level in (logging.INFO, logging.WARNING):
+    screen = Screen(file=io.StringIO())
+    log_to(screen, level)
+    work()
+    print(screen.file.getvalue().splitlines())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["['error: lost', 'work: 1 of 1 outcomes']", "['error: lost']"]
 
 
 def test_the_lines_of_an_error_are_one():

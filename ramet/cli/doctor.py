@@ -13,7 +13,7 @@ from rich.text import Text
 from ramet.agents import drain
 from ramet.errors import RametError, extra
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 PARTS = {
     "torch": "sampling and training",
@@ -133,7 +133,7 @@ def _check() -> _Findings:
 def run_doctor(out: Path | None) -> None:
     """Print the table. Raises `RametError` only if the base install or something that is installed does not work."""
     findings = _check()
-    console.print(findings.table)
+    show(findings.table)
     if out is not None:
         write_json(out, [meta("doctor", 0), *findings.records])
     if findings.broken:

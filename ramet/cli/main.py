@@ -7,6 +7,7 @@ A command that fails prints one line and exits with a status other than 0. Heavy
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
@@ -21,8 +22,11 @@ from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
 from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of, numbers
 from ramet.cli.reward import reward
+from ramet.display import progress
 from ramet.errors import ConfigError, RametError, missing_extra
-from ramet.terminal import console, messages, one_line, tagged, tolerate
+from ramet.terminal import give_way, log_to, messages, one_line, show, tagged, tolerate
+
+logger = logging.getLogger("ramet.cli.main")
 
 app = typer.Typer(
     help="A language model that learns to delegate to clones of itself under one budget.",
@@ -56,7 +60,7 @@ def _name_option(default: str) -> Any:
 def _print_version(requested: bool) -> None:
     """Print the version and exit, if `--version` was given."""
     if requested:
-        console.print(__version__)
+        show(__version__)
         raise typer.Exit
 
 
@@ -68,9 +72,10 @@ _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folder
 @app.callback()
 def _root(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May be given anywhere on the line.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show only results, warnings and errors. May be given anywhere.")] = False,
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")] = False,
 ) -> None:
-    """The options before a command. `main` reads --debug itself; it is declared here to be listed in the help."""
+    """The options before a command. `main` reads --debug and --quiet itself; they are declared here to be listed in the help."""
 
 
 class _Sums(TyperCommand):
@@ -103,7 +108,7 @@ def demo(
     """
     from ramet.recipes.demo import run_demo
 
-    with draining(messages.print):
+    with draining(logger.warning):
         run_demo(runs / name, seed or 0)
 
 
@@ -178,7 +183,7 @@ def train(
             raise ConfigError("--dry-run and --plan belong to the trainer openrlhf: add --trainer openrlhf")
         from ramet.runs.jobs import train_command
 
-        with draining(messages.print):
+        with draining(logger.warning):
             train_command(resolved, folder, spawn, json)
         return
     from ramet.runs import cluster
@@ -188,7 +193,7 @@ def train(
     if dry_run:
         cluster.print_flags(resolved, folder, spawn)
     if not plan and not dry_run:
-        with draining(messages.print):
+        with draining(logger.warning):
             cluster.train_on_cluster(resolved, folder, spawn, json)
 
 
@@ -214,7 +219,7 @@ def evaluate(
     from ramet.runs.jobs import eval_command
     from ramet.runs.settings import LANGUAGE
 
-    with draining(messages.print):
+    with draining(logger.warning):
         overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
         resolved = _run_config(config, overrides, seed, LANGUAGE if env not in (None, "rows") else None)
         eval_command(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
@@ -239,13 +244,13 @@ def reproduce(
     if what == "longvideo":
         from ramet.recipes.reproduce_longvideo import reproduce_longvideo
 
-        with draining(messages.print):
+        with draining(logger.warning):
             reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config, set_ or [], seed or 0)
         return
     if what != "nano":
         raise ConfigError(f"cannot reproduce {what!r}; there are nano and longvideo")
     resolved = _run_config(config, set_, seed, NANO)
-    with draining(messages.print):
+    with draining(logger.warning):
         if seeds > 1:
             reproduce_seeds(resolved, runs, range(resolved.seed, resolved.seed + seeds))
             return
@@ -290,7 +295,7 @@ def frontier(
     every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
     chosen = every if methods is None else [m.strip() for m in methods.split(",")]
     folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
-    with draining(messages.print):
+    with draining(logger.warning):
         plan = FrontierPlan(
             chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model, price_table(price or []), tune
         )
@@ -328,7 +333,7 @@ def models_get(
     """
     from ramet.policy.models.catalogue import get
 
-    get(name, wheel, messages.print)
+    get(name, wheel)
 
 
 @models.command("train-nano")
@@ -412,7 +417,7 @@ def config_reference(
 @app.command()
 def version() -> None:
     """Print the version."""
-    console.print(__version__)
+    show(__version__)
 
 
 _RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "train-drm", "sft-grm", "train-grm", "best-of-n")
@@ -421,9 +426,11 @@ _RESUMES = ("demo", "train", "eval", "reproduce", "frontier", "build-pairs", "tr
 def main() -> None:
     """The entry point: turns errors into one line and an exit status."""
     tolerate()
-    console.stderr = False
-    debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    give_way(False)
+    debug, quiet = "--debug" in sys.argv, "--quiet" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument not in ("--debug", "--quiet")]
+    log_to(messages, logging.WARNING if quiet else logging.DEBUG if debug else logging.INFO)
+    progress.draw_on(None if quiet else messages)
     drain.handle_signals(_interrupted)
     try:
         status = app(standalone_mode=False)
@@ -440,7 +447,7 @@ def main() -> None:
 
 def _interrupted() -> None:
     """Print that the command was interrupted, and whether it can be resumed."""
-    console.show_cursor()
+    messages.show_cursor()
     resumes = any(command in sys.argv for command in _RESUMES) or ("reward" in sys.argv and "bench" in sys.argv)
     messages.print("interrupted" + ("; what was done is kept: run the same command again to resume" if resumes else ""), style="yellow")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from pathlib import Path
@@ -13,6 +14,8 @@ from ramet.agents.drain import draining
 from ramet.cli.bench import Json
 from ramet.errors import ConfigError
 from ramet.terminal import messages
+
+logger = logging.getLogger(__name__)
 
 reward = typer.Typer(
     help="Video reward models: data, training, judging, benchmarks. Example: ramet reward demo", no_args_is_help=True
@@ -80,7 +83,7 @@ def demo(
     """
     from ramet.recipes.reward_demo import run_reward_demo
 
-    with draining(messages.print):
+    with draining(logger.warning):
         run_reward_demo(runs / name, seed, json)
 
 
@@ -237,7 +240,7 @@ def train_grm(
         updates=updates, tasks=duels, group_size=group_size, learning_rate=learning_rate, kl_coef=kl_coef, lora_rank=lora_rank,
         temperature=1.0,
     )
-    with draining(messages.print):
+    with draining(logger.warning):
         train_grm_command(model, Source(pairs, _map(field), videos), overrides, config, seed, out)
 
 

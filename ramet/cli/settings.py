@@ -13,7 +13,7 @@ from ramet.errors import ConfigError
 from ramet.runs.settings import RunConfig, dumps, traced
 from ramet.schema import Schema, Settings, takes
 from ramet.storage import write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 INTRODUCTION = """\
 # Settings
@@ -36,12 +36,12 @@ def show_settings(path: Path | None, overrides: Sequence[str], section: str, tom
     if out is not None:
         write_json(out, [{"record": "setting", "name": name, "value": value, "from": origin} for name, value, origin in rows])
     if toml:
-        console.print(Text(dumps(config)), soft_wrap=True, end="")
+        show(Text(dumps(config)), soft_wrap=True, end="")
         return
     table = Table("setting", "value", "from")
     for name, value, origin in rows:
         table.add_row(name, written(value), origin)
-    console.print(table)
+    show(table)
 
 
 def _begins(name: str, section: str) -> bool:
@@ -113,13 +113,13 @@ def print_reference(section: str, markdown: bool, out: Path | None) -> None:
     if out is not None:
         write_json(out, [{"record": "setting", **asdict(row)} for _, _, rows in selected for row in rows])
     if markdown:
-        console.print(Text(page()), soft_wrap=True, end="")
+        show(Text(page()), soft_wrap=True, end="")
         return
     for title, about, rows in selected:
         table = Table("setting", "takes", "default", "meaning", title=title, caption=about)
         for row in rows:
             table.add_row(row.name, row.takes, row.default, row.meaning)
-        console.print(table)
+        show(table)
 
 
 def page() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any, Concatenate, ParamSpec
 
 from ramet.display.sizes import ample_sizes, spawn_rates
 from ramet.errors import missing_extra
-from ramet.terminal import messages, tagged
+
+logger = logging.getLogger(__name__)
 
 LABELS = {
     "trained": "trained controller",
@@ -55,7 +57,7 @@ def picture(draw: Callable[Concatenate[Any, Path, P], None]) -> Callable[Concate
         except ModuleNotFoundError as error:
             if not (missing := missing_extra(error)):
                 raise
-            messages.print(tagged("note:", "yellow", f"{path.name} is not drawn: {missing}, and run the same command again"))
+            logger.warning(f"{path.name} is not drawn: {missing}, and run the same command again")
 
     return draw_or_note
 

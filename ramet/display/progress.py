@@ -1,27 +1,47 @@
 """The progress of long work.
 
-On a terminal a bar moves. Elsewhere, and on a dumb terminal, a line is printed at each tenth of the work, and whenever 30 seconds have
-passed without one.
+On a terminal that the command line has named by `draw_on`, a bar moves. Elsewhere lines are logged: for a training one line an update;
+for other work one at each tenth of it, and whenever 30 seconds have passed without one.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
-from ramet.terminal import console
+from ramet.terminal import Screen
 
+logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 _SECONDS = 30
 _BESIDE = 60
 """Columns of a terminal below which there is no room for a bar."""
+_screen: Screen | None = None
+
+
+def draw_on(screen: Screen | None) -> None:
+    """Move bars and draw trees on `screen`, if it can be drawn over; None: nowhere. The command line decides; a library draws nothing."""
+    global _screen
+    _screen = screen if screen is not None and screen.moves else None
+
+
+@contextmanager
+def drawing() -> Iterator[Callable[[RenderableType], None]]:
+    """Draws a thing over the one before, and takes the last one away."""
+    if _screen is None:
+        yield lambda shown: None
+        return
+    with Live(console=_screen, auto_refresh=False, transient=True) as live:
+        yield lambda shown: live.update(shown, refresh=True)
 
 
 class _Fitting:
@@ -45,38 +65,52 @@ class _Facts(ProgressColumn):
         return _Fitting(task.fields["facts"])
 
 
+_Report = Callable[[int, Sequence[str]], None]
+"""Is told what is done now, and facts about it."""
+
+
+def _progress(
+    label: str, total: int, done: int, unit: str, clock: type[ProgressColumn], each: bool = False
+) -> AbstractContextManager[_Report]:
+    """A bar or lines; `each`: a line for each report."""
+    return _lines(label, total, done, unit, each) if _screen is None else _bar(_screen, label, total, done, clock)
+
+
 @contextmanager
-def _progress(label: str, total: int, done: int, unit: str, clock: type[ProgressColumn]) -> Iterator[Callable[[int, Sequence[str]], None]]:
-    """A block with a progress display. It yields a function that takes the number done so far and facts to show beside it."""
+def _lines(label: str, total: int, done: int, unit: str, each: bool) -> Iterator[_Report]:
+    logged, since = done, time.monotonic()
+
+    def report(now: int, facts: Sequence[str]) -> None:
+        nonlocal logged, since
+        due = each or now - logged >= total / 10 or now == total or time.monotonic() - since >= _SECONDS
+        if now > logged and due:
+            logger.info(": ".join([label, f"{now} of {total} {unit}", *(["  ".join(facts)] if facts else [])]))
+            logged, since = now, time.monotonic()
+
+    yield report
+
+
+@contextmanager
+def _bar(screen: Screen, label: str, total: int, done: int, clock: type[ProgressColumn]) -> Iterator[_Report]:
     whole = Column(no_wrap=True)
-    wide = min(console.width // 8, 24)
-    bars = [BarColumn(bar_width=wide)] if console.width >= _BESIDE else []
+    wide = min(screen.width // 8, 24)
+    bars = [BarColumn(bar_width=wide)] if screen.width >= _BESIDE else []
     fixed = len(bars) * (wide + 1) + len(f" {total}/{total} ") + len("-:--:-- ")
     columns = [
         TextColumn(
             "{task.description}",
             style="bold",
             markup=False,
-            table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(console.width - fixed, 8)),
+            table_column=Column(no_wrap=True, overflow="ellipsis", max_width=max(screen.width - fixed, 8)),
         ),
         *bars,
         MofNCompleteColumn(table_column=whole),
         clock(table_column=whole),
         _Facts(table_column=Column(ratio=1, no_wrap=True)),
     ]
-    last_done, last_time = done, time.monotonic()
-    with Progress(*columns, console=console, disable=not console.moves, expand=True) as bar:
+    with Progress(*columns, console=screen, expand=True) as bar:
         task = bar.add_task(label, total=total, completed=done, facts=[])
-
-        def report(now: int, facts: Sequence[str]) -> None:
-            nonlocal last_done, last_time
-            bar.update(task, completed=now, facts=facts)
-            due = now - last_done >= total / 10 or now == total or time.monotonic() - last_time >= _SECONDS
-            if not console.moves and now > last_done and due:
-                console.print(": ".join([label, f"{now} of {total} {unit}", *(["  ".join(facts)] if facts else [])]))
-                last_done, last_time = now, time.monotonic()
-
-        yield report
+        yield lambda now, facts: bar.update(task, completed=now, facts=facts)
 
 
 @contextmanager
@@ -86,7 +120,7 @@ def training(label: str, updates: int, done: int, score: str = "accuracy") -> It
     Reward, score, spawn rate, tokens and critical path are exponential averages with weight 0.2. `score` is the name to show for the score.
     """
     smooth: dict[str, float] = {}
-    with _progress(label, updates, done, "updates", TimeRemainingColumn) as show:
+    with _progress(label, updates, done, "updates", TimeRemainingColumn, each=True) as show:
 
         def report(metrics: dict[str, Any]) -> None:
             for name in ("reward", "accuracy", "spawn_rate", "generated", "critical_path"):
@@ -127,6 +161,14 @@ def each(items: Sequence[_Item], label: str) -> Iterator[_Item]:
 
 @contextmanager
 def stepping(label: str, total: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A block that shows the progress of supervised training. It yields a function that takes log entries with `step` and `loss`."""
+    """A block that shows the progress of supervised training.
+
+    It yields a function that takes log entries with `step`, `loss` and perhaps `tokens_per_second`.
+    """
     with _progress(label, total, 0, "steps", TimeElapsedColumn) as report:
-        yield lambda entry: report(int(entry["step"]), [f"loss {float(entry['loss']):.3f}"])
+
+        def report_entry(entry: Mapping[str, float]) -> None:
+            rate = entry.get("tokens_per_second")
+            report(int(entry["step"]), [f"loss {float(entry['loss']):.3f}", *([] if rate is None else [f"{rate:,.0f} tokens/s"])])
+
+        yield report_entry

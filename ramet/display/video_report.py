@@ -18,7 +18,7 @@ from ramet.errors import TaskError
 from ramet.media.frames import read_frames
 from ramet.rewards.video.pairs import PreferencePair, segments_of
 from ramet.storage import write_text
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 TITLES = {
     "right": "its own video",
@@ -185,7 +185,7 @@ def print_results(records: list[dict[str, Any]]) -> None:
     for row in rows:
         results.add_row(*row)
     if rows:
-        console.print(results)
+        show(results)
     curves = [r for r in records if r["record"] == "best_of_n"]
     if curves:
         ns = sorted({r["n"] for r in curves})
@@ -193,7 +193,7 @@ def print_results(records: list[dict[str, Any]]) -> None:
         for method in dict.fromkeys(r["method"] for r in curves):
             line = {r["n"]: r for r in curves if r["method"] == method}
             picked.add_row(method, *(f"{line[n]['accuracy']:.3f}" for n in ns))
-        console.print(picked)
+        show(picked)
         for r in curves:
             if "calls_per_question" in r and r["n"] == ns[-1]:
-                console.print(f"{r['method']} is asked {r['calls_per_question']} times to pick one of {r['n']}")
+                show(f"{r['method']} is asked {r['calls_per_question']} times to pick one of {r['n']}")

@@ -6,6 +6,7 @@ Interrupt it whenever you like: the same command goes on where it stopped.
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +26,9 @@ from ramet.runs.jobs import claim_folder, print_points, run_measuring, run_train
 from ramet.runs.settings import RunConfig, validate
 from ramet.runs.show import bill, branch_view, grow_live
 from ramet.storage import meta, write_json
-from ramet.terminal import Heading, Screen, console
+from ramet.terminal import HEADING, Screen, show
+
+logger = logging.getLogger(__name__)
 
 DEMO: dict[str, Any] = {
     "budgets": [64, 128, 192, 256, 384],
@@ -40,16 +43,16 @@ def run_demo(directory: Path, seed: int) -> None:
     config = validate(RunConfig, {"seed": seed, **DEMO})
     claim_folder(directory, config)
     with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(find(config.model)))) as journal:
-        console.print(Heading("1. the base model, deciding for itself and without spawning"))
+        logger.info("1. the base model, deciding for itself and without spawning", extra=HEADING)
         entries = [tree_entry("base", config, True), tree_entry("base_serial", config, False)]
         measured = run_measuring(config, find(config.model), entries, ("iid",), journal, "measuring")
         print_points(summary(measured))
-        console.print(Heading("2. reinforcement learning from one global reward"))
+        logger.info("2. reinforcement learning from one global reward", extra=HEADING)
         trainer = run_training(config, directory / "trained", True, "training")
         final = checkpoint_path(trainer.checkpoints, config.train.updates)
-        console.print(Heading("3. one tree of clones on a held-out problem"))
+        logger.info("3. one tree of clones on a held-out problem", extra=HEADING)
         tree = show_tree(config, final)
-        console.print(Heading("4. the trained model beside the base"))
+        logger.info("4. the trained model beside the base", extra=HEADING)
         measured += run_measuring(config, final, [tree_entry("trained", config, True)], ("iid",), journal, "measuring")
     records = [meta("demo", seed, time.perf_counter() - started), *summary(measured)]
     write_json(directory / "demo.json", records)
@@ -64,8 +67,8 @@ def run_demo(directory: Path, seed: int) -> None:
         tree,
     )
     print_points(records)
-    console.print(conclusion)
-    console.print(
+    show(conclusion)
+    logger.info(
         f"done in {time.perf_counter() - started:.0f} seconds. Open {directory / 'report.html'}; "
         "draw_pictures, metrics, checkpoints and demo.json lie beside it"
     )
@@ -111,11 +114,13 @@ def show_tree(config: RunConfig, model: Path) -> str:
     task = drain.run(delegated)
     tree = drain.run(grow, task)
     recorder = Screen(record=True, width=100, file=io.StringIO())
-    for target in (console, recorder):
-        target.print(task.messages[-1].content)
-        target.print(branch_view(tree.root, chat))
-        target.print(
-            f"answer {tree.answer}, which is {'right' if env.grade(task, tree.answer) == 1.0 else f'wrong: it is {task.reference}'}"
-        )
-        target.print(bill(tree, budget))
+    verdict = "right" if env.grade(task, tree.answer) == 1.0 else f"wrong: it is {task.reference}"
+    for part in (
+        task.messages[-1].content,
+        branch_view(tree.root, chat),
+        f"answer {tree.answer}, which is {verdict}",
+        bill(tree, budget),
+    ):
+        show(part)
+        recorder.print(part)
     return str(recorder.export_text())

@@ -10,6 +10,7 @@ of these is set to what does best on other tasks. Everything resumes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ from ramet.runs.build import read_metrics
 from ramet.runs.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, read_text, write_json, write_text
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 NANO: dict[str, Any] = {"train": {"updates": 150}}
 SPLITS = ("iid", "ood")
@@ -82,7 +85,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
     )
     print_points(records)
     print_claims(records)
-    console.print(f"written to {directory}: results.json, results.md, report.html, frontier.png, behaviour.png, learning.png")
+    logger.info(f"written to {directory}: results.json, results.md, report.html, frontier.png, behaviour.png, learning.png")
 
 
 def reproduce_seeds(config: RunConfig, runs: Path, seeds: Sequence[int]) -> None:
@@ -92,7 +95,7 @@ def reproduce_seeds(config: RunConfig, runs: Path, seeds: Sequence[int]) -> None
     records = over_seeds([json.loads(read_text(runs / f"reproduce-nano-{seed}" / "results.json")) for seed in seeds])
     write_json(runs / "seeds.json", [meta("reproduce nano --seeds", seeds[0]), *records])
     write_text(runs / "seeds.md", seeds_markdown(records))
-    console.print(f"written to {runs}: seeds.json, seeds.md")
+    logger.info(f"written to {runs}: seeds.json, seeds.md")
 
 
 def summary(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -136,4 +139,4 @@ def print_claims(records: Sequence[dict[str, Any]]) -> None:
                 r["baseline"], r["split"], f"{r['not_worse']}/{r['budgets']}", f"{r['clearly_better']}/{r['budgets']}",
                 f"{r['clearly_worse']}/{r['budgets']}", ratio,
             )  # fmt: skip
-    console.print(shown)
+    show(shown)

@@ -9,6 +9,7 @@ worth it. Everything resumes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from ramet.runs.jobs import claim_folder, run_measuring, run_training, tree_entr
 from ramet.runs.settings import RunConfig, load
 from ramet.runs.sweep import results
 from ramet.storage import meta, read_text, write_json
-from ramet.terminal import Heading, Table, console
+from ramet.terminal import HEADING, Table, show
+
+logger = logging.getLogger(__name__)
 
 SCENES, TRAIN, HELD_OUT = 6, 2400, 200
 FRAMES, PIXELS = 2, 56 * 56
@@ -63,15 +66,15 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     if not isinstance(config.env, LongVideoSettings):
         raise ConfigError(f"reproduce longvideo needs the environment longvideo, not {config.env.kind}: leave env.kind out")
     claim_folder(folder, config)
-    console.print(Heading("1. clips of several scenes, and pairs of answers about them"))
+    logger.info("1. clips of several scenes, and pairs of answers about them", extra=HEADING)
     for name, count, s in (("train", TRAIN, 2 * seed), ("held-out", HELD_OUT, 2 * seed + 1)):
         make_long_questions(folder / name, count, s, SCENES)
     pairs, _ = built_pairs(folder / "train", 2 * seed, [])
-    console.print(Heading("2. a VideoDRM"))
+    logger.info("2. a VideoDRM", extra=HEADING)
     trained_drm(folder, pairs, seed, VideoSettings(max_frames=FRAMES, max_pixels=PIXELS), DRM_STEPS)
-    console.print(Heading("3. a small model that can have clones watch, and can guess"))
+    logger.info("3. a small model that can have clones watch, and can guess", extra=HEADING)
     _base(folder, config, config.env.seconds)
-    console.print(Heading("4. reinforcement learning from the VideoDRM"))
+    logger.info("4. reinforcement learning from the VideoDRM", extra=HEADING)
     trainer = run_training(config, folder / "trained", True, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
     measured = []
@@ -85,7 +88,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
     write_json(folder / "longvideo.json", records)
     plots.learning({"trained": metrics}, folder / "learning.png", score_name(config))
     _print(records)
-    console.print(f"run folder {folder}: longvideo.json, learning.png, drm/, base/, trained/")
+    logger.info(f"run folder {folder}: longvideo.json, learning.png, drm/, base/, trained/")
 
 
 def _base(folder: Path, config: RunConfig, seconds: float) -> None:
@@ -125,4 +128,4 @@ def _print(records: list[dict[str, Any]]) -> None:
             p["policy"], str(p["budget"]), f"{p['accuracy']:.3f}", f"{p['ci_low']:.2f}-{p['ci_high']:.2f}", f"{by_model['accuracy']:.3f}",
             f"{p['generated']:.0f}", f"{p['spawn_rate']:.0%}",
         )  # fmt: skip
-    console.print(shown)
+    show(shown)

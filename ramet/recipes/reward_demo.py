@@ -7,6 +7,7 @@ with 190,000 random weights. Interrupt it whenever you like: the same command go
 from __future__ import annotations
 
 import json
+import logging
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +33,9 @@ from ramet.rewards.video.questions import VideoQuestion, load_questions
 from ramet.rewards.video.train_drm import DRMTraining, train_drm
 from ramet.runs.jobs import claim_folder
 from ramet.storage import meta, read_text, write_json, write_text
-from ramet.terminal import Heading, console, tagged
+from ramet.terminal import HEADING
+
+logger = logging.getLogger(__name__)
 
 VIDEO = VideoSettings(max_frames=4, max_pixels=56 * 56)
 TRAIN, HELD_OUT, HELD_BACK = 3000, 600, 150
@@ -50,21 +53,21 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     """The whole demonstration in `folder`."""
     started = time.perf_counter()
     claim_folder(folder, DemoConfig(seed=seed))
-    console.print(Heading("1. preference pairs from clips whose truth is known"))
+    logger.info("1. preference pairs from clips whose truth is known", extra=HEADING)
     make_questions(folder / "held-out", HELD_OUT, 2 * seed + 1)
     make_questions(folder / "train", TRAIN, 2 * seed)
     held, questions = built_pairs(folder / "held-out", 2 * seed + 1, [])
     pairs, _ = built_pairs(folder / "train", 2 * seed, held)
-    console.print(Heading("2. a VideoDRM, trained by TRL"))
+    logger.info("2. a VideoDRM, trained by TRL", extra=HEADING)
     drm, log = trained_drm(folder, pairs, seed, VIDEO, STEPS)
-    console.print(Heading("3. does it look? held-out pairs, with four videos each"))
+    logger.info("3. does it look? held-out pairs, with four videos each", extra=HEADING)
     protocol = BenchmarkProtocol("pointwise", frames=VIDEO.max_frames, pixels=VIDEO.max_pixels, seed=seed)
     with Journal(folder / "bench.jsonl", fingerprint("reward demo", seed)) as journal:
         conditions = ("right", "wrong", "none", "reversed")
         with progress.measuring("judging", len(held) * len(conditions)) as report:
             judged = run_bench(drm, held, protocol, conditions, journal, report, at_once=64)
     measured = results(judged, seed=seed)
-    console.print(Heading("4. picking the best of eight answers"))
+    logger.info("4. picking the best of eight answers", extra=HEADING)
     picker = ScoreSelector(drm)
     picked = best_of_n(_candidates(questions, seed), {"VideoDRM": picker}, (1, 2, 4, 8), seed=seed)
     records = [meta("reward demo", seed, time.perf_counter() - started), protocol_record(protocol), *measured, *picked]
@@ -88,8 +91,8 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
     )
     print_results(records)
     for warning in warnings(measured):
-        console.print(tagged("note:", "yellow", warning))
-    console.print(f"done in {time.perf_counter() - started:.0f} seconds. Open {folder / 'report.html'}; demo.json lies beside it")
+        logger.warning(warning)
+    logger.info(f"done in {time.perf_counter() - started:.0f} seconds. Open {folder / 'report.html'}; demo.json lies beside it")
 
 
 def built_pairs(folder: Path, seed: int, benchmarks: list[PreferencePair]) -> tuple[list[PreferencePair], list[VideoQuestion]]:
@@ -104,8 +107,8 @@ def built_pairs(folder: Path, seed: int, benchmarks: list[PreferencePair]) -> tu
         write_text(path, "".join(json.dumps(row_of(pair, folder)) + "\n" for pair in made))
     pairs = load_pairs(str(path))
     for fault in faults(pairs):
-        console.print(tagged("note:", "yellow", fault))
-    console.print(f"{folder.name}: {len(pairs)} pairs from {len(questions)} questions; see {folder / 'datasheet.md'}")
+        logger.warning(fault)
+    logger.info(f"{folder.name}: {len(pairs)} pairs from {len(questions)} questions; see {folder / 'datasheet.md'}")
     return pairs, questions
 
 

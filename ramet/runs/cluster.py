@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import signal
@@ -27,7 +28,9 @@ from ramet.runs.cluster_job import LOG, OUTCOME, longest, read_outcome, run_spec
 from ramet.runs.jobs import claim_folder
 from ramet.runs.settings import RunConfig, held, write
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console, tagged
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 LEAVE_SECONDS = 30.0
 SETTLE_SECONDS = 30.0
@@ -44,7 +47,7 @@ def print_flags(config: RunConfig, directory: Path, spawn: bool) -> None:
             lines.append(f"  {word}")
         else:
             lines[-1] += f" {shlex.quote(word)}"
-    console.print(" \\\n".join(lines), soft_wrap=True)
+    show(" \\\n".join(lines), soft_wrap=True)
 
 
 def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
@@ -55,7 +58,7 @@ def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None
     flags(spec, context)
     placement = place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context)
     dimensions, cluster = placement.dimensions, config.openrlhf
-    console.print(
+    show(
         f"{config.model}: {dimensions.parameters / 1e9:.2f} billion parameters, {dimensions.layers} layers of {dimensions.hidden}, "
         f"rows of {context:,} tokens at most, batches of {max(config.train.batch_tokens, context):,}"
     )
@@ -68,10 +71,10 @@ def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None
     table.add_section()
     table.add_row("needed", *(f"{part.needed / GIB:.1f}" for part in placement.parts))
     table.add_row("offered", *(f"{part.offered / GIB:.1f}" for part in placement.parts))
-    console.print(table)
+    show(table)
     for number, node in enumerate(placement.nodes):
-        console.print(f"node {number}: " + ", ".join(f"{count} GPUs {role}" for role, count in node.items()))
-    console.print(
+        show(f"node {number}: " + ", ".join(f"{count} GPUs {role}" for role, count in node.items()))
+    show(
         f"an engine holds {placement.rows:,} rows of full length; an update sends {placement.sync / GIB:.1f} GiB of weights to each engine"
         + (f"; a node's host keeps {placement.host / GIB:.0f} GiB of optimiser" if placement.host else "")
     )
@@ -107,8 +110,8 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     write_json(directory / "training.json", records)
     if out is not None:
         write_json(out, records)
-    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
-    console.print(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
+    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
+    logger.info(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
 
 
 def _run(config: RunConfig, directory: Path, spawn: bool) -> None:
@@ -123,7 +126,7 @@ def _run(config: RunConfig, directory: Path, spawn: bool) -> None:
         if drain.requested():
             break
         again = f"; beginning again from the last checkpoint ({left} times more)" if left else ""
-        console.print(tagged("lost:", "yellow", f"{lost}{again}"))
+        logger.warning(f"lost: {lost}{again}")
         if left and config.openrlhf.address:
             time.sleep(SETTLE_SECONDS)
     raise RunLost(f"{lost}; the last checkpoint and all finished trees are kept: run the same command again to resume") from lost
@@ -222,7 +225,7 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
         raise ConfigError(
             f"no Ray job server answers at {config.openrlhf.address} ({error}): start Ray there, or leave openrlhf.address out"
         ) from error
-    console.print(f"submitted as {job} to {config.openrlhf.address}")
+    logger.info(f"submitted as {job} to {config.openrlhf.address}")
     ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
     silent = 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ramet import terminal
 from ramet.errors import CheckpointError, ConfigError, PartLost, PolicyError, RametError, StorageError, first_line, from_record, to_record
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
@@ -24,6 +26,7 @@ from ramet.runs.build import learning_problem, run_fingerprint
 from ramet.runs.settings import RunConfig, load
 from ramet.storage import lock, read_text, write_text
 
+logger = logging.getLogger("ramet.runs.cluster_job")
 LOG = "openrlhf.log"
 OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
@@ -82,7 +85,7 @@ def start_ray(spec: RunSpec) -> None:
     if short := _short(spec):
         raise ConfigError(f"{short}; start Ray on more nodes, or lower openrlhf.trainers and openrlhf.engines")
     if short := _short(spec, free=True):
-        print(f"{short} and free: waiting until others give theirs back", flush=True)
+        logger.info(f"{short} and free: waiting until others give theirs back")
 
 
 def _short(spec: RunSpec, free: bool = False) -> str:
@@ -125,6 +128,7 @@ def ours(error: BaseException, log: Path) -> RametError:
 def main() -> None:
     """Run the job of the folder that the command line names; exits with 0 where it was done."""
     directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
+    terminal.log_to(terminal.messages)
     ended: RametError | None = None
     over = threading.Event()
     try:

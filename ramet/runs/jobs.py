@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,9 @@ from ramet.policy.training.update import nothing_sampled_message
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, score_name
 from ramet.runs.settings import RunConfig, dumps, held, validate, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ramet.policy.training.trainer import Trainer
@@ -61,14 +64,14 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
     trainer = make_trainer(config, directory, spawn)
     done = trainer.resume()
     if 0 < done < config.train.updates:
-        console.print(f"{label}: resuming after update {done}")
+        logger.info(f"{label}: resuming after update {done}")
     if done < config.train.updates:
         with progress.training(label, config.train.updates, done, score_name(config)) as report:
             drain.run(trainer.train, report)
     if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
         trees = config.train.tasks * config.train.group_size
         most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
-        console.print(f"warning: {nothing_sampled_message(most, 'their prompts leave nothing of a limit, such as the context')}")
+        logger.warning(f"{nothing_sampled_message(most, 'their prompts leave nothing of a limit, such as the context')}")
     return trainer
 
 
@@ -142,7 +145,7 @@ def run_workloads(
 
     measured = drain.run(main)
     if lost := list(dict.fromkeys((m.split, m.task, m.failed) for m in measured if m.failed)):
-        console.print(f"warning: {label}: {len(lost)} tasks could not be measured and count in no result; the first: {lost[0][2]}")
+        logger.warning(f"{label}: {len(lost)} tasks could not be measured and count in no result; the first: {lost[0][2]}")
     _warn_of_starved(measured)
     return measured
 
@@ -156,7 +159,7 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
         reasons = [m.outcome.starved for m in starved if (m.method, m.split) == (method, split)]
         total = sum((m.method, m.split) == (method, split) for m in measured)
         what = f"{len(reasons)} of {total} outcomes ({method}, {split}), which count as wrong"
-        console.print(f"warning: {nothing_sampled_message(what, reasons[0])}")
+        logger.warning(f"{nothing_sampled_message(what, reasons[0])}")
 
 
 def tree_entry(name: str, config: RunConfig, spawn: bool) -> MethodEntry:
@@ -186,9 +189,9 @@ def data_records(config: RunConfig, training: bool = False) -> list[dict[str, An
         counts = env.row_counts(split)
         records.append({"record": "data", "split": split, **counts})
         if counts["duplicates"]:
-            console.print(f"{split}: {counts['duplicates']} of {counts['rows']} rows repeat another and are not measured again")
+            logger.info(f"{split}: {counts['duplicates']} of {counts['rows']} rows repeat another and are not measured again")
         if counts["trained_on"]:
-            console.print(f"warning: {split}: {counts['trained_on']} of {counts['rows']} questions are trained on too (env.allow_overlap)")
+            logger.warning(f"{split}: {counts['trained_on']} of {counts['rows']} questions are trained on too (env.allow_overlap)")
     return records
 
 
@@ -212,13 +215,13 @@ def print_points(records: Sequence[dict[str, Any]], score: str = "accuracy") -> 
                     f"{p['critical_path']:.0f}",
                     f"{p['spawn_rate']:.0%}",
                 )
-        console.print(shown)
+        show(shown)
 
 
 def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet train`: train, then measure the final weights; everything resumes."""
     if not config.env.measurable:
-        console.print("env.data names no file or data set: the final weights will not be measured")
+        logger.info("env.data names no file or data set: the final weights will not be measured")
     data = data_records(config, training=True)
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
@@ -231,7 +234,7 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
     if out is not None:
         write_json(out, records)
     print_points(records, score_name(config))
-    console.print(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
+    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
 
 
 def eval_command(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
@@ -260,8 +263,8 @@ def list_models() -> None:
     recipe = json.loads(read_text(path / "pretrain.json"))
     size = (path / "model.safetensors").stat().st_size / 2**20
     for name, model in CATALOGUE.items():
-        console.print(f"{name}: {model.about}; " + ("fetched" if (cache() / name / "config.json").exists() else f"ramet models get {name}"))
-    console.print(
+        show(f"{name}: {model.about}; " + ("fetched" if (cache() / name / "config.json").exists() else f"ramet models get {name}"))
+    show(
         f"nano: {recipe['layers']}-layer Llama of width {recipe['width']}, {size:.1f} MiB, adds up rows of small integers; shipped"
     )
 
@@ -321,7 +324,7 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
         )
     if out is not None:
         write_json(out, [meta("models accuracy", seed), *records])
-    console.print(shown)
+    show(shown)
 
 
 SMALL: dict[str, Any] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +34,9 @@ from ramet.rewards.video.judge import AnswerPair, Order, by_scores, compare
 from ramet.rewards.video.pairs import PreferencePairs, row_of
 from ramet.runs.reward_models import Overrides, Source, answerer_id, claim, model_id, open_answerer, open_reward, print_faults
 from ramet.storage import meta, write_json, write_text
-from ramet.terminal import console, tagged
+from ramet.terminal import show
+
+logger = logging.getLogger(__name__)
 
 
 def score_command(model: str, overrides: Overrides, video: str | None, question: str, answers: Sequence[str], out: Path | None) -> None:
@@ -46,7 +49,7 @@ def score_command(model: str, overrides: Overrides, video: str | None, question:
             out, [meta("reward score", 0), *({"record": "score", "answer": a, "score": s} for a, s in zip(answers, scores, strict=True))]
         )
     for score, answer in sorted(zip(scores, answers, strict=True), reverse=True):
-        console.print(f"{score:9.3f}  {answer}")
+        show(f"{score:9.3f}  {answer}")
 
 
 def judge_command(model: str, overrides: Overrides, pair: AnswerPair, k: int, order: Order, seed: int) -> None:
@@ -60,12 +63,12 @@ def judge_command(model: str, overrides: Overrides, pair: AnswerPair, k: int, or
     for vote in verdict.votes:
         choice = {True: "first", False: "second", None: "cannot be read"}[vote.a]
         shown = Text.assemble(("as given" if vote.forward else "swapped", "dim"), " → ", (choice, "bold"), f": {vote.error or vote.said}")
-        console.print(shown)
+        show(shown)
     if verdict.probability is not None:
-        console.print(f"probability that the first is better: {verdict.probability:.3f}")
+        show(f"probability that the first is better: {verdict.probability:.3f}")
     winner = {"a": "the first answer", "b": "the second answer", None: "neither"}[verdict.winner]
     agreed = "" if verdict.consistent is None else " in both orders" if verdict.consistent else "; the orders differ"
-    console.print(Text.assemble("better: ", (winner, "bold"), agreed))
+    show(Text.assemble("better: ", (winner, "bold"), agreed))
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def bench_command(
             of_protocol = [protocol_record(last), *({**r, "frames": last.frames, "k": k} for r in measured)]
             print_results(of_protocol)
             for warning in warnings(measured):
-                console.print(tagged("note:", "yellow", warning))
+                logger.warning(warning)
             records += of_protocol
     write_json(folder / "results.json", records)
     if out is not None:
@@ -131,7 +134,7 @@ def bench_command(
     intro = f"{len(pairs)} pairs. The picture is of the last protocol."
     pictures, wrong = [folder / "accuracy.png"], wrong_pairs(pairs, judged, misjudged(judged))
     write_page(folder / "report.html", f"{model} on {Path(source.path).name}", intro, lines, records, pictures, wrong)
-    console.print(f"run folder {folder}: results.json, report.html, and the model's outputs for each pair in *.jsonl")
+    logger.info(f"run folder {folder}: results.json, report.html, and the model's outputs for each pair in *.jsonl")
 
 
 def report_command(one: Path, other: Path | None, ties: float, out: Path | None) -> None:
@@ -148,12 +151,12 @@ def report_command(one: Path, other: Path | None, ties: float, out: Path | None)
     if out is not None:
         write_json(out, [meta("reward report", 0), *records, *(d for _, d in differences)])
     for path, measured in runs.items():
-        console.print(Text(str(path), "bold"))
+        show(Text(str(path), "bold"))
         print_results([*(r["protocol"] for r in read_records(path) if "protocol" in r), *measured])
         for note in warnings(measured):
-            console.print(tagged("note:", "yellow", note))
+            logger.warning(note)
     for runs_compared, d in differences:
-        console.print(
+        show(
             f"{d['condition']}: {runs_compared}: {d['difference']:+.3f} ({d['ci_low']:+.3f} to {d['ci_high']:+.3f}) on {d['n']} pairs, "
             f"sign test p = {d['p']:.4f}"
         )
@@ -198,7 +201,7 @@ def best_of_n_command(
                 try:
                     answered[question.id] = answerer.answer([question], max(plan.ns), plan.seed)[0]
                 except TaskError as error:  # a video that cannot be read now; asked again by the next run
-                    console.print(tagged("note:", "yellow", f"question {question.id} is left out: {error}"))
+                    logger.warning(f"question {question.id} is left out: {error}")
                     continue
                 journal.append({"id": question.id, "answers": answered[question.id]}, keep=False)
     candidates = []
@@ -217,4 +220,4 @@ def best_of_n_command(
     write_json(folder / "results.json", records)
     best_of_n_curves(records, folder / "best-of-n.png")
     print_results(records)
-    console.print(f"run folder {folder}: results.json, best-of-n.png, answers.jsonl")
+    logger.info(f"run folder {folder}: results.json, best-of-n.png, answers.jsonl")

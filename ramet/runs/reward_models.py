@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from ramet.rewards.video.pairs import PreferencePair, PreferencePairs, faults, l
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 from ramet.runs.jobs import claim_folder
 from ramet.storage import read_text
-from ramet.terminal import console, tagged
+
+logger = logging.getLogger(__name__)
 
 FAULTS = 5
 
@@ -168,6 +170,6 @@ def print_faults(pairs: Sequence[PreferencePair]) -> None:
     """What is wrong with pairs, the first `FAULTS` of it."""
     problems = faults(pairs)
     for problem in problems[:FAULTS]:
-        console.print(tagged("note:", "yellow", problem))
+        logger.warning(problem)
     if len(problems) > FAULTS:
-        console.print(tagged("note:", "yellow", f"and {len(problems) - FAULTS} more"))
+        logger.warning(f"and {len(problems) - FAULTS} more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -42,7 +43,9 @@ from ramet.runs.reward_models import (
     print_faults,
 )
 from ramet.storage import meta, write_json, write_text
-from ramet.terminal import console
+from ramet.terminal import show
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def build_command(source: Source, models: PairModels, config: BuildConfig, overr
 
     def print_stage(stage: str, done: int, total: int) -> None:
         if done == total or done % 50 == 0:
-            console.print(f"{stage}: {done} of {total}")
+            logger.info(f"{stage}: {done} of {total}")
 
     with Journal(folder / "journal.jsonl", fingerprint(identity)) as journal:
         builder = PairBuilder(
@@ -97,9 +100,9 @@ def build_command(source: Source, models: PairModels, config: BuildConfig, overr
     if out is not None:
         stages = [{"record": "stage", "stage": name, **counts} for name, counts in sheet["stages"].items()]
         write_json(out, [meta("reward build-pairs", config.seed), *stages, {"record": "datasheet", **sheet}])
-    console.print(datasheet(sheet))
+    show(datasheet(sheet))
     print_faults(pairs)
-    console.print(f"{len(pairs)} pairs in {folder / 'pairs.jsonl'}, videos below {source.root}; datasheet.md beside it")
+    logger.info(f"{len(pairs)} pairs in {folder / 'pairs.jsonl'}, videos below {source.root}; datasheet.md beside it")
 
 
 def train_drm_command(
@@ -145,13 +148,13 @@ def train_drm_command(
     write_json(folder / "training.json", records)
     if out is not None:
         write_json(out, records)
-    console.print(
+    show(
         f"{trained['steps']} steps on {trained['pairs']} pairs (left out: {trained['too_long']} too long, "
         f"{trained['unreadable']} of videos that cannot be read). Held out: {right:.3f} of {len(held)} pairs of {known}; "
         f"temperature {calibration.temperature:.2f}, calibration error {calibration.ece_before:.3f} before and "
         f"{calibration.ece:.3f} after, correlation of length and score {calibration.length_correlation:.2f}"
     )
-    console.print(f"the VideoDRM is in {folder / 'drm'}; training.json and training.png beside it")
+    logger.info(f"the VideoDRM is in {folder / 'drm'}; training.json and training.png beside it")
 
 
 def _split(pairs: Sequence[PreferencePair], share: float) -> tuple[list[PreferencePair], list[PreferencePair]]:
@@ -180,7 +183,7 @@ def sft_grm_command(
     else:
         teacher = grm if judge is None else load_grm(find(judge), overrides.of(find(judge)))
         chosen = _sifted(teacher, pairs, k, config.seed, folder, fingerprint(identity))
-    console.print(f"{len(chosen)} verdicts that are right in both orders, of {len(pairs)} pairs")
+    logger.info(f"{len(chosen)} verdicts that are right in both orders, of {len(pairs)} pairs")
     steps = config.steps or max(round(len(chosen) * config.epochs / config.batch), 1)
     with progress.stepping("training", steps) as report:
         sft_grm(grm, chosen, config, folder, report)
@@ -225,4 +228,4 @@ def train_grm_command(model: str, source: Source, overrides: Overrides, config: 
 
 def _save(grm: VideoGRM, path: Path) -> None:
     grm.save(path)
-    console.print(f"the VideoGRM is in {path}")
+    logger.info(f"the VideoGRM is in {path}")

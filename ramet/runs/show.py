@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from rich.console import Group
-from rich.live import Live
 from rich.text import Text
 from rich.tree import Tree as View
 
@@ -23,6 +23,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Branch, Message, Status, Task, Tree
+from ramet.display import progress
 from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.env.instructions import COT, DELEGATE_PARTS, instructed
 from ramet.errors import ConfigError, PolicyError, TaskError
@@ -31,7 +32,9 @@ from ramet.rewards.exact_match import integer_match
 from ramet.runs.build import engine_id, open_engine
 from ramet.runs.settings import RunConfig, validate
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from ramet.policy.engines.sequence_parallel import Sharing
@@ -120,7 +123,7 @@ async def grow_live(policy: Policy, chat: ChatFormat, task: Task, budget: Budget
     roots: list[Growth] = []
     runtime = Runtime(policy, chat, sampling, watch=roots.append)
     result: list[Tree] = []
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with progress.drawing() as draw:
         async with task_group() as group:
 
             async def grow() -> None:
@@ -130,7 +133,7 @@ async def grow_live(policy: Policy, chat: ChatFormat, task: Task, budget: Budget
             group.start_soon(grow)
             while True:
                 if roots:
-                    live.update(growth_view(roots[0], chat, task, budget.generated), refresh=True)
+                    draw(growth_view(roots[0], chat, task, budget.generated))
                 await anyio.sleep(0.05)
     return result[0]
 
@@ -216,7 +219,7 @@ def _grow_and_show(engine: Any, chat: ChatFormat, task: Task, budget: Budget, pl
         if tree.error and isinstance(source, JournaledPolicy):
             source.give_up()
     if isinstance(source, JournaledPolicy) and source.replayed:
-        console.print(f"{source.replayed} samples taken from {plan.kept}, {source.sampled} made")
+        logger.info(f"{source.replayed} samples taken from {plan.kept}, {source.sampled} made")
     if tree.error:
         raise PolicyError(tree.error)
     right = None if task.reference is None else integer_match(task, tree.answer) == 1.0
@@ -226,11 +229,11 @@ def _grow_and_show(engine: Any, chat: ChatFormat, task: Task, budget: Budget, pl
             "status": tree.root.status.value, **asdict(tree.usage),
         }  # fmt: skip
         write_json(plan.out, [meta("run", plan.seed), record])
-    console.print(Text(task.messages[-1].content, style="bold"))
-    console.print(branch_view(tree.root, chat))
+    show(Text(task.messages[-1].content, style="bold"))
+    show(branch_view(tree.root, chat))
     answer = Text.assemble("answer ", (tree.answer or "none", "bold"))
     if right is not None:
         verdict = ("right", "green") if right else ("wrong", "red")
         answer = Text.assemble(answer, " (", verdict, ")" if right else f": it is {task.reference})")
-    console.print(answer)
-    console.print(bill(tree, budget))
+    show(answer)
+    show(bill(tree, budget))

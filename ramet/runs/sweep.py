@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,9 @@ from ramet.runs.build import engine_id, score_name
 from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry, workload_of
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, write_json, write_text
-from ramet.terminal import console
+from ramet.terminal import show
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("direct", "cot", "self_consistency", "best_of_n", "map_reduce", "retrieve", "delegate")
 CONTROLS = ("self_consistency", "best_of_n", "map_reduce")
@@ -176,7 +179,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first], score_name(config))
     _say(records, first)
     files = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex")
-    console.print(f"run folder {directory}: {', '.join(name for name in files if (directory / name).exists())}")
+    logger.info(f"run folder {directory}: {', '.join(name for name in files if (directory / name).exists())}")
 
 
 def tuned(
@@ -322,7 +325,7 @@ def _say(records: Sequence[Mapping[str, Any]], metric: str) -> None:
         known = [r for r in rows if r["difference"] is not None]
         better, worse = (sum(frontier.clear(r) == sign for r in known) for sign in (1, -1))
         none = len(rows) - len(known)
-        console.print(
+        show(
             f"{rows[0]['policy']} for at most what {baseline} spent ({split}, {metric}): clearly better at {better}, "
             f"clearly worse at {worse} of {len(known)} budgets" + (f"; at {none} it costs more at any budget" if none else "")
         )

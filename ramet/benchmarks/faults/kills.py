@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.journal import read_records
+from ramet.display import progress
 from ramet.errors import InvariantViolation, RametError
 from ramet.storage import meta, read_text, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 Work = dict[tuple[Any, ...], Any]
 
@@ -85,21 +86,23 @@ def bench_kills(commands: Mapping[str, Command], kills: int, seed: int, out: Pat
             seconds = time.perf_counter() - begun
             expected, _ = read(calm)
             counts = Counter(kills=0, runs=0, lost=0, duplicated=0, differing=0)
-            while counts["kills"] < kills:
-                folder = Path(scratch) / name
-                counts["kills"] += _until_done(command, folder, rng, seconds)
-                done, repeated = read(folder)
-                counts["runs"] += 1
-                counts["lost"] += len(expected.keys() - done.keys())
-                counts["duplicated"] += repeated + len(done.keys() - expected.keys())
-                counts["differing"] += sum(done[key] != value for key, value in expected.items() if key in done)
-                shutil.rmtree(folder)
-                console.print(f"{name}: {counts['kills']} of {kills} kills, {counts['runs']} runs", end="\r")
+            with progress.measuring(name, kills, "kills") as report:
+                while counts["kills"] < kills:
+                    folder = Path(scratch) / name
+                    killed = _until_done(command, folder, rng, seconds)
+                    done, repeated = read(folder)
+                    counts["kills"] += killed
+                    counts["runs"] += 1
+                    counts["lost"] += len(expected.keys() - done.keys())
+                    counts["duplicated"] += repeated + len(done.keys() - expected.keys())
+                    counts["differing"] += sum(done[key] != value for key, value in expected.items() if key in done)
+                    shutil.rmtree(folder)
+                    report(killed)
             records.append({"record": "kills", "job": name, "pieces": len(expected), **counts})
             shown.add_row(name, *(str(counts[column]) for column in ("kills", "runs", "lost", "duplicated", "differing")))
     if out is not None:
         write_json(out, records)
-    console.print(shown)
+    show(shown)
     if any(r.get("lost") or r.get("duplicated") or r.get("differing") for r in records):
         raise InvariantViolation("a killed and resumed run is not the undisturbed one")
 

@@ -10,6 +10,7 @@ random step, its journal cut at a random byte, and resumed; every fiftieth is ru
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import re
 import tempfile
@@ -36,7 +37,9 @@ from ramet.benchmarks.faults.invariants import check_growth, check_quiet, check_
 from ramet.display import progress
 from ramet.errors import InvariantViolation, SimulatedKill, StorageError
 from ramet.storage import meta, write_json
-from ramet.terminal import console
+from ramet.terminal import show
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,9 +338,7 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
                     totals[name] += count
             except Exception as error:  # whatever it is, it is a finding
                 failures.append({"record": "violation", "seed": seed, "what": f"{type(error).__name__}: {error}"})
-                console.print(f"seed {seed}: {type(error).__name__}: {error}")
-                if verbose:
-                    console.print_exception()
+                logger.warning(f"seed {seed}: {type(error).__name__}: {error}", exc_info=verbose)
             report(1)
     seconds = time.process_time() - started
     record = {
@@ -352,7 +353,7 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
     }
     if out is not None:
         write_json(out, [meta("bench simulate", first), record, *failures])
-    console.print(
+    show(
         f"{seeds} interleavings in {seconds:.0f} CPU seconds: {totals['trees']} trees, {totals['clones']} clones, "
         f"{totals['faults']} faults, {len(failures)} violations"
     )
@@ -362,15 +363,15 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
 
 def _describe(seed: int, folder: Path) -> None:
     scenario = Scenario.of(seed)
-    console.print(str(scenario))
+    show(str(scenario))
     run = SimulatedRun(scenario, folder / "described.jsonl")
     try:
         run.go()
     finally:
         for key, tree in sorted(run.trees.items()):
-            console.print(f"tree {key}: {tree.root.status.value}, {tree.usage}")
+            show(f"tree {key}: {tree.root.status.value}, {tree.usage}")
             for branch in tree.branches:
-                console.print(
+                show(
                     f"  {branch.id}: {branch.status.value} {branch.reason} {PlainFormat().text(branch.ids)[-200:]!r}"
                 )
         (folder / "described.jsonl").unlink(missing_ok=True)

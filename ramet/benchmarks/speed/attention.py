@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from ramet.errors import ConfigError, RametError
 from ramet.policy.models.catalogue import resolve
 from ramet.policy.models.load import load_model
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = 1e-5
 """Of the largest logit: what float32 may differ when everything is passed on. In float64 most models' norms still round to float32."""
@@ -73,14 +76,14 @@ def show_plan(method: Method, context: int, query: int, hosts: int, picture: Pat
         table.add_row(*cells)
     if out is not None:
         write_json(out, [meta("attention plan", 0), *records])
-    console.print(f"{method.name}: {context:,} context and {query:,} query rows on {hosts} hosts{lengths}")
-    console.print(table)
+    show(f"{method.name}: {context:,} context and {query:,} query rows on {hosts} hosts{lengths}")
+    show(table)
     for line in kinds(plan, CELLS):
-        console.print("".join(" ░▒█▓"[kind] for kind in line))
-    console.print("rows down, keys across: " + ("░ anchor  ▒ passed on  █ own rows  ▓ query on all rows" if anchored else "█ attended"))
+        show("".join(" ░▒█▓"[kind] for kind in line))
+    show("rows down, keys across: " + ("░ anchor  ▒ passed on  █ own rows  ▓ query on all rows" if anchored else "█ attended"))
     if picture is not None:
         draw(method, plan, picture)
-        console.print(f"picture in {picture}")
+        logger.info(f"picture in {picture}")
 
 
 def draw(method: Method, plan: BlockPlan | ShardedPlan, path: Path) -> None:
@@ -129,9 +132,9 @@ def check(
     scale = float(dense.abs().max())
     difference = max(float((logits - dense).abs().max()) for logits in exact)
     equal = all(torch.equal(logits, exact[0]) for logits in exact)
-    console.print(f"{policy} on {hosts} hosts, {context:,} context and {query:,} query rows, {steps} decoded; {config.model_type}, {dtype}")
+    show(f"{policy} on {hosts} hosts, {context:,} context and {query:,} query rows, {steps} decoded; {config.model_type}, {dtype}")
     ranks = "equal" if equal else "DIFFER"
-    console.print(f"everything passed on: largest difference from dense {difference:.2e} (largest logit {scale:.1f}); ranks {ranks}")
+    show(f"everything passed on: largest difference from dense {difference:.2e} (largest logit {scale:.1f}); ranks {ranks}")
     records: list[dict[str, Any]] = [
         {"record": "divergence", "method": "spava", "hosts": hosts, "context": context, "query": query, "anchor": 0, "passing": context,
          "difference": difference, "largest_logit": scale, "divergence": divergence(dense, exact[0]), "ranks_equal": equal}
@@ -142,7 +145,7 @@ def check(
         anchor, passing = (plan.anchor, plan.passing) if isinstance(plan, BlockPlan) else (0, 0)
         kl, largest = divergence(dense, logits), float((logits - dense).abs().max())
         lengths = f", anchor {anchor}, passing {passing}" if isinstance(plan, BlockPlan) else ""
-        console.print(f"{method.name}{lengths}: KL divergence of the next token from dense {kl:.3g} nats, largest difference {largest:.2e}")
+        show(f"{method.name}{lengths}: KL divergence of the next token from dense {kl:.3g} nats, largest difference {largest:.2e}")
         records.append(
             {"record": "divergence", "method": method.name, "hosts": hosts, "context": context, "query": query, "anchor": anchor,
              "passing": passing, "difference": largest, "largest_logit": scale, "divergence": kl, "ranks_equal": True}

@@ -15,6 +15,7 @@ process. The run resumes from its journal.
 
 from __future__ import annotations
 
+import logging
 import random
 import statistics
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,9 @@ from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.policy.models.load import load_model
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 16
 EXACT = 1e-8
@@ -217,8 +220,8 @@ def bench_needle(policy: str, needle: NeedlePlan, out: Path) -> None:
         records = summary(journal.records)
     write_json(out / "results.json", [meta("bench needle", needle.seed), *records])
     plot(records, out / "needle.png")
-    show(records)
-    console.print(f"all of it in {out}")
+    show_records(records)
+    logger.info(f"all of it in {out}")
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -241,16 +244,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return records
 
 
-def show(records: Sequence[dict[str, Any]]) -> None:
+def show_records(records: Sequence[dict[str, Any]]) -> None:
     """Print one line a case and number of hosts."""
     table = Table("method", "hosts", "found", "divergence, nats", "recall", "attention, times less")
     for r in records:
         accuracy = f"{r['found']:.2f} ({r['ci_low']:.2f}-{r['ci_high']:.2f})"
         kl = f"{r['divergence']:.3g} ({r['divergence_low']:.2g}-{r['divergence_high']:.2g})"
         table.add_row(r["case"], str(r["hosts"]), accuracy, kl, f"{r['recall']:.2f}", f"{1 / r['pairs']:.1f}")
-    console.print(table)
+    show(table)
     if any(r["case"] == "apb" for r in records):
-        console.print("apb has no retaining heads here: it passes on by the question, as spava does")
+        show("apb has no retaining heads here: it passes on by the question, as spava does")
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

@@ -12,6 +12,7 @@ attention, or the layer's matrix products, reach on this core in the same run.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import tempfile
 import time
@@ -37,7 +38,9 @@ from ramet.attention.plan import BlockPlan, ShardedPlan
 from ramet.display import progress
 from ramet.display.plots import save
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 LONG_CALL = 4e10
 """Operations beyond which an attention call is timed on some of its query rows."""
@@ -319,13 +322,13 @@ def bench_attention(plan: TimingPlan, picture: Path | None, out: Path | None) ->
     torch.set_num_threads(threads)
     if out is not None:
         write_json(out, [meta("bench attention", 0, time.perf_counter() - started), *records])
-    show(records)
+    show_records(records)
     if picture is not None:
         plot(records, picture)
-        console.print(f"picture in {picture}")
+        logger.info(f"picture in {picture}")
 
 
-def show(records: Sequence[dict[str, Any]]) -> None:
+def show_records(records: Sequence[dict[str, Any]]) -> None:
     """One table for each way of measuring and phase."""
     kinds = dict.fromkeys((r["measure"], r["phase"], r["scope"]) for r in records)
     for kind in kinds:
@@ -339,7 +342,7 @@ def show(records: Sequence[dict[str, Any]]) -> None:
             table.add_row(
                 f"{r['length']:,}", str(r["hosts"]), r["method"], f"{r['seconds']:.4g}", f"{r['speedup_vs_dense']:.2f}{spread}", achieved
             )
-        console.print(table)
+        show(table)
 
 
 def plot(records: Sequence[dict[str, Any]], path: Path) -> None:

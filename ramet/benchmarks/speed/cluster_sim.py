@@ -35,7 +35,7 @@ from ramet.agents.tree import Message, StopReason, Task
 from ramet.display import progress
 from ramet.display.plots import save, subplots
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 RESULT = 30
 """Tokens of a clone's answer in the root's context."""
@@ -298,7 +298,7 @@ def bench_cluster(engines: int, seeds: int, seed: int, png: Path | None, out: Pa
     if out is not None:
         settings = {"record": "settings", "engines": engines, "seeds": seeds, **asdict(hardware), **asdict(load)}
         write_json(out, [meta("bench cluster", seed, time.perf_counter() - started), settings, *records])
-    console.print(shown)
+    show(shown)
 
 
 def _record(placement: str, updates: list[SimulatedUpdate], latencies: Any) -> dict[str, Any]:

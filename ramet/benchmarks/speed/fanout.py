@@ -25,7 +25,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.scripted import STOP, PlainFormat
 from ramet.agents.tree import Message, StopReason, Task
 from ramet.errors import RametError
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 PROGRAMS: dict[str, tuple[int, tuple[int, ...]]] = {
     "one tree, 1,000 clones": (1, (1000,)),
@@ -150,7 +150,7 @@ def bench_runtime(repeats: int, out: Path | None) -> None:
             )
     if out is not None:
         write_json(out, records)
-    console.print(shown)
+    show(shown)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
 from ramet.rewards.video.questions import load_questions
 from ramet.rewards.video.server import RemoteReward, RewardService
 from ramet.storage import meta, write_json
-from ramet.terminal import console
+from ramet.terminal import show
 
 
 def bench_server(model: str, source: str, videos: Path | None, clients: int, repeats: int, seed: int, out: Path | None) -> None:
@@ -56,7 +56,7 @@ def bench_server(model: str, source: str, videos: Path | None, clients: int, rep
     }  # fmt: skip
     if out is not None:
         write_json(out, [meta("bench reward-server", seed), record])
-    console.print(
+    show(
         f"{clients} clients, {len(requests)} requests of {len(everything)} items: every answer is the model's own. "
         f"{record['items_per_second']:,.0f} items a second in {calls} calls of the model, {record['items_per_second_direct']:,.0f} by one "
         f"direct call: {record['share']:.0%} ({min(share):.0%} to {max(share):.0%})"

@@ -10,6 +10,7 @@ transformers' own continuous batching (`generate_batch`) is measured too (`token
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -30,7 +31,9 @@ from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import resolve
 from ramet.policy.models.load import load_model
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 BATCH = 64
 
@@ -133,7 +136,7 @@ def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | N
     even: dict[str, list[float]] = {backend: [] for backend in (*backends, "generate_batch")}
     for number in range(repeats):
         for backend, run in backends.items():
-            console.print(f"round {number + 1} of {repeats}: {backend}", end="\r")
+            logger.info(f"round {number + 1} of {repeats}: {backend}")
             rounds[backend].append(run()[0])
         for backend, (seconds, share) in {"ramet": _ours(model, full), "generate": _generate(model, full, tokenizer.pad_token_id)}.items():
             even[backend].append(seconds)
@@ -192,5 +195,5 @@ def bench_sampling(name: str, count: int, repeats: int, seed: int, out: Path | N
     records.append({"record": "ratio", "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios)})
     if out is not None:
         write_json(out, records)
-    console.print(table)
-    console.print(f"ramet / generate: {statistics.median(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})")
+    show(table)
+    show(f"ramet / generate: {statistics.median(ratios):.2f} (least {min(ratios):.2f}, most {max(ratios):.2f})")

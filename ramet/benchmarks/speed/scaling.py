@@ -30,7 +30,7 @@ from ramet.policy.openrlhf.weights import Named, buckets, receive, send
 from ramet.policy.training.rows import rows_of
 from ramet.policy.training.runlog import StoredTree
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 TREES = 40
@@ -303,7 +303,7 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
     assumed, hardware = Assumptions(), EngineHardware()
     measured = measure_tree(assumed, seed)
     branches = 1 + assumed.clones
-    console.print(
+    show(
         f"measured here, of a tree of {branches} branches of {assumed.prompt} and {assumed.tokens} tokens: "
         f"{measured.carried / 1024:.0f} KiB by Ray, {measured.journal / 1024:.0f} KiB of journal; controller "
         f"{1000 * measured.carry_seconds:.2f} ms to receive, {1000 * measured.journal_seconds:.2f} ms to journal, "
@@ -311,7 +311,7 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         f"{1000 * measured.sending.engine:.2f} ms for each engine"
     )
     for transfer in measured.sent:
-        console.print(
+        show(
             f"measured here: {transfer.bytes / 2**20:.0f} MiB as {transfer.pieces} pieces to {transfer.engines} engines: "
             f"{transfer.seconds:.3f} s"
         )
@@ -341,4 +341,4 @@ def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
         inputs = {"record": "inputs", **asdict(assumed), **asdict(hardware), **carried, **sending_}
         sent = [{"record": "sent", **asdict(transfer)} for transfer in measured.sent]
         write_json(out, [meta("bench scaling", seed, time.perf_counter() - started), inputs, *sent, *records])
-    console.print(shown)
+    show(shown)

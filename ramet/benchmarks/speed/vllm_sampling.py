@@ -7,6 +7,7 @@ those requests at once, with the prompts as token ids and the recorded lengths, 
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from pathlib import Path
@@ -24,7 +25,9 @@ from ramet.policy.engines.vllm import VLLMPolicy
 from ramet.policy.models.catalogue import resolve
 from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.storage import meta, write_json
-from ramet.terminal import Table, console
+from ramet.terminal import Table, show
+
+logger = logging.getLogger(__name__)
 
 IN_FLIGHT = 256
 
@@ -44,7 +47,7 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
         async with VLLMPolicy(path) as policy:
             budget = Budget(generated=512, answer_reserve=8, context=min(context, policy.context or context))
             for number in range(repeats + 1):
-                console.print(f"trees through the policy: pass {number} of {repeats}", end="\r")
+                logger.info(f"trees through the policy: pass {number} of {repeats}")
                 recorder = Recorder(policy)
                 begun = time.perf_counter()
                 # Other seeds in each pass: the cache must not know the answers' prompts.
@@ -76,8 +79,8 @@ def bench_vllm(name: str, count: int, repeats: int, seed: int, out: Path | None)
         table.add_row(label, *(f"{n:,.0f}" for n in (statistics.median(rates), min(rates), max(rates))))
     if out is not None:
         write_json(out, [meta("bench sampling", seed), record])
-    console.print(table)
-    console.print(
+    show(table)
+    show(
         f"share of raw throughput {share:.0%} ({record['share_min']:.0%} to {record['share_max']:.0%}); "
         f"prompt tokens from the prefix cache: {cached} of {cached + prefilled}"
     )
@@ -92,7 +95,7 @@ def _raw(path: Path, requests: list[SampleRequest], repeats: int) -> list[float]
     params = [SamplingParams(max_tokens=r.max_tokens, ignore_eos=True, logprobs=0, detokenize=False, seed=r.seed % 2**63) for r in requests]
     rates = []
     for number in range(repeats + 1):
-        console.print(f"LLM.generate: pass {number} of {repeats}", end="\r")
+        logger.info(f"LLM.generate: pass {number} of {repeats}")
         begun = time.perf_counter()
         made = engine.generate(prompts, params, use_tqdm=False)
         tokens = sum(len(m.outputs[0].token_ids) for m in made)

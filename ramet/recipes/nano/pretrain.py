@@ -6,6 +6,7 @@ hidden matrices. The same seed gives the same weights on the same machine and th
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -23,7 +24,8 @@ from ramet.policy.training.rows import batches
 from ramet.recipes.nano.demonstrations import demonstrate, demonstration_texts, encode
 from ramet.recipes.nano.tokenizer import train_tokenizer
 from ramet.runs.jobs import accuracy_by_length
-from ramet.terminal import console
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,18 +136,13 @@ def train_nano(out: Path, seed: int, steps: int | None, json_out: Path | None) -
     except OSError as error:
         raise StorageError(f"cannot write {draft}: {error.strerror or error}") from error
     started = time.perf_counter()
-    with progress.measuring("train-nano", config.steps) as report:
-        last = 0
+    with progress.stepping("train-nano", config.steps) as report:
 
-        def tell(step: int, loss: float, rate: float) -> None:
-            nonlocal last
-            report(step + 1 - last)
-            last = step + 1
-            if not console.moves:
-                console.print(f"step {step + 1} of {config.steps}: loss {loss:.3f}, {rate:,.0f} tokens/s")
+        def report_step(step: int, loss: float, rate: float) -> None:
+            report({"step": step + 1, "loss": loss, "tokens_per_second": rate})
 
-        tokenizer, model = pretrain(config, tell)
+        tokenizer, model = pretrain(config, report_step)
     save(tokenizer, model, config, draft)
     draft.replace(out)
-    console.print(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
+    logger.info(f"trained in {time.perf_counter() - started:.0f} seconds; written to {out}")
     accuracy_by_length(str(out), 100, seed, json_out)
