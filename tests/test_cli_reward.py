@@ -129,7 +129,7 @@ def test_a_generative_model_is_trained_twice_and_asked(folder: Path, capsys: pyt
     said = []
     for line in pairs.read_text().splitlines():
         row = json.loads(line)
-        said += [{"id": row["id"], "forward": f, "said": f"<think>Look.</think><answer>{1 if f else 2}</answer>"} for f in (True, False)]
+        said += [{"id": row["id"], "forward": f, "output": f"<think>Look.</think><answer>{1 if f else 2}</answer>"} for f in (True, False)]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said))
     common = ("--pairs", pairs, "--videos", clips, *SMALL, "--max-tokens", 30)
     sft = ("--traces", folder / "traces.jsonl", "--steps", 6, "--batch", 8, "--lora-rank", 0, "--learning-rate", 0.003)
@@ -156,7 +156,7 @@ def test_what_cannot_be_meant_is_said_in_one_line(folder: Path, tmp_path: Path, 
     kept = ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "g", "--limit", 2, "--conditions", "right")
     run("reward", *kept)
     for code, arguments, said in (
-        (2, ("bench", "--model", "fake:nobody", *pairs, "--out", tmp_path / "a"), "no fake judge 'nobody'"),
+        (2, ("bench", "--model", "fake:nobody", *pairs, "--out", tmp_path / "a"), "unknown fake judge 'nobody'"),
         (1, ("bench", "--model", tmp_path, *pairs, "--out", tmp_path / "b"), "is no reward model"),
         (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "c", "--conditions", "left"), "no condition 'left'"),
         (2, ("bench", "--model", "fake:random", *pairs, "--out", tmp_path / "d", "-k", "0"), "positive whole numbers separated by commas"),

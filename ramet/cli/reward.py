@@ -180,7 +180,7 @@ def sft_grm(
     out: _Out,
     videos: _Videos = None,
     field: _Fields = None,
-    traces: Annotated[str | None, typer.Option(help="Verdicts: rows with id, forward (better answer first?), said.")] = None,
+    traces: Annotated[str | None, typer.Option(help="Verdicts: rows with a pair's id, forward (better answer first?), output.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model whose verdicts are learned; by default, the model itself.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Votes per order.")] = 4,
     frames: _Frames = None,

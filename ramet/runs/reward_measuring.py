@@ -30,7 +30,7 @@ from ramet.policy.engines.vision import VideoSettings
 from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
 from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
 from ramet.rewards.video.generative import GRMSettings, VideoGRM
-from ramet.rewards.video.judge import AnswerPair, Order, by_scores, compare
+from ramet.rewards.video.judge import AnswerPair, Order, compare, compare_by_score
 from ramet.rewards.video.pairs import PreferencePairs, row_of
 from ramet.runs.reward_models import Overrides, Source, answerer_id, claim, model_id, open_answerer, open_reward, print_faults
 from ramet.storage import meta, write_json, write_text
@@ -56,13 +56,13 @@ def judge_command(model: str, overrides: Overrides, pair: AnswerPair, k: int, or
     """`ramet reward judge`."""
     reward = open_reward(model, overrides)
     verdict = (
-        by_scores(reward, [pair], reward.settings.temperature)[0]
+        compare_by_score(reward, [pair], reward.settings.temperature)[0]
         if isinstance(reward, VideoDRM)
         else compare(reward, [pair], k, order, seed)[0]
     )
     for vote in verdict.votes:
-        choice = {True: "first", False: "second", None: "cannot be read"}[vote.a]
-        shown = Text.assemble(("as given" if vote.forward else "swapped", "dim"), " → ", (choice, "bold"), f": {vote.error or vote.said}")
+        choice = {True: "first", False: "second", None: "cannot be read"}[vote.prefers_a]
+        shown = Text.assemble(("as given" if vote.forward else "swapped", "dim"), " → ", (choice, "bold"), f": {vote.error or vote.output}")
         show(shown)
     if verdict.probability is not None:
         show(f"probability that the first is better: {verdict.probability:.3f}")

@@ -12,8 +12,8 @@ from ramet.agents.journal import Journal
 from ramet.agents.tree import Segment
 from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, against, measures, results, run_bench, shown_videos, warnings
 from ramet.errors import ConfigError, TaskError
-from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
-from ramet.rewards.video.judge import AnswerPair, PairwisePrompt, Vote, compare, decided, majority, parse_choice, parse_rating
+from ramet.rewards.video.fakes import FakeJudge, fake_judge, valid_output
+from ramet.rewards.video.judge import AnswerPair, PairwisePrompt, Vote, compare, majority, parse_choice, parse_rating, verdict_of
 from ramet.rewards.video.pairs import PreferencePair
 
 PAIRS = [
@@ -80,7 +80,7 @@ def test_a_judge_that_raises_now_and_then_spoils_no_other_pair(tmp_path: Path) -
     def rule(shown: PairwisePrompt, rng: Any) -> str:
         if shown.id == "p7/0":
             raise RuntimeError("no")
-        return says(1 if shown.first.startswith("good") else 2)
+        return valid_output(1 if shown.first.startswith("good") else 2)
 
     records = bench(FakeJudge("sometimes", rule), tmp_path)
     wrong = [r for r in records if measures(r)["accuracy"] == 0]
@@ -127,11 +127,11 @@ class Halved:
     name = "halved"
 
     def judge(self, shown: Any, k: int, seed: int) -> list[list[str]]:
-        return [[says(1)] * k for _ in shown][:-1]
+        return [[valid_output(1)] * k for _ in shown][:-1]
 
 
 def test_a_judge_that_returns_too_few_outputs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="was to give 1 outputs for each of 32 questions"):
+    with pytest.raises(ConfigError, match="did not give 1 outputs for each of 32 prompts"):
         bench(Halved(), tmp_path)
 
 
@@ -259,7 +259,7 @@ def votes(text: str) -> list[Vote]:
     ],
 )
 def test_votes_ties_and_abstentions(text: str, winner: str | None, consistent: bool | None) -> None:
-    verdict = decided(votes(text))
+    verdict = verdict_of(votes(text))
     assert (verdict.winner, verdict.consistent) == (winner, consistent)
     flipped = [Vote(not v.forward, v.choice, "") for v in votes(text)]
     swapped = {"a": "b", "b": "a", None: None}
@@ -268,7 +268,7 @@ def test_votes_ties_and_abstentions(text: str, winner: str | None, consistent: b
 
 def test_naming_the_answers_the_other_way_round_turns_the_verdict() -> None:
     """A judge of quality has no place to prefer: swapping a and b swaps the winner."""
-    judge = FakeJudge("longer", lambda shown, rng: says(1 if len(shown.first) > len(shown.second) else 2))
+    judge = FakeJudge("longer", lambda shown, rng: valid_output(1 if len(shown.first) > len(shown.second) else 2))
     duels = [AnswerPair(str(n), None, "q", "x" * n, "y" * (7 - n)) for n in range(8)]
     there = [v.winner for v in compare(judge, duels)]
     back = [v.winner for v in compare(judge, [AnswerPair(d.id, None, "q", d.b, d.a) for d in duels])]

@@ -21,7 +21,7 @@ from ramet.agents.journal import Journal
 from ramet.benchmarks.evaluation.statistics import Interval, clustered_mean, sign_test
 from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.discriminative import VideoAnswer
-from ramet.rewards.video.judge import AnswerPair, Order, Vote, compare, decided, majority
+from ramet.rewards.video.judge import AnswerPair, Order, Vote, compare, majority, verdict_of
 from ramet.rewards.video.pairs import PreferencePair, VideoInput
 
 CONDITIONS = ("right", "wrong", "none", "reversed", "shuffled")
@@ -124,7 +124,7 @@ def _judge_all(model: Any, pairs: Sequence[PreferencePair], protocol: BenchmarkP
         return [{"chosen": next(scores), "rejected": [next(scores) for _ in pair.rejected]} for pair in pairs]
     duels = [AnswerPair(f"{p.id}/{n}", p.video, p.question, p.chosen, r) for p in pairs for n, r in enumerate(p.rejected)]
     verdicts = iter(compare(model, duels, protocol.k, protocol.order, protocol.seed))
-    return [{"votes": [[[v.forward, v.choice, v.said, v.error] for v in next(verdicts).votes] for _ in pair.rejected]} for pair in pairs]
+    return [{"votes": [[[v.forward, v.choice, v.output, v.error] for v in next(verdicts).votes] for _ in pair.rejected]} for pair in pairs]
 
 
 def duels_of(record: Record) -> list[list[Vote]]:
@@ -141,7 +141,7 @@ def measures(record: Record, ties: float = 0.0) -> dict[str, float]:
         tie = record["chosen"] == best
         return {"accuracy": ties if tie else float(record["chosen"] > best), "tie_rate": float(tie), "error_rate": 0.0}
     duels = duels_of(record)
-    verdicts = [decided(votes) for votes in duels]
+    verdicts = [verdict_of(votes) for votes in duels]
     every = [vote for votes in duels for vote in votes]
     valid = [vote for vote in every if vote.choice is not None]
     contributions = {

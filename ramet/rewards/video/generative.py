@@ -3,8 +3,9 @@
     grm = VideoGRM.load(Path("model"))
     compare(grm, [AnswerPair("1", Segment("clip.mp4"), "What colour is the square?", "red", "blue")], k=5)
 
-What it is asked, and the grammar of what counts, are ours (see docs/video-rewards.md). Samples come from the engine of the
-delegation policy: k votes read the video once.
+The model kind is that of Video Understanding Reward Modeling (Wei et al. 2026, arXiv 2605.07872), whose prompts are not public; the
+prompts and the output format here are our own (see docs/video-rewards.md). Outputs are sampled with the engine of the delegation policy,
+which reads a video once for all k votes.
 """
 
 from __future__ import annotations
@@ -36,25 +37,27 @@ from ramet.rewards.video.judge import PairwisePrompt, parse_rating
 from ramet.rewards.video.pairs import segments_of
 from ramet.terminal import quiet
 
-PAIRWISE = (
+PAIRWISE_TEMPLATE = (
     "A video, a question about it, and two answers. Which answer is right about the video?\nQuestion: {question}\nAnswer 1: {first}\n"
     "Answer 2: {second}\nWrite <think>what you see and what is wrong</think><answer>1</answer>, or <answer>2</answer>. There are no ties."
 )
-POINTWISE = (
+POINTWISE_TEMPLATE = (
     "A video, a question about it, and an answer. How right is the answer about the video?\nQuestion: {question}\nAnswer: {answer}\n"
     "Write <think>what you see and what is wrong</think><answer>a whole number from 1, wrong, to 10, right</answer>."
 )
-
-
 GRM_SETTINGS = "video_grm.json"
+"""The file of a model directory that holds the settings of a trained VideoGRM."""
 
 
 @dataclass(frozen=True)
 class GRMSettings:
-    """How a VideoGRM watches and samples.
+    """How a VideoGRM watches videos and samples.
 
-    expected  of ratings: the mean under the model's own odds of 1 to 10 after its critique, instead of the number that it writes
-    votes     ratings of one answer; their mean counts
+    video        how frames are chosen and resized
+    temperature  sampling temperature
+    max_tokens   most tokens of an output
+    expected     take the expected rating under the model's probabilities of 1 to 10 after its critique, not the rating that it writes
+    votes        ratings sampled for one answer; the score is their mean
     """
 
     video: VideoSettings = field(default_factory=VideoSettings)
@@ -75,14 +78,20 @@ def saved_settings(path: Path) -> GRMSettings | None:
         raise CheckpointError(f"{path / GRM_SETTINGS} does not hold the settings of a VideoGRM: {first_line(error)}") from error
 
 
-def pairwise(shown: PairwisePrompt) -> Message:
-    """What a judge reads. Answers are untrusted: they stand in it as text, and no part of them is a control token."""
-    text = PAIRWISE.format(question=shown.question, first=shown.first, second=shown.second)
-    return Message("user", text, segments_of(shown.video))
+def pairwise_message(prompt: PairwisePrompt) -> Message:
+    """The message that asks a VideoGRM to judge a pair. Answers are untrusted and enter as plain text, never as control tokens."""
+    text = PAIRWISE_TEMPLATE.format(question=prompt.question, first=prompt.first, second=prompt.second)
+    return Message("user", text, segments_of(prompt.video))
 
 
 class VideoGRM:
-    """A judge between answers (`judge`), and a score of one (`score`)."""
+    """A generative reward model: a `PairwiseJudge` through `judge`, and a `ServedRewardModel` through `score`.
+
+    model      a Hugging Face vision-language model
+    tokenizer  its tokenizer
+    chat       its chat format
+    settings   how it watches videos and samples
+    """
 
     def __init__(self, model: Any, tokenizer: Any, chat: ChatFormat, settings: GRMSettings):
         self.model, self.tokenizer, self.chat, self.settings = model, tokenizer, chat, settings
@@ -94,13 +103,13 @@ class VideoGRM:
 
     @classmethod
     def load(cls, path: Path, settings: GRMSettings | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> VideoGRM:
-        """From a model directory; by default with the settings that it was trained with. Raises `CheckpointError`."""
+        """Load a model directory, by default with the settings that it was trained with. Raises `CheckpointError` where that fails."""
         settings = settings or saved_settings(path) or GRMSettings()
         model, tokenizer, chat = load_model(path, dtype=dtype, device=device)
         return cls(model, tokenizer, chat, settings)
 
     def save(self, path: Path) -> None:
-        """Weights (adapters merged), tokenizer and settings as a model directory. Raises `StorageError`."""
+        """Write a model directory: weights with adapters merged, tokenizer and settings. Raises `StorageError`."""
         state = merged(self.model)
         try:
             with quiet():
@@ -111,94 +120,102 @@ class VideoGRM:
             raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
     def with_video(self, **changes: Any) -> VideoGRM:
-        """The same model with other settings of videos."""
+        """The same model with changes to its `VideoSettings`."""
         return VideoGRM(self.model, self.tokenizer, self.chat, replace(self.settings, video=replace(self.settings.video, **changes)))
 
-    def judge(self, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
-        """`k` outputs for each; see `PairwiseJudge`."""
-        return self.generate([pairwise(one) for one in shown], [f"{one.id}/{one.first}" for one in shown], k, seed)
+    def judge(self, prompts: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
+        """`k` outputs for each prompt; see `PairwiseJudge`. Raises what `sample` raises."""
+        messages = [pairwise_message(prompt) for prompt in prompts]
+        return self.generate(messages, [f"{prompt.id}/{prompt.first}" for prompt in prompts], k, seed)
 
     def generate(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[str]]:
-        """`k` texts after each message; `places` make their seeds."""
+        """`k` texts in reply to each message; see `sample`."""
         return [[self._text(sample) for sample in group] for group in self.sample(messages, places, k, seed)]
 
     def _text(self, sample: Sample) -> str:
         return self.chat.text([i for i in sample.ids if i not in self.chat.stop_ids])
 
     def sample(self, messages: Sequence[Message], places: Sequence[str], k: int, seed: int) -> list[list[Sample]]:
-        """The same as samples."""
+        """`k` samples in reply to each message.
+
+        places  a name for each message, from which, with `seed`, the seeds of its samples are derived
+
+        Raises `RewardError` for a message that leaves no room for an output, and `TaskError` for a video that cannot be read.
+        """
         self.chat.placeholder_ids = self.reader.ids
         sampling = Sampling(self.settings.temperature)
         limit = self.model.config.get_text_config().max_position_embeddings
-        asked = []
+        requests = []
         for message, place in zip(messages, places, strict=True):
             prompt = tuple(self.chat.render([message], tools=()))
             room = min(self.settings.max_tokens, limit - len(prompt))
             if room < 1:
                 raise RewardError(f"{len(prompt)} tokens leave no room for a verdict in the model's {limit}; show fewer frames")
             for n in range(k):
-                asked.append(SampleRequest(prompt, room, self.chat.stop_ids, seed_of(seed, place, n), sampling, place, message.media))
-        found: list[Any] = [None] * len(asked)
+                requests.append(SampleRequest(prompt, room, self.chat.stop_ids, seed_of(seed, place, n), sampling, place, message.media))
+        samples: list[Any] = [None] * len(requests)
 
-        async def one(policy: VisionPolicy, n: int) -> None:
-            found[n] = await policy.sample(asked[n], Partial())
+        async def sample_one(policy: VisionPolicy, n: int) -> None:
+            samples[n] = await policy.sample(requests[n], Partial())
 
         async def main() -> None:
             async with VisionPolicy(self.model, self.reader) as policy, task_group() as group:
-                for n in range(len(asked)):
-                    group.start_soon(one, policy, n)
+                for n in range(len(requests)):
+                    group.start_soon(sample_one, policy, n)
 
         drain.run(main)
-        return [found[start : start + k] for start in range(0, len(found), k)]
+        return [samples[start : start + k] for start in range(0, len(samples), k)]
 
     def rate(self, items: Sequence[VideoAnswer], seed: int = 0) -> list[tuple[float | None, list[str]]]:
-        """(mean rating from 1 to 10, None if none can be read; the outputs) of each item."""
-        messages = [Message("user", POINTWISE.format(question=i.question, answer=i.answer), segments_of(i.video)) for i in items]
+        """For each item the mean of its ratings, from 1 to 10, or None if none is valid; and the outputs. Raises what `sample` raises."""
+        messages = [Message("user", POINTWISE_TEMPLATE.format(question=i.question, answer=i.answer), segments_of(i.video)) for i in items]
         groups = self.sample(messages, [f"{i.question}/{i.answer}" for i in items], self.settings.votes, seed)
         rated = []
         for message, group in zip(messages, groups, strict=True):
-            said = [self._text(sample) for sample in group]
-            numbers = [float(n) for n, _ in map(parse_rating, said) if n is not None]
-            if self.settings.expected and numbers:
-                numbers = [self._expected(message, text) for text in said if parse_rating(text)[0] is not None]
-            rated.append((sum(numbers) / len(numbers) if numbers else None, said))
+            outputs = [self._text(sample) for sample in group]
+            ratings = [float(n) for n, _ in map(parse_rating, outputs) if n is not None]
+            if self.settings.expected and ratings:
+                ratings = [self._expected(message, output) for output in outputs if parse_rating(output)[0] is not None]
+            rated.append((sum(ratings) / len(ratings) if ratings else None, outputs))
         return rated
 
     def score(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """Mean ratings; known ones are not asked for again.
+        """The mean rating, from 1 to 10, of each item. The latest `SCORES` ratings are cached.
 
-        An answer of which no rating can be read has none: `RewardError`, never a number of ours.
+        Raises `RewardError` for an item without a valid rating, and what `sample` raises.
         """
         keys = [(tuple(map(shown_id, segments_of(i.video))), i.question, i.answer) for i in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
-        found = {key: self._known[key] for key in keys if key in self._known}
-        for (key, item), (rating, said) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
+        scores = {key: self._known[key] for key in keys if key in self._known}
+        for (key, item), (rating, outputs) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
             if rating is None:
-                raise RewardError(f"the VideoGRM's {len(said)} ratings of {item.answer[:40]!r} cannot be read, such as {said[0][:80]!r}")
-            found[key] = self._known[key] = rating
+                raise RewardError(
+                    f"none of the VideoGRM's {len(outputs)} ratings of {item.answer[:40]!r} can be read; the first is {outputs[0][:80]!r}"
+                )
+            scores[key] = self._known[key] = rating
         while len(self._known) > SCORES:
             self._known.popitem(last=False)
-        return [found[key] for key in keys]
+        return [scores[key] for key in keys]
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
-        """Ratings as rewards between 0 and 1."""
+        """Ratings from 1 to 10 as rewards in [0, 1], linearly."""
         return [(rating - 1) / 9 for rating in scores]
 
     def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """The rewards of answers."""
+        """The reward in [0, 1] of each item. Raises what `score` raises."""
         return self.rewards(self.score(items))
 
     @torch.inference_mode()
-    def _expected(self, message: Message, said: str) -> float:
-        """The mean of 1 to 10 under the odds of each, written in place of the number that was."""
-        before = self.chat.render([message], tools=()) + self._encode(said.rpartition("<answer>")[0] + "<answer>")
+    def _expected(self, message: Message, output: str) -> float:
+        """The expectation of the rating over 1 to 10, with the critique of `output` and the model's probability of each rating after it."""
+        before = self.chat.render([message], tools=()) + self._encode(output.rpartition("<answer>")[0] + "<answer>")
         policy = VisionPolicy(self.model, self.reader)
-        odds = []
+        logprobs = []
         for rating in range(1, 11):
             tail = self._encode(f"{rating}</answer>")
             ids = torch.tensor([[*before, *tail]], device=self.model.device)
             inputs = policy.training_inputs(ids, ids.tolist(), [message.media])
-            odds.append(float(token_logprobs(self.model, ids, inputs=inputs)[0][0, -len(tail) :].sum()))
-        top = max(odds)
-        weights = [math.exp(o - top) for o in odds]
+            logprobs.append(float(token_logprobs(self.model, ids, inputs=inputs)[0][0, -len(tail) :].sum()))
+        top = max(logprobs)
+        weights = [math.exp(logprob - top) for logprob in logprobs]
         return sum(r * w for r, w in zip(range(1, 11), weights, strict=True)) / sum(weights)

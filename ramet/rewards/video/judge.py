@@ -1,7 +1,9 @@
-"""Judging between two answers: what a judge is shown, what it may say, and how votes become a verdict.
+"""Pairwise judging: which of two answers a judge prefers, and how its votes become a verdict.
 
-A judge is anything with a name and `say`. It never learns which answer is the better one, only a first and a second. What it says
-counts if the whole of it is `<think>critique</think><answer>1</answer>` (or 2); anything else is an abstention, never a vote.
+A judge is shown the two answers in an order and never learns which is expected to be the better one. An output counts as a vote only if
+all of it has the form `<think>critique</think><answer>1</answer>` (or 2). Anything else is an abstention. Judges tend to prefer one
+position, so pairs are by default shown in both orders and verdicts report whether the orders agree (position consistency, as in
+VL-RewardBench, Li et al. 2024, arXiv 2411.17451).
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from ramet.rewards.video.discriminative import VideoAnswer, sigmoid
 from ramet.rewards.video.pairs import VideoInput
 
 Order = Literal["both", "random"]
-_CRITIQUE = r"\s*<think>(?P<critique>(?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>\s*(?P<said>%s)\s*</answer>\s*"
-_CHOICE = re.compile(_CRITIQUE % "[12]", re.DOTALL)
-_RATING = re.compile(_CRITIQUE % "10|[1-9]", re.DOTALL)
+"""How the answers of a pair are ordered for the judge: in both orders, or in one that the seed determines for each pair."""
+_OUTPUT = r"\s*<think>(?P<critique>(?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>\s*(?P<answer>%s)\s*</answer>\s*"
+_CHOICE = re.compile(_OUTPUT % "[12]", re.DOTALL)
+_RATING = re.compile(_OUTPUT % "10|[1-9]", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """Two answers to one question about a video."""
+    """Two answers, `a` and `b`, to one question about a video."""
 
     id: str
     video: VideoInput
@@ -35,7 +38,7 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class PairwisePrompt:
-    """A duel as a judge sees it."""
+    """An answer pair as it is shown to a judge, in one of its two orders."""
 
     id: str
     video: VideoInput
@@ -45,69 +48,88 @@ class PairwisePrompt:
 
 
 class PairwiseJudge(Protocol):
-    """Says which of two answers is better."""
+    """A model, or anything else, that says which of two answers is better."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The judge's name, for messages and reports."""
+        ...
 
-    def judge(self, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
-        """`k` outputs for each, as they were sampled. What it raises counts as k abstentions; a `RametError` of ours is passed on."""
+    def judge(self, prompts: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[str]]:
+        """`k` sampled outputs for each prompt, unparsed. A `RametError` stops the run; any other exception counts as k abstentions."""
+        ...
 
 
 class VideoRewardModel(Protocol):
-    """Gives answers a score."""
+    """A model that gives each answer a score of its own, on a scale of its own. Higher is better."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The model's name, for messages and reports."""
+        ...
 
-    def score(self, items: Sequence[VideoAnswer]) -> list[float]: ...
+    def score(self, items: Sequence[VideoAnswer]) -> list[float]:
+        """One score for each item. Raises `RewardError` or `TaskError` for what cannot be scored."""
+        ...
 
 
 class NormalizedRewardModel(Protocol):
-    """Gives answers a reward between 0 and 1."""
+    """A model that gives each answer a reward between 0 and 1."""
 
-    def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]: ...
+    def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
+        """One reward in [0, 1] for each item. Raises `RewardError` or `TaskError` for what cannot be scored."""
+        ...
 
 
 class ServedRewardModel(VideoRewardModel, Protocol):
-    """Its rewards are a function of its scores."""
+    """A model whose rewards are a function of its scores, as a reward server needs it."""
 
-    def rewards(self, scores: Sequence[float]) -> list[float]: ...
-
-
-def parse_choice(said: str) -> tuple[int | None, str]:
-    """(1, 2 or None for an abstention, the critique)."""
-    match = _CHOICE.fullmatch(said)
-    return (int(match["said"]), match["critique"].strip()) if match else (None, "")
+    def rewards(self, scores: Sequence[float]) -> list[float]:
+        """The reward in [0, 1] that belongs to each score."""
+        ...
 
 
-def parse_rating(said: str) -> tuple[int | None, str]:
-    """(1 to 10 or None, the critique)."""
-    match = _RATING.fullmatch(said)
-    return (int(match["said"]), match["critique"].strip()) if match else (None, "")
+def parse_choice(output: str) -> tuple[int | None, str]:
+    """The choice, 1 or 2, and the critique of a judge's output; (None, "") for an abstention."""
+    match = _CHOICE.fullmatch(output)
+    return (int(match["answer"]), match["critique"].strip()) if match else (None, "")
+
+
+def parse_rating(output: str) -> tuple[int | None, str]:
+    """The rating, from 1 to 10, and the critique of a pointwise output; (None, "") for an abstention."""
+    match = _RATING.fullmatch(output)
+    return (int(match["answer"]), match["critique"].strip()) if match else (None, "")
 
 
 @dataclass(frozen=True)
 class Vote:
-    """One output of a judge. `forward`: was a first? `choice`: the place that it picks. `error`: what it raised instead."""
+    """One output of a judge.
+
+    forward  whether answer a was shown first
+    choice   the position chosen, 1 or 2; None for an abstention
+    output   the text, unparsed
+    error    what the judge raised in place of an output
+    """
 
     forward: bool
     choice: int | None
-    said: str
+    output: str
     error: str = ""
 
     @property
-    def a(self) -> bool | None:
-        """Is it for a? None: it abstains."""
+    def prefers_a(self) -> bool | None:
+        """Whether the vote is for answer a; None for an abstention."""
         return None if self.choice is None else (self.choice == 1) == self.forward
 
 
 @dataclass(frozen=True)
 class PairwiseVerdict:
-    """`winner` is "a", "b", or None where votes are equal or there is none.
+    """The outcome for one answer pair.
 
-    consistent   did each order by itself name the same answer? None unless both were asked
-    probability  that a is better, where scores decide
+    winner       "a" or "b"; None for a tie, and where there is no valid vote
+    votes        the judge's votes, in the order in which they were sampled
+    consistent   whether both orders, each by its own majority, prefer the same answer; None unless both orders were shown
+    probability  of answer a being the better one; only where scores decide
     """
 
     winner: Literal["a", "b"] | None
@@ -117,68 +139,79 @@ class PairwiseVerdict:
 
     @property
     def invalid(self) -> int:
+        """Number of abstentions."""
         return sum(vote.choice is None for vote in self.votes)
 
     @property
     def critiques(self) -> list[str]:
-        return [parse_choice(vote.said)[1] for vote in self.votes]
+        """The critique of each vote, "" for an abstention."""
+        return [parse_choice(vote.output)[1] for vote in self.votes]
 
 
 def majority(votes: Sequence[Vote]) -> Literal["a", "b"] | None:
-    """Of those that do not abstain; None for a tie and where all do."""
-    lead = sum((1 if vote.a else -1) for vote in votes if vote.a is not None)
+    """The answer that most valid votes prefer; None for a tie, and where there is no valid vote."""
+    lead = sum((1 if vote.prefers_a else -1) for vote in votes if vote.prefers_a is not None)
     return "a" if lead > 0 else "b" if lead < 0 else None
 
 
-def decided(votes: Sequence[Vote]) -> PairwiseVerdict:
-    """The verdict of all votes together."""
-    both = [majority([v for v in votes if v.forward is forward]) for forward in (True, False)]
-    asked = {vote.forward for vote in votes}
-    return PairwiseVerdict(majority(votes), tuple(votes), both[0] is not None and both[0] == both[1] if len(asked) == 2 else None)
+def verdict_of(votes: Sequence[Vote]) -> PairwiseVerdict:
+    """The verdict by the majority of all votes together."""
+    by_order = [majority([vote for vote in votes if vote.forward is forward]) for forward in (True, False)]
+    both = len({vote.forward for vote in votes}) == 2
+    return PairwiseVerdict(majority(votes), tuple(votes), by_order[0] is not None and by_order[0] == by_order[1] if both else None)
 
 
-def orders(duel: AnswerPair, order: Order, seed: int) -> list[bool]:
-    """The orders in which a duel is shown: `both`, or one that the seed and the duel fix."""
+def orders(pair: AnswerPair, order: Order, seed: int) -> list[bool]:
+    """The orders in which a pair is shown, True for a first: both, or one fixed by the seed and the pair's id.
+
+    Raises `ConfigError` for an order that does not exist.
+    """
     if order == "both":
         return [True, False]
     if order != "random":
-        raise ConfigError(f"no order {order!r}; there are both and random")
-    return [random.Random(f"order/{seed}/{duel.id}").random() < 0.5]
+        raise ConfigError(f"unknown order {order!r}; choose both or random")
+    return [random.Random(f"order/{seed}/{pair.id}").random() < 0.5]
 
 
-def compare(judge: PairwiseJudge, duels: Sequence[AnswerPair], k: int = 1, order: Order = "both", seed: int = 0) -> list[PairwiseVerdict]:
-    """Verdicts of `k` votes in each order."""
+def compare(judge: PairwiseJudge, pairs: Sequence[AnswerPair], k: int = 1, order: Order = "both", seed: int = 0) -> list[PairwiseVerdict]:
+    """The judge's verdict on each pair, from `k` votes per order.
+
+    Raises `ConfigError` for fewer than one vote, an order that does not exist, and a judge that gives another number of outputs.
+    """
     if k < 1:
-        raise ConfigError(f"a verdict takes at least one vote (got {k})")
-    asked = [(n, forward) for n, duel in enumerate(duels) for forward in orders(duel, order, seed)]
-    shown = []
-    for n, forward in asked:
-        d = duels[n]
-        shown.append(PairwisePrompt(d.id, d.video, d.question, *((d.a, d.b) if forward else (d.b, d.a))))
-    votes: list[list[Vote]] = [[] for _ in duels]
-    for (n, forward), outputs in zip(asked, _said(judge, shown, k, seed), strict=True):
-        votes[n] += [Vote(forward, parse_choice(said)[0], said, error) for said, error in outputs]
-    return [decided(v) for v in votes]
+        raise ConfigError(f"a verdict needs at least one vote (got {k})")
+    shown = [(index, forward) for index, pair in enumerate(pairs) for forward in orders(pair, order, seed)]
+    prompts = []
+    for index, forward in shown:
+        pair = pairs[index]
+        prompts.append(PairwisePrompt(pair.id, pair.video, pair.question, *((pair.a, pair.b) if forward else (pair.b, pair.a))))
+    votes: list[list[Vote]] = [[] for _ in pairs]
+    for (index, forward), samples in zip(shown, _outputs(judge, prompts, k, seed), strict=True):
+        votes[index] += [Vote(forward, parse_choice(output)[0], output, error) for output, error in samples]
+    return [verdict_of(v) for v in votes]
 
 
-def _said(judge: PairwiseJudge, shown: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[tuple[str, str]]]:
-    """(output, error) of every sample. Where a batch raises, each of it is asked by itself, so that one does not spoil the others."""
+def _outputs(judge: PairwiseJudge, prompts: Sequence[PairwisePrompt], k: int, seed: int) -> list[list[tuple[str, str]]]:
+    """(output, error) of each sample. Where a batch raises, each of its prompts is tried alone, so that one does not spoil the others."""
     try:
-        outputs = [list(map(str, said)) for said in judge.judge(shown, k, seed)]
+        outputs = [list(map(str, group)) for group in judge.judge(prompts, k, seed)]
     except RametError:
-        raise  # the model or the video cannot be had: no matter of judgement
+        raise  # the model or a video is missing, which says nothing about the answers
     except Exception as error:
-        if len(shown) > 1:
-            return [_said(judge, [one], k, seed)[0] for one in shown]
+        if len(prompts) > 1:
+            return [_outputs(judge, [prompt], k, seed)[0] for prompt in prompts]
         return [[("", f"{type(error).__name__}: {first_line(error)}")] * k]
-    if len(outputs) != len(shown) or any(len(said) != k for said in outputs):
-        raise ConfigError(f"the judge {judge.name} was to give {k} outputs for each of {len(shown)} questions, and did not")
-    return [[(said, "") for said in group] for group in outputs]
+    if len(outputs) != len(prompts) or any(len(group) != k for group in outputs):
+        raise ConfigError(f"the judge {judge.name} did not give {k} outputs for each of {len(prompts)} prompts")
+    return [[(output, "") for output in group] for group in outputs]
 
 
-def by_scores(model: VideoRewardModel, duels: Sequence[AnswerPair], temperature: float = 1.0) -> list[PairwiseVerdict]:
-    """Verdicts of a model that scores answers one by one: probability(a) = sigmoid of the difference over the temperature."""
-    scores = model.score([VideoAnswer(d.video, d.question, answer) for d in duels for answer in (d.a, d.b)])
+def compare_by_score(model: VideoRewardModel, pairs: Sequence[AnswerPair], temperature: float = 1.0) -> list[PairwiseVerdict]:
+    """Verdicts of a model that scores each answer by itself; equal scores are a tie.
+
+    The probability of a is sigmoid((score of a - score of b) / temperature), the model of Bradley and Terry (1952).
+    """
+    scores = model.score([VideoAnswer(pair.video, pair.question, answer) for pair in pairs for answer in (pair.a, pair.b)])
     verdicts = []
     for a, b in zip(scores[::2], scores[1::2], strict=True):
         verdicts.append(PairwiseVerdict("a" if a > b else "b" if b > a else None, probability=sigmoid((a - b) / temperature)))

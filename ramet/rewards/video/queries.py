@@ -1,7 +1,8 @@
-"""Where the answer stands in a query: trainers such as OpenRLHF send a prompt and its answer as one text, decoded from tokens.
+"""Extracting the answer from a query: trainers such as OpenRLHF send a prompt and its answer as one text, decoded from tokens.
 
-Decoding rarely gives a prompt back as it was: it may be padded, normalised (Unicode, blanks, case) or cut at the left to a length, and
-special tokens appear as text. So what is compared are letters alone: without blanks, special tokens and what a cut character left.
+Decoded text rarely begins with the prompt exactly as it was encoded: it may be padded, normalised (Unicode, whitespace, case) or
+truncated on the left, and it contains special tokens as text. Prompt and query are therefore compared without whitespace, special tokens
+and replacement characters, and without regard to case and Unicode form.
 """
 
 from __future__ import annotations
@@ -10,50 +11,51 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-LEAST = 8
-"""Letters of a prompt that was cut: fewer may begin a query by chance."""
+MIN_OVERLAP = 8
+"""Characters of a truncated prompt that a query must begin with; fewer may agree by chance."""
 _SPECIAL = r"<\|[\w-]{1,40}\|>|</?s>|<(?:pad|eos|bos|unk|end_of_turn|start_of_turn)>"
 
 
 def answer_of(query: str, prompt: str, special: Sequence[str] = ()) -> str | None:
-    """The answer, without what ended or padded it; None where the query begins neither with the prompt nor with the end of one.
+    """The answer in a query, without surrounding whitespace and special tokens; None if the query does not begin with the prompt's end.
 
-    special  the texts of special tokens, beside those that are common
+    prompt   the text that was encoded, of which the query may contain only the last part
+    special  special tokens as text, in addition to the common ones
     """
     token = "|".join([*map(re.escape, sorted(filter(None, special), key=len, reverse=True)), _SPECIAL])
-    begun = len(prompt) if query.startswith(prompt) else _end_of(prompt, query, rf"{token}|[\s\ufffd]")
-    if begun is None:  # a token that was cut is text
-        begun = _end_of(prompt, query, r"[\s\ufffd]")
-    if begun is None:
+    start = len(prompt) if query.startswith(prompt) else _end_of(prompt, query, rf"{token}|[\s\ufffd]")
+    if start is None:  # truncation may have left part of a special token, which is then ordinary text
+        start = _end_of(prompt, query, r"[\s\ufffd]")
+    if start is None:
         return None
-    answer = query[begun:]
+    answer = query[start:]
     return re.sub(rf"\A(?:{token}|\s)+", "", _before(answer, re.compile(rf"(?:{token})\Z")))
 
 
-def _end_of(prompt: str, query: str, unlike: str) -> int | None:
-    """Where in a query the prompt, or what was left of it, ends; None where there is none. What matches `unlike` is not compared."""
-    apart = re.compile(f"(?:{unlike})+")
-    (sought, _), (found, ends) = _letters(prompt, apart), _letters(query, apart)
-    length = _overlap(sought, found)
-    if length < min(LEAST, len(sought)):
+def _end_of(prompt: str, query: str, ignored: str) -> int | None:
+    """The index in a query at which the prompt, or its last part, ends; None if neither is there. Matches of `ignored` are not compared."""
+    pattern = re.compile(f"(?:{ignored})+")
+    (prompt_letters, _), (query_letters, ends) = _letters(prompt, pattern), _letters(query, pattern)
+    length = _overlap(prompt_letters, query_letters)
+    if length < min(MIN_OVERLAP, len(prompt_letters)):
         return None
     return ends[length - 1] if length else 0
 
 
 def _before(text: str, end: re.Pattern[str]) -> str:
-    """A text without the blanks and the tokens at its end."""
+    """A text without the whitespace and the matches of `end` at its end."""
     text = text.rstrip()
     while match := end.search(text, max(len(text) - 256, 0)):
         text = text[: match.start()].rstrip()
     return text
 
 
-def _letters(text: str, unlike: re.Pattern[str]) -> tuple[str, list[int]]:
-    """What of a text is compared, and where in it each letter of that ends."""
+def _letters(text: str, ignored: re.Pattern[str]) -> tuple[str, list[int]]:
+    """The characters of a text that are compared, normalised, and the index in the text at which each of them ends."""
     letters: list[str] = []
     ends: list[int] = []
     start = 0
-    for stop, resumed in [*(match.span() for match in unlike.finditer(text)), (len(text), len(text))]:
+    for stop, resumed in [*(match.span() for match in ignored.finditer(text)), (len(text), len(text))]:
         for place in range(start, stop):
             plain = unicodedata.normalize("NFKD", text[place]).casefold()
             letters += plain
@@ -63,7 +65,7 @@ def _letters(text: str, unlike: re.Pattern[str]) -> tuple[str, list[int]]:
 
 
 def _overlap(before: str, after: str) -> int:
-    """How many letters `after` has of the end of `before` at its beginning, at most; in linear time (Knuth, Morris, Pratt)."""
+    """The length of the longest prefix of `after` that is a suffix of `before`, in linear time (Knuth, Morris and Pratt 1977)."""
     after = after[: len(before)]
     back, length = [0] * len(after), 0
     for place in range(1, len(after)):

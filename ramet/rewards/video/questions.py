@@ -1,4 +1,4 @@
-"""Questions about videos whose answers can be checked by rule, and what counts as a right answer."""
+"""Questions about videos with answers that can be checked by rule."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ _LETTER = re.compile(r"\(?([A-Z])\)?[.:)]?(?:\s+(.*))?", re.DOTALL)
 
 @dataclass(frozen=True)
 class VideoQuestion:
-    """A question with its right answer; `choices` are empty where it is open.
+    """A question about a video, with its right answer.
 
-    evidence  the part of the video that answers, where that is known: what a reward model is shown of a long one
+    video     the video, or the part of it, that the question is about
+    choices   the possible answers; empty for an open question
+    evidence  the part of the video that contains the answer, where it is known; a reward model is shown this part of a long video
     """
 
     id: str
@@ -38,55 +40,66 @@ class VideoQuestion:
 
     @property
     def shown(self) -> Segment:
-        """What a reward model is shown."""
+        """The part of the video that a reward model is shown."""
         return self.evidence or self.video
 
     def stated(self, response: str) -> str | None:
-        """What a response says in the end, in one spelling: a choice, a number, or plain words. None where it says nothing."""
-        said = extract_answer(response)
-        if said is None:
+        """The final answer of a response in canonical form: one of the choices, a number, or normalised words. None if there is none.
+
+        A choice may be given in full, as an equal number, or by its letter (A for the first), with or without its text.
+        """
+        answer = extract_answer(response)
+        if answer is None:
             return None
-        for alike in (_exact, number):
-            meant = [c for c in self.choices if alike(c) is not None and alike(c) == alike(said)]
-            if meant:
-                return meant[0]
+        for canonical in (_exact, number):
+            equal = [c for c in self.choices if canonical(c) is not None and canonical(c) == canonical(answer)]
+            if equal:
+                return equal[0]
         plain = {_plain(c): c for c in self.choices}
-        if len(plain) == len(self.choices) and _plain(said) in plain and number(said) is None:
-            return plain[_plain(said)]
-        letter = _LETTER.fullmatch(said.strip())
+        if len(plain) == len(self.choices) and _plain(answer) in plain and number(answer) is None:
+            return plain[_plain(answer)]
+        letter = _LETTER.fullmatch(answer.strip())
         if letter and self.choices and ord(letter[1]) - ord("A") < len(self.choices):
             choice = self.choices[ord(letter[1]) - ord("A")]
             if not letter[2] or _plain(letter[2]) == _plain(choice):
                 return choice
-        value = number(said)
-        return _plain(said) if value is None else str(value)
+        value = number(answer)
+        return _plain(answer) if value is None else str(value)
 
     def right(self, response: str) -> bool:
-        """Does the response end in the right answer?"""
-        said = self.stated(response)
-        return said is not None and said == self.stated(f"Answer: {self.answer}")
+        """Whether the final answer of a response is the right one."""
+        stated = self.stated(response)
+        return stated is not None and stated == self.stated(f"Answer: {self.answer}")
 
 
-def _exact(said: str) -> str:
-    return " ".join(said.casefold().split()).removesuffix(".")
+def _exact(answer: str) -> str:
+    """An answer without regard to case, whitespace and a final full stop."""
+    return " ".join(answer.casefold().split()).removesuffix(".")
 
 
-def _plain(said: str) -> str:
-    return normalise(said) or said.strip().casefold()
+def _plain(answer: str) -> str:
+    """An answer normalised as in `rewards.f1`, or only without regard to case where that leaves nothing."""
+    return normalise(answer) or answer.strip().casefold()
 
 
 def load_questions(source: str, fields: Mapping[str, str] | None = None, videos: Path | None = None) -> list[VideoQuestion]:
-    """Rows with `id, video, question, answer` and perhaps `choices, category, start, end`. Raises `TaskError`, naming the row."""
+    """Load the questions of a file, with columns `video, question, answer` and optionally `id, choices, category, start, end, evidence`.
+
+    fields  maps these names to the file's columns
+    videos  the folder of the videos, by default that of the file
+
+    Raises `TaskError`, naming the row, for values that are missing, of the wrong type or inconsistent, and for an id that occurs twice.
+    """
     names, root = dict(fields or {}), videos or Path(source).parent
-    found = [question_of(row, names, root, f"{source}, row {n}") for n, row in enumerate(load_rows(source), 1)]
-    ids = [question.id for question in found]
+    questions = [question_of(row, names, root, f"{source}, row {n}") for n, row in enumerate(load_rows(source), 1)]
+    ids = [question.id for question in questions]
     if len(set(ids)) < len(ids):
         raise TaskError(f"{source} has the id {next(i for i in ids if ids.count(i) > 1)!r} more than once")
-    return found
+    return questions
 
 
 def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> VideoQuestion:
-    """One row's. Raises `TaskError`."""
+    """The question of one row. `where` names the row in the messages of `TaskError`; see `load_questions`."""
 
     def optional(name: str, default: Any) -> Any:
         return field_of(row, name, fields, where, ... if name in fields else default)
@@ -97,7 +110,7 @@ def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> 
 
     video = video_of_row(row, fields, root, where)
     if not isinstance(video, Segment):
-        raise TaskError(f"{where} names no video, or several; a question is about one")
+        raise TaskError(f"{where} must name exactly one video")
     choices = tuple(texts(optional("choices", []) or [], "choices", where))
     question = VideoQuestion(
         label("id") or where.rpartition(" ")[2],
@@ -109,14 +122,15 @@ def question_of(row: Row, fields: Mapping[str, str], root: Path, where: str) -> 
         _evidence(video, optional("evidence", None), where),
     )
     if choices and question.stated(f"Answer: {question.answer}") not in choices:
-        raise TaskError(f"{where}: its answer {question.answer!r} is none of its choices")
+        raise TaskError(f"{where}: its answer {question.answer!r} is not among its choices")
     return question
 
 
 def _evidence(video: Segment, span: Any, where: str) -> Segment | None:
+    """The part of a video's file between two times in seconds; None for no times. Raises `TaskError` for anything else."""
     if span is None:
         return None
     numbers = isinstance(span, list) and len(span) == 2 and all(isinstance(n, (int, float)) and math.isfinite(n) for n in span)
     if not numbers or not 0 <= span[0] < span[1]:
-        raise TaskError(f"{where}: its evidence is {str(span)[:40]}, not two seconds, the earlier first")
+        raise TaskError(f"{where}: its evidence must be a start and a later end, in seconds (got {str(span)[:40]})")
     return Segment(video.file, float(span[0]), float(span[1]))

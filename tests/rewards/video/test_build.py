@@ -19,7 +19,7 @@ from ramet.errors import TaskError
 from ramet.media.clips import draw_clip, write_clip
 from ramet.rewards.video.answerers import Guesser, RecordedAnswers
 from ramet.rewards.video.build import BuildConfig, PairBuilder, datasheet
-from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
+from ramet.rewards.video.fakes import FakeJudge, fake_judge, valid_output
 from ramet.rewards.video.pairs import PreferencePair, below, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 
@@ -146,7 +146,7 @@ def test_changed_answers_must_need_the_video(questions: list, tmp_path: Path) ->
     def rule(shown: Any, rng: Any) -> str:
         truth = next(q.answer for q in colours if shown.id.startswith(f"{q.id}-"))
         told = shown.video is not None or "red" in (truth, shown.first.split()[-1], shown.second.split()[-1])
-        return says((1 if shown.first.endswith(truth) else 2) if told else 1)
+        return valid_output((1 if shown.first.endswith(truth) else 2) if told else 1)
 
     made, pairs = build(colours, tmp_path / "j.jsonl", answerer, replace(CONFIG, blind=0), judge=FakeJudge("sees", rule))
     assert pairs
@@ -258,7 +258,7 @@ def test_numbers_and_words() -> None:
 def test_rows_that_are_broken_are_named(clips: Path, tmp_path: Path) -> None:
     row = json.loads((clips / "questions.jsonl").read_text().splitlines()[0])
     for change, said in (
-        ({"answer": "mauve"}, "none of its choices"),
+        ({"answer": "mauve"}, "not among its choices"),
         ({"video": None}, "names no video"),
         ({"video": "../../etc/passwd"}, "outside of the folder"),
         ({"question": " "}, "not text"),

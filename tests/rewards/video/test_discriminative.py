@@ -21,7 +21,7 @@ from ramet.media.clips import write_clip
 from ramet.rewards.video import discriminative
 from ramet.rewards.video.best_of_n import CandidateAnswers, ScoreSelector
 from ramet.rewards.video.discriminative import VideoAnswer, VideoDRM
-from ramet.rewards.video.judge import AnswerPair, by_scores
+from ramet.rewards.video.judge import AnswerPair, compare_by_score
 from ramet.rewards.video.pairs import PreferencePair
 from ramet.rewards.video.train_drm import Collator, DRMTraining, fits, train_drm
 from tests.attention.test_positions import slow_positions
@@ -288,7 +288,7 @@ def test_an_answer_cannot_spell_a_control_token(drm: VideoDRM) -> None:
 def test_probabilities_of_duels_are_those_of_the_difference(drm: VideoDRM, questions: list) -> None:
     sharpened(drm)
     duels = [AnswerPair(q.id, q.video, q.question, f"Answer: {q.choices[0]}", f"Answer: {q.choices[1]}") for q in questions[:6]]
-    for duel, verdict in zip(duels, by_scores(drm, duels, 2.0), strict=True):
+    for duel, verdict in zip(duels, compare_by_score(drm, duels, 2.0), strict=True):
         a, b = drm.score([VideoAnswer(duel.video, duel.question, x) for x in (duel.a, duel.b)])
         assert verdict.probability == pytest.approx(1 / (1 + math.exp((b - a) / 2.0)))
         assert verdict.winner == ("a" if a > b else "b")

@@ -1,4 +1,4 @@
-"""VideoGRM: what it says counts by grammar only, a pure slot-picker is seen as one, and reinforcement learning moves it."""
+"""VideoGRM: an output counts only in the exact format, a pure slot-picker is seen as one, and reinforcement learning moves it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from ramet.policy.training.update import Reward, TrainConfig
 from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import VideoAnswer
-from ramet.rewards.video.fakes import fake_judge, says
+from ramet.rewards.video.fakes import fake_judge, valid_output
 from ramet.rewards.video.generative import GRMSettings, VideoGRM
 from ramet.rewards.video.judge import AnswerPair, compare, parse_choice
 from ramet.rewards.video.pairs import PreferencePair
-from ramet.rewards.video.train_grm import grm_trainer, sft_grm, shown, sifted, traces_of, verdict_reward
+from ramet.rewards.video.train_grm import grm_trainer, pairwise_prompt, sft_grm, sifted, traces_of, verdict_reward
 
 SETTINGS = GRMSettings(VideoSettings(max_frames=2, max_pixels=56 * 56), max_tokens=40)
 
@@ -41,7 +41,10 @@ def pairs_of(questions: list) -> list[PreferencePair]:
 
 
 def test_what_earns_what() -> None:
-    earned = {said: verdict_reward(said, 1) for said in (says(1), says(2), "", "1", says(1) + says(2), says(1) + "!")}
+    earned = {
+        said: verdict_reward(said, 1)
+        for said in (valid_output(1), valid_output(2), "", "1", valid_output(1) + valid_output(2), valid_output(1) + "!")
+    }
     assert list(earned.values()) == [1.5, 0.5, 0.0, 0.0, 0.0, 0.0]
 
 
@@ -52,12 +55,12 @@ def test_verdicts_to_learn_from_are_right_in_both_orders(questions: list) -> Non
     assert all(parse_choice(said)[0] == (1 if forward else 2) for _, forward, said in chosen)
     assert sifted(fake_judge("always-first", {}), pairs, 3, 0) == []
     assert sifted(fake_judge("malformed", {}), pairs, 1, 0) == []
-    rows = [{"id": p.id, "forward": f, "said": says(1)} for p in pairs for f in (True, False)]
+    rows = [{"id": p.id, "forward": f, "output": valid_output(1)} for p in pairs for f in (True, False)]
     assert traces_of(rows, pairs) == []  # right forwards only
-    rows.append({"id": pairs[3].id, "forward": False, "said": says(2)})
+    rows.append({"id": pairs[3].id, "forward": False, "output": valid_output(2)})
     assert [p.id for p, _, _ in traces_of(rows, pairs)] == [pairs[3].id] * 2
-    with pytest.raises(TaskError, match="the pair 'none', which there is not"):
-        traces_of([{"id": "none", "forward": True, "said": says(1)}], pairs)
+    with pytest.raises(TaskError, match="row 1, refer to the pair 'none', which does not exist"):
+        traces_of([{"id": "none", "forward": True, "output": valid_output(1)}], pairs)
 
 
 def test_pairs_whose_videos_cannot_be_read_are_left_out_with_a_count(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
@@ -71,17 +74,17 @@ def test_pairs_whose_videos_cannot_be_read_are_left_out_with_a_count(grm: VideoG
         def judge(self, shown: Any, k: int, seed: int) -> list[list[str]]:
             for one in shown:
                 grm.reader(one.video)
-            return [[says(1 if one.first in {p.chosen for p in pairs if p.id == one.id} else 2)] * k for one in shown]
+            return [[valid_output(1 if one.first in {p.chosen for p in pairs if p.id == one.id} else 2)] * k for one in shown]
 
     with pytest.warns(UserWarning, match="the pair broken is left out: "):
         assert [p.id for p, forward, _ in sifted(Watches(), pairs, 1, 0) if forward] == [pairs[0].id, pairs[2].id, pairs[3].id]
-    traces = [(p, f, says(1 if f else 2)) for p in pairs for f in (True, False)]
-    with pytest.warns(UserWarning, match=r"2 of 8 are left out, as their videos cannot be read, such as: .*none.mp4"):
+    traces = [(p, f, valid_output(1 if f else 2)) for p in pairs for f in (True, False)]
+    with pytest.warns(UserWarning, match=r"2 of 8 are left out: their videos cannot be read; the first error: .*none.mp4"):
         sft_grm(grm, traces, SFTTraining(steps=1, batch=2, at_once=2, lora_rank=0), tmp_path / "sft")
     with pytest.warns(UserWarning, match="1 of 4 are left out"):
         trainer = grm_trainer(grm, pairs, TrainConfig(tasks=8), tmp_path / "rl")
     assert all("broken" not in task.id for update in range(8) for task, _ in trainer.sample_tasks(update))
-    with pytest.raises(RewardError, match=r"the videos of all 1 cannot be read, such as: .*none.mp4"):
+    with pytest.raises(RewardError, match=r"the videos of all 1 cannot be read; the first error: .*none.mp4"):
         grm_trainer(grm, pairs[1:2], TrainConfig(tasks=2), tmp_path)
 
 
@@ -117,7 +120,7 @@ def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(gr
     drawn = trainer.sample_tasks(0)
     assert [task.reference for task, _ in drawn] == [1, 2, 1, 2]  # both orders of each pair
     right = next(p for p in pairs if p.id in drawn[0][0].id)
-    assert shown(right, True).first in drawn[0][0].messages[0].content.split("Answer 1: ")[1]
+    assert pairwise_prompt(right, True).first in drawn[0][0].messages[0].content.split("Answer 1: ")[1]
     assert trainer.reward_function.__name__ == "reward_function"
     trainer.reward_function = judge
     told: list[dict[str, float]] = []
@@ -126,14 +129,14 @@ def test_reinforcement_moves_verdicts_by_the_trainer_of_the_delegation_policy(gr
     assert first < 1.3
     assert last > first + 0.15
     assert (tmp_path / "rl" / "checkpoints" / "step-000012" / "model.safetensors").exists()
-    with pytest.raises(RewardError, match="tasks must be even"):
+    with pytest.raises(RewardError, match="number of tasks must be even"):
         grm_trainer(grm, pairs, TrainConfig(tasks=3), tmp_path)
 
 
 def test_a_votes_words_do_not_depend_on_its_company(grm: VideoGRM, questions: list) -> None:
     """k votes of one call are those of calls one by one, and of other batches."""
     pairs = pairs_of(questions)[:3]
-    asked = [shown(p, f) for p in pairs for f in (True, False)]
+    asked = [pairwise_prompt(p, f) for p in pairs for f in (True, False)]
     together = grm.judge(asked, 3, seed=5)
     assert [grm.judge([one], 3, seed=5)[0] for one in asked] == together
     assert len({said for group in together for said in group}) > 10
@@ -141,7 +144,7 @@ def test_a_votes_words_do_not_depend_on_its_company(grm: VideoGRM, questions: li
 
 def test_ratings_are_read_or_refused(grm: VideoGRM, questions: list, tmp_path: Path) -> None:
     items = [VideoAnswer(q.video, q.question, f"Answer: {q.answer}") for q in questions[:3]]
-    with pytest.raises(RewardError, match="cannot be read"):
+    with pytest.raises(RewardError, match="can be read"):
         grm.score(items)
     assert [rating for rating, _ in grm.rate(items)] == [None] * 3
 
@@ -176,7 +179,7 @@ def test_a_training_that_was_cut_off_ends_with_the_weights_of_one_that_was_not(
 ) -> None:
     """With all weights and with adapters: checkpoints of models that see store their weights under other names."""
     pairs = pairs_of(questions)[:8]
-    traces = [(p, f, says(1 if f else 2)) for p in pairs for f in (True, False)]
+    traces = [(p, f, valid_output(1 if f else 2)) for p in pairs for f in (True, False)]
     config = SFTTraining(steps=20, batch=4, at_once=4, learning_rate=1e-2, lora_rank=rank, save_every=5)
     whole, cut, again = (VideoGRM.load(base, SETTINGS) for _ in range(3))
     sft_grm(whole, traces, config, tmp_path / "whole")
@@ -201,12 +204,12 @@ def test_the_reward_of_a_verdict_is_by_the_order_that_was_shown(grm: VideoGRM, q
     trainer = grm_trainer(grm, pairs_of(questions), TrainConfig(tasks=2), tmp_path)
     for task, _ in trainer.sample_tasks(3):
         earned = {}
-        for said in (says(1), says(2), "I cannot say."):
+        for said in (valid_output(1), valid_output(2), "I cannot say."):
             ids = (*grm._encode(said), min(grm.chat.stop_ids))
             turn = Turn(ids, (0.0,) * len(ids), StopReason.END)
             branch = Branch("0", (1,), (turn,), Status.ANSWERED, None)
             earned[said] = trainer.reward_function(task, Tree(task.id, branch, price(branch))).reward
-        assert earned == {says(task.reference): 1.5, says(3 - task.reference): 0.5, "I cannot say.": 0.0}
+        assert earned == {valid_output(task.reference): 1.5, valid_output(3 - task.reference): 0.5, "I cannot say.": 0.0}
         shown_first = task.messages[0].content.split("Answer 1: ")[1].split("\n")[0]
         better = next(p.chosen for p in pairs_of(questions) if f"/{p.id}/" in task.id)
         assert (shown_first == better) == (task.reference == 1)

@@ -16,7 +16,7 @@ from ramet.benchmarks.evaluation.statistics import clustered_mean
 from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.best_of_n import CandidateAnswers, PairwiseSelector, ScoreSelector
 from ramet.rewards.video.calibration import calibrate, expected_error, fitted_temperature, rank_correlation
-from ramet.rewards.video.fakes import FakeJudge, fake_judge, says
+from ramet.rewards.video.fakes import FakeJudge, fake_judge, valid_output
 
 
 def candidates(count: int, answers: int = 8, share: float = 0.4, seed: int = 0) -> list[CandidateAnswers]:
@@ -48,7 +48,7 @@ def test_no_picker_beats_pass_at_n_and_the_truth_reaches_it() -> None:
     asked = candidates(80)
     pickers: dict[str, Any] = {
         "truth": ScoreSelector(Truth()), "noisy": ScoreSelector(Truth(1.0)),
-        "duels": PairwiseSelector(FakeJudge("oracle", lambda s, r: says(1 if s.first.startswith("yes") else 2))),
+        "duels": PairwiseSelector(FakeJudge("oracle", lambda s, r: valid_output(1 if s.first.startswith("yes") else 2))),
         "places": PairwiseSelector(fake_judge("always-first", {})),
     }  # fmt: skip
     found = table(best_of_n(asked, pickers, (1, 2, 4, 8)))
@@ -113,7 +113,7 @@ def test_a_question_whose_video_cannot_be_read_is_left_out_for_every_method() ->
 def test_round_robin_counts_wins() -> None:
     """0 beats 1, 1 beats 2, 2 beats 0, all beat 3: a circle, decided by the order of the draw."""
     beats = {("0", "1"), ("1", "2"), ("2", "0"), ("0", "3"), ("1", "3"), ("2", "3")}
-    judge = FakeJudge("circle", lambda s, r: says(1 if (s.first, s.second) in beats else 2))
+    judge = FakeJudge("circle", lambda s, r: valid_output(1 if (s.first, s.second) in beats else 2))
     question = CandidateAnswers("q", None, "q", ("0", "1", "2", "3"), ("0", "1", "2", "3"), (True, False, False, False))
     picker = PairwiseSelector(judge, "round-robin")
     assert [picker(question, draw) for draw in ([3, 1, 2, 0], [0, 3], [2, 0], [1, 0])] == [1, 0, 2, 0]
@@ -146,7 +146,7 @@ def test_calibration_error_of_few_pairs_by_hand() -> None:
     found = calibrate([2.0, 3.0], [0.0, 1.0], [(5, 2), (9, 1)])
     assert found.centre == pytest.approx(1.5)
     assert found.length_correlation == pytest.approx(rank_correlation([5, 2, 9, 1], [2, 0, 3, 1]))
-    with pytest.raises(RewardError, match="two held-out pairs"):
+    with pytest.raises(RewardError, match="at least two held-out pairs"):
         calibrate([1.0], [0.0], [(1, 1)])
 
 

@@ -289,7 +289,7 @@ def test_trl_gets_a_reward_function(drm: VideoDRM, clips: Path, questions: list)
         def score(self, items: Sequence[VideoAnswer]) -> list[float]:
             return [float("nan")] * len(items)
 
-    with pytest.raises(RewardError, match="no numbers"):
+    with pytest.raises(RewardError, match="not finite numbers"):
         as_reward_fn(Broken(), clips)(["x"], question=["q"], video=[None])
     assert as_reward_fn(Broken(), clips, default=-1.0)(["x"], question=["q"], video=[None]) == [-1.0]
     long = {"question": ["q", "q"], "video": [None, None]}
@@ -457,7 +457,7 @@ def test_a_completion_without_an_answer_has_no_score(tmp_path: Path) -> None:
             as_reward_fn(Recorded(), tmp_path)(["red", completion], question=["q"] * 2, video=[None] * 2)
         found = as_reward_fn(Recorded(), tmp_path, default=-1.0)(["red", completion], question=["q"] * 2, video=[None] * 2)
         assert found == [3.0, -1.0]
-    with pytest.raises(RewardError, match="the column 'video' has 1 rows, there are 2 completions"):
+    with pytest.raises(RewardError, match="the column 'video' has 1 rows for 2 completions"):
         as_reward_fn(Recorded(), tmp_path)(["red", "red"], question=["q"] * 2, video=[None])
 
 
