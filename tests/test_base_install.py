@@ -22,8 +22,8 @@ SPELLED = {"reasoning_gym": "reasoning-gym", "PIL": "pillow"}
 """Packages whose requirement is not called as their module is."""
 OF_TRANSFORMERS = {"huggingface_hub", "tokenizers"}
 OF_DATASETS = {"pyarrow"}
-UNLISTED = {"flash_attn", "mcp", "opentelemetry"}
-"""What is used where it is found, and asked for by no extra's table here."""
+UNLISTED = {"flash_attn"}
+"""What is used where it is found, and brought by no extra."""
 
 HIDE = f"""
 import sys
