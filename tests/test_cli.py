@@ -151,7 +151,7 @@ def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
     points = {(r["policy"], r["budget"]) for r in records if r["record"] == "point"}
     assert points == {(p, b) for p in ("base", "base_serial", "trained") for b in (40, 90, 150)}
     report = (tmp_path / "demo" / "report.html").read_text()
-    assert "answer" in report and re.search(r"What came out: with 150 tokens a task the trained model is right on \d+% of 3 ", report)
+    assert "answer" in report and re.search(r"The result: with 150 tokens a task the trained model is right on \d+% of 3 ", report)
 
 
 def test_bench_sampling_and_doctor(tmp_path):

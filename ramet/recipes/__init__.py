@@ -1,1 +1,1 @@
-"""Whole experiments, each made by one command."""
+"""Whole experiments, each run by one command."""

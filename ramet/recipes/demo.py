@@ -75,13 +75,13 @@ def run_demo(directory: Path, seed: int) -> None:
 
 
 def outcome_sentence(records: Sequence[Mapping[str, Any]]) -> str:
-    """What came out, in words: the trained model beside the base at the largest budget."""
+    """The result in words: the trained model beside the base at the largest budget."""
     points = {r["policy"]: r for r in records if r["record"] == "point"}  # the last of each is at its largest budget
     trained, base = points["trained"], points["base"]
     (compared,) = (r for r in records if r["record"] == "comparison" and (r["baseline"], r["budget"]) == ("base", trained["budget"]))
     clear = "clearly more" if compared["ci_low"] > 0 else "clearly less" if compared["ci_high"] < 0 else "not clearly more or less"
     return (
-        f"What came out: with {trained['budget']} tokens a task the trained model is right on {trained['accuracy']:.0%} of {trained['n']} "
+        f"The result: with {trained['budget']} tokens a task the trained model is right on {trained['accuracy']:.0%} of {trained['n']} "
         f"held-out tasks and the base on {base['accuracy']:.0%}, {clear} (difference {compared['difference']:+.2f}, 95% interval "
         f"{compared['ci_low']:+.2f} to {compared['ci_high']:+.2f}); it spawns on {trained['spawn_rate']:.0%} of them, the base on "
         f"{base['spawn_rate']:.0%}, and generates {trained['generated']:.0f} tokens a task, the base {base['generated']:.0f}."

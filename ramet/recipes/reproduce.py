@@ -1,8 +1,8 @@
 """`ramet reproduce nano`: the comparison that the README shows.
 
 Two policies are trained from the shipped base by the same reinforcement learning, with the same number of
-updates and rollouts: one is offered the spawn tool, the other ("solo") is not. Then all that could explain the first one's accuracy
-away answers the same held-out tasks under the same budgets: its weights without the choice (always, never delegating), voting over
+updates and rollouts: one is offered the spawn tool, the other ("solo") is not. Then every method that could explain the first one's
+accuracy away answers the same held-out tasks under the same budgets: its weights without the choice (always, never delegating), voting over
 samples of each of the three models, and a program that cuts the work, with the base and with the trained weights. What is to be set
 of these is set to what does best on other tasks. Everything resumes.
 """
@@ -40,7 +40,7 @@ SPLITS = ("iid", "ood")
 
 
 def entries(config: RunConfig, weights: str, choices: tuning.Choices) -> list[MethodEntry]:
-    """What runs with the base, solo or trained weights on one split."""
+    """The methods that run with the base, solo or trained weights on one split."""
     greedy = Sampling(temperature=config.eval.temperature)
     canonical = config.env.build().canonical
     after = "" if weights == "base" else f"_{weights}"
@@ -89,7 +89,7 @@ def reproduce_nano(config: RunConfig, directory: Path) -> None:
 
 
 def reproduce_seeds(config: RunConfig, runs: Path, seeds: Sequence[int]) -> None:
-    """The comparison from each seed in its own folder, then what they say together: `seeds.json` and `seeds.md` in `runs`."""
+    """The comparison from each seed in its own folder, then the results together: `seeds.json` and `seeds.md` in `runs`."""
     for seed in seeds:
         reproduce_nano(config.model_copy(update={"seed": seed}), runs / f"reproduce-nano-{seed}")
     records = over_seeds([json.loads(read_text(runs / f"reproduce-nano-{seed}" / "results.json")) for seed in seeds])

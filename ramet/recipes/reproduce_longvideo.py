@@ -1,9 +1,9 @@
 """`ramet reproduce longvideo`: delegation learned from the reward of a video reward model.
 
-Clips of several scenes are drawn. A VideoDRM learns from pairs which answers about them are right. A small vision-language model
-learns from demonstrations how clones watch the right segment or all, and how to guess without looking. Then the local trainer rolls out
-trees whose only reward is what the VideoDRM makes of the root's answer. Exact match, which training never sees, says whether that was
-worth it. Everything resumes.
+Clips of several scenes are drawn. From pairs of answers, a VideoDRM learns which answers about them are right. A small vision-language
+model learns from demonstrations how clones watch the right segment or all, and how to guess without looking. Then the local trainer
+samples trees whose only reward is the VideoDRM's score of the root's answer. Exact match, which training never sees, shows whether
+that was worth it. An interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ LONGVIDEO: dict[str, Any] = {
 
 
 def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str], seed: int) -> None:
-    """The whole of it in `folder`. A file or overrides go over `LONGVIDEO`."""
+    """The whole experiment in `folder`. A file and overrides take precedence over `LONGVIDEO`."""
     paths = {"data": "held-out/questions.jsonl", "train": "train/questions.jsonl", "reward_model": "drm"}
     own = [f"model={folder / 'base'}", f"seed={seed}", *(f"env.{name}={folder / where}" for name, where in paths.items())]
     config = load(RunConfig, path, [*own, *overrides], LONGVIDEO)
@@ -92,7 +92,7 @@ def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str
 
 
 def _base(folder: Path, config: RunConfig, seconds: float) -> None:
-    """Trained on demonstrations of the training clips."""
+    """Write the base model, trained on demonstrations of the training clips."""
     path, draft = folder / "base", folder / "base.draft"
     if (path / "config.json").exists():
         return

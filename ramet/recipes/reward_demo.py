@@ -96,7 +96,7 @@ def run_reward_demo(folder: Path, seed: int, out: Path | None) -> None:
 
 
 def built_pairs(folder: Path, seed: int, benchmarks: list[PreferencePair]) -> tuple[list[PreferencePair], list[VideoQuestion]]:
-    """Pairs from the questions in a folder through the pipeline, with their datasheet; and the questions."""
+    """Pairs that the pipeline builds from the questions in a folder, with their datasheet; and the questions."""
     questions = load_questions(str(folder / "questions.jsonl"))
     path = folder / "pairs.jsonl"
     if not path.exists():
@@ -115,7 +115,7 @@ def built_pairs(folder: Path, seed: int, benchmarks: list[PreferencePair]) -> tu
 def trained_drm(
     folder: Path, pairs: list[PreferencePair], seed: int, video: VideoSettings, steps: int
 ) -> tuple[VideoDRM, list[dict[str, Any]]]:
-    """Trained from nothing, calibrated on pairs that were held back, and saved in `folder/drm`; and the log."""
+    """A VideoDRM trained from random weights, calibrated on pairs that were held back, and saved in `folder/drm`; and the training log."""
     path, log = folder / "drm", folder / "training.json"
     if not (path / SETTINGS).exists():
         base = folder / "drm-base"

@@ -47,7 +47,7 @@ def open_model(config: RunConfig, path: Path | None = None) -> tuple[Any, Any, C
 
 
 def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, Callable[[str], int]]:
-    """(policy to be entered, chat format, tokens of a text) of the configured backend, for measuring.
+    """The configured backend, for measuring: (policy, to be used as a context manager; chat format; the token count of a text).
 
     `model` is a directory or a name; for a chat server, the server's name for it ("" for its first).
     """
@@ -77,7 +77,7 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
 
 
 def _spoken_to(server: ServerConfig) -> dict[str, Any]:
-    """How a server's policy is made."""
+    """The keyword arguments of a server's policy."""
     return {
         "concurrency": server.concurrency, "seconds": server.timeout, "wait": server.startup_timeout, "names": server.names,
         "extra": server.extra_body, "fold_system": server.fold_system,
@@ -106,7 +106,7 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
 
 
 def engine_of(config: RunConfig, model: Any, tokenizer: Any, chat: ChatFormat, **options: Any) -> HFPolicy:
-    """The transformers backend of a model; one that sees, for a model with a vision tower."""
+    """The transformers backend of a model, with vision for a vision-language model."""
     from ramet.policy.engines.hf import HFPolicy
 
     options["max_batch"] = config.train.max_batch
@@ -131,7 +131,7 @@ def score_name(config: RunConfig) -> str:
 
 
 def engine_id(config: RunConfig, model: str | Path) -> str:
-    """What tells engines apart in a journal: the weights, or for a chat server its name for them."""
+    """The identity of an engine in a journal: its weights, or the name that a chat server has for them."""
     return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
 
 
@@ -165,7 +165,7 @@ def learning_problem(config: RunConfig, count: Callable[[str], int], spawn: bool
 
 
 def run_fingerprint(config: RunConfig, spawn: bool) -> str:
-    """What tells training runs apart: settings, data and first weights."""
+    """The identity of a training run: its settings, data and initial weights."""
     settings = config.identity()
     settings["openrlhf"] = {name: value for name, value in settings["openrlhf"].items() if name not in FREE}
     return fingerprint(settings, config.env.files(), spawn, weights_id(find(config.model)))

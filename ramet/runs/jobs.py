@@ -1,4 +1,4 @@
-"""The jobs behind the command line: train, measure, make and describe the nano model."""
+"""The commands train, eval and models: run folders, training, measuring, and their records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def claim_folder(directory: Path, config: BaseModel) -> None:
-    """Make the run folder this configuration's and this process's; refuse one that holds another or is in use.
+    """Claim the run folder for this configuration and this process. Raises `ConfigError` if it holds another or is in use.
 
     A run may go on where its server is now, with other limits on requests and waiting (`RunConfig.identity`).
     """
@@ -93,7 +93,7 @@ def run_measuring(
 
 
 def workload_of(config: RunConfig, env: Environment, split: str) -> Workload:
-    """What a run measures on a split."""
+    """The workload of a run on a split."""
     seed = config.eval.seed + config.seed
     tasks = env.tasks(split, config.eval.tasks, seed)
     return Workload(split, tasks, budgets_of(config, split), config.budget, seed, config.eval.repeats)
@@ -151,7 +151,7 @@ def run_workloads(
 
 
 def _warn_of_starved(measured: Sequence[Measured]) -> None:
-    """Say how many outcomes nothing could be sampled for. Raises `ConfigError` if that is all of them."""
+    """Warn of outcomes for which nothing could be sampled. Raises `ConfigError` if that is all of them."""
     starved = [m for m in measured if m.outcome.starved]
     if starved and len(starved) == len(measured):
         raise ConfigError(nothing_sampled_message(f"any of {len(measured)} outcomes", starved[0].outcome.starved))
@@ -163,7 +163,7 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
 
 
 def tree_entry(name: str, config: RunConfig, spawn: bool) -> MethodEntry:
-    """The model deciding by itself, with the tool or without; told so where questions are in words."""
+    """The model deciding by itself, with the tool or without; where questions are in words, its prompt says so."""
     method = methods.instructed_tree(config.env.instruction(spawn)) if config.env.language else baselines.tree
     return MethodEntry(name, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
 
@@ -175,7 +175,7 @@ def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def data_records(config: RunConfig, training: bool = False) -> list[dict[str, Any]]:
-    """A `data` record per measured split of a data set; rows that count once or are trained on are told.
+    """A `data` record per measured split of a data set; rows that are repeated or are also trained on are reported.
 
     Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
     """
@@ -335,7 +335,7 @@ SMALL: dict[str, Any] = {
 
 
 def small_commands(seed: int) -> dict[str, Callable[[Path], None]]:
-    """An evaluation and a training of seconds, for `ramet bench kills`. Imports all that they need, so that a fork begins at once."""
+    """An evaluation and a training run of a few seconds, for `ramet bench kills`. Imports what they need, so that a fork starts at once."""
     import ramet.policy.training.trainer  # noqa: F401
 
     config = validate(RunConfig, {"seed": seed, **SMALL})

@@ -175,7 +175,7 @@ def _judged(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class SelectionPlan:
-    """How the best of N answers is picked: the `ns`; of a judge the method, and its votes of an order, `k`."""
+    """How the best of N answers is chosen: each N of `ns`; for a judge, the method and `k`, its votes in each order."""
 
     ns: Sequence[int]
     method: Literal["knockout", "round-robin"]
@@ -186,7 +186,7 @@ class SelectionPlan:
 def best_of_n_command(
     model: str, source: Source, responses: str, plan: SelectionPlan, overrides: Overrides, folder: Path, out: Path | None
 ) -> None:
-    """`ramet reward best-of-n`: curves on answers from a file, or from a model that is asked for the largest N."""
+    """`ramet reward best-of-n`: curves on answers from a file, or from a model that samples as many as the largest N."""
     questions = source.questions()
     identity = {
         "model": model_id(model), **source.identity("questions"), "method": plan.method, "k": plan.k,
@@ -200,7 +200,7 @@ def best_of_n_command(
             if question.id not in answered:
                 try:
                     answered[question.id] = answerer.answer([question], max(plan.ns), plan.seed)[0]
-                except TaskError as error:  # a video that cannot be read now; asked again by the next run
+                except TaskError as error:  # a video that cannot be read now; the next run tries again
                     logger.warning(f"question {question.id} is left out: {error}")
                     continue
                 journal.append({"id": question.id, "answers": answered[question.id]}, keep=False)

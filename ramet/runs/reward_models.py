@@ -1,4 +1,4 @@
-"""Reward models by name, and what a command says of them and of their data."""
+"""Reward models by name, and the options of the commands that use them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FAULTS = 5
 
 
 class RewardRun(BaseModel):
-    """What tells the run folders of `ramet reward` apart."""
+    """The configuration of a run folder of `ramet reward`."""
 
     command: str
     settings: dict[str, Any]
@@ -80,13 +80,13 @@ class Source:
         return load_questions(self.path, self.fields, self.root)
 
     def identity(self, rows: str) -> dict[str, Any]:
-        """What tells sources of `rows`, pairs or questions, apart."""
+        """The identity of the source, whose rows are called `rows`: pairs or questions."""
         return {rows: file_id(self.path), "fields": self.fields, "videos": str(self.videos or "")}
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a command says of how a model watches and samples; in the rest a model does as it was trained, or as by default.
+    """The options of a command for how a model watches and samples. What they leave out is as the model was trained, or the default.
 
     video     of `VideoSettings`: `max_frames`, `fps`, `max_pixels`
     sampling  of `GRMSettings`: `temperature`, `max_tokens`
@@ -96,20 +96,20 @@ class Overrides:
     sampling: Mapping[str, Any] = field(default_factory=dict)
 
     def over(self, settings: GRMSettings) -> GRMSettings:
-        """`settings`, changed."""
+        """`settings` with these options."""
         return replace(settings, video=replace(settings.video, **self.video), **self.sampling)
 
     def of(self, path: Path) -> GRMSettings:
-        """The settings of the vision-language model in a directory."""
+        """The settings, with these options, of the vision-language model in a directory."""
         return self.over(saved_settings(path) or GRMSettings())
 
     def identity(self) -> dict[str, Any]:
-        """What tells overrides apart."""
+        """The identity of the overrides."""
         return {"seen": dict(self.video), "settings": dict(self.sampling)}
 
 
 def open_reward(name: str, overrides: Overrides, needs: str = "", pairs: Sequence[PreferencePair] = ()) -> Any:
-    """A VideoDRM or a model that judges, from a directory; or `fake:oracle` and its like.
+    """A VideoDRM or a model that judges, from a directory; or a fake one, such as `fake:oracle`.
 
     `needs` is "judge" where pairs are to be judged, "score" where answers are to be scored.
     """
@@ -132,7 +132,7 @@ def open_reward(name: str, overrides: Overrides, needs: str = "", pairs: Sequenc
 
 
 def load_grm(path: Path, settings: GRMSettings) -> VideoGRM:
-    """On a GPU where there is one, then in bfloat16."""
+    """The VideoGRM in a directory: in bfloat16 on a GPU where there is one, else in float32 on the CPU."""
     device = auto_device()
     return VideoGRM.load(path, settings, device, torch.bfloat16 if device == "cuda" else torch.float32)
 
@@ -148,7 +148,7 @@ def open_answerer(name: str, overrides: Overrides) -> Answerer:
 
 
 def model_id(name: str | None) -> str:
-    """What tells models apart in a journal."""
+    """The identity of a model in a journal."""
     if not name or name.startswith("fake:"):
         return name or ""
     path = find(name)
@@ -157,17 +157,17 @@ def model_id(name: str | None) -> str:
 
 
 def answerer_id(name: str) -> str:
-    """What tells answerers apart in a journal."""
+    """The identity of an answerer in a journal."""
     return name if name == "guesser" else file_id(name) if Path(name).is_file() else model_id(name)
 
 
 def file_id(path: str) -> str:
-    """What tells files apart, by content; a data set, by name."""
+    """The identity of a file, by its content, or of a data set, by its name."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16] if Path(path).is_file() else path
 
 
 def print_faults(pairs: Sequence[PreferencePair]) -> None:
-    """What is wrong with pairs, the first `FAULTS` of it."""
+    """Print what is wrong with the pairs, at most `FAULTS` lines of it."""
     problems = faults(pairs)
     for problem in problems[:FAULTS]:
         logger.warning(problem)

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PairModels:
-    """Who takes part in building pairs, by name.
+    """The models that take part in building pairs, by name.
 
     answerers   who answers the questions
     judge       judges pairs in both orders, with and without the video
@@ -66,7 +66,7 @@ class PairModels:
     benchmarks: Sequence[str] = ()
 
     def identity(self) -> dict[str, Any]:
-        """What tells them apart."""
+        """The identity of the models."""
         return {
             "answerers": [answerer_id(name) for name in self.answerers], "judge": model_id(self.judge), "scores": model_id(self.scores),
             "weak": answerer_id(self.weak) if self.weak else "", "benchmarks": [file_id(name) for name in self.benchmarks],

@@ -181,7 +181,7 @@ def run_one(expression: str, policy: str, plan: GrowthPlan, sharing: Sharing | N
 
 
 def run_served(question: str, policy: str | None, url: str, backend: str, plan: GrowthPlan) -> None:
-    """`ramet run --url`: the same of any question, by a server.
+    """`ramet run --url`: the same for any question, with a server as the model.
 
     To a model of the nano format a sum is put in rows, as in its training. Others are told in words how to answer, and may be asked
     anything; an answer that is not a sum's is not graded.

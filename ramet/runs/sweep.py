@@ -45,7 +45,11 @@ CONTROLS = ("self_consistency", "best_of_n", "map_reduce")
 
 @dataclass(frozen=True, slots=True)
 class MethodSetting:
-    """What is to be set of a method: how many samples, documents a clone, or documents read; its temperature where the rest is greedy."""
+    """The settings of a method.
+
+    count        of samples, of documents per clone, or of documents read
+    temperature  where the run itself is greedy
+    """
 
     count: int
     temperature: float = 0.0
@@ -78,7 +82,7 @@ def entries(
     score: methods.SampleScore = methods.likelihood,
     settings: Mapping[str, MethodSetting] = SETTINGS,
 ) -> list[MethodEntry]:
-    """What is measured: a method by name; `delegate` once for each depth and width. Raises `ConfigError` for what cannot be."""
+    """The methods to measure, by name; `delegate` once for each depth and width. Raises `ConfigError` for those that cannot be measured."""
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
@@ -213,7 +217,7 @@ def tuned(
 
 
 def _sampled(setting: MethodSetting, config: RunConfig) -> MethodSetting:
-    """With the temperature that is sampled at: a run's own, where it has one, is that of every method."""
+    """The setting with the temperature that is used: the run's own, where it has one, applies to every method."""
     return replace(setting, temperature=config.eval.temperature or setting.temperature)
 
 
@@ -292,7 +296,7 @@ _COLUMNS = (
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The points as CSV."""
+    """The `point` records as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -318,7 +322,7 @@ def latex(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _say(records: Sequence[Mapping[str, Any]], metric: str) -> None:
-    """What the comparison at matched cost says, one line a baseline and split."""
+    """Print the comparison at matched cost, one line for each baseline and split."""
     chosen = [r for r in records if r["record"] == "matched" and r["metric"] == metric]
     for baseline, split in dict.fromkeys((r["baseline"], r["split"]) for r in chosen):
         rows = [r for r in chosen if (r["baseline"], r["split"]) == (baseline, split)]

@@ -1,6 +1,6 @@
-"""The settings of baselines, chosen on tasks that are there for that: neither trained on nor measured.
+"""The settings of baselines, chosen on a split of their own, which is neither trained on nor measured.
 
-Whatever constant a baseline has is chosen here, for each set of weights that it runs with and each split, from the values listed below.
+Every constant of a baseline is chosen here, for each set of weights that it runs with and each split, from the values listed below.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ROWS = (1, 2, 3)
 KEPT = (6, 4, 8, 12)
 """The first is what rows are chosen with; then it is chosen itself."""
 TEMPERATURES = (0.3, 0.5, 0.7, 1.0)
-Setting = TypeVar("Setting")
-Candidates = Mapping[Setting, tuple[MethodEntry, Workload]]
+SettingT = TypeVar("SettingT")
+Candidates = Mapping[SettingT, tuple[MethodEntry, Workload]]
 """For each setting that is tried, its method and what that is measured on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What does best on one split with one set of weights.
+    """The best settings on one split with one set of weights.
 
     cuts         of map-reduce, by budget; empty for weights that it does not run with
     temperature  of best of n, over all budgets
@@ -49,11 +49,11 @@ class Choices:
 
 
 def scores(
-    config: RunConfig, model: str | Path, candidates: Callable[[Environment], Candidates[Setting]], journal: Journal, label: str
-) -> dict[Setting, dict[int, float]]:
+    config: RunConfig, model: str | Path, candidates: Callable[[Environment], Candidates[SettingT]], journal: Journal, label: str
+) -> dict[SettingT, dict[int, float]]:
     """The sum of the scores of each candidate, by budget. No two candidates may have a name in common."""
-    sums: dict[Setting, dict[int, float]] = {}
-    names: dict[str, Setting] = {}
+    sums: dict[SettingT, dict[int, float]] = {}
+    names: dict[str, SettingT] = {}
 
     def plan(env: Environment) -> Iterator[tuple[MethodEntry, Workload]]:
         for setting, (entry, workload) in candidates(env).items():
@@ -66,18 +66,18 @@ def scores(
     return sums
 
 
-def best(tried: Iterable[Setting], score: Mapping[Setting, float]) -> Setting:
+def best(tried: Iterable[SettingT], score: Mapping[SettingT, float]) -> SettingT:
     """The setting with the largest score; the first on ties."""
     return max(tried, key=score.__getitem__)
 
 
-def best_of_all(tried: Iterable[Setting], sums: Mapping[Setting, Mapping[int, float]]) -> Setting:
+def best_of_all(tried: Iterable[SettingT], sums: Mapping[SettingT, Mapping[int, float]]) -> SettingT:
     """The setting that does best over all budgets."""
     return best(tried, {setting: sum(by_budget.values()) for setting, by_budget in sums.items()})
 
 
 def tune(config: RunConfig, model: Path, weights: str, split: str, cut: bool, journal: Journal) -> Choices:
-    """Choose on the tuning split that is alike to `split`; cuts only if `cut`. `weights` names the model in the journal."""
+    """Choose on the tuning split that corresponds to `split`; cuts only if `cut`. `weights` names the model in the journal."""
     budgets = budgets_of(config, split)
     seed = seed_of(config.seed, "choose", config.eval.seed)
     label = f"tuning baselines of {weights}"

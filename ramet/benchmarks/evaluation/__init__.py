@@ -1,1 +1,1 @@
-"""Methods, baselines, harness and statistics: handed built things, they know no settings file."""
+"""Methods, baselines, harness and statistics: they receive objects that are already built, and read no settings file."""

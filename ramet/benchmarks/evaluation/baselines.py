@@ -1,11 +1,12 @@
-"""What delegation is compared with, each under the same budget object.
+"""The methods that delegation is compared with, each under the same kind of budget.
 
 Every method turns a task and a budget into an `Outcome`: one answer and what was spent on it. All see the
 same information: the task's rows are in every root prompt.
 
 - `tree`: the model decides (base, trained; with depth 0, solo, or weights that learned to spawn and may not).
 - `always`: the same, but that it delegates is decided; how is not.
-- `best_of_n`: whole solutions in one context each, until the budget is used up; majority vote (self-consistency).
+- `best_of_n`: whole solutions in one context each, until the budget is used up; majority vote (self-consistency: Wang et al.,
+  "Self-Consistency Improves Chain of Thought Reasoning in Language Models", arXiv:2203.11171).
 - `map_reduce`: a program hands a fixed number of rows to each clone and the results to the model. The
   text of its call is free, because no model wrote it.
 """
@@ -29,7 +30,10 @@ from ramet.errors import ConfigError, PolicyError, RefusedRequest
 
 
 def only_generated(budget: Budget) -> int:
-    """The limit on generated tokens. Methods that are programs divide that and no other currency."""
+    """The limit on generated tokens, the only currency that methods which are programs divide.
+
+    Raises `ConfigError` where there is none, or where another currency is limited too.
+    """
     others = ("prefilled", "critical_path", "clones", "branch_generated", "seconds")
     limited = [name for name in others if getattr(budget, name) is not None]
     if limited:
@@ -63,7 +67,7 @@ class Outcome:
 
 
 def outcome(answer: str | None, status: str, trees: Sequence[Tree], path: int, clones: int, recall: float | None = None) -> Outcome:
-    """What several trees gave together, whose longest chain is `path` tokens."""
+    """The outcome of several trees together, whose longest chain is `path` tokens."""
     total = {name: sum(getattr(t.usage, name) for t in trees) for name in ("generated", "prefilled", "cached", "attention")}
     starved = trees[0].starved if trees and not total["generated"] else ""
     return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, starved=starved, **total)
@@ -74,7 +78,7 @@ BudgetedMethod = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
 
 
 def checked(tree: Tree) -> Tree:
-    """The tree, unless the backend failed one of its branches: that says nothing about the method.
+    """The tree, unless the backend failed in one of its branches, which says nothing about the method.
 
     Raises `PolicyError`; `RefusedRequest` where the backend does not take what the root asks for.
     """
@@ -152,7 +156,7 @@ class OpenedPolicy(PolicyWrapper):
 
 
 async def always(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
-    """`tree`, but the root's first turn opens a call, as a branch of the nano model does that delegates."""
+    """`tree`, but the root's first turn opens a call, in the words of a branch of the nano model that delegates."""
     if not isinstance(runtime.chat, ControlTokenFormat):
         raise ConfigError("always delegating is written for the nano chat format")
     opened = runtime.chat.turn(statement(len(task.documents)), "")[:-2]  # without the end of the call, and of the turn
@@ -196,7 +200,7 @@ def vote(answers: Sequence[str], canonical: Callable[[str], str]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How map-reduce cuts a task: rows of each clone, and tokens that the reducer keeps for each result that it has to add."""
+    """How map-reduce cuts a task: rows for each clone, and tokens that the reducer keeps for each result that it has to add."""
 
     rows: int
     kept: int

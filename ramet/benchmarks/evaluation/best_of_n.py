@@ -1,11 +1,11 @@
-"""Best-of-N curves: what picking is worth beside what could be had.
+"""Best-of-N curves: what choosing among N answers gains, beside the most that it could gain.
 
-Answers are taken from those that were sampled for a question, N at a time in seeded draws, the same for every method:
+N answers at a time are drawn, by the seed, from those that were sampled for a question; the draws are the same for every method:
 
-    pass       is there a right one among them? Nothing that picks can do better
+    pass       is there a right one among them (pass@k: Chen et al., arXiv:2107.03374)? No way of choosing can do better
     majority   the answer that most of them give, ties by lot (self-consistency)
     random     one of them by lot
-    a model    what it picks
+    a model    the one that it prefers
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def best_of_n(
     questions: Sequence[CandidateAnswers], pickers: dict[str, Picker], ns: Sequence[int] = NS, seed: int = 0,
     report: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """A `best_of_n` record for each N and method: accuracy with its interval over videos, and what a pick asks of the model.
+    """A `best_of_n` record for each N and method: accuracy with its interval over videos, and how often the model is called for one choice.
 
     Where N answers are all that there are, one draw is enough. Every question needs as many answers as the largest N. A question
     whose video cannot be read is left out for every method and counted as `unreadable`; where none is left, the `TaskError` is raised.
@@ -69,7 +69,7 @@ def best_of_n(
 
 
 def _accuracies(question: CandidateAnswers, pickers: dict[str, Picker], n: int, seed: int) -> dict[str, float]:
-    """Of each method on one question, the mean over draws of `n` of its answers."""
+    """The accuracy of each method on one question, averaged over draws of `n` of its answers."""
     rng = random.Random(f"best/{seed}/{question.id}/{n}")
     scores: dict[str, list[float]] = {m: [] for m in ("pass", "majority", "random", *pickers)}
     for draw in [rng.sample(range(len(question.answers)), n) for _ in range(DRAWS if n < len(question.answers) else 1)]:

@@ -32,7 +32,7 @@ def money(outcome: Outcome, prices: Mapping[str, float]) -> float:
 
 
 def matched(groups: Groups, winner: str) -> list[dict[str, Any]]:
-    """`winner` less each baseline where it spends no more than the baseline did, which may have stopped early.
+    """The score of `winner` less that of each baseline, where it spends no more than the baseline did, which may have stopped early.
 
     For every point of a baseline, the winner is taken at its largest budget whose mean cost, in generated tokens, is at most what the
     baseline spent there. A baseline that is cheaper than the winner at any budget gets `difference` null: there is nothing to compare
@@ -110,7 +110,7 @@ def _area(scores: np.ndarray, costs: np.ndarray, most: float) -> np.ndarray:
 
 
 def comparisons(groups: Groups, winner: str = "trained") -> list[dict[str, Any]]:
-    """`winner` less each other policy, on the same tasks at the same budget, with 95% intervals."""
+    """The score of `winner` less that of each other method, on the same tasks at the same budget, with 95% intervals."""
     records = []
     for (policy, split, budget), measured in groups.items():
         if policy != winner and (winner, split, budget) in groups:
@@ -189,7 +189,7 @@ def cost_at(points: Sequence[Mapping[str, Any]], accuracy: float, cost: str) -> 
 
 
 def equal_accuracy(points: Sequence[Mapping[str, Any]], winner: str = "trained") -> list[dict[str, Any]]:
-    """What equal accuracy costs: a baseline where it does as well as at its best, and the winner for as much.
+    """What equal accuracy costs: the baseline where it reaches its best accuracy, and the winner where it reaches the same.
 
     The baseline is taken at its cheapest point whose interval reaches its best accuracy, so that it is
     not charged for a last gain that is noise.

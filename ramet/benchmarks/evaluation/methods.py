@@ -2,12 +2,13 @@
 
 A task holds the question; a method adds one instruction at the end of its prompt and decides how many contexts work on it.
 
-- `direct`, `cot`: one context that answers at once, or after thinking.
+- `direct`, `cot`: one context that answers at once, or after thinking (chain of thought: Wei et al., arXiv:2201.11903).
 - `self_consistency`, `best_of_n`: several `cot` contexts side by side, which share the budget; the most frequent answer, or the one
   that a score prefers.
 - `delegate`: the model is offered the tool, and the prompt explains what it is for.
 - `map_reduce`: a program gives a few documents to each clone and their answers to one more context.
-- `retrieve`: BM25 chooses documents; one context reads those.
+- `retrieve`: BM25 (Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009) chooses documents; one
+  context reads those.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ def best_of_n(count: int, score: SampleScore = likelihood) -> BudgetedMethod:
 
 
 def map_reduce(documents: int) -> BudgetedMethod:
-    """`documents` of them to each clone, in order, or more where tokens are few; a third of the tokens is for who reads the notes."""
+    """`documents` documents to each clone, in order, or more where tokens are few.
+
+    A third of the tokens is for the context that reads the notes.
+    """
 
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         keys, question, generated = list(task.documents), str(task.meta["question"]), only_generated(budget)

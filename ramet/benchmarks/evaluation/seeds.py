@@ -1,4 +1,4 @@
-"""What several seeds say together: a run's own interval is over its tasks, and says nothing of what another training would give."""
+"""Results of several seeds together: the interval of one run is over its tasks, and says nothing about another training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def over_seeds(runs: Sequence[Records]) -> list[dict[str, Any]]:
-    """Of the same comparison from several seeds: mean accuracies and differences with t intervals over seeds.
+    """Mean accuracies and differences of one comparison run from several seeds, with t intervals over seeds.
 
     A `seeds` record for each policy, split and budget that all runs have, with `difference`, the trained controller's accuracy less the
     policy's. Two seeds leave an interval of thirteen standard errors: they say whether a result came twice, and little more.
@@ -37,7 +37,7 @@ def over_seeds(runs: Sequence[Records]) -> list[dict[str, Any]]:
 
 
 def seeds_markdown(records: Records) -> str:
-    """A table for each split: policies down, budgets across; the mean over seeds, and from the least to the most of them."""
+    """A table for each split: policies down, budgets across; the mean over seeds, with the least and the greatest."""
     lines = []
     for split in dict.fromkeys(r["split"] for r in records):
         chosen = {(r["policy"], r["budget"]): r for r in records if r["split"] == split}

@@ -24,14 +24,14 @@ class Interval:
 
 
 def quantile(n: int) -> float:
-    """Of how many standard errors a 95% interval reaches to either side, with `n` independent values: of t with n - 1."""
+    """How many standard errors a 95% interval of `n` independent values reaches to either side: the quantile of t with n - 1."""
     from scipy.stats import t  # half a second
 
     return float(t.ppf(0.975, n - 1)) if n > 1 else math.inf
 
 
 def wilson(p: float, variance: float, n: int) -> tuple[float, float]:
-    """Wilson's interval around a mean `p` in [0, 1] of `n` values, the mean having this variance.
+    """Wilson's interval (1927) around a mean `p` in [0, 1] of `n` values, where the mean has this variance.
 
     Its effective size is that at which a binomial would have the variance; with none (all right or all wrong) it is `n`, so that
     100 of 100 is not reported as certain. One value says nothing: (0, 1).
@@ -59,7 +59,7 @@ def accuracy_interval(scores: Mapping[str, Sequence[float]]) -> Interval:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number, so that under no difference at all the least of them is below 0.05 in at most 5% of cases.
+    """The p-values corrected for their number: with no difference anywhere, the least of them is below 0.05 in at most 5% of cases.
 
     Holm (1979): the k-th smallest of m is multiplied by m - k + 1, and none gets less than a smaller one.
     """
@@ -96,7 +96,10 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def mean_interval(values: Sequence[float], limit: float = math.inf) -> Interval:
-    """Mean of independent values, of tasks or of seeds, none beyond +-`limit`, with a t interval; of one value all is possible."""
+    """Mean of independent values, of tasks or of seeds, none beyond +-`limit`, with a t interval.
+
+    The interval around a single value is as wide as it can be.
+    """
     n, mean = len(values), float(np.mean(values))
     half = quantile(n) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     return Interval(mean, max(-limit, mean - half), min(limit, mean + half), n)

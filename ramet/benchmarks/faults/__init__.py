@@ -1,1 +1,1 @@
-"""What survives."""
+"""Tests of what survives faults: simulated interleavings, invariants, killed processes."""

@@ -30,7 +30,7 @@ def _prefilled(turns: Sequence[Turn]) -> int:
 
 
 def check_growth(growth: Growth, seen: dict[str, tuple[object, ...]]) -> None:
-    """A growing branch and those under it: in every currency, what is spent is what stands there, and limits hold.
+    """Check a growing branch and those under it: in every currency the ledger agrees with the branches, and limits hold.
 
     `seen` keeps each branch's state at the last check; what has not changed since is not counted again, and while nothing moves in
     the ledgers no branch is looked at, or a chain would cost its depth at every step.
@@ -141,7 +141,7 @@ def _check_results(branch: Branch, turn: Turn) -> None:
 
 
 def check_quiet(policy: ScriptedPolicy) -> None:
-    """Nothing runs any more but the task that asks."""
+    """Only the task that calls this is still running."""
     require(policy.running == 0, f"{policy.running} requests outlive their trees")
     left = asyncio.all_tasks() - {asyncio.current_task()}
     require(not left, f"{len(left)} tasks outlive the run")

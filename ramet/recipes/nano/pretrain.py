@@ -1,7 +1,8 @@
 """Train the nano base from its demonstrations: `ramet models train-nano`.
 
-Supervised next-token loss on the assistant's tokens. AdamW on embeddings and norms, Muon on the
-hidden matrices. The same seed gives the same weights on the same machine and thread count.
+Supervised next-token loss on the assistant's tokens. AdamW on embeddings and norms, Muon (Jordan et al., 2024,
+https://kellerjordan.github.io/posts/muon) on the hidden matrices. The same seed gives the same weights on the same machine and thread
+count.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def build_model(tokenizer: Any, config: PretrainConfig) -> Any:
 
 
 def pretrain(config: PretrainConfig, report: Callable[[int, float, float], None] | None = None) -> tuple[Any, Any]:
-    """Tokenizer and trained model. `report(step, loss, tokens_per_second)` is called now and then."""
+    """Tokenizer and trained model. `report(step, loss, tokens_per_second)` is called every 50 steps and at the last."""
     tokenizer = train_tokenizer(demonstration_texts(4000, config.seed))
     chat = ControlTokenFormat(tokenizer)
     model = build_model(tokenizer, config)
@@ -116,7 +117,7 @@ def pretrain(config: PretrainConfig, report: Callable[[int, float, float], None]
 
 
 def save(tokenizer: Any, model: Any, config: PretrainConfig, path: Path) -> None:
-    """A Hugging Face model directory with how it was made beside it."""
+    """Write a Hugging Face model directory, with the settings of the training in `pretrain.json`."""
     import json
 
     path.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ WATCH = "What colour is the square?"
 
 @dataclass
 class Teacher:
-    """Answers as a program: the root by `watch`, clones by what their segment shows."""
+    """A policy that demonstrates: the root calls clones or guesses, as `plans` says, and clones answer what their segment shows."""
 
     chat: ControlTokenFormat
     truth: Mapping[tuple[str, float], str]
@@ -85,10 +85,10 @@ def demonstrate_watching(tasks: Sequence[Task], truth: Mapping[tuple[str, float]
 
 
 def examples(trees: Sequence[Tree]) -> list[Example]:
-    """Every branch of the trees, its sampled tokens to be learned."""
+    """A training example for every branch of the trees, of which the sampled tokens are learned."""
     return [Example(b.ids, b.mask, b.media) for tree in trees for b in tree.branches]
 
 
 def scenes_of(question: VideoQuestion, colours: Sequence[str], seconds: float) -> dict[tuple[str, float], str]:
-    """The truth of a video of scenes that last equally long."""
+    """The colour of each scene of a video, by file and start, where all scenes last equally long."""
     return {(question.video.file, question.video.start + n * seconds): colour for n, colour in enumerate(colours)}
