@@ -1,1 +1,1 @@
-"""Grades and penalties."""
+"""Scores for answers, penalties for the cost of a tree, and reward models."""

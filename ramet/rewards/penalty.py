@@ -1,12 +1,12 @@
-"""Penalties: what a tree's usage costs, priced on the whole tree, additive, each named.
+"""Penalties: the cost of a tree's usage, as named terms that are subtracted from its score.
 
-A reward is `score - sum of penalties`, or what a failure is worth. More score never earns less: at the same cost by the
-difference, and a tree that scored anything, whatever it cost, at least what any tree does that scored nothing (`scored`).
-Every penalty is logged by itself.
+The reward is the score less the sum of the penalties, or a fixed value for a failure. A higher score never earns less: at the same cost
+it earns the difference more, and a tree with any positive score earns at least as much as a tree that scored 0, whatever both cost
+(`scored`). Each penalty is logged separately.
 
-The presets are after the SELFCEST release (specification, section 3.4), so that both can be compared: its formulas stand in the
-place of that rule, which does not hold in the release either. One thing that they are computed from is counted otherwise: the release
-counts the tags of calls that the root wrote, and here it is the root's turns that started clones.
+The presets follow the release of SELFCEST (General learned delegation by clones, Li et al. 2026, arXiv 2602.13262), for comparison. Its
+formulas replace the rule above, which does not hold for them. One quantity is counted differently: where the release counts the tags of
+calls that the root wrote, these count the root's turns that started clones.
 """
 
 from __future__ import annotations

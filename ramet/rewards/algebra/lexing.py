@@ -112,6 +112,7 @@ class Token:
 
 
 def tokens_of(text: str) -> list[Token]:
+    """The tokens of a text that `cleaned` returned. Every character belongs to a token or is whitespace."""
     found: list[Token] = []
     spaced, depth, position = False, 0, 0
     while position < len(text):

@@ -90,6 +90,7 @@ def number_of(node: Node) -> Num | None:
 
 
 def integer_of(node: Node) -> Fraction | None:
+    """The value of a literal integer, with any signs before it; None for anything else."""
     if isinstance(node, Op) and node.name == "neg":
         inner = integer_of(node.args[0])
         return None if inner is None else -inner
@@ -97,6 +98,7 @@ def integer_of(node: Node) -> Fraction | None:
 
 
 def is_scientific(node: Op) -> bool:
+    """Whether a product is a number in scientific notation, such as `1.5 * 10^6`."""
     if node.name != "mul" or len(node.args) != 2:
         return False
     mantissa, power = node.args
@@ -107,6 +109,7 @@ def is_scientific(node: Op) -> bool:
 
 
 def literal(node: Node) -> bool:
+    """Whether a node is a literal number; see `number_of`."""
     return number_of(node) is not None
 
 
@@ -122,6 +125,7 @@ def inside(node: Node) -> tuple[Node, ...]:
 
 
 def depth_of(node: Node) -> int:
+    """Levels of a tree, 1 for a node without children. Not recursive, so that any depth can be measured."""
     depth, level = 0, [node]
     while level:
         depth, level = depth + 1, [child for parent in level for child in inside(parent)]

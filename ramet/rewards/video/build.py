@@ -44,7 +44,9 @@ class Answerer(Protocol):
     """Something that answers questions about videos: a model, a server, a file of answers."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The source of its answers, as recorded in the pairs."""
+        ...
 
     def answer(self, questions: Sequence[VideoQuestion], n: int, seed: int, blind: bool = False) -> list[list[str]]:
         """`n` answers to each question; `blind`: without its video."""
@@ -52,7 +54,8 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """
+    """Settings of the pipeline.
+
     n           answers of each answerer to each question
     blind       answers without the video that are asked for, to drop questions that do not need it; 0: none
     easy        share of right answers from which on a question counts as answered
@@ -74,6 +77,7 @@ class StageCounts:
     stages: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def stage(self, name: str, before: int, after: int, dropped: Counter[str]) -> None:
+        """Record a stage: how many items came in and are left, and how many were dropped for each reason."""
         self.stages[name] = {"in": before, "out": after, **dict(sorted(dropped.items()))}
 
 

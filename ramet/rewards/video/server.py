@@ -108,7 +108,7 @@ class RewardService:
                 raise ConfigError(f"there is no folder of videos {folder}")
         self.model, self.videos, self.token, self.stops, self.linked = model, videos, token, stops, linked
         self._reader: Callable[[Segment], object] | None = getattr(model, "reader", None)
-        """Keeps what it reads, for a model that sees."""
+        """The video reader of a vision-language model, which caches what it reads."""
         self._readers = anyio.CapacityLimiter(READERS)
         self._waiting: list[_Waiting] = []
         self._wake = anyio.Event()
@@ -116,6 +116,7 @@ class RewardService:
         """Of the model so far."""
 
     def app(self) -> Starlette:
+        """The ASGI application, which scores requests for as long as it runs."""
         routes = [
             Route("/score", self._answered(self._score), methods=["POST"]),
             Route("/get_reward", self._answered(self._openrlhf), methods=["POST"]),

@@ -108,6 +108,7 @@ class Collator:
     pairs: Sequence[PreferencePair]
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """The batch of 2 n sequences for n rows, with `margin` [n] where the rows have one."""
         prompts = [self.drm.prompt(self.pairs[row["number"]].video, self.pairs[row["number"]].question) for row in rows]
         answers = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
         inputs = self.drm.batch(prompts * 2, answers)
