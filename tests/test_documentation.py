@@ -17,7 +17,7 @@ from ramet.cli.main import app
 from ramet.cli.settings import sections
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 
 
 def run(*arguments: str) -> str:
@@ -97,7 +97,7 @@ def check_exists(words: list[str]) -> None:
     assert given <= options_of(command), (command.name, given - options_of(command))
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_exist_with_the_options_that_it_gives_them(page):
     for _, *words in command_lines(page):
         check_exists(words)
