@@ -219,7 +219,7 @@ def bench_kills(
     Example: ramet bench kills --kills 20
     """
     from ramet.benchmarks.faults.kills import bench_kills
-    from ramet.runs.jobs import small_commands
+    from ramet.runs.commands import small_commands
 
     bench_kills(small_commands(seed or 0), kills, seed or 0, json)
 

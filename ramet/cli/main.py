@@ -181,7 +181,7 @@ def train(
     if trainer == "local":
         if dry_run or plan:
             raise ConfigError("--dry-run and --plan belong to the trainer openrlhf: add --trainer openrlhf")
-        from ramet.runs.jobs import train_command
+        from ramet.runs.commands import train_command
 
         with draining(logger.warning):
             train_command(resolved, folder, spawn, json)
@@ -216,7 +216,7 @@ def evaluate(
 
     Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
     """
-    from ramet.runs.jobs import eval_command
+    from ramet.runs.commands import eval_command
     from ramet.runs.settings import LANGUAGE
 
     with draining(logger.warning):
@@ -317,7 +317,7 @@ def _question_overrides(env: str | None, data: str | None, limit: int | None, bu
 @models.command("list")
 def models_list() -> None:
     """Print the shipped models."""
-    from ramet.runs.jobs import list_models
+    from ramet.runs.commands import list_models
 
     list_models()
 
@@ -363,7 +363,7 @@ def models_accuracy(
 
     Example: ramet models accuracy --tasks 100
     """
-    from ramet.runs.jobs import accuracy_by_length
+    from ramet.runs.commands import accuracy_by_length
 
     accuracy_by_length(model, tasks, seed or 0, json)
 

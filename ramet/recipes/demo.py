@@ -22,7 +22,7 @@ from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.recipes.reproduce import draw_pictures, summary
 from ramet.runs.build import open_model, read_metrics
-from ramet.runs.jobs import claim_folder, print_points, run_measuring, run_training, tree_entry
+from ramet.runs.commands import claim_folder, print_points, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig, validate
 from ramet.runs.show import bill, branch_view, grow_live
 from ramet.storage import meta, write_json

@@ -28,7 +28,7 @@ from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.runs import tuning
 from ramet.runs.build import read_metrics
-from ramet.runs.jobs import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
+from ramet.runs.commands import claim_folder, print_points, result_records, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, read_text, write_json, write_text
 from ramet.terminal import Table, show

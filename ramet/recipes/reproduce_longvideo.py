@@ -31,7 +31,7 @@ from ramet.recipes.nano.vision import VisionSize, write_vision_model
 from ramet.recipes.nano.watching import WATCH, demonstrate_watching, examples, scenes_of
 from ramet.recipes.reward_demo import built_pairs, trained_drm
 from ramet.runs.build import engine_of, open_model, read_metrics, score_name
-from ramet.runs.jobs import claim_folder, run_measuring, run_training, tree_entry
+from ramet.runs.commands import claim_folder, run_measuring, run_training, tree_entry
 from ramet.runs.settings import RunConfig, load
 from ramet.runs.sweep import results
 from ramet.storage import meta, read_text, write_json

@@ -31,7 +31,7 @@ from ramet.rewards.video.discriminative import SETTINGS, DRMSettings, VideoAnswe
 from ramet.rewards.video.pairs import PreferencePair, faults, load_pairs, row_of
 from ramet.rewards.video.questions import VideoQuestion, load_questions
 from ramet.rewards.video.train_drm import DRMTraining, train_drm
-from ramet.runs.jobs import claim_folder
+from ramet.runs.commands import claim_folder
 from ramet.storage import meta, read_text, write_json, write_text
 from ramet.terminal import HEADING
 

@@ -24,8 +24,8 @@ from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.placement import GIB, ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
 from ramet.runs.build import read_metrics, score_name
-from ramet.runs.cluster_job import LOG, OUTCOME, longest, read_outcome, run_spec
-from ramet.runs.jobs import claim_folder
+from ramet.runs.cluster_process import LOG, OUTCOME, longest, read_outcome, run_spec
+from ramet.runs.commands import claim_folder
 from ramet.runs.settings import RunConfig, held, write
 from ramet.storage import meta, write_json
 from ramet.terminal import Table, show
@@ -98,7 +98,7 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     flags(spec, context)
     if not config.openrlhf.cpu:
         check_fits(place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context))
-    # What is wrong with the tasks is said now, and not by an actor in a minute.
+    # What is wrong with the tasks is reported now, and not by an actor in a minute.
     config.env.without_reward_model().build().tasks("train", 1, config.seed)
     _claim(directory, config)
     (directory / STOP).unlink(missing_ok=True)
@@ -115,7 +115,10 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
 
 
 def _run(config: RunConfig, directory: Path, spawn: bool) -> None:
-    """Run the job to its end, again from the last checkpoint where it loses a part. Raises what ended it; `RunLost` for a last loss."""
+    """Run the cluster process to its end, and again from the last checkpoint each time that it loses a part.
+
+    Raises the error that ended it; `RunLost` where it may not be started again.
+    """
     lost: PartLost | None = None
     for left in reversed(range(config.openrlhf.restarts + 1)):
         try:
@@ -133,7 +136,7 @@ def _run(config: RunConfig, directory: Path, spawn: bool) -> None:
 
 
 def _absolute(config: RunConfig) -> RunConfig:
-    """With whole paths: the job and its actors may stand in another folder."""
+    """With absolute paths: the cluster process and its actors may run in another folder."""
     model = str(Path(config.model).resolve()) if config.model != "nano" and Path(config.model).exists() else config.model
     return config.model_copy(update={"model": model, "env": config.env.absolute()})
 
@@ -152,25 +155,25 @@ def _placed(before: RunConfig, config: RunConfig) -> ClusterConfig:
     return before.openrlhf.model_copy(update={name: getattr(config.openrlhf, name) for name in FREE})
 
 
-_Job = tuple[Callable[[], bool], Callable[[], str]]
-"""Is a job running? And when it is not: how did it end?"""
+_Watched = tuple[Callable[[], bool], Callable[[], str]]
+"""Is a cluster process running? And when it is not: how did it end?"""
 
 
 def _attempt(config: RunConfig, directory: Path, spawn: bool) -> None:
-    """Run the job once. Raises the error that ended it, `PartLost` where it has left none."""
+    """Run the cluster process once. Raises the error that ended it, `PartLost` where it has left none."""
     (directory / OUTCOME).unlink(missing_ok=True)
     last = latest_checkpoint(directory / "checkpoints")
     done = int(last.name.removeprefix("step-")) if last else 0
-    command = [sys.executable, "-m", "ramet.runs.cluster_job", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
+    command = [sys.executable, "-m", "ramet.runs.cluster_process", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
     start = _submitted if config.openrlhf.address else _started
     shown_progress = progress.training("openrlhf", config.train.updates, done, score_name(config))
     with shown_progress as report, start(config, directory, command) as (running, why):
-        shown, asked = done, False
+        shown, stopping = done, False
         while running():
             time.sleep(0.5)
             shown = _report(directory, shown, report)
-            if drain.requested() and not asked:
-                asked = True
+            if drain.requested() and not stopping:
+                stopping = True
                 (directory / STOP).touch()
         _report(directory, shown, report)
         end = why()
@@ -190,8 +193,8 @@ def _report(directory: Path, shown: int, report: Callable[[dict[str, Any]], None
 
 
 @contextmanager
-def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
-    """The job as a process of this machine, with a Ray of its own."""
+def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Watched]:
+    """The cluster process on this machine, with a Ray of its own."""
     environment = {**os.environ, "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"), "RAY_USAGE_STATS_ENABLED": "0"}
     # Ray's workers look for compilers and for ninja where this Python is.
     environment.pop("RAY_ADDRESS", None)
@@ -212,20 +215,20 @@ def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator
 
 
 @contextmanager
-def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Job]:
-    """The job on an existing cluster, by Ray's job server. The run folder must be one that its nodes see."""
+def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Watched]:
+    """The cluster process on an existing cluster, as a job of Ray's. The run folder must be one that its nodes see."""
     try:
         from ray.job_submission import JobStatus, JobSubmissionClient
     except ImportError as error:
         raise ConfigError("submitting to a cluster needs Ray here: pip install 'ray[default]==2.55.0'") from error
     try:
         client = JobSubmissionClient(config.openrlhf.address)
-        job = client.submit_job(entrypoint=shlex.join(["python", *command[1:]]))
+        submission = client.submit_job(entrypoint=shlex.join(["python", *command[1:]]))
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray job server answers at {config.openrlhf.address} ({error}): start Ray there, or leave openrlhf.address out"
         ) from error
-    logger.info(f"submitted as {job} to {config.openrlhf.address}")
+    logger.info(f"submitted as {submission} to {config.openrlhf.address}")
     ended = (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
 
     silent = 0.0
@@ -233,7 +236,7 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
     def running() -> bool:
         nonlocal silent
         try:
-            status, silent = client.get_job_status(job), 0.0
+            status, silent = client.get_job_status(submission), 0.0
         except (OSError, RuntimeError):  # what it uses raises OSErrors
             silent = silent or time.monotonic()
             return time.monotonic() - silent < SETTLE_SECONDS
@@ -241,14 +244,14 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
 
     def why() -> str:
         with contextlib.suppress(OSError, RuntimeError):
-            return " ".join(str(client.get_job_info(job).message).split())[:300]
+            return " ".join(str(client.get_job_info(submission).message).split())[:300]
         return f"no job server answers at {config.openrlhf.address}"
 
     try:
         yield running, why
     finally:
         with contextlib.suppress(OSError, RuntimeError):
-            if client.get_job_status(job) not in ended:
-                client.stop_job(job)
+            if client.get_job_status(submission) not in ended:
+                client.stop_job(submission)
             with (directory / LOG).open("a", encoding="utf-8") as log:
-                log.write(client.get_job_logs(job))
+                log.write(client.get_job_logs(submission))

@@ -23,7 +23,7 @@ from ramet.rewards.video.fakes import fake_judge
 from ramet.rewards.video.generative import GRM_SETTINGS, GRMSettings, VideoGRM, saved_settings
 from ramet.rewards.video.pairs import PreferencePair, PreferencePairs, faults, load_pairs
 from ramet.rewards.video.questions import VideoQuestion, load_questions
-from ramet.runs.jobs import claim_folder
+from ramet.runs.commands import claim_folder
 from ramet.storage import read_text
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.runs import tuning
 from ramet.runs.build import engine_id, score_name
-from ramet.runs.jobs import claim_folder, data_records, print_points, run_measuring, tree_entry, workload_of
+from ramet.runs.commands import claim_folder, data_records, print_points, run_measuring, tree_entry, workload_of
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, write_json, write_text
 from ramet.terminal import show

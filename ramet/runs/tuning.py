@@ -18,7 +18,7 @@ from ramet.benchmarks.evaluation.baselines import Cut
 from ramet.benchmarks.evaluation.harness import MethodEntry, Workload
 from ramet.env.environment import Environment
 from ramet.env.splits import TUNING
-from ramet.runs.jobs import budgets_of, run_workloads
+from ramet.runs.commands import budgets_of, run_workloads
 from ramet.runs.settings import RunConfig
 
 ROWS = (1, 2, 3)

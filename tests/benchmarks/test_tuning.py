@@ -6,7 +6,7 @@ from collections import Counter
 
 from ramet.agents.journal import Journal
 from ramet.policy.models.catalogue import BASE
-from ramet.runs.jobs import budgets_of
+from ramet.runs.commands import budgets_of
 from ramet.runs.settings import RunConfig, validate
 from ramet.runs.tuning import KEPT, ROWS, TEMPERATURES, best, best_of_all, tune
 

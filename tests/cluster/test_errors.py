@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ramet.errors import BudgetExhausted, Drained, EngineLost, PartLost, PolicyError, RewardError, StorageError
-from ramet.runs.cluster_job import ours
+from ramet.runs.cluster_process import ours
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: make test-openrlhf")
 

@@ -20,7 +20,7 @@ from ramet.policy.openrlhf.placement import ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.advantages import gae
 from ramet.policy.training.update import LearningProblem, TrainConfig
-from ramet.runs import cluster, cluster_job
+from ramet.runs import cluster, cluster_process
 from ramet.runs.settings import RunConfig, load
 
 FOUR_BILLION = Path(__file__).parents[2] / "examples" / "shapes" / "4b"
@@ -230,7 +230,7 @@ def test_what_ended_a_run_is_raised_as_what_it_was(ended, kind, tmp_path, monkey
     def started(config: RunConfig, directory: Path, command: list[str]) -> Iterator[Any]:
         attempts.append(1)
         (directory / "openrlhf").mkdir(exist_ok=True)
-        cluster_job._write(directory, ended if len(attempts) < 3 else None)
+        cluster_process._write(directory, ended if len(attempts) < 3 else None)
         yield lambda: False, lambda: "exit status 1"
 
     monkeypatch.setattr(cluster, "_started", started)

@@ -24,7 +24,7 @@ from ramet.errors import ConfigError, StorageError
 from ramet.policy.training.rows import batches
 from ramet.recipes.nano.demonstrations import demonstrate, demonstration_texts, encode
 from ramet.recipes.nano.tokenizer import train_tokenizer
-from ramet.runs.jobs import accuracy_by_length
+from ramet.runs.commands import accuracy_by_length
 
 logger = logging.getLogger(__name__)
 

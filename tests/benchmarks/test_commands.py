@@ -15,7 +15,7 @@ from ramet.agents.resume import JournaledPolicy
 from ramet.errors import ConfigError, StorageError
 from ramet.policy.models.catalogue import BASE
 from ramet.runs.cluster import _claim
-from ramet.runs.jobs import claim_folder, run_measuring, tree_entry
+from ramet.runs.commands import claim_folder, run_measuring, tree_entry
 from ramet.runs.renamed import KEYS, VALUES
 from ramet.runs.settings import RunConfig, validate
 
@@ -24,7 +24,7 @@ SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets":
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     """From another process: refused while it is held, free when its holder is gone, however it went."""
-    hold = "import pathlib, sys, time; from ramet.runs import jobs; jobs.lock(pathlib.Path(sys.argv[1]));"
+    hold = "import pathlib, sys, time; from ramet import storage; storage.lock(pathlib.Path(sys.argv[1]));"
     hold += "print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"

@@ -1,4 +1,4 @@
-"""The process that starts a run on Ray: `python -m ramet.runs.cluster_job RUN_FOLDER`. `ramet train --trainer openrlhf` starts it.
+"""The process that starts a run on Ray: `python -m ramet.runs.cluster_process RUN_FOLDER`. `ramet train --trainer openrlhf` starts it.
 
 It ends with the error that ended the run in `RUN_FOLDER/openrlhf/outcome.json`, or null.
 """
@@ -26,7 +26,7 @@ from ramet.runs.build import learning_problem, run_fingerprint
 from ramet.runs.settings import RunConfig, load
 from ramet.storage import lock, read_text, write_text
 
-logger = logging.getLogger("ramet.runs.cluster_job")
+logger = logging.getLogger("ramet.runs.cluster_process")
 LOG = "openrlhf.log"
 OUTCOME = Path("openrlhf") / "outcome.json"
 GUARD_SECONDS = 5.0
@@ -126,7 +126,7 @@ def ours(error: BaseException, log: Path) -> RametError:
 
 
 def main() -> None:
-    """Run the job of the folder that the command line names; exits with 0 where it was done."""
+    """Train in the folder that the command line names; exits with 0 once it is done."""
     directory, spawn = Path(sys.argv[1]), "--no-spawn" not in sys.argv
     terminal.log_to(terminal.messages)
     ended: RametError | None = None
