@@ -11,7 +11,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ramet.version import __version__
 
 # Silent, until whoever uses the package, such as its command line, says where its log goes.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

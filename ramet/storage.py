@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from ramet import __version__
 from ramet.errors import StorageError
+from ramet.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ramet import __version__, storage
+from ramet import storage
 from ramet.agents import drain
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
@@ -25,6 +25,7 @@ from ramet.cli.reward import reward
 from ramet.display import progress
 from ramet.errors import ConfigError, RametError, missing_extra
 from ramet.terminal import give_way, log_to, messages, one_line, show, tagged, tolerate
+from ramet.version import __version__
 
 logger = logging.getLogger("ramet.cli.main")
 

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ramet import __version__
 from ramet.agents.chat import ChatFormat, chat_format, turn_end
 from ramet.agents.encoding import TextEncoder
 from ramet.agents.tree import Message
@@ -35,6 +34,7 @@ from ramet.policy.engines.vision import Prompted, VideoReader, VideoSettings, mo
 from ramet.policy.models.lora import merged
 from ramet.rewards.video.pairs import VideoInput, segments_of
 from ramet.terminal import quiet
+from ramet.version import __version__
 
 SETTINGS = "video_drm.json"
 TOGETHER = 4096
