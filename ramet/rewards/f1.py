@@ -28,10 +28,10 @@ def normalise(text: str) -> str:
 
 def references(task: Task) -> Sequence[str]:
     """The task's reference answers, aliases included. Raises `TaskError` where there is none."""
-    found = task.reference
-    if not isinstance(found, (tuple, list)) or not found or not all(isinstance(answer, str) for answer in found):
+    answers = task.reference
+    if not isinstance(answers, (tuple, list)) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise TaskError(f"task {task.id} has no reference answer in words; add one or choose another reward")
-    return found
+    return answers
 
 
 def exact_match(task: Task, answer: str | None) -> float:
@@ -60,8 +60,8 @@ def token_f1(answer: str, gold: str, verdicts: bool = True) -> float:
     ours, theirs = normalise(answer), normalise(gold)
     if verdicts and ours != theirs and (ours in VERDICTS or theirs in VERDICTS):
         return 0.0
-    said, wanted = ours.split(), theirs.split()
-    if not said or not wanted:
-        return float(not verdicts and said == wanted)
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+    predicted, expected = ours.split(), theirs.split()
+    if not predicted or not expected:
+        return float(not verdicts and predicted == expected)
+    common = sum((Counter(predicted) & Counter(expected)).values())
+    return 2 * common / (len(predicted) + len(expected)) if common else 0.0

@@ -98,14 +98,14 @@ def math_match(task: Task, answer: str | None) -> float:
         return 1.0
     if isinstance(expected, Sym) and (chosen := _choice(answer)):
         return float(expected.name == chosen)
-    said = _understood(answer, prose=not isinstance(expected, Text))
-    if said is None:
+    stated = _understood(answer, prose=not isinstance(expected, Text))
+    if stated is None:
         return 0.0
     try:
-        equal = same(expected, said)
+        equal = same(expected, stated)
     except NotationError:
         return 0.0
-    return float(equal and (written(expected) == written(said) or not _copied(answer, task)))
+    return float(equal and (written(expected) == written(stated) or not _copied(answer, task)))
 
 
 def _understood(answer: str, prose: bool) -> Node | None:
@@ -127,34 +127,34 @@ def _understood(answer: str, prose: bool) -> Node | None:
 def _in_prose(text: str) -> list[str]:
     """From the one formula or number of a sentence on, its unit included; a formula alone. Nothing where there are several, or a doubt."""
     text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", text).replace("**", "")
-    found = [*_FORMULA.finditer(text)] or [*_NUMBER.finditer(text)]
-    formula = bool(found) and found[0].re is _FORMULA
+    matches = [*_FORMULA.finditer(text)] or [*_NUMBER.finditer(text)]
+    formula = bool(matches) and matches[0].re is _FORMULA
     around = (_FORMULA if formula else _NUMBER).sub(" ", text)
     words = re.findall(r"[^\W\d_][^\W\d_']*", around.casefold())
     stated = _STATED.fullmatch(text)
     if stated and not _DOUBT & set(stated[1].casefold().split()):
         return [stated[2]]
-    if len(found) != 1 or not any(len(word) > 1 for word in words) or re.search(r"[\d\\^=<>*/+]", around) or _DOUBT & set(words):
+    if len(matches) != 1 or not any(len(word) > 1 for word in words) or re.search(r"[\d\\^=<>*/+]", around) or _DOUBT & set(words):
         return []
     if formula:
-        return [text[found[0].start() :], found[0].group()]
-    unit = _CONTINUED.split(text[found[0].end() :], maxsplit=1)[0]
-    return [found[0].group() + unit, found[0].group()]
+        return [text[matches[0].start() :], matches[0].group()]
+    unit = _CONTINUED.split(text[matches[0].end() :], maxsplit=1)[0]
+    return [matches[0].group() + unit, matches[0].group()]
 
 
 def _choice(answer: str) -> str | None:
     """The letter of a choice that is named with what it says: `(C) 12`, `B. Paris`."""
     text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", cleaned(answer)) if len(answer) <= LONGEST else ""
-    found = _CHOICE.fullmatch(text)
-    return None if found is None or re.search(r"\([A-Z]\)|\b[A-Z][.):](?:\s|$)", found[3]) else found[1] or found[2]
+    match = _CHOICE.fullmatch(text)
+    return None if match is None or re.search(r"\([A-Z]\)|\b[A-Z][.):](?:\s|$)", match[3]) else match[1] or match[2]
 
 
 def _copied(answer: str, task: Task) -> bool:
     """Does the answer stand in the question?"""
-    said = "".join(squeezed(cleaned(answer)).split())
-    asked = squeezed(task.messages[-1].content) if task.messages else ""
-    there = r"\s*".join(map(re.escape, said))
-    return len(said) > 1 and re.search(rf"(?<![\w.^]){there}(?!\w|\s*\^|\.\d)", asked) is not None
+    formula = "".join(squeezed(cleaned(answer)).split())
+    question = squeezed(task.messages[-1].content) if task.messages else ""
+    pattern = r"\s*".join(map(re.escape, formula))
+    return len(formula) > 1 and re.search(rf"(?<![\w.^]){pattern}(?!\w|\s*\^|\.\d)", question) is not None
 
 
 def squeezed(text: str) -> str:

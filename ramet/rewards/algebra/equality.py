@@ -35,19 +35,19 @@ FLOAT_DIGITS = 15
 _FLOAT_ERROR = Fraction(1, 10**14)
 
 
-def same(gold: Node, said: Node) -> bool:
-    """Does `said` state the answer `gold`? Raises `NotationError` for values beyond all bounds."""
-    gold, said = _single(gold), _single(said)
-    if gold == said:
+def same(gold: Node, answer: Node) -> bool:
+    """Whether `answer` states the same as the reference answer `gold`. Raises `NotationError` for values beyond all bounds."""
+    gold, answer = _single(gold), _single(answer)
+    if gold == answer:
         return True
-    if isinstance(gold, Text) or isinstance(said, Text):
-        return _same_times(gold, said)
-    if isinstance(gold, Relation) or isinstance(said, Relation):
-        return _same_relations(gold, said)
-    amount, said_amount = _amount(gold)[0], _amount(said)[0]
-    if isinstance(amount, Group) or isinstance(said_amount, Group):
-        return _units_agree(_amount(gold)[1], _amount(said)[1]) and _same_groups(amount, said_amount)
-    return _same_quantities(gold, said)
+    if isinstance(gold, Text) or isinstance(answer, Text):
+        return _same_times(gold, answer)
+    if isinstance(gold, Relation) or isinstance(answer, Relation):
+        return _same_relations(gold, answer)
+    amount, answer_amount = _amount(gold)[0], _amount(answer)[0]
+    if isinstance(amount, Group) or isinstance(answer_amount, Group):
+        return _units_agree(_amount(gold)[1], _amount(answer)[1]) and _same_groups(amount, answer_amount)
+    return _same_quantities(gold, answer)
 
 
 def _single(node: Node) -> Node:
@@ -61,20 +61,20 @@ def _single(node: Node) -> Node:
 
 def _values(items: tuple[Node, ...]) -> tuple[Node, ...]:
     """Of solutions that all name the same unknown (`x = 1 or x = 2`; `x = 1, 2`), the values."""
-    found = [_stated(item) if isinstance(item, Relation) else (None, item) for item in items]
-    named = [f for f in found if f is not None]
+    values = [_stated(item) if isinstance(item, Relation) else (None, item) for item in items]
+    named = [value for value in values if value is not None]
     names = {written(name) for name, _ in named if name is not None}
     if len(named) != len(items) or len(names) != 1 or named[0][0] is None:
         return items
     return tuple(value for _, value in named)
 
 
-def _same_times(gold: Node, said: Node) -> bool:
+def _same_times(gold: Node, answer: Node) -> bool:
     """Times of day of which one, `6:30`, does not say of which half; past noon the whole day's hours do."""
-    if isinstance(gold, Text) and (later := _hours(said)):
+    if isinstance(gold, Text) and (later := _hours(answer)):
         return gold.words == f"clock {later[0]}:{later[1]:02}" and later[0] > 12
-    if isinstance(said, Text) and (half := _hours(gold)):
-        return said.words in (f"clock {half[0] % 12}:{half[1]:02}", f"clock {half[0] % 12 + 12}:{half[1]:02}")
+    if isinstance(answer, Text) and (half := _hours(gold)):
+        return answer.words in (f"clock {half[0] % 12}:{half[1]:02}", f"clock {half[0] % 12 + 12}:{half[1]:02}")
     return False
 
 
@@ -110,13 +110,13 @@ def _is_integer(node: Node) -> bool:
     return isinstance(node, Num) and node.kind == "integer"
 
 
-def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] | None:
+def _stated(relation: Relation, of_answer: bool = True) -> tuple[Node | None, Node] | None:
     """The name and the value of `x = 5`, of `x \\in S`, and of a true computation `x = 2 + 3 = 5`; None of another relation."""
     if any(operator not in ("=", "~") for operator in relation.operators) and relation.operators not in (("in",), ("==",)):
         return None
     name = relation.parts[0] if _is_name(relation.parts[0]) else None
     values = relation.parts if name is None else relation.parts[1:]
-    if said and name is None and len(values) > 1 and not _numbers(values[0]) and not any(map(symbols_of, values[1:])):
+    if of_answer and name is None and len(values) > 1 and not _numbers(values[0]) and not any(map(symbols_of, values[1:])):
         name, values = values[0], values[1:]  # `a + b = 5`
     if len(values) == 1:
         return None if isinstance(name, Sym) and name.name in symbols_of(values[0]) else (name, values[0])
@@ -132,35 +132,35 @@ def _stated(relation: Relation, said: bool = True) -> tuple[Node | None, Node] |
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 
 
-def _same_relations(gold: Node, said: Node) -> bool:
-    if isinstance(gold, Relation) and isinstance(said, Relation):
-        turned = Relation(tuple(_FLIPPED.get(o, o) for o in reversed(said.operators)), tuple(reversed(said.parts)))
-        if any(gold.operators == r.operators and all(map(same, gold.parts, r.parts)) for r in (said, turned)):
+def _same_relations(gold: Node, answer: Node) -> bool:
+    if isinstance(gold, Relation) and isinstance(answer, Relation):
+        turned = Relation(tuple(_FLIPPED.get(o, o) for o in reversed(answer.operators)), tuple(reversed(answer.parts)))
+        if any(gold.operators == r.operators and all(map(same, gold.parts, r.parts)) for r in (answer, turned)):
             return True
-        ours, theirs = _stated(gold, said=False), _stated(said)
+        ours, theirs = _stated(gold, of_answer=False), _stated(answer)
         if ours and theirs:
             same_name = ours[0] is None or theirs[0] is None or written(ours[0]) == written(theirs[0])
             return same_name and same(ours[1], theirs[1])
-        if ours and (interval := _interval(said)):
+        if ours and (interval := _interval(answer)):
             return same(ours[1], interval)
         if theirs and (interval := _interval(gold)):
             return same(interval, theirs[1])
-        return _same_equations(gold, said)
-    relation, other = (gold, said) if isinstance(gold, Relation) else (said, gold)
+        return _same_equations(gold, answer)
+    relation, other = (gold, answer) if isinstance(gold, Relation) else (answer, gold)
     assert isinstance(relation, Relation)
-    stated = _stated(relation, relation is said)
+    stated = _stated(relation, relation is answer)
     if stated:
         rounded = relation.operators[-1] == "~" and same(relation.parts[-1], other)
-        return rounded or (same(stated[1], said) if relation is gold else same(gold, stated[1]))
+        return rounded or (same(stated[1], answer) if relation is gold else same(gold, stated[1]))
     interval = _interval(relation)
     return interval is not None and isinstance(other, Group) and other.kind not in ("list", "ratio") and same(interval, other)
 
 
-def _same_equations(gold: Relation, said: Relation) -> bool:
+def _same_equations(gold: Relation, answer: Relation) -> bool:
     """Equations whose right side is zero, and one is the other with all signs changed."""
     zero = Num(Fraction(0))
-    if gold.operators == said.operators == ("=",) and gold.parts[1] == said.parts[1] == zero:
-        return same(gold.parts[0], Op("neg", (said.parts[0],)))
+    if gold.operators == answer.operators == ("=",) and gold.parts[1] == answer.parts[1] == zero:
+        return same(gold.parts[0], Op("neg", (answer.parts[0],)))
     return False
 
 
@@ -192,30 +192,30 @@ def _numbers(node: Node) -> bool:
 # Groups
 
 
-def _same_groups(gold: Node, said: Node) -> bool:
-    gold, said = _as_union(gold), _as_union(said)
-    if isinstance(gold, Group) and isinstance(said, Group) and {gold.kind, said.kind} == {"()", "list"}:
-        gold, said = _as_point(gold), _as_point(said)
-    if not isinstance(gold, Group) or not isinstance(said, Group):
-        group, other = (gold, said) if isinstance(gold, Group) else (said, gold)
+def _same_groups(gold: Node, answer: Node) -> bool:
+    gold, answer = _as_union(gold), _as_union(answer)
+    if isinstance(gold, Group) and isinstance(answer, Group) and {gold.kind, answer.kind} == {"()", "list"}:
+        gold, answer = _as_point(gold), _as_point(answer)
+    if not isinstance(gold, Group) or not isinstance(answer, Group):
+        group, other = (gold, answer) if isinstance(gold, Group) else (answer, gold)
         assert isinstance(group, Group)
         if group.kind == "ratio" and len(group.items) == 2:
             quotient = Op("div", group.items)
             number = number_of(other)
             return number is not None and number.value.denominator > 1 and equal_values(quotient, other)
         return {written(group), written(other)} == {written(_ALL), written(_REALS)}
-    times = _hours(gold), _hours(said)
+    times = _hours(gold), _hours(answer)
     if all(t and t[1] > 9 for t in times):
         return times[0] == times[1]
-    if gold.kind == said.kind == "ratio":
-        return len(gold.items) == len(said.items) and all(
+    if gold.kind == answer.kind == "ratio":
+        return len(gold.items) == len(answer.items) and all(
             equal_values(Op("mul", (a, d)), Op("mul", (b, c)))
-            for a, b, c, d in zip(gold.items, gold.items[1:], said.items, said.items[1:], strict=False)
+            for a, b, c, d in zip(gold.items, gold.items[1:], answer.items, answer.items[1:], strict=False)
         )
-    if {gold.kind, said.kind} <= {"list", "{}", "union"} and (gold.kind == "union") == (said.kind == "union"):
-        lists = gold.kind == said.kind == "list"
-        return _same_sets(gold.items if lists else _distinct(gold.items), said.items)
-    return gold.kind == said.kind and len(gold.items) == len(said.items) and all(map(same, gold.items, said.items))
+    if {gold.kind, answer.kind} <= {"list", "{}", "union"} and (gold.kind == "union") == (answer.kind == "union"):
+        lists = gold.kind == answer.kind == "list"
+        return _same_sets(gold.items if lists else _distinct(gold.items), answer.items)
+    return gold.kind == answer.kind and len(gold.items) == len(answer.items) and all(map(same, gold.items, answer.items))
 
 
 _REALS = Sym("\\mathbbR")
@@ -233,30 +233,30 @@ def _as_union(node: Node) -> Node:
 
 def _as_point(node: Group) -> Group:
     """Of `y = 2, x = 1` the point (1, 2)."""
-    found = [_stated(item) if isinstance(item, Relation) else None for item in node.items]
-    named = {f[0].name: f[1] for f in found if f is not None and isinstance(f[0], Sym)}
+    values = [_stated(item) if isinstance(item, Relation) else None for item in node.items]
+    named = {f[0].name: f[1] for f in values if f is not None and isinstance(f[0], Sym)}
     if node.kind != "list" or len(named) != len(node.items):
         return node
     return Group("()", tuple(named[name] for name in sorted(named)))
 
 
-def _same_sets(gold: Sequence[Node], said: Sequence[Node]) -> bool:
-    """Each of one among the other, in any order. What `gold` has twice must be there twice; in `said` a repetition says nothing."""
-    left = list(said)
+def _same_sets(gold: Sequence[Node], answer: Sequence[Node]) -> bool:
+    """Each of one among the other, in any order. What `gold` has twice must be there twice; repetitions in `answer` do not count."""
+    unmatched = list(answer)
     for item in gold:
-        found = next((i for i, other in enumerate(left) if same(item, other)), None)
-        if found is None:
+        place = next((i for i, other in enumerate(unmatched) if same(item, other)), None)
+        if place is None:
             return False
-        left.pop(found)
-    return all(any(same(item, other) for item in gold) for other in left) and (not left or len(gold) == len(_distinct(gold)))
+        unmatched.pop(place)
+    return all(any(same(item, other) for item in gold) for other in unmatched) and (not unmatched or len(gold) == len(_distinct(gold)))
 
 
 def _distinct(items: Sequence[Node]) -> list[Node]:
-    found: list[Node] = []
+    distinct: list[Node] = []
     for item in items:
-        if not any(same(item, other) for other in found):
-            found.append(item)
-    return found
+        if not any(same(item, other) for other in distinct):
+            distinct.append(item)
+    return distinct
 
 
 # Quantities and expressions
@@ -276,14 +276,14 @@ def _amount(node: Node) -> tuple[Node, str]:
     return (Op("neg", (node,)) if negative else node), " ".join(dict.fromkeys(u for u in reversed(units) if u))
 
 
-def _units_agree(gold: str, said: str) -> bool:
+def _units_agree(gold: str, answer: str) -> bool:
     """One names none, or each word of one is a word of the other."""
-    ours, theirs = set(gold.split()), set(said.split())
+    ours, theirs = set(gold.split()), set(answer.split())
     return ours <= theirs or theirs <= ours
 
 
-def _same_quantities(gold: Node, said: Node) -> bool:
-    (ours, unit), (theirs, other) = _amount(gold), _amount(said)
+def _same_quantities(gold: Node, answer: Node) -> bool:
+    (ours, unit), (theirs, other) = _amount(gold), _amount(answer)
     ours_percent, theirs_percent = "%" in unit.split(), "%" in other.split()
     if ours_percent == theirs_percent:
         return _units_agree(unit, other) and _same_expressions(ours, theirs)
@@ -293,14 +293,14 @@ def _same_quantities(gold: Node, said: Node) -> bool:
     return _same_expressions(ours, theirs, Fraction(100)) or (not small and _same_expressions(ours, theirs))
 
 
-def _same_expressions(gold: Node, said: Node, scale: Fraction = Fraction(1)) -> bool:
-    """Is `said` as finished as `gold`, and `scale` times its value?"""
-    ours, theirs = number_of(gold), number_of(said)
+def _same_expressions(gold: Node, answer: Node, scale: Fraction = Fraction(1)) -> bool:
+    """Whether `answer` has the form of `gold`, and `scale` times its value."""
+    ours, theirs = number_of(gold), number_of(answer)
     if ours is not None and theirs is not None:
         return _same_numbers(ours.value * scale, theirs.value, max(ours.digits, theirs.digits))
-    if not as_finished(gold, said):
+    if not as_finished(gold, answer):
         return False
-    return equal_values(Op("mul", (Num(scale), gold)) if scale != 1 else gold, said)
+    return equal_values(Op("mul", (Num(scale), gold)) if scale != 1 else gold, answer)
 
 
 def _same_numbers(ours: Fraction, theirs: Fraction, digits: int) -> bool:

@@ -31,10 +31,10 @@ _AT_MOST = frozenset(("add", "sym", "div", "\\pi", "e", "i", "\\infty"))
 _EVALUATED = frozenset(("mul", "pow", "factor", "power of product", "power of power", "power of sum", "quotient"))
 
 
-def as_finished(gold: Node, said: Node) -> bool:
-    """Has `said` the form of `gold`? See the module."""
-    ours, theirs = profile(gold), profile(said)
-    if literal(said) and not any(ours[key] for key in _EVALUATED) and not ours["sym"]:
+def as_finished(gold: Node, answer: Node) -> bool:
+    """Whether `answer` has the form of the reference answer `gold`; see the module."""
+    ours, theirs = profile(gold), profile(answer)
+    if literal(answer) and not any(ours[key] for key in _EVALUATED) and not ours["sym"]:
         return not ours["add"]  # the number that `\\binom84` is
     above, below = theirs.pop("surd", 0), theirs.pop("surd below", 0)
     radicals = ours.pop("surd", 0) + ours.pop("surd below", 0)
@@ -42,24 +42,24 @@ def as_finished(gold: Node, said: Node) -> bool:
         return False
     if any(ours[key] < theirs[key] if key in _AT_MOST else ours[key] != theirs[key] for key in ours | theirs):
         return False
-    return (not ours["sym"] and not theirs["sym"]) or _top(gold) == _top(said)
+    return (not ours["sym"] and not theirs["sym"]) or _top(gold) == _top(answer)
 
 
 def profile(node: Node) -> Counter[str]:
     """What tells forms apart, counted: terms, variables, functions, factors that are sums, arithmetic that is not carried out."""
-    found: Counter[str] = Counter()
-    _count(node, found, below=False)
-    return found
+    counts: Counter[str] = Counter()
+    _count(node, counts, below=False)
+    return counts
 
 
-def _count(node: Node, found: Counter[str], below: bool, times: int = 1) -> None:
+def _count(node: Node, counts: Counter[str], below: bool, times: int = 1) -> None:
     if isinstance(node, Sym):
-        found[node.name if node.name in CONSTANTS else "sym"] += times
+        counts[node.name if node.name in CONSTANTS else "sym"] += times
         if below and node.name == "i":
-            found["complex below"] += times
+            counts["complex below"] += times
         return
     if isinstance(node, Quantity):
-        _count(node.amount, found, below, times)
+        _count(node.amount, counts, below, times)
         return
     if not isinstance(node, Op):
         if not isinstance(node, Num):
@@ -68,34 +68,34 @@ def _count(node: Node, found: Counter[str], below: bool, times: int = 1) -> None
     if literal(node):
         return
     if node.name == "root":
-        _count_root(node, found, below, times)
+        _count_root(node, counts, below, times)
         return
     if node.name == "pow":
-        _count_power(node, found, below, times)
+        _count_power(node, counts, below, times)
         return
     if node.name == "add":
-        found["add"] += times * (len(node.args) - 1)
+        counts["add"] += times * (len(node.args) - 1)
     elif node.name == "mul":
-        _count_factors(node, found, times)
+        _count_factors(node, counts, times)
     elif node.name == "div":
         above, denominator = node.args
         if isinstance(above, Num) and isinstance(denominator, Num):
-            found["div"] += times
-        found["div"] += times * sum(
+            counts["div"] += times
+        counts["div"] += times * sum(
             (isinstance(a, Op) and a.name == "div") or (isinstance(a, Num) and a.kind == "fraction") for a in node.args
         )
-        found["quotient"] += times * bool(symbols_of(denominator))
+        counts["quotient"] += times * bool(symbols_of(denominator))
         if symbols_of(node) and gcd(_content(above), _content(denominator)) > 1:
-            found["div"] += times
-        _count(above, found, below, times)
-        _count(denominator, found, not below, times)
+            counts["div"] += times
+        _count(above, counts, below, times)
+        _count(denominator, counts, not below, times)
         return
     elif node.name == "neg":
-        found["double sign"] += times * ((inner := number_of(node.args[0])) is not None and inner.value < 0)
+        counts["double sign"] += times * ((inner := number_of(node.args[0])) is not None and inner.value < 0)
     else:
-        found[f"call {node.name}"] += times
+        counts[f"call {node.name}"] += times
     for argument in node.args:
-        _count(argument, found, below, times)
+        _count(argument, counts, below, times)
 
 
 def _content(node: Node) -> int:
@@ -109,18 +109,18 @@ def _content(node: Node) -> int:
     return gcd(*contents) if node.name == "add" else prod(contents)
 
 
-def _count_root(node: Op, found: Counter[str], below: bool, times: int) -> None:
+def _count_root(node: Op, counts: Counter[str], below: bool, times: int) -> None:
     radicand, index = node.args
     value = number_of(radicand)
     if value is None:
         inner = profile(radicand)
-        found["nested root"] += times * bool(inner["surd"] + inner["surd below"] + inner["root"])
-        found["root"] += times
-        _count(radicand, found, below, times)
+        counts["nested root"] += times * bool(inner["surd"] + inner["surd below"] + inner["root"])
+        counts["root"] += times
+        _count(radicand, counts, below, times)
     elif _perfect(value.value, integer_of(index)):
-        found["perfect root"] += times
+        counts["perfect root"] += times
     else:
-        found["surd below" if below else "surd"] += times
+        counts["surd below" if below else "surd"] += times
 
 
 def _perfect(value: Fraction, index: Fraction | None) -> bool:
@@ -135,37 +135,37 @@ def _perfect(value: Fraction, index: Fraction | None) -> bool:
     return whole(value.numerator) and whole(value.denominator)
 
 
-def _count_power(node: Op, found: Counter[str], below: bool, times: int) -> None:
+def _count_power(node: Op, counts: Counter[str], below: bool, times: int) -> None:
     base, exponent = node.args
     power = number_of(exponent)
     value = number_of(base)
     if value is not None and power is not None:
         if power.value.denominator == 1:
-            found["pow"] += times
+            counts["pow"] += times
         elif _perfect(
             value.value ** abs(power.value.numerator) if abs(power.value.numerator) < 20 else Fraction(2), Fraction(power.value.denominator)
         ):
-            found["perfect root"] += times
+            counts["perfect root"] += times
         else:
-            found["surd below" if below != (power.value < 0) else "surd"] += times
+            counts["surd below" if below != (power.value < 0) else "surd"] += times
         return
     if power is not None and power.value in (0, 1):
-        found["idle power"] += times
+        counts["idle power"] += times
     inner = base.args[0] if isinstance(base, Op) and base.name == "neg" else base
     if isinstance(inner, Op) and power is not None and power.value.denominator == 1:
         if inner.name == "add" and symbols_of(inner) and 1 < power.value <= 20:
-            found["factor"] += times * int(power.value)
-            _count(base, found, below, times * int(power.value))
+            counts["factor"] += times * int(power.value)
+            _count(base, counts, below, times * int(power.value))
             return
         kinds = {"add": "power of sum", "mul": "power of product", "div": "power of product", "pow": "power of power"}
         if inner.name in kinds:
-            found[kinds[inner.name]] += times
+            counts[kinds[inner.name]] += times
     if power is not None and power.value < 0 and symbols_of(base):
-        found["quotient"] += times
+        counts["quotient"] += times
     if power is not None and power.value.denominator != 1:
-        found["root"] += times
-    _count(base, found, below != (power is not None and power.value < 0), times)
-    _count(exponent, found, False, times)
+        counts["root"] += times
+    _count(base, counts, below != (power is not None and power.value < 0), times)
+    _count(exponent, counts, False, times)
 
 
 def _flat(node: Op) -> Iterator[Node]:
@@ -177,18 +177,18 @@ def _flat(node: Op) -> Iterator[Node]:
             yield inner
 
 
-def _count_factors(node: Op, found: Counter[str], times: int) -> None:
+def _count_factors(node: Op, counts: Counter[str], times: int) -> None:
     """Numbers that are to be multiplied, and sums among factors; those that are powers of sums are counted as powers."""
     factors = list(_flat(node))
     numbers = [n for n in map(number_of, factors) if n is not None]
     powers = [f for f in factors if isinstance(f, Op) and f.name == "pow" and all(map(literal, f.args)) and number_of(f) is None]
-    found["mul"] += times * (max(len(numbers) + len(powers) - 1, 0) + any(n.value == 1 for n in numbers))
+    counts["mul"] += times * (max(len(numbers) + len(powers) - 1, 0) + any(n.value == 1 for n in numbers))
     surds = [f for f in factors if isinstance(f, Op) and f.name == "root" and literal(f.args[0])]
-    found["mul"] += times * max(len(surds) - 1, 0)
+    counts["mul"] += times * max(len(surds) - 1, 0)
     sums = [f for f in factors if isinstance(f, Op) and f.name == "add" and symbols_of(f)]
     others = len(factors) - len(sums) - len(numbers) + sum(abs(n.value.numerator) != 1 for n in numbers)
     if sums and (len(sums) > 1 or others):
-        found["factor"] += times * len(sums)
+        counts["factor"] += times * len(sums)
 
 
 def _top(node: Node) -> str:

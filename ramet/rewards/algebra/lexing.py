@@ -113,35 +113,35 @@ class Token:
 
 def tokens_of(text: str) -> list[Token]:
     """The tokens of a text that `cleaned` returned. Every character belongs to a token or is whitespace."""
-    found: list[Token] = []
+    tokens: list[Token] = []
     spaced, depth, position = False, 0, 0
     while position < len(text):
         match = _TOKEN.match(text, position)
         assert match is not None
-        kind, said = match.lastgroup or "", match.group()
+        kind, token = match.lastgroup or "", match.group()
         position = match.end()
         if kind == "space":
             spaced = True
             continue
         if kind == "thousands" and depth:
-            kind, said = "number", said.partition(",")[0]
-            position = match.start() + len(said)
-        if kind == "number" and said.endswith("."):
-            said = said[:-1]
+            kind, token = "number", token.partition(",")[0]
+            position = match.start() + len(token)
+        if kind == "number" and token.endswith("."):
+            token = token[:-1]
         if kind == "text":
-            said = match["text"].strip()
+            token = match["text"].strip()
         if kind == "command":
-            said = _SAME.get(said, said)
-        said = {"**": "^", "<=": "\\le", ">=": "\\ge", "!=": "\\ne", "==": "="}.get(said, said) if kind == "sign" else said
-        depth += (said in ("(", "[", "\\{")) - (said in (")", "]", "\\}"))
-        found += _lettered(said, spaced, found, text, position) if kind in ("letters", "text") else [Token(kind, said, spaced)]
+            token = _SAME.get(token, token)
+        token = {"**": "^", "<=": "\\le", ">=": "\\ge", "!=": "\\ne", "==": "="}.get(token, token) if kind == "sign" else token
+        depth += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
+        tokens += _lettered(token, spaced, tokens, text, position) if kind in ("letters", "text") else [Token(kind, token, spaced)]
         spaced = False
-    return found
+    return tokens
 
 
-def _lettered(said: str, spaced: bool, before: list[Token], text: str, position: int) -> list[Token]:
+def _lettered(run: str, spaced: bool, before: list[Token], text: str, position: int) -> list[Token]:
     """Tokens of a run of letters or of a `\\text`: a unit or other words, a function, or symbols."""
-    word = said.strip()
+    word = run.strip()
     if word in ("and", "or", ", and", ", or", "and ", "or "):
         return [Token("sign", ",", spaced)]
     if word in FUNCTIONS:

@@ -38,11 +38,11 @@ def read(text: str) -> Node:
     """The tree of a text. Raises `NotationError`."""
     text = cleaned(text)
     if not text:
-        raise NotationError("nothing is said")
-    found = _words(text) or _clock(text) or _parsed(text)
-    if depth_of(found) > 2 * DEEPEST:
+        raise NotationError("the text is empty")
+    tree = _words(text) or _clock(text) or _parsed(text)
+    if depth_of(tree) > 2 * DEEPEST:
         raise NotationError("nested too deep")
-    return found
+    return tree
 
 
 def _words(text: str) -> Node | None:

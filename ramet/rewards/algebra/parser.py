@@ -64,19 +64,19 @@ class Parser:
 
     def whole(self) -> Node:
         """The tree of all tokens. Raises `UnknownNotation` if some are left over."""
-        found = self.sequence()
+        items = self.sequence()
         if self.at < len(self.tokens):
             raise UnknownNotation
-        return found[0] if len(found) == 1 else Group("list", tuple(found))
+        return items[0] if len(items) == 1 else Group("list", tuple(items))
 
     def sequence(self) -> list[Node]:
         """Items between commas."""
-        found = [self.relation()]
+        items = [self.relation()]
         while self.next in (",", ";"):
             while self.next in (",", ";"):  # a comma before "and" is no empty item
                 self.take()
-            found.append(self.relation())
-        return found
+            items.append(self.relation())
+        return items
 
     def relation(self) -> Node:
         """A chain of ratios between relation signs."""
@@ -103,11 +103,11 @@ class Parser:
 
     def union(self) -> Node:
         """Sums between set operators, all of one kind."""
-        found, operator = [self.sum()], ""
+        operands, operator = [self.sum()], ""
         while self.next in ("\\cup", "\\cap", "\\setminus") and operator in ("", self.next):
             operator = self.take()
-            found.append(self.sum())
-        return found[0] if not operator else Group({"\\cup": "union"}.get(operator, operator), tuple(found))
+            operands.append(self.sum())
+        return operands[0] if not operator else Group({"\\cup": "union"}.get(operator, operator), tuple(operands))
 
     def sum(self) -> Node:
         """Terms between signs."""
@@ -128,8 +128,8 @@ class Parser:
 
     def term(self) -> Node:
         """Products and quotients, left to right; then the unit."""
-        found = self.factor()
-        product = [found]
+        first = self.factor()
+        product = [first]
         while True:
             if self.next == "*":
                 self.take()
@@ -212,18 +212,18 @@ class Parser:
         while self.next == "^":
             self.take()
             parts.append(self.argument(whole=True))
-        found = parts.pop()
+        power = parts.pop()
         while parts:
-            found = Op("pow", (parts.pop(), found))
-        return found
+            power = Op("pow", (parts.pop(), power))
+        return power
 
     def argument(self, whole: bool = False) -> Node:
         """A brace group or one token: one digit of a number, all of it if `whole`."""
         if self.next == "{":
             self.take()
-            found = self.relation()
+            inner = self.relation()
             self.take("}")
-            return found
+            return inner
         if self.kind == "number" and not whole:
             token = self.tokens[self.at]
             if len(token.text) > 1 and token.text[0] != ".":
@@ -238,9 +238,9 @@ class Parser:
         self.depth += 1
         if self.depth > 2 * DEEPEST:
             raise NotationError("nested too deep")
-        found = self._primary()
+        node = self._primary()
         self.depth -= 1
-        return found
+        return node
 
     def _primary(self) -> Node:
         kind, token = self.kind, self.take()
@@ -259,19 +259,19 @@ class Parser:
             return self.bracketed(token)
         if token == "{":
             items = self.sequence()
-            found = self.choose(items[0]) if len(items) == 1 else Group("{}", tuple(items))
+            inner = self.choose(items[0]) if len(items) == 1 else Group("{}", tuple(items))
             self.take("}")
-            return found
+            return inner
         if token == "\\{":
             items = [] if self.next == "\\}" else self.sequence()
             self.take("\\}")
             return Group("{}", tuple(items)) if items else Sym("\\emptyset")
         if token == "|":
             self.bars += 1
-            found = self.sum()
+            inner = self.sum()
             self.bars -= 1
             self.take("|")
-            return Op("abs", (found,))
+            return Op("abs", (inner,))
         if kind == "begin":
             return self.matrix(token)
         if token in CURRENCIES:

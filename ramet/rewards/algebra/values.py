@@ -66,8 +66,8 @@ def _close(a: Any, b: Any, allowed: Any) -> bool:
 
 def _point(name: str, point: int) -> Any:
     """A number between -3 and 3, by name; above 0 at half of the points."""
-    drawn = int.from_bytes(hashlib.sha256(f"{name}/{point}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
-    value = _CONTEXT.mpf(drawn) * 2.5 + 0.5
+    fraction = int.from_bytes(hashlib.sha256(f"{name}/{point}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+    value = _CONTEXT.mpf(fraction) * 2.5 + 0.5
     return value if point % 2 == 0 else value - 3.5
 
 
@@ -113,10 +113,10 @@ def _bounded(function: Callable[..., Any], largest: float) -> Callable[..., Any]
 
 
 def _product(*factors: Any) -> Any:
-    found = factors[0]
+    product = factors[0]
     for factor in factors[1:]:
-        found = found * factor
-    return found
+        product = product * factor
+    return product
 
 
 def _root(radicand: Any, index: Any) -> Any:
@@ -134,10 +134,10 @@ def _whole(function: Callable[[int, int], int]) -> Callable[..., Any]:
     def evaluate(*arguments: Any) -> Any:
         if any(a != int(a.real) or abs(a) > 1e15 for a in arguments):
             return None
-        found = int(arguments[0].real)
+        result = int(arguments[0].real)
         for other in arguments[1:]:
-            found = function(found, int(other.real))
-        return _CONTEXT.mpf(found)
+            result = function(result, int(other.real))
+        return _CONTEXT.mpf(result)
 
     return evaluate
 
