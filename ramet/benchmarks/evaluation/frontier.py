@@ -44,13 +44,13 @@ def matched(groups: Groups, winner: str) -> list[dict[str, Any]]:
         return sum(float(getattr(m.outcome, cost)) for m in measured) / len(measured)
 
     records = []
-    for (policy, split, budget), measured in groups.items():
-        if policy == winner:
+    for (method, split, budget), measured in groups.items():
+        if method == winner:
             continue
         spent = mean(measured)
         own = {b: ms for (p, s, b), ms in groups.items() if (p, s) == (winner, split) and mean(ms) <= spent}
         record: dict[str, Any] = {
-            "record": "matched", "policy": winner, "baseline": policy, "split": split, "budget": budget, "cost": cost,
+            "record": "matched", "policy": winner, "baseline": method, "split": split, "budget": budget, "cost": cost,
             "baseline_cost": spent, "winner_budget": None, "winner_cost": None, "n": len({m.task for m in measured}),
             "difference": None, "ci_low": None, "ci_high": None, "p_value": None, "p_holm": None,
         }  # fmt: skip
@@ -67,7 +67,7 @@ def matched(groups: Groups, winner: str) -> list[dict[str, Any]]:
 
 
 def areas(groups: Groups, cost: str) -> list[dict[str, Any]]:
-    """Area under each policy's frontier: the best accuracy for at most a cost, averaged over costs up to the largest of all.
+    """Area under each method's frontier: the best accuracy for at most a cost, averaged over costs up to the largest of all.
 
     Intervals are a bootstrap over tasks, the same draws for all policies.
     """
@@ -77,22 +77,22 @@ def areas(groups: Groups, cost: str) -> list[dict[str, Any]]:
         tasks = sorted({m.task for ms in chosen.values() for m in ms})
         place = {task: i for i, task in enumerate(tasks)}
         table: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-        for (policy, _, _), ms in chosen.items():
+        for (method, _, _), ms in chosen.items():
             sums = np.zeros((3, len(tasks)))
             for m in ms:
                 sums[:, place[m.task]] += (m.score, float(getattr(m.outcome, cost)), 1.0)
             if not (sums[2] > 0).all():
-                raise ValueError("areas need every policy measured on the same tasks")
-            table.setdefault(policy, []).append((sums[0] / sums[2], sums[1] / sums[2]))
+                raise ValueError("areas need every method measured on the same tasks")
+            table.setdefault(method, []).append((sums[0] / sums[2], sums[1] / sums[2]))
         most = max(float(c.mean()) for points in table.values() for _, c in points)
         draws = np.random.default_rng(0).integers(0, len(tasks), size=(RESAMPLES, len(tasks)))
-        for policy, points in table.items():
+        for method, points in table.items():
             area = _area(np.array([[s.mean() for s, _ in points]]), np.array([[c.mean() for _, c in points]]), most)[0]
             sampled = _area(np.stack([s[draws].mean(1) for s, _ in points], 1), np.stack([c[draws].mean(1) for _, c in points], 1), most)
             low, high = np.quantile(sampled, [0.025, 0.975])
             records.append(
                 {
-                    "record": "area", "policy": policy, "split": split, "cost": cost, "most": most, "n": len(tasks),
+                    "record": "area", "policy": method, "split": split, "cost": cost, "most": most, "n": len(tasks),
                     "area": float(area), "ci_low": float(low), "ci_high": float(high),
                 }
             )  # fmt: skip
@@ -112,15 +112,15 @@ def _area(scores: np.ndarray, costs: np.ndarray, most: float) -> np.ndarray:
 def comparisons(groups: Groups, winner: str = "trained") -> list[dict[str, Any]]:
     """The score of `winner` less that of each other method, on the same tasks at the same budget, with 95% intervals."""
     records = []
-    for (policy, split, budget), measured in groups.items():
-        if policy != winner and (winner, split, budget) in groups:
+    for (method, split, budget), measured in groups.items():
+        if method != winner and (winner, split, budget) in groups:
             ours, theirs = _scores(groups[winner, split, budget]), _scores(measured)
             interval = paired_difference(ours, theirs)
             records.append(
                 {
                     "record": "comparison",
                     "policy": winner,
-                    "baseline": policy,
+                    "baseline": method,
                     "split": split,
                     "budget": budget,
                     "n": interval.n,
@@ -146,7 +146,7 @@ def corrected(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def clear(record: Mapping[str, Any]) -> int:
-    """1 where a comparison is clearly in favour of its policy, -1 clearly against, else 0.
+    """1 where a comparison is clearly in favour of its method, -1 clearly against, else 0.
 
     Clear: the interval excludes zero, and so does the exact sign test with p < 0.05 after correction for the number of budgets.
     """
@@ -195,10 +195,10 @@ def equal_accuracy(points: Sequence[Mapping[str, Any]], winner: str = "trained")
     not charged for a last gain that is noise.
     """
     records = []
-    for policy, split in dict.fromkeys((p["policy"], p["split"]) for p in points):
-        if policy == winner:
+    for method, split in dict.fromkeys((p["policy"], p["split"]) for p in points):
+        if method == winner:
             continue
-        theirs = [p for p in points if (p["policy"], p["split"]) == (policy, split)]
+        theirs = [p for p in points if (p["policy"], p["split"]) == (method, split)]
         ours = [p for p in points if (p["policy"], p["split"]) == (winner, split)]
         best = max(p["accuracy"] for p in theirs)
         if best == 0:
@@ -209,7 +209,7 @@ def equal_accuracy(points: Sequence[Mapping[str, Any]], winner: str = "trained")
             records.append(
                 {
                     "record": "equal_accuracy",
-                    "baseline": policy,
+                    "baseline": method,
                     "split": split,
                     "accuracy": point["accuracy"],
                     "cost": cost,

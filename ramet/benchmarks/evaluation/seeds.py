@@ -15,19 +15,19 @@ Records = Sequence[Mapping[str, Any]]
 def over_seeds(runs: Sequence[Records]) -> list[dict[str, Any]]:
     """Mean accuracies and differences of one comparison run from several seeds, with t intervals over seeds.
 
-    A `seeds` record for each policy, split and budget that all runs have, with `difference`, the trained controller's accuracy less the
-    policy's. Two seeds leave an interval of thirteen standard errors: they say whether a result came twice, and little more.
+    A `seeds` record for each method, split and budget that all runs have, with `difference`, the trained controller's accuracy less the
+    method's. Two seeds leave an interval of thirteen standard errors: they say whether a result came twice, and little more.
     """
     tables = [{(r["policy"], r["split"], r["budget"]): r["accuracy"] for r in run if r["record"] == "point"} for run in runs]
     records = []
-    for policy, split, budget in (key for key in tables[0] if all(key in t for t in tables)):
-        accuracies = [t[policy, split, budget] for t in tables]
+    for method, split, budget in (key for key in tables[0] if all(key in t for t in tables)):
+        accuracies = [t[method, split, budget] for t in tables]
         ours = [t["trained", split, budget] for t in tables]
         accuracy = mean_interval(accuracies, 1.0)
         difference = mean_interval([a - b for a, b in zip(ours, accuracies, strict=True)], 1.0)
         records.append(
             {
-                "record": "seeds", "policy": policy, "split": split, "budget": budget, "seeds": len(runs), "accuracy": accuracy.mean,
+                "record": "seeds", "policy": method, "split": split, "budget": budget, "seeds": len(runs), "accuracy": accuracy.mean,
                 "ci_low": max(0.0, accuracy.low), "ci_high": accuracy.high, "accuracy_min": min(accuracies),
                 "accuracy_max": max(accuracies), "difference": difference.mean, "difference_low": difference.low,
                 "difference_high": difference.high,
@@ -47,9 +47,9 @@ def seeds_markdown(records: Records) -> str:
             return f"{r['accuracy']:.2f} ({r['accuracy_min']:.2f}-{r['accuracy_max']:.2f})"
 
         rows = [
-            [label, *(cell(chosen[policy, budget]) for budget in budgets)]
-            for policy, label in LABELS.items()
-            if (policy, budgets[0]) in chosen
+            [label, *(cell(chosen[method, budget]) for budget in budgets)]
+            for method, label in LABELS.items()
+            if (method, budgets[0]) in chosen
         ]
         lines += [*table([f"{SPLITS[split]}, token budget", *map(str, budgets)], rows), ""]
     return "\n".join(lines)

@@ -12,7 +12,7 @@ import torch
 from ramet.agents.journal import Journal
 from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, results, run_bench
-from ramet.errors import RewardError, TaskError
+from ramet.errors import CheckpointError, RewardError, TaskError
 from ramet.policy.engines.vision import VideoSettings
 from ramet.policy.training.sft import SFTTraining
 from ramet.policy.training.trainer import run_trainer
@@ -21,7 +21,7 @@ from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.rewards.video.fakes import fake_judge, valid_output
-from ramet.rewards.video.generative import GRMSettings, VideoGRM
+from ramet.rewards.video.generative import GRM_SETTINGS, GRMSettings, VideoGRM, saved_settings
 from ramet.rewards.video.judge import AnswerPair, compare, parse_choice
 from ramet.rewards.video.pairs import PreferencePair
 from ramet.rewards.video.train_grm import grm_trainer, pairwise_prompt, sft_grm, sifted, traces_of, verdict_reward
@@ -213,3 +213,11 @@ def test_the_reward_of_a_verdict_is_by_the_order_that_was_shown(grm: VideoGRM, q
         shown_first = task.messages[0].content.split("Answer 1: ")[1].split("\n")[0]
         better = next(p.chosen for p in pairs_of(questions) if f"/{p.id}/" in task.id)
         assert (shown_first == better) == (task.reference == 1)
+
+
+def test_a_directory_keeps_how_its_model_watches_and_samples(grm: VideoGRM, tmp_path: Path) -> None:
+    grm.save(tmp_path)
+    assert saved_settings(tmp_path) == SETTINGS == VideoGRM.load(tmp_path).settings
+    (tmp_path / GRM_SETTINGS).write_text('{"video": 3}')
+    with pytest.raises(CheckpointError, match=r"video_grm\.json does not hold the settings of a VideoGRM"):
+        VideoGRM.load(tmp_path)
