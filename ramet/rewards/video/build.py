@@ -110,9 +110,9 @@ class PairBuilder:
 
     def run(self) -> list[PreferencePair]:
         """All stages; `counts` and `sheet` tell what they did."""
-        asked = self._prompts()
-        answers = self._rollouts(asked)
-        mixed, easy = self._verify(asked, answers)
+        questions = self._prompts()
+        answers = self._rollouts(questions)
+        mixed, easy = self._verify(questions, answers)
         pairs = self._judged(self._paired(mixed, answers), "5 judge")
         pairs += self._negatives(easy, answers)
         return self._clean(pairs)
@@ -146,39 +146,39 @@ class PairBuilder:
         left = readable
         if self.config.blind:
             for number, answerer in enumerate(self.answerers):
-                said = self._answers("blind", number, answerer, left, self.config.blind, blind=True)
-                left = self._not_easy(left, said, "answered without the video", dropped)
+                answers = self._answers("blind", number, answerer, left, self.config.blind, blind=True)
+                left = self._not_easy(left, answers, "answered without the video", dropped)
         if self.weak is not None:
-            said = self._answers("weak", 0, self.weak, left, self.config.blind or 4)
-            left = self._not_easy(left, said, "answered by the weak model", dropped)
+            answers = self._answers("weak", 0, self.weak, left, self.config.blind or 4)
+            left = self._not_easy(left, answers, "answered by the weak model", dropped)
         self.counts.stage("1 prompts", len(self.questions), len(left), dropped)
         return left
 
     def _faults(self) -> list[str]:
         """Of each question's video. Looked at in every run: what was missing may be there now."""
-        found = []
+        faults = []
         for number, question in enumerate(self.questions, 1):
             video = question.shown
             try:
                 seconds = read_frames(Path(video.file), 4, video.start, video.end).seconds * 4
-                found.append(f"longer than {LONGEST:g} s" if seconds > LONGEST else "")
+                faults.append(f"longer than {LONGEST:g} s" if seconds > LONGEST else "")
             except TaskError:
-                found.append("video cannot be read")
+                faults.append("video cannot be read")
             self._report("readable", number, len(self.questions))
-        return found
+        return faults
 
     def _not_easy(
-        self, questions: Sequence[VideoQuestion], said: Sequence[list[str]], why: str, dropped: Counter[str]
+        self, questions: Sequence[VideoQuestion], sampled: Sequence[list[str]], reason: str, dropped: Counter[str]
     ) -> list[VideoQuestion]:
-        left = [q for q, answers in zip(questions, said, strict=True) if sum(map(q.right, answers)) < self.config.easy * len(answers)]
-        dropped[why] += len(questions) - len(left)
+        left = [q for q, answers in zip(questions, sampled, strict=True) if sum(map(q.right, answers)) < self.config.easy * len(answers)]
+        dropped[reason] += len(questions) - len(left)
         return left
 
     def _rollouts(self, questions: Sequence[VideoQuestion]) -> dict[str, list[SampledAnswer]]:
         answers: dict[str, list[SampledAnswer]] = {q.id: [] for q in questions}
         for number, answerer in enumerate(self.answerers):
-            for question, said in zip(questions, self._answers("rollout", number, answerer, questions, self.config.n), strict=True):
-                answers[question.id] += [SampledAnswer(text, answerer.name, question.right(text)) for text in said if text.strip()]
+            for question, texts in zip(questions, self._answers("rollout", number, answerer, questions, self.config.n), strict=True):
+                answers[question.id] += [SampledAnswer(text, answerer.name, question.right(text)) for text in texts if text.strip()]
         total = len(questions) * len(self.answerers) * self.config.n
         made = sum(map(len, answers.values()))
         self.counts.stage("2 rollouts", total, made, Counter({"empty": total - made}))
@@ -218,9 +218,9 @@ class PairBuilder:
         dropped: Counter[str] = Counter()
         left = list(pairs)
         if self.judge is not None:
-            said = self._verdicts("judge", self.judge, left, blind=False)
-            dropped.update(v for v in said if v != "a")
-            left = [pair for pair, v in zip(left, said, strict=True) if v == "a"]
+            verdicts = self._verdicts("judge", self.judge, left, blind=False)
+            dropped.update(v for v in verdicts if v != "a")
+            left = [pair for pair, v in zip(left, verdicts, strict=True) if v == "a"]
         if self.scores is not None:
             higher = self._higher(left)
             dropped["score not higher"] += higher.count(False)
@@ -234,8 +234,8 @@ class PairBuilder:
 
         def make(part: list[int]) -> list[bool]:
             items = [VideoAnswer(pairs[i].video, pairs[i].question, a) for i in part for a in (pairs[i].chosen, pairs[i].rejected[0])]
-            found = scores.score(items)
-            return [a > b for a, b in zip(found[::2], found[1::2], strict=True)]
+            values = scores.score(items)
+            return [a > b for a, b in zip(values[::2], values[1::2], strict=True)]
 
         return self._kept("score", [pair.id for pair in pairs], make)
 
@@ -244,39 +244,39 @@ class PairBuilder:
 
         def make(part: list[int]) -> list[str]:
             duels = [AnswerPair(p.id, None if blind else p.video, p.question, p.chosen, p.rejected[0]) for p in (pairs[i] for i in part)]
-            found = []
+            outcomes = []
             for verdict in compare(judge, duels, 1, "both", self.config.seed):
                 if verdict.invalid:
-                    found.append("judge's output cannot be read")
+                    outcomes.append("judge's output cannot be read")
                 elif not verdict.consistent:
-                    found.append("judge differs by order")
+                    outcomes.append("judge differs by order")
                 else:
-                    found.append("a" if verdict.winner == "a" else "judge prefers the wrong answer")
-            return found
+                    outcomes.append("a" if verdict.winner == "a" else "judge prefers the wrong answer")
+            return outcomes
 
         return self._kept(stage, [pair.id for pair in pairs], make)
 
     def _negatives(self, questions: Sequence[VideoQuestion], answers: dict[str, list[SampledAnswer]]) -> list[PreferencePair]:
         """Each question's right answer beside one with another statement, the first of a few tries that passes the gates."""
         waiting = {q.id: self._changed(q, answers[q.id]) for q in questions}
-        found: dict[str, PreferencePair] = {}
+        accepted: dict[str, PreferencePair] = {}
         dropped: Counter[str] = Counter()
         for attempt in range(TRIES):
-            tried = [(i, tries[attempt]) for i, tries in waiting.items() if i not in found and attempt < len(tries)]
+            tried = [(i, tries[attempt]) for i, tries in waiting.items() if i not in accepted and attempt < len(tries)]
             if not tried:
                 break
             pairs = [pair for _, pair in tried]
             passed = [True] * len(pairs)
             if self.judge is not None:
-                told = self._verdicts("negative, seen", self.judge, pairs, blind=False)
-                guessed = self._verdicts("negative, blind", self.judge, pairs, blind=True)
-                passed = [seen == "a" and unseen != "a" for seen, unseen in zip(told, guessed, strict=True)]
-                dropped["tries told without the video"] += guessed.count("a")
-                dropped["tries not told with the video"] += sum(seen != "a" for seen in told)
-            found |= {i: pair for (i, pair), good in zip(tried, passed, strict=True) if good}
-        dropped["questions without one"] = len(questions) - len(found)
-        self.counts.stage("6 negatives", len(questions), len(found), dropped)
-        return list(found.values())
+                with_video = self._verdicts("negative, seen", self.judge, pairs, blind=False)
+                without_video = self._verdicts("negative, blind", self.judge, pairs, blind=True)
+                passed = [told == "a" and guessed != "a" for told, guessed in zip(with_video, without_video, strict=True)]
+                dropped["tries told without the video"] += without_video.count("a")
+                dropped["tries not told with the video"] += sum(told != "a" for told in with_video)
+            accepted |= {i: pair for (i, pair), good in zip(tried, passed, strict=True) if good}
+        dropped["questions without one"] = len(questions) - len(accepted)
+        self.counts.stage("6 negatives", len(questions), len(accepted), dropped)
+        return list(accepted.values())
 
     def _changed(self, question: VideoQuestion, answers: Sequence[SampledAnswer]) -> list[PreferencePair]:
         """Right answers in which every mention of what they state is another choice's."""
@@ -298,16 +298,16 @@ class PairBuilder:
 
     def _clean(self, pairs: list[PreferencePair]) -> list[PreferencePair]:
         dropped: Counter[str] = Counter()
-        shown: dict[Segment, np.ndarray] = {}
+        thumbnails: dict[Segment, np.ndarray] = {}
 
         def look(segment: Segment) -> None:
-            shown[segment] = _thumbnail(segment)
+            thumbnails[segment] = _thumbnail(segment)
 
         self.unseen = len(readable(self.benchmarks, look)[1]) + sum(b.video is None for b in self.benchmarks)
-        taken = {content_id(Path(segment.file)) for segment in shown}
-        looks = np.stack(list(shown.values())) if shown else np.empty((0, 768), dtype=np.float32)
+        contents = {content_id(Path(segment.file)) for segment in thumbnails}
+        benchmark_thumbnails = np.stack(list(thumbnails.values())) if thumbnails else np.empty((0, 768), dtype=np.float32)
         spans = {span for b in self.benchmarks for span in _spans(b.question)}
-        seen: set[tuple[Any, ...]] = set()
+        known: set[tuple[Any, ...]] = set()
         left = []
         for pair in pairs:
             assert isinstance(pair.video, Segment)
@@ -318,17 +318,17 @@ class PairBuilder:
                 pair.video.end,
                 *(" ".join(t.lower().split()) for t in (pair.question, pair.chosen, pair.rejected[0])),
             )
-            if same in seen:
+            if same in known:
                 dropped["duplicates"] += 1
-            elif content in taken:
+            elif content in contents:
                 dropped["video of a benchmark"] += 1
-            elif len(looks) and float(np.abs(looks - _thumbnail(pair.video)).mean(axis=1).min()) < 1.5:
+            elif len(benchmark_thumbnails) and float(np.abs(benchmark_thumbnails - _thumbnail(pair.video)).mean(axis=1).min()) < 1.5:
                 dropped["video like one of a benchmark"] += 1
             elif spans & set(_spans(pair.question)):
                 dropped["question of a benchmark"] += 1
             else:
                 left.append(pair)
-            seen.add(same)
+            known.add(same)
         self.counts.stage("7 clean", len(pairs), len(left), dropped)
         return left
 
@@ -398,8 +398,8 @@ def _unlike(a: SampledAnswer, b: SampledAnswer) -> float:
 
 def _spans(question: str, words: int = 13) -> list[tuple[str, ...]]:
     """Runs of 13 words: what two questions share only if one was taken from the other."""
-    said = re.findall(r"\w+", question.lower())
-    return [tuple(said[i : i + words]) for i in range(len(said) - words + 1)]
+    tokens = re.findall(r"\w+", question.lower())
+    return [tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)]
 
 
 def _thumbnail(segment: Segment) -> np.ndarray:

@@ -94,8 +94,8 @@ class ScalarHeadModel(PreTrainedModel):  # type: ignore[misc]
         """`margin` is for the loss, which is not computed here."""
         inputs["use_cache"] = False
         # No token sees what is right of it, so only padding on the left needs a mask, which grows with the square of the length.
-        seen = None if attention_mask[:, 0].all() else attention_mask
-        hidden = self.model(input_ids=input_ids, attention_mask=seen, **inputs).last_hidden_state
+        mask = None if attention_mask[:, 0].all() else attention_mask
+        hidden = self.model(input_ids=input_ids, attention_mask=mask, **inputs).last_hidden_state
         return SequenceClassifierOutput(logits=self.head(self.pool(hidden, attention_mask, answer_mask)))
 
     def head(self, pooled: Tensor) -> Tensor:
@@ -253,23 +253,23 @@ class VideoDRM:
         """
         keys = [self._key(item) for item in items]
         missing: dict[tuple[Any, ...], VideoAnswer] = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
-        found: dict[tuple[Any, ...], float] = {key: self._known[key] for key in keys if key in self._known}
+        scores_by_key: dict[tuple[Any, ...], float] = {key: self._known[key] for key in keys if key in self._known}
         groups: dict[tuple[Any, ...], list[tuple[tuple[Any, ...], VideoAnswer]]] = {}
         for key, item in missing.items():
             groups.setdefault(key[:-1], []).append((key, item))
         singles = [group[0] for group in groups.values() if len(group) == 1]
         for start in range(0, len(singles), self.max_batch):
             part = singles[start : start + self.max_batch]
-            found |= zip([key for key, _ in part], self._singly([item for _, item in part]), strict=True)
+            scores_by_key |= zip([key for key, _ in part], self._singly([item for _, item in part]), strict=True)
         for group in groups.values():
             if len(group) > 1:
                 first = group[0][1]
                 scores = self.score_together(first.video, first.question, [item.answer for _, item in group])
-                found |= zip([key for key, _ in group], scores, strict=True)
-        self._known.update(found)
+                scores_by_key |= zip([key for key, _ in group], scores, strict=True)
+        self._known.update(scores_by_key)
         while len(self._known) > SCORES:
             self._known.popitem(last=False)
-        return [found[key] for key in keys]
+        return [scores_by_key[key] for key in keys]
 
     def forget(self) -> None:
         """Compute known scores again."""
@@ -313,8 +313,8 @@ class VideoDRM:
         at_once = max(VISIBLE // (begun + len(ids)), 1)
         hidden = []
         for start in range(0, len(ids), at_once):
-            rows, seen = slice(start, start + at_once), slice(0, start + at_once)
-            own = (whose[rows, None] == whose[None, seen]) & (places[rows, None] >= places[None, seen])
+            rows, before = slice(start, start + at_once), slice(0, start + at_once)
+            own = (whose[rows, None] == whose[None, before]) & (places[rows, None] >= places[None, before])
             mask = torch.cat([torch.ones(len(own), begun, dtype=torch.bool), own], dim=1)
             inputs = {"input_ids": ids[None, rows], "attention_mask": mask[None, None], "position_ids": positions[rows].expand(3, 1, -1)}
             hidden.append(self.scorer.model(**self._placed(inputs), past_key_values=cache, use_cache=True).last_hidden_state[0])

@@ -69,13 +69,13 @@ def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Pat
     root = videos or Path(source).parent
     rows = load_rows(source)
     questions = _by_question([_read(row, names, root, source, n) for n, row in enumerate(rows, 1)], source)
-    found = [(_together(lines, source), len(lines)) for lines in questions]
-    pairs = [pair for pair, _ in found if pair is not None]
+    by_question = [(_together(lines, source), len(lines)) for lines in questions]
+    pairs = [pair for pair, _ in by_question if pair is not None]
     if not pairs:
         raise TaskError(f"{source} has no pair: all of its {len(rows)} rows are ties")
-    seen: dict[str, list[PreferencePair]] = {}
+    by_id: dict[str, list[PreferencePair]] = {}
     for pair in pairs:
-        others = seen.setdefault(pair.id, [])
+        others = by_id.setdefault(pair.id, [])
         if pair in others:
             raise TaskError(f"{source} has the pair {pair.id!r} more than once")
         others.append(pair)
@@ -84,7 +84,7 @@ def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Pat
     for pair in pairs:
         counts[pair.id] += 1
         numbered.append(pair if counts[pair.id] == 1 else replace(pair, id=f"{pair.id}#{counts[pair.id]}"))
-    return PreferencePairs(numbered, sum(lines for pair, lines in found if pair is None))
+    return PreferencePairs(numbered, sum(lines for pair, lines in by_question if pair is None))
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class _Line:
 
 def _read(row: Row, fields: Mapping[str, str], root: Path, source: str, number: int) -> _Line:
     columns = Columns(row, fields, f"{source}, row {number}")
-    one = rated(columns)
-    said = preference(columns) if one is None else best_of([one])
-    pair = _pair(columns, said, video_of_row(row, fields, root, columns.where))
-    return _Line(number, pair, said.best is None, None if one is None else one[1], columns.column("id") is not None)
+    rating = rated(columns)
+    choice = preference(columns) if rating is None else best_of([rating])
+    pair = _pair(columns, choice, video_of_row(row, fields, root, columns.where))
+    return _Line(number, pair, choice.best is None, None if rating is None else rating[1], columns.column("id") is not None)
 
 
 def _by_question(lines: Sequence[_Line], source: str) -> list[list[_Line]]:
@@ -141,20 +141,20 @@ def _together(lines: Sequence[_Line], source: str) -> PreferencePair | None:
             f"{source}, row {first.number} has one answer, and no other row has another one to its question about the same video; a "
             "preference takes two"
         )
-    said = best_of([(answer, line.rating) for answer, line in ratings.items() if line.rating is not None])
-    if said.best is None:
+    choice = best_of([(answer, line.rating) for answer, line in ratings.items() if line.rating is not None])
+    if choice.best is None:
         return None
     pairs = [line.pair for line in lines]
     same = {name: len({str(getattr(pair, name)) for pair in pairs}) == 1 for name in ("source", "margin", "meta")}
     kept = {name: getattr(first.pair, name) if same[name] else empty for name, empty in (("source", ""), ("margin", None), ("meta", {}))}
-    return replace(first.pair, chosen=said.answers[said.best], rejected=_others(said), **kept)
+    return replace(first.pair, chosen=choice.answers[choice.best], rejected=_others(choice), **kept)
 
 
-def _others(said: Preference) -> tuple[str, ...]:
-    return tuple(answer for n, answer in enumerate(said.answers) if n != said.best)
+def _others(choice: Preference) -> tuple[str, ...]:
+    return tuple(answer for n, answer in enumerate(choice.answers) if n != choice.best)
 
 
-def _pair(columns: Columns, said: Preference, video: VideoInput) -> PreferencePair:
+def _pair(columns: Columns, choice: Preference, video: VideoInput) -> PreferencePair:
     """Of a tie, any answer stands for the better one."""
     where = columns.where
     margin, meta = columns.get("margin", None), columns.get("meta", {})
@@ -162,8 +162,8 @@ def _pair(columns: Columns, said: Preference, video: VideoInput) -> PreferencePa
         id=str(columns.get("id", where.rpartition(" ")[2])),
         video=video,
         question=question(columns),
-        chosen=said.answers[said.best or 0],
-        rejected=_others(said),
+        chosen=choice.answers[choice.best or 0],
+        rejected=_others(choice),
         category=str(columns.get("category", "")),
         source=str(columns.get("source", "")),
         margin=None if margin is None else _number(margin, "margin", where),
@@ -282,13 +282,13 @@ def readable(asked: Sequence[Asked], read: Callable[[Segment], Any]) -> tuple[li
 
 def faults(pairs: Sequence[PreferencePair]) -> list[str]:
     """What is wrong with pairs as data, a line each: videos that are not there, and a length that gives the better answer away."""
-    found = [f"pair {p.id}: there is no video {s.file}" for p in pairs for s in segments_of(p.video) if not Path(s.file).exists()]
+    notes = [f"pair {p.id}: there is no video {s.file}" for p in pairs for s in segments_of(p.video) if not Path(s.file).exists()]
     if isinstance(pairs, PreferencePairs) and pairs.ties:
-        found.insert(0, f"{pairs.ties} rows prefer no answer and are left out")
+        notes.insert(0, f"{pairs.ties} rows prefer no answer and are left out")
     longer = [
         sum(len(p.chosen) > len(r) for r in p.rejected) / len(p.rejected) for p in pairs if any(len(p.chosen) != len(r) for r in p.rejected)
     ]
     if len(longer) >= 20 and abs(sum(longer) / len(longer) - 0.5) > 0.5 / len(longer) ** 0.5 * 2:
         share = sum(longer) / len(longer)
-        found.append(f"the better answer is the longer one in {share:.0%} of the pairs whose answers differ in length: length alone tells")
-    return found
+        notes.append(f"the better answer is the longer one in {share:.0%} of the pairs whose answers differ in length: length alone tells")
+    return notes

@@ -48,8 +48,8 @@ def train_drm(
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    seen, faults = readable(pairs, drm.reader)
-    rows, long = _rows(drm, seen, config.max_tokens)
+    usable, faults = readable(pairs, drm.reader)
+    rows, long = _rows(drm, usable, config.max_tokens)
     if not rows:
         unread = f", and the videos of {len(faults)} cannot be read, such as: {faults[0]}" if faults else ""
         raise RewardError(f"no pair is left to train on: {long} of {len(pairs)} are longer than {config.max_tokens} tokens{unread}")
@@ -68,7 +68,7 @@ def train_drm(
     )  # fmt: skip
     with quiet(), in_float32(scorer):
         trainer = RewardTrainer(
-            model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, seen),
+            model=scorer, args=arguments, train_dataset=Dataset.from_list(rows), data_collator=Collator(drm, usable),
             processing_class=drm.tokenizer,
         )  # fmt: skip
         log = run_to_the_end(trainer, checkpoints, report)
