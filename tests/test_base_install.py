@@ -113,6 +113,8 @@ def test_a_picture_that_cannot_be_drawn_is_left_out_with_a_note(tmp_path):
     program = f"""
 from pathlib import Path
 from ramet.display import plots
+from ramet.terminal import log_to, messages
+log_to(messages)
 plots.costs([], Path({str(tmp_path)!r}) / "frontier.png")
 """
     done = without_extras(program)

@@ -80,7 +80,7 @@ def test_from_videos_to_a_benchmark(folder: Path, capsys: pytest.CaptureFixture[
     found = [r for r in json.loads((folder / "r.json").read_text()) if r["record"] == "result" and r["subset"] == "all"]
     assert [(r["condition"], r["frames"], r["n"]) for r in found] == [(c, f, 12) for f in (1, 2) for c in ("right", "reversed")]
     run(*bench, "--model", "fake:always-first", "--out", folder / "bench-fake", "--conditions", "right")
-    assert "warning: the same place wins in both orders for 100% of the pairs" in capsys.readouterr().err
+    assert "the same place wins in both orders for 100% of the pairs" in capsys.readouterr().err
     run(*bench, "--model", "fake:oracle", "--out", folder / "bench-oracle", "--conditions", "right")
     run("reward", "report", folder / "bench-oracle", folder / "bench-fake", "--json", folder / "d.json")
     difference = next(r for r in json.loads((folder / "d.json").read_text()) if r["record"] == "difference")
