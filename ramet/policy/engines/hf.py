@@ -1,16 +1,16 @@
-"""The transformers backend: continuous batching of whatever trees ask for, on CPU or CUDA.
+"""The transformers backend: continuous batching of all requests of all trees, on CPU or CUDA.
 
     async with HFPolicy(model) as policy:
         sample = await policy.sample(request, Partial())
 
-New requests join the running batch and finished ones leave it at any step. A request's prompt is computed
-only from where no stored prefix covers it. The engine runs on the event loop's own thread, one
+New requests join the running batch and finished ones leave it at any step. The part of a prompt that a stored prefix
+covers is not computed again. The engine runs on the event loop's own thread, one
 forward pass between two turns of the loop, so a run on the asyncio backend is deterministic.
 
-Seeds (see `drawing`). Batch mates change nothing but rounding: a matrix product over another
-number of rows, or a prefix computed in another batch, can differ in the last bits of float32 (about 1e-6 in a
-log-probability), and a token differs only if its random number falls within that of a boundary. In
-bfloat16 the differences are about 1e-2 and tokens do change with the batch.
+A request's seed fixes its random numbers (see `sampler`). The rest of a batch changes nothing but rounding: a matrix product over
+another number of rows, or a prefix computed in another batch, can differ in the last bits of float32 (about 1e-6 in a
+log-probability), so a token differs only if its random number is that close to a boundary. In
+bfloat16 the differences are about 1e-2, and tokens do change with the batch.
 """
 
 from __future__ import annotations
@@ -27,22 +27,31 @@ from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tree import Segment
 from ramet.errors import PolicyError, first_line
 from ramet.policy.engines.kv import Memory, PrefixStore, SlotCache, common_prefix
-from ramet.policy.engines.sampler import RequestState, draw
+from ramet.policy.engines.sampler import RequestState, sample_tokens
 from ramet.policy.engines.serving import Serving
 from ramet.policy.models.load import Inputs, steady_context
 
 PREFILL_TOKENS = 2048
-"""Padded prompt tokens of one forward pass at most."""
-SHARE = 32
-"""A request waits one step for a batch mate with which it shares this many prompt tokens more than are stored."""
+"""The most prompt tokens of one forward pass, padding included."""
+MIN_SHARED_PREFIX = 32
+"""A request waits one step for one of the same batch that shares at least this many more prompt tokens with it than are stored."""
 PATIENCE = 6
-"""Decode steps that new requests wait, at most, to be computed together."""
-OTHER = "choose another backend"
+"""The most decode steps that new requests wait, so that their prompts are computed together."""
+ADVICE = "choose another backend"
+"""What to do about a model that this backend cannot serve."""
 
 
 @dataclass(slots=True)
 class Stats:
-    """What the engine did since it was made. `forward_seconds` is inside the model, `busy_seconds` inside steps."""
+    """What the engine has done since it was created.
+
+    steps            forward passes
+    generated        tokens sampled
+    prefilled        prompt tokens computed
+    cached           prompt tokens taken from stored prefixes
+    forward_seconds  inside the model
+    busy_seconds     inside the engine's steps, the model included
+    """
 
     steps: int = 0
     generated: int = 0
@@ -55,12 +64,12 @@ class Stats:
 class HFPolicy(Serving):
     """Samples from one causal language model. Enter it to serve.
 
-    model           any transformers causal LM with full attention (`attn_implementation="sdpa"`), latent attention too
-    max_batch       rows that decode together
-    context         longest context; by default, and at most, the longest in which a row does not depend on others (`steady_context`)
-    prefix_bytes    memory for contexts kept for reuse by later turns and siblings
+    model           any transformers causal LM with full or latent attention, loaded with `attn_implementation="sdpa"` or "eager"
+    max_batch       the most requests that decode together
+    context         longest prompt and sample together, in tokens; by default, and at most, the `steady_context` of the model
+    prefix_bytes    memory for the keys and values of contexts, kept for later turns and siblings
 
-    Raises `PolicyError` for a model that it cannot serve exactly: a few tokens are computed in slots and by the model itself.
+    Raises `PolicyError` for a model that it cannot serve exactly: logits of a few tokens are compared with the model's own.
     """
 
     def __init__(self, model: Any, *, max_batch: int = 64, context: int | None = None, prefix_bytes: int = 2**28):
@@ -73,13 +82,13 @@ class HFPolicy(Serving):
                 f"{type(model).__name__} has {', '.join(sorted(kinds))} layers; the transformers backend serves full attention only"
             )
         if _has_alibi(config):
-            raise PolicyError(f"{type(model).__name__} attends by distance (ALiBi), which the transformers backend does not serve; {OTHER}")
+            raise PolicyError(f"{type(model).__name__} uses ALiBi, which the transformers backend does not support; {ADVICE}")
         if model.config._attn_implementation not in ("sdpa", "eager"):
-            raise PolicyError(f"attention {model.config._attn_implementation!r} cannot take the batch mask; load the model with sdpa")
+            raise PolicyError(f"attention {model.config._attn_implementation!r} does not support the batch mask; load the model with sdpa")
         longest = steady_context(model.config)
         if max_batch < 1 or prefix_bytes < 0 or not 2 <= (context or longest) <= longest:
-            given = f"max_batch {max_batch}, context {context}, prefix_bytes {prefix_bytes}"
-            raise PolicyError(f"{given}: there must be a row, and a context of 2 to {longest}")
+            settings = f"max_batch {max_batch}, context {context}, prefix_bytes {prefix_bytes}"
+            raise PolicyError(f"{settings}: max_batch must be 1 or more, context 2 to {longest}, prefix_bytes 0 or more")
         super().__init__(context or longest)
         self.model = model
         self.max_batch = max_batch
@@ -94,35 +103,39 @@ class HFPolicy(Serving):
 
     @torch.inference_mode()
     def _check(self) -> None:
-        """Two rows of unlike length, read and decoded in slots, against the model's own pass over each. Raises `PolicyError`."""
+        """Compare two prompts of different length, prefilled and decoded in slots, with the model's own logits. Raises `PolicyError`."""
         training, name = self.model.training, type(self.model).__name__
         vocabulary = self.model.get_input_embeddings().num_embeddings
         prompts = [tuple((7 * i + n) % vocabulary for i in range(3 + 2 * n)) for n in (0, 1)]
         rows = [RequestState(SampleRequest(prompt, 1, frozenset()), Partial()) for prompt in prompts]
         texts = [torch.tensor(prompt) for prompt in prompts]
-        read = [len(text) - 1 for text in texts]
+        prefilled = [len(text) - 1 for text in texts]
         self.model.eval()
         try:
             padded = torch.nn.utils.rnn.pad_sequence([text[:-1] for text in texts], batch_first=True)
-            self._forward(rows, 0, padded, torch.arange(max(read)).expand(2, -1))
-            served = self._forward(rows, 0, torch.stack([text[-1:] for text in texts]), torch.tensor(read)[:, None])[:, -1].float()
+            self._forward(rows, 0, padded, torch.arange(max(prefilled)).expand(2, -1))
+            served = self._forward(rows, 0, torch.stack([text[-1:] for text in texts]), torch.tensor(prefilled)[:, None])[:, -1].float()
             alone = torch.stack([self.model(input_ids=text[None].to(self.device), use_cache=False).logits[0, -1] for text in texts]).float()
-        except Exception as error:  # whatever a model that takes other arguments raises
-            raise PolicyError(f"the transformers backend cannot serve {name}: {first_line(error)}; {OTHER}") from error
+        except Exception as error:  # a model that accepts other arguments may raise anything
+            raise PolicyError(f"the transformers backend cannot serve {name}: {first_line(error)}; {ADVICE}") from error
         finally:
             self.model.train(training)
             self._cache, self.stats = SlotCache(self._layers), Stats()
-        close = 1e-2 if self.model.dtype == torch.float32 else 0.2
-        if not torch.allclose(served, alone, rtol=0, atol=close * float(alone.nan_to_num().std() + 1e-6), equal_nan=True):
-            raise PolicyError(f"the transformers backend cannot serve {name}: it does not take positions and masks as given; {OTHER}")
+        tolerance = 1e-2 if self.model.dtype == torch.float32 else 0.2
+        if not torch.allclose(served, alone, rtol=0, atol=tolerance * float(alone.nan_to_num().std() + 1e-6), equal_nan=True):
+            raise PolicyError(f"the transformers backend cannot serve {name}: it ignores some positions or masks; {ADVICE}")
 
     @property
     def device(self) -> torch.device:
+        """The device of the model."""
         device: torch.device = self.model.device
         return device
 
     def refresh(self, version: int) -> None:
-        """Tell the engine that the model's weights have changed: stored prefixes are dropped."""
+        """Note that the model's weights have changed to this version, and drop stored prefixes.
+
+        Raises `PolicyError` while requests are being sampled.
+        """
         if self._active or self._waiting:
             raise PolicyError("weights were changed while requests are being sampled; wait for them first")
         self._store.clear()
@@ -144,7 +157,7 @@ class HFPolicy(Serving):
         self._fail(PolicyError(f"the model failed: {first_line(error)}"))
 
     def _fail(self, error: PolicyError) -> None:
-        """Everything in flight fails; the engine goes on with empty slots."""
+        """Fail all requests with this error; the engine continues with empty slots."""
         for row in [*self._active, *self._waiting]:
             row.fail(error)
         self._active.clear()
@@ -154,7 +167,7 @@ class HFPolicy(Serving):
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Drop what was cancelled, admit what waits, and decode one token for every row."""
+        """Drop cancelled requests, admit waiting ones, and decode one token for every active request."""
         for row in [row for row in self._active if row.stop is not None]:
             self._leave(row)
         self._waiting = deque(row for row in self._waiting if row.stop is None)
@@ -182,27 +195,29 @@ class HFPolicy(Serving):
         while self._waiting and len(chosen) < free:
             row = self._waiting.popleft()
             prompt = self._key(row)
-            found, memory = self._store.find(prompt)
-            mates = [(common_prefix(prompt, self._key(other)), n) for n, (other, _, _) in enumerate(chosen)] if len(prompt) > SHARE else []
+            cached, memory = self._store.find(prompt)
+            mates = []
+            if len(prompt) > MIN_SHARED_PREFIX:
+                mates = [(common_prefix(prompt, self._key(other)), n) for n, (other, _, _) in enumerate(chosen)]
             longest, mate = max(mates, default=(0, 0))
-            if longest >= found + SHARE:
+            if longest >= cached + MIN_SHARED_PREFIX:
                 later.append(row)
                 shared.add(mate)
                 continue
-            chosen.append((row, min(found, len(prompt) - 1), memory))
+            chosen.append((row, min(cached, len(prompt) - 1), memory))
         self._waiting.extendleft(reversed(later))
         promised = {id(chosen[n][0]) for n in shared}
         chosen.sort(key=lambda item: (len(item[0].request.prompt) - item[1], len(item[0].request.prompt)))
         try:
             self._prefill_all(chosen, promised)
         except Exception:
-            # What was not computed goes back to the queue, so that `_fail` finds it.
-            held = set(map(id, self._active))
-            self._waiting.extendleft(row for row, _, _ in reversed(chosen) if id(row) not in held and row.stop is None)
+            # Requests whose prompts were not computed return to the queue, so that `_fail` reaches them.
+            active = set(map(id, self._active))
+            self._waiting.extendleft(row for row, _, _ in reversed(chosen) if id(row) not in active and row.stop is None)
             raise
 
     def _prefill_all(self, chosen: list[tuple[RequestState, int, Memory]], promised: set[int]) -> None:
-        """Prefill in passes of at most `PREFILL_TOKENS` padded tokens."""
+        """Prefill in forward passes of at most `PREFILL_TOKENS` tokens, padding included."""
         while chosen:
             size = 1
             while size < len(chosen) and (size + 1) * (len(chosen[size][0].request.prompt) - chosen[size][1]) <= PREFILL_TOKENS:
@@ -211,27 +226,28 @@ class HFPolicy(Serving):
             chosen = chosen[size:]
 
     def _prefill(self, batch: list[tuple[RequestState, int, Memory]], promised: set[int]) -> None:
+        """Compute the prompts of (request, cached tokens, their memory); store those whose `id` is promised to waiting requests."""
         first = len(self._active)
-        new = max(len(row.request.prompt) - found for row, found, _ in batch)
-        # Right-padded: what a padding token writes lies past the row's end and is overwritten later.
+        new = max(len(row.request.prompt) - cached for row, cached, _ in batch)
+        # Right-padded: keys and values of padding lie past the row's end, and are overwritten later.
         ids = torch.zeros(len(batch), new, dtype=torch.long)
-        starts = torch.tensor([[found] for _, found, _ in batch])
+        starts = torch.tensor([[cached] for _, cached, _ in batch])
         positions = starts + torch.arange(new)
         self._cache.grow(first + len(batch), self._rounded(int(positions.max()) + 1))
         ends = []
-        for i, (row, found, memory) in enumerate(batch):
+        for i, (row, cached, memory) in enumerate(batch):
             prompt = row.request.prompt
-            if found:
-                self._cache.put(first + i, memory, found)
-            ids[i, : len(prompt) - found] = torch.tensor(prompt[found:])
-            ends.append(len(prompt) - found - 1)
-            row.partial.prefilled, row.partial.cached = len(prompt) - found, found
+            if cached:
+                self._cache.put(first + i, memory, cached)
+            ids[i, : len(prompt) - cached] = torch.tensor(prompt[cached:])
+            ends.append(len(prompt) - cached - 1)
+            row.partial.prefilled, row.partial.cached = len(prompt) - cached, cached
             row.version = self.version
-            self.stats.prefilled += len(prompt) - found
-            self.stats.cached += found
+            self.stats.prefilled += len(prompt) - cached
+            self.stats.cached += cached
         keep = sorted(set(ends))
         rows = [row for row, _, _ in batch]
-        # A long prompt by itself goes in pieces: the mask of a whole one would grow with the square of its length.
+        # A long prompt is computed in pieces: a mask of all of it would grow with the square of its length.
         step = max(PREFILL_TOKENS // len(batch), 1)
         for at in range(0, new, step):
             inside = [end - at for end in keep if at <= end < at + step]
@@ -246,19 +262,20 @@ class HFPolicy(Serving):
             row.done.set()
 
     def _rounded(self, length: int) -> int:
+        """The length of slots for contexts of `length` tokens: the next multiple of 256."""
         return -(-length // 256) * 256
 
     def training_inputs(self, ids: torch.Tensor, rows: Sequence[Sequence[int]], media: Sequence[Sequence[Segment]]) -> Inputs:
-        """For `token_logprobs` on a batch `ids` (B, T) of whole rows, padded on the right."""
+        """The `inputs` of `token_logprobs` for a batch `ids` (B, T) of `rows` with their `media`, padded on the right."""
         return lambda model: {"input_ids": ids}
 
     def _key(self, row: RequestState) -> tuple[int, ...]:
-        """The request's prompt as it is stored: the same for prompts that say and show the same."""
+        """The key of a request's prompt among stored prefixes: equal for prompts with equal text and equal media."""
         return row.request.prompt
 
     def _inputs(self, rows: list[RequestState], ids: torch.Tensor, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the model is called with for new `ids` (b, m) at `positions` (b, m) of `rows`."""
-        return {"input_ids": ids, "position_ids": positions.clamp(max=self._context - 1)}  # only padding stands further
+        """The model's arguments for new `ids` (b, m) at `positions` (b, m) of `rows`."""
+        return {"input_ids": ids, "position_ids": positions.clamp(max=self._context - 1)}  # only padding lies beyond
 
     def _forward(
         self, rows: list[RequestState], first: int, ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None = None
@@ -268,7 +285,7 @@ class HFPolicy(Serving):
         self._cache.grow(first + len(ids), self._rounded(span))
         positions = positions.to(self.device)
         self._cache.aim(first, positions, span)
-        # Additive, not bool: the CPU kernel turns a bool mask into this one anyhow, once a layer.
+        # Additive, not bool: the CPU kernel would convert a bool mask into this one in every layer.
         hidden = (torch.arange(span, device=self.device) > positions[..., None]).unsqueeze(1)
         mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device).masked_fill_(hidden, torch.finfo(self.model.dtype).min)
         started = time.perf_counter()
@@ -286,14 +303,14 @@ class HFPolicy(Serving):
         return logits
 
     def _emit(self, rows: list[RequestState], logits: torch.Tensor) -> None:
-        """Draw one token per row from `logits` (rows, vocabulary) and append it."""
-        tokens, logprobs = draw(logits, rows)
+        """Sample one token per row from `logits` (rows, vocabulary) and append it."""
+        tokens, logprobs = sample_tokens(logits, rows)
         for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.emit(token, logprob)
         self.stats.generated += len(rows)
 
     def _leave(self, row: RequestState) -> None:
-        """Free the row's slot: keep its memory for later, move the last row into its place."""
+        """Free the row's slot: store its keys and values, and move the last row into its place."""
         slot, end = self._active.index(row), len(self._active) - 1
         tokens = row.length
         self._store.add((*self._key(row), *row.partial.ids)[:tokens], self._cache.take(slot, tokens))
@@ -304,5 +321,5 @@ class HFPolicy(Serving):
 
 
 def _has_alibi(config: Any) -> bool:
-    """Bloom has it always, Falcon and MPT where their configuration says so."""
-    return config.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (config, getattr(config, "attn_config", None)))
+    """Whether a model uses ALiBi: Bloom always does, Falcon and MPT if their configuration says so."""
+    return config.model_type == "bloom" or any(getattr(part, "alibi", False) for part in (config, getattr(config, "attn_config", None)))

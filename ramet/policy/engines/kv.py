@@ -1,11 +1,11 @@
-"""Key-value memory of the transformers backend: slots that decode together, and a store of prefixes.
+"""The key-value cache of the transformers backend: slots that decode together, and a store of prefixes.
 
-`SlotCache` is a transformers `Cache` over fixed slots. Rows of a batch are the first slots, each as long
-as it is; a step writes every row at its own position and attends to a view, so that nothing is
+`SlotCache` is a transformers `Cache` over fixed slots. The rows of a batch are its first slots, of different
+lengths; a step writes every row at its own position and attends to a view, so nothing is
 gathered, concatenated or padded by copying.
 
-`PrefixStore` keeps the keys and values of contexts that have ended, for the next turn of the same branch
-and for siblings that begin alike.
+`PrefixStore` keeps the keys and values of finished contexts, for the next turn of the same branch
+and for siblings with the same prefix.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 BLOCK = 8
+"""Tokens per hash of a prefix: shorter prefixes are not stored."""
 Memory = list[torch.Tensor]
-"""Of one context: keys, then values, of each layer, (heads, tokens, size); latent attention has values of another size than keys."""
+"""The cache of one context: for each layer its keys, then its values, (heads, tokens, head size); the sizes may differ."""
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -30,13 +31,14 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate all slots, with the heads, sizes, dtype and device of the first states."""
         slots, length = self.cache.slots, self.cache.length
         self.keys = key_states.new_zeros(slots, key_states.shape[1], length, key_states.shape[3])
         self.values = value_states.new_zeros(slots, value_states.shape[1], length, value_states.shape[3])
         self.is_initialized = True
 
     def widen(self, slots: int, length: int) -> None:
-        """Keep what is there and make room for more."""
+        """Reallocate for `slots` slots of `length` tokens, with the old contents."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_zeros(slots, old.shape[1], length, old.shape[3])
@@ -44,7 +46,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             setattr(self, name, new)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (b, heads, m, size) at the cache's current rows and positions; all that these rows hold."""
+        """Write states (b, heads, m, size) at the cache's current rows and positions. Returns the keys and values of these rows."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
@@ -54,17 +56,20 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return keys[:, :, : cache.span], values[:, :, : cache.span]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(number of key positions, offset of the first)."""
         return self.cache.span, 0
 
     def get_seq_length(self) -> int:
+        """The number of key positions."""
         return self.cache.span
 
     def get_max_length(self) -> int:
+        """Tokens that a slot has room for."""
         return self.cache.length
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """Slots of one model. `aim` sets where the next forward pass writes and how far it sees."""
+    """The slots of one model. `aim` sets where the next forward pass writes and how many positions it attends to."""
 
     def __init__(self, layers: int):
         self.slots = self.length = 0
@@ -73,13 +78,13 @@ class SlotCache(Cache):  # type: ignore[misc]
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
     def aim(self, first: int, positions: torch.Tensor, span: int) -> None:
-        """Rows are slots `first` onward; `positions` (b, m) is where each row's m tokens stand; all see `span`."""
+        """The next pass has slots `first` onward as rows, writes their m tokens at `positions` (b, m), and attends to `span` positions."""
         self.first, self.last, self.span = first, first + positions.shape[0], span
         self.positions = positions
         self.row_index = torch.arange(positions.shape[0], device=positions.device)[:, None]
 
     def grow(self, slots: int, length: int) -> None:
-        """Make room for `slots` contexts of `length` tokens; slots double, so that growing is rare."""
+        """Make room for `slots` contexts of `length` tokens. The number of slots at least doubles, so growing is rare."""
         if slots <= self.slots and length <= self.length:
             return
         self.slots = max(self.slots, slots if slots <= self.slots else max(slots, 2 * self.slots))
@@ -89,48 +94,51 @@ class SlotCache(Cache):  # type: ignore[misc]
                 layer.widen(self.slots, self.length)
 
     def move(self, source: int, target: int, tokens: int) -> None:
+        """Copy the first `tokens` of a slot to another."""
         for layer in self.layers:
             layer.keys[target, :, :tokens] = layer.keys[source, :, :tokens]
             layer.values[target, :, :tokens] = layer.values[source, :, :tokens]
 
     def take(self, slot: int, tokens: int) -> Memory:
-        """A copy of a slot's first `tokens`."""
+        """A copy of the first `tokens` of a slot."""
         return [part[slot, :, :tokens].clone() for layer in self.layers for part in (layer.keys, layer.values)]
 
     def put(self, slot: int, stored: Memory, tokens: int) -> None:
+        """Fill the first `tokens` of a slot from a copy that `take` made."""
         for part, kept in zip((part for layer in self.layers for part in (layer.keys, layer.values)), stored, strict=True):
             part[slot, :, :tokens] = kept[:, :tokens]
 
 
 class PrefixStore:
-    """Ended contexts, least recently used first out, at most `capacity` bytes in all.
+    """Finished contexts of at most `capacity` bytes in total; the least recently used is evicted first.
 
-    Found by a chain of hashes over blocks of `BLOCK` ids; what is found is compared id by id, so a
-    hash collision costs a miss and never a wrong prefix.
+    Contexts are looked up by a chain of hashes over blocks of `BLOCK` ids, and then compared id by id, so a
+    hash collision can cause a miss but never a wrong prefix.
     """
 
     def __init__(self, capacity: int):
         self.capacity = capacity
         self._entries: OrderedDict[int, tuple[tuple[int, ...], Memory, list[int], int]] = OrderedDict()
         self._holders: dict[int, dict[int, None]] = {}
-        """Per chain, the entries that begin so, oldest first."""
+        """By the hash of a prefix, the numbers of the entries that begin with it, oldest first."""
         self._bytes = 0
         self._next = 0
 
     def find(self, ids: Sequence[int]) -> tuple[int, Memory]:
-        """The longest stored prefix of `ids` (at least one block): its length and its memory."""
-        found = None
+        """(length, keys and values) of the longest stored prefix of `ids`; (0, []) if none of at least one block is stored."""
+        number = None
         for chain in _chains(ids):
             if chain not in self._holders:
                 break
-            found = next(reversed(self._holders[chain]))
-        if found is None:
+            number = next(reversed(self._holders[chain]))
+        if number is None:
             return 0, []
-        known, memory, _, _ = self._entries[found]
-        self._entries.move_to_end(found)
+        known, memory, _, _ = self._entries[number]
+        self._entries.move_to_end(number)
         return common_prefix(known, ids), memory
 
     def add(self, ids: tuple[int, ...], memory: Memory) -> None:
+        """Store a context, unless it is shorter than a block or larger than the store; evict others if needed."""
         size = sum(part.nbytes for part in memory)
         if len(ids) < BLOCK or size > self.capacity:
             return
@@ -149,12 +157,14 @@ class PrefixStore:
                     del self._holders[chain]
 
     def clear(self) -> None:
+        """Drop all contexts."""
         self._entries.clear()
         self._holders.clear()
         self._bytes = 0
 
 
 def _chains(ids: Sequence[int]) -> list[int]:
+    """The hash of every prefix of whole blocks."""
     chains, chain = [], 0
     for end in range(BLOCK, len(ids) + 1, BLOCK):
         chain = hash((chain, *ids[end - BLOCK : end]))
@@ -163,7 +173,7 @@ def _chains(ids: Sequence[int]) -> list[int]:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids two sequences share."""
+    """The length of the longest common prefix of two sequences."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

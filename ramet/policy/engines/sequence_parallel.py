@@ -46,7 +46,7 @@ from ramet.attention.methods import Method
 from ramet.attention.vision import prefill_video
 from ramet.errors import PolicyError, RametError, TransientPolicyError, first_line
 from ramet.policy.engines.kv import common_prefix
-from ramet.policy.engines.sampler import RequestState, draw
+from ramet.policy.engines.sampler import RequestState, sample_tokens
 from ramet.policy.engines.serving import Serving
 from ramet.policy.engines.vision import VideoReader, VideoSettings, media_key
 from ramet.policy.models.load import load_model
@@ -386,7 +386,7 @@ class SequenceParallelPolicy(Serving):
             return
         logits = await anyio.to_thread.run_sync(self._workers.run, step)
         rows = [held.row for held in batch if held.row is not None]
-        tokens, logprobs = draw(torch.stack([logits[held.number] for held in batch]), rows)
+        tokens, logprobs = sample_tokens(torch.stack([logits[held.number] for held in batch]), rows)
         for held, row, token, logprob in zip(batch, rows, tokens, logprobs, strict=True):
             row.emit(token, logprob)
             if row.stop is not None:

@@ -1,4 +1,4 @@
-"""What backends that run a model themselves have in common: a queue, a task that serves it, and an orderly end."""
+"""The base of the backends that run a model themselves: a queue, a task that serves it, and an orderly shutdown."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ramet.policy.engines.sampler import RequestState
 
 
 class Serving(ABC):
-    """Enter it to serve. `_round` is called again and again while there is work; requests wait in `_waiting`.
+    """Enter it to serve. Requests wait in `_waiting`; `_round` is called repeatedly while there is work.
 
-    context  the longest prompt and sample together
+    context  the longest prompt and sample together, in tokens
     """
 
     vision = False
-    """Does it take media?"""
+    """Whether requests may have media."""
 
     def __init__(self, context: int) -> None:
         self.version = 0
@@ -34,24 +34,25 @@ class Serving(ABC):
 
     @property
     def context(self) -> int:
+        """The longest prompt and sample together, in tokens."""
         return self._context
 
     @property
     @abstractmethod
     def _busy(self) -> bool:
-        """Is there work besides what waits?"""
+        """Whether there is work besides waiting requests."""
 
     @abstractmethod
     async def _round(self) -> None:
-        """Do a step of the work."""
+        """Do one step of the work."""
 
     @abstractmethod
     async def _failed(self, error: Exception) -> None:
-        """A round raised: tell those who wait, and be ready for others."""
+        """Handle the error of a round: fail the requests concerned, and be ready for others."""
 
     @abstractmethod
     def _fail(self, error: PolicyError) -> None:
-        """Everything that waits or is being sampled gets this error."""
+        """Fail every request, waiting or being sampled, with this error."""
 
     async def __aenter__(self) -> Self:
         self._wake = anyio.Event()
@@ -76,7 +77,7 @@ class Serving(ABC):
         if self._group is None or self._wake is None:
             raise PolicyError("the policy is not serving: use `async with policy`")
         if request.media and not self.vision:
-            raise PolicyError("this policy has no vision; it cannot take media")
+            raise PolicyError("this policy has no vision; it does not accept media")
         if not request.prompt or request.max_tokens < 1:
             raise PolicyError(f"nothing to sample: {len(request.prompt)} prompt tokens, at most {request.max_tokens} new")
         if len(request.prompt) + request.max_tokens > self._context:
@@ -87,6 +88,7 @@ class Serving(ABC):
         return await row.sampled()
 
     def _row(self, request: SampleRequest, partial: Partial) -> RequestState:
+        """The state of a new request."""
         return RequestState(request, partial)
 
     async def _serve(self) -> None:
@@ -94,10 +96,10 @@ class Serving(ABC):
             while not self._waiting and not self._busy:
                 self._wake = anyio.Event()
                 await self._wake.wait()
-            # Two turns of the loop: whoever got a result asks for its next sample before the step.
+            # Two turns of the event loop, so that branches that have just got a result can request their next sample.
             await anyio.lowlevel.checkpoint()
             await anyio.lowlevel.checkpoint()
             try:
                 await self._round()
-            except Exception as error:  # whatever it is, those who wait must hear of it
+            except Exception as error:  # whatever it is, waiting requests must fail with it
                 await self._failed(error)

