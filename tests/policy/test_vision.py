@@ -22,7 +22,7 @@ from ramet.errors import CheckpointError, PolicyError
 from ramet.media.clips import make_questions, write_clip
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.engines.openai import WireFormat
-from ramet.policy.engines.vision import Prompted, VideoReader, VideoSettings, VisionPolicy, model_inputs
+from ramet.policy.engines.vision import VideoReader, VideoSequence, VideoSettings, VisionPolicy, model_inputs
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.policy.training.rows import batches, rows_of, token_logprobs
@@ -75,7 +75,7 @@ def test_a_batch_says_what_generate_says_one_by_one(sights: Any) -> None:
     twice = anyio.run(sampled, VisionPolicy(model, reader, max_batch=3), [*asked, *asked])
     assert len({sample.ids for sample in together}) > 5
     for request, sample, again in zip(asked, together, twice, strict=False):
-        inputs = model_inputs(model.config, [Prompted(request.prompt, tuple(reader(s).video for s in request.media))], 0)
+        inputs = model_inputs(model.config, [VideoSequence(request.prompt, tuple(reader(s).video for s in request.media))], 0)
         with torch.no_grad():
             said = model.generate(**inputs, max_new_tokens=request.max_tokens, do_sample=False, eos_token_id=-1)
         assert sample.ids == tuple(said[0, len(request.prompt) :].tolist())
@@ -125,16 +125,16 @@ def test_all_ways_through_the_model_agree_on_positions(sights: Any, timed: Any) 
         assert videos[-1].seconds == pytest.approx(seconds / 2)  # four frames, two a step
         greedy = anyio.run(sampled, VisionPolicy(model, reader), [replace(request, sampling=Sampling(0.0))])[0]
         with torch.no_grad():
-            asked = model_inputs(model.config, [Prompted(prompt, videos)], 0)
+            asked = model_inputs(model.config, [VideoSequence(prompt, videos)], 0)
             said = model.generate(**asked, max_new_tokens=10, do_sample=False, eos_token_id=-1)
         assert greedy.ids == tuple(said[0, len(prompt) :].tolist())
         for sample in (first, second):
             whole = [*prompt, *sample.ids]
             ids = torch.tensor([whole])
-            exact = model_inputs(model.config, [Prompted(whole, videos)], 0)
+            exact = model_inputs(model.config, [VideoSequence(whole, videos)], 0)
             exact["position_ids"] = slow_positions(model.config, whole, videos)[:, None]
             rows = policy.training_inputs(ids, ids.tolist(), [media])
-            batch = model_inputs(model.config, [Prompted(whole, videos), Prompted(whole[:-3], videos)], 0)
+            batch = model_inputs(model.config, [VideoSequence(whole, videos), VideoSequence(whole[:-3], videos)], 0)
             for inputs in (lambda _, exact=exact: exact, rows, lambda _, batch=batch: batch):
                 logprobs, _, _ = token_logprobs(model, inputs(model)["input_ids"] if inputs is not rows else ids, inputs=inputs)
                 assert torch.allclose(logprobs[0, len(prompt) :], torch.tensor(sample.logprobs), atol=2e-5)
@@ -195,7 +195,7 @@ def test_what_does_not_see_says_so(sights: Any) -> None:
     request = SampleRequest((1, 2), 2, frozenset(), media=(clips[0],))
     with pytest.raises(PolicyError, match="the prompt has 0 video tokens, but its videos need 8"):
         anyio.run(sampled, VisionPolicy(model, reader), [request])
-    with pytest.raises(CheckpointError, match="takes no video"):
+    with pytest.raises(CheckpointError, match="video is not supported"):
         VideoReader(text.config, tokenizer, VIDEO)
 
 
@@ -242,9 +242,9 @@ def test_newer_models_lay_videos_out_step_by_step(sights: Any, tmp_path: Path) -
     seen = VideoReader(config, tokenizer, VIDEO)(clips[0])
     assert seen.ids.count(config.vision_start_token_id) == seen.video.grid[0] == 2
     assert tokenizer.decode(seen.ids[: seen.ids.index(config.vision_start_token_id)]) == "<0.2 seconds>"
-    inputs = model_inputs(config, [Prompted([*seen.ids, 70, 71], (seen.video,)), Prompted([70, 71])], 0)
+    inputs = model_inputs(config, [VideoSequence([*seen.ids, 70, 71], (seen.video,)), VideoSequence([70, 71])], 0)
     with torch.no_grad():
         hidden = newer(**inputs).last_hidden_state
-        alone = newer(**model_inputs(config, [Prompted([70, 71])], 0)).last_hidden_state
+        alone = newer(**model_inputs(config, [VideoSequence([70, 71])], 0)).last_hidden_state
     assert torch.isfinite(hidden).all()
     assert torch.allclose(hidden[1, :2], alone[0], atol=1e-5)

@@ -1,20 +1,20 @@
-"""Long contexts on several workers: Spava reads them in parallel, all workers decode over what each of them holds.
+"""Long contexts on several workers: Spava (arXiv:2601.21444) prefills them in parallel, and all workers decode over their shards.
 
     async with SequenceParallelPolicy(model_dir, hosts=2, threshold=4096) as policy:
         sample = await policy.sample(request, Partial())
 
-Every worker holds the whole model and a share of each context. Prompts of more than `threshold` tokens are read with the
-method given (Spava), shorter ones exactly. What waits at the same time and begins alike is read once: the common part is
-the context, and the first of those who wait steers by its question what Spava passes on; all questions then attend to the
-whole context. A later turn of a branch, and a sibling that comes later, continue from the longest context that is held and
-that its prompt begins with. Only a context is sharded: all workers compute the rows after it, and one keeps them. So a long
-prompt takes a context of others' only where the rows after it are the question or no more than half of a worker's share of
-the prompt; otherwise it is read anew, in shards. So what is read approximately depends on who asked first; what is read
-exactly depends on the request alone, up to rounding. The frames of videos are shared among the workers' towers.
+Every worker has the whole model and a shard of each context. Prompts of more than `threshold` tokens are prefilled with the
+given method (Spava), shorter ones exactly. Waiting requests with a common prefix share one prefill: the prefix is the
+context, and the question of the first request selects what Spava passes on; all questions then attend to the
+whole context. Later turns of a branch, and later siblings, continue from the longest stored context that is a prefix of
+their prompt. Only the context is sharded: all workers compute the tokens after it, and one stores them. A long prompt
+therefore reuses a context only if the tokens after it are the question, or at most half of a worker's share of
+the prompt; otherwise it is prefilled again, in shards. An approximate prefill thus depends on which request came first; an
+exact one depends on the request alone, up to rounding. Video frames are distributed over the workers' vision towers.
 
 Workers are processes of this machine (`hosts`), or the ranks of a torchrun job: `SequenceParallelPolicy.torchrun` on rank 0
-and `follow` on the others. A worker that dies fails what is in flight with `TransientPolicyError`, which the runtime
-retries, and the pool starts again.
+and `follow` on the others. If a worker dies, requests in progress fail with `TransientPolicyError`, which the
+runtime retries, and the pool is started again.
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ from ramet.policy.engines.vision import VideoReader, VideoSettings, media_key
 from ramet.policy.models.load import load_model
 
 EXACT = Method("spava", anchor=0, passing=2**62)
-"""Every block passes on everything: exact, and the context stays apart from the question as in the approximate case."""
+"""Every block passes on everything: exact, with the context stored apart from the question, as by the approximate method."""
 START_SECONDS = 300.0
-"""How long workers may take to load the model and to find one another."""
+"""Seconds that workers may take to load the model and to connect."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What all ranks do next, in this order: forget, read, fork, extend. Sequences have numbers.
+    """What all ranks do next, in this order: drop, prefill, fork, extend. Sequences have numbers.
 
-    reads    (number, ids, rows of the question, whether approximately, media)
-    forks    (from, to, rows to keep)
+    drops    numbers
+    reads    prefills: (number, ids, tokens of the question, whether approximate, media)
+    forks    (from number, to number, tokens to keep)
     extends  (number, ids)
     """
 
@@ -73,7 +74,7 @@ class Step:
 
 
 class Replica:
-    """One rank's model and its shares of sequences."""
+    """The model of one rank and its shards of sequences."""
 
     def __init__(self, model: Any, group: RankGroup, method: Method, reader: VideoReader | None = None) -> None:
         hf.attach(model)
@@ -81,7 +82,7 @@ class Replica:
         self.sequences: dict[int, cache.SequenceShard] = {}
 
     def run(self, step: Step) -> dict[int, Tensor]:
-        """Logits [vocabulary] after the last row of what was read or extended; equal on all ranks."""
+        """Do a step. Returns the logits (vocabulary,) after the last token of each sequence prefilled or extended; equal on all ranks."""
         for number in step.drops:
             del self.sequences[number]
         logits: dict[int, Tensor] = {}
@@ -103,11 +104,13 @@ class Replica:
 
 
 class Workers(Protocol):
-    """All ranks, as seen by the engine. `run` blocks and raises `TransientPolicyError` when a worker has died."""
+    """All ranks, as the policy uses them."""
 
-    def run(self, step: Step) -> dict[int, Tensor]: ...
+    def run(self, step: Step) -> dict[int, Tensor]:
+        """Do a step, as `Replica.run`. Blocks. Raises `TransientPolicyError` if a worker has died, `PolicyError` if the model failed."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop the ranks."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class WorkerConfig:
 
 
 def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> None:
-    """A process of the pool: run steps until the pipe closes."""
+    """The process of one worker: run steps until the pipe closes."""
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -135,7 +138,7 @@ def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> No
             model, tokenizer, _ = load_model(config.path, dtype=config.dtype)
             reader = None if config.video is None else VideoReader(model.config, tokenizer, config.video)
             replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), config.method, reader)
-        except Exception as error:  # told to the engine, which ends the pool
+        except Exception as error:  # reported to the policy, which ends the pool
             pipe.send(_ours(error))
             pipe.recv()
             return
@@ -144,7 +147,7 @@ def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> No
             step = pipe.recv()
             try:
                 logits = replica.run(step)
-            except Exception as error:  # told to the engine, which fails what was in flight
+            except Exception as error:  # reported to the policy, which fails the requests in progress
                 pipe.send(_ours(error))
                 continue
             pipe.send({number: row.float().cpu() for number, row in logits.items()} if rank == 0 else {})
@@ -158,15 +161,15 @@ def _ours(error: Exception) -> RametError:
 
 
 UNGUARDED = 97
-"""The exit status of a worker whose script would start workers when it is imported."""
+"""The exit status of a worker that found itself starting workers while it imported the main script."""
 
 
 class Pool:
-    """Worker processes of this machine over gloo."""
+    """Worker processes on this machine, connected by gloo."""
 
     def __init__(self, config: WorkerConfig) -> None:
         if getattr(multiprocessing.current_process(), "_inheriting", False):
-            os._exit(UNGUARDED)  # a worker that is still importing the script which starts workers
+            os._exit(UNGUARDED)  # a worker, while it imports the script that starts workers
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-pool-")
         self._pipes: list[Connection] = []
@@ -185,6 +188,7 @@ class Pool:
             raise
 
     def run(self, step: Step) -> dict[int, Tensor]:
+        """As `Workers.run`."""
         try:
             for pipe in self._pipes:
                 pipe.send(step)
@@ -194,7 +198,7 @@ class Pool:
         return logits
 
     def _collect(self) -> list[Any]:
-        """One message of every worker, unless one of them fails or dies first."""
+        """One message from every worker. Raises `PolicyError` if one fails, `TransientPolicyError` if one dies."""
         replies: dict[int, Any] = {}
         sentinels = [process.sentinel for process in self.processes]
         while len(replies) < len(self._pipes):
@@ -207,7 +211,7 @@ class Pool:
                     except (EOFError, OSError) as error:
                         raise self._died() from error
                     if isinstance(reply, RametError):
-                        # Where one dies, the others fail at their next exchange, and may be heard first.
+                        # If a worker dies, the others fail at their next exchange, and may report it first.
                         raise self._died() if wait(sentinels, 1.0) else reply
                     replies[self._pipes.index(pipe)] = reply
             if not any(isinstance(pipe, Connection) for pipe in ready):
@@ -218,11 +222,12 @@ class Pool:
         for process in self.processes:
             process.join(0.2)
         if any(process.exitcode == UNGUARDED for process in self.processes):
-            return PolicyError('worker processes import the script that starts them: put what it does under `if __name__ == "__main__":`')
+            return PolicyError('worker processes import the script that starts them: put its code under `if __name__ == "__main__":`')
         dead = [f"rank {rank} with status {p.exitcode}" for rank, p in enumerate(self.processes) if p.exitcode is not None]
         return TransientPolicyError(f"a worker of the sequence-parallel pool died ({', '.join(dead) or 'its pipe broke'})")
 
     def close(self) -> None:
+        """Stop the workers; those that do not end at once are killed."""
         for pipe in self._pipes:
             pipe.close()
         for process in self.processes:
@@ -234,18 +239,20 @@ class Pool:
 
 
 class Ranks:
-    """The ranks of a torchrun job; this is rank 0, the others run `follow`."""
+    """The ranks of a torchrun job, seen from rank 0; the others run `follow`."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._closed = False
 
     def started(self) -> Ranks:
+        """These ranks. Raises `PolicyError` once they have stopped: they cannot be started again from here."""
         if self._closed:
             raise PolicyError("the ranks of this torchrun job have stopped; start the job again")
         return self
 
     def run(self, step: Step) -> dict[int, Tensor]:
+        """As `Workers.run`; an error of a rank is final."""
         try:
             dist.broadcast_object_list([step], 0)
             return {number: row.float().cpu() for number, row in self._replica.run(step).items()}
@@ -253,13 +260,14 @@ class Ranks:
             raise PolicyError(f"a rank of the job has failed: {first_line(error)}; start the job again") from error
 
     def close(self) -> None:
+        """Let the other ranks return from `follow`."""
         if not self._closed:
             self._closed = True
             dist.broadcast_object_list([None], 0)
 
 
 def follow(replica: Replica) -> None:
-    """The life of every rank but the first in a torchrun job: do what rank 0 does, until it closes."""
+    """Run on every rank but the first of a torchrun job: do the steps of rank 0, until it closes."""
     while True:
         box: list[Step | None] = [None]
         dist.broadcast_object_list(box, 0)
@@ -270,7 +278,7 @@ def follow(replica: Replica) -> None:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A sequence in the workers: what they hold, as its key has it, how much of it is context, and the row it is decoded for."""
+    """A sequence that the workers store: its key, how many of its tokens are context, and the request that it is decoded for, if any."""
 
     number: int
     tokens: list[int]
@@ -279,12 +287,12 @@ class _Held:
 
 
 class SequenceParallelPolicy(Serving):
-    """Samples from one causal language model on several workers. Enter it to serve; see the module.
+    """Samples from one causal language model on several workers. Enter it to serve; see the docstring of the module.
 
-    threshold  prompts of more tokens are read with `method`, others exactly
-    question   rows at the end of a prompt that nobody shares, which steer the selection
-    keep       sequences that are held for later turns
-    video      how much of a video a vision-language model reads; None: it is asked for text only
+    threshold  prompts of more tokens are prefilled with `method`, others exactly
+    question   tokens at the end of an unshared prompt that select what is passed on
+    keep       sequences that are stored for later turns, at most
+    video      how a vision-language model samples videos; None: requests have text alone
     """
 
     def __init__(
@@ -320,14 +328,14 @@ class SequenceParallelPolicy(Serving):
 
     @classmethod
     def torchrun(cls, path: Path, replica: Replica, **options: Any) -> SequenceParallelPolicy:
-        """The policy on rank 0 of a torchrun job whose other ranks run `follow`. A rank that fails ends the job."""
+        """The policy on rank 0 of a torchrun job whose other ranks run `follow`. If a rank fails, the job has failed."""
         policy = cls(path, replica.group.size, replica.method, **options)
         policy._start = Ranks(replica).started
         return policy
 
     @property
     def workers(self) -> Workers | None:
-        """The pool, once it serves."""
+        """The workers, while the policy serves."""
         return self._workers
 
     async def __aenter__(self) -> Self:
@@ -347,7 +355,7 @@ class SequenceParallelPolicy(Serving):
         return bool(self._active())
 
     async def _failed(self, error: Exception) -> None:
-        """Those who wait hear of it, and new workers start: the old ones hold sequences in an unknown state."""
+        """Fail all requests and start new workers: the state of the old ones' sequences is unknown."""
         assert self._workers is not None
         self._fail(error if isinstance(error, PolicyError) else PolicyError(f"the model failed: {first_line(error)}"))
         await anyio.to_thread.run_sync(self._workers.close)
@@ -365,7 +373,7 @@ class SequenceParallelPolicy(Serving):
         return [held for held in self._held.values() if held.row is not None]
 
     async def _round(self) -> None:
-        """One step of all ranks: one token for everything active, and what waits is read or continued."""
+        """One step of all ranks: sample one token for every active sequence, and prefill or continue waiting requests."""
         assert self._workers is not None
         for held in self._active():
             if held.row is not None and held.row.stop is not None:
@@ -394,7 +402,7 @@ class SequenceParallelPolicy(Serving):
                 row.done.set()
 
     def _evicted(self) -> list[int]:
-        """Numbers of what has not been used for longest, beyond what is kept."""
+        """Drop the least recently used idle sequences beyond `keep`. Returns their numbers."""
         idle = [held.number for held in self._held.values() if held.row is None]
         evicted = idle[: max(len(self._held) - self._keep, 0)]
         for number in evicted:
@@ -402,12 +410,12 @@ class SequenceParallelPolicy(Serving):
         return evicted
 
     def _admit(self, row: RequestState, step: Step) -> _Held:
-        """Continue from what is held, or read the prompt: its context is what others who wait begin with as well."""
+        """Continue from a stored sequence, or prefill the prompt with the prefix that waiting requests share as its context."""
         prompt, key = row.request.prompt, self._key(row)
         row.version = self.version
-        source, found = self._find(key)
-        if key[found:] != prompt[found:]:
-            source, found = None, 0  # what is left to read has a video, and only whole prompts can have those
+        source, cached = self._find(key)
+        if key[cached:] != prompt[cached:]:
+            source, cached = None, 0  # the rest contains a video, which only a whole prompt may
         self._next += 1
         if source is None:
             approximate = len(prompt) > self._threshold
@@ -419,18 +427,21 @@ class SequenceParallelPolicy(Serving):
             step.reads.append((held.number, prompt, len(prompt) - context, approximate, row.request.media))
         else:
             self._held.move_to_end(source.number)
-            held = _Held(self._next, list(key[:found]), source.context, row)
-            step.forks.append((source.number, held.number, found))
-            step.extends.append((held.number, prompt[found:]))
+            held = _Held(self._next, list(key[:cached]), source.context, row)
+            step.forks.append((source.number, held.number, cached))
+            step.extends.append((held.number, prompt[cached:]))
         self._held[held.number] = held
-        row.partial.prefilled, row.partial.cached = len(prompt) - found, found
+        row.partial.prefilled, row.partial.cached = len(prompt) - cached, cached
         return held
 
     def _key(self, row: RequestState) -> tuple[int, ...]:
         return media_key(row.request.prompt, row.request.media, self._placeholder)
 
     def _find(self, prompt: Sequence[int]) -> tuple[_Held | None, int]:
-        """The held sequence that covers most of the prompt and whose context is its too; a row is left to read."""
+        """(sequence, length): the stored sequence with the longest prefix in common with the prompt, all of its context included.
+
+        At least one token of the prompt is left to compute. (None, 0) if there is no such sequence.
+        """
         best: tuple[_Held | None, int] = (None, 0)
         for held in self._held.values():
             covered = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
@@ -439,7 +450,7 @@ class SequenceParallelPolicy(Serving):
         return best
 
     def _sharded(self, length: int, context: int) -> bool:
-        """Whether a prompt with this context is short, or has no more rows on one worker than it should; see the module."""
+        """Whether a prompt of this length may use a context of this length; see the docstring of the module."""
         return length <= self._threshold or length - context <= max(self._question, length // (2 * self._hosts))
 
 

@@ -1,9 +1,9 @@
-"""Video in a prompt: the placeholder ids that stand for a segment, and what a vision tower takes of it.
+"""Video in a prompt: the placeholder ids of a segment, the patches for the vision tower, and the policy that samples with them.
 
     reader = VideoReader(model.config, tokenizer, VideoSettings(max_frames=8))
-    seen = reader(Segment("clip.mp4"))        # seen.ids go into the prompt, seen.video to the model
+    encoded = reader(Segment("clip.mp4"))     # encoded.ids go into the prompt, encoded.video to the model
 
-Qwen2-VL, Qwen2.5-VL and Qwen3-VL lay videos out differently; what follows their call works likewise.
+For Qwen2-VL, Qwen2.5-VL and Qwen3-VL, whose layouts of a video in a prompt differ.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from ramet.policy.engines.sampler import RequestState
 from ramet.policy.models.load import Inputs
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""The `model_type` of the supported models."""
 
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """How much of a segment a model sees.
+    """How the frames of a segment are sampled for a model.
 
-    max_frames  of a segment, at most
+    max_frames  the most frames of a segment
     fps         frames a second; None: `max_frames` whatever the length
     min_pixels  of a frame; smaller ones are enlarged
     max_pixels  of a frame; larger ones are reduced
-    order       as they were filmed, or otherwise, to see whether a model minds
+    order       of the frames; orders other than "filmed" test whether a model uses it
     """
 
     max_frames: int = 16
@@ -51,111 +52,117 @@ class VideoSettings:
 
     def read(self, segment: Segment, fit: Fit | None = None) -> Frames:
         """The segment's frames, each resized by `fit` as it is read. Raises `TaskError` for what cannot be read."""
-        found = read_frames(Path(segment.file), self.max_frames, segment.start, segment.end, fps=self.fps, fit=fit)
-        order = list(range(len(found.times)))
+        frames = read_frames(Path(segment.file), self.max_frames, segment.start, segment.end, fps=self.fps, fit=fit)
+        order = list(range(len(frames.times)))
         if self.order == "reversed":
             order.reverse()
         elif self.order == "shuffled":
             random.Random(f"{Path(segment.file).name}/{segment.start}").shuffle(order)
-        return replace(found, pixels=found.pixels[order])
+        return replace(frames, pixels=frames.pixels[order])
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A segment as a model reads it: its ids in a prompt, and the rows and grid for the tower."""
+class EncodedSegment:
+    """A segment as input of a model: its ids in a prompt, and the patches and grid for the vision tower."""
 
     ids: tuple[int, ...]
     video: VideoPatches
 
 
-Shown = tuple[str, float, float | None]
+SegmentId = tuple[str, float, float | None]
+"""(hash of the file, start, end), the times in seconds."""
 
 
-def shown_id(segment: Segment) -> Shown:
-    """What tells segments apart: the bytes of the file, and which part of it."""
+def segment_id(segment: Segment) -> SegmentId:
+    """An id that is equal for equal segments: of the file's bytes, and the part of it."""
     return content_id(Path(segment.file)), segment.start, segment.end
 
 
 class VideoReader:
-    """Reads segments for one model, each once, also for several threads: the last ones are kept, up to `memory` bytes."""
+    """Encodes segments for one model. Thread-safe; a segment is read once, and the last ones are kept, up to `memory` bytes.
+
+    Raises `CheckpointError` for an unsupported model.
+    """
 
     def __init__(self, config: Any, tokenizer: Any, settings: VideoSettings, memory: int = 2**28):
         if getattr(config, "model_type", "") not in FAMILIES:
-            raise CheckpointError(f"a model of type {getattr(config, 'model_type', '?')!r} takes no video here; {', '.join(FAMILIES)} do")
+            kind = getattr(config, "model_type", "?")
+            raise CheckpointError(f"video is not supported for models of type {kind!r}; it is for {', '.join(FAMILIES)}")
         self.settings = settings
         self._config, self._vision = config, config.vision_config
         self._encode = TextEncoder(tokenizer)
         self._memory, self._held = memory, 0
-        self._cache: OrderedDict[Shown, Seen] = OrderedDict()
+        self._cache: OrderedDict[SegmentId, EncodedSegment] = OrderedDict()
         self._lock = threading.Lock()
-        self._turns: dict[Shown, threading.Lock] = {}
+        self._turns: dict[SegmentId, threading.Lock] = {}
 
     def ids(self, segment: Segment) -> tuple[int, ...]:
-        """The placeholder ids of a segment in a prompt."""
+        """The ids of a segment in a prompt. Raises `TaskError` for one that cannot be read."""
         return self(segment).ids
 
-    def __call__(self, segment: Segment) -> Seen:
-        key = shown_id(segment)
+    def __call__(self, segment: Segment) -> EncodedSegment:
+        """The encoded segment. Raises `TaskError` if it cannot be read."""
+        key = segment_id(segment)
         with self._lock:
             turn = self._turns.setdefault(key, threading.Lock())
-        with turn:  # who comes second finds what the first has read
+        with turn:  # a second thread finds what the first has read
             with self._lock:
-                seen = self._cache.get(key)
+                encoded = self._cache.get(key)
             try:
-                seen = seen or self._read(segment)
+                encoded = encoded or self._read(segment)
             finally:
                 with self._lock:
                     self._turns.pop(key, None)
-                    if seen is not None:
-                        self._keep(key, seen)
-        return seen
+                    if encoded is not None:
+                        self._keep(key, encoded)
+        return encoded
 
-    def _keep(self, key: Shown, seen: Seen) -> None:
+    def _keep(self, key: SegmentId, encoded: EncodedSegment) -> None:
         if key not in self._cache:
-            self._cache[key] = seen
-            self._held += seen.video.rows.nbytes
+            self._cache[key] = encoded
+            self._held += encoded.video.rows.nbytes
         self._cache.move_to_end(key)
         while self._held > self._memory and len(self._cache) > 1:
             self._held -= self._cache.popitem(last=False)[1].video.rows.nbytes
 
-    def _read(self, segment: Segment) -> Seen:
+    def _read(self, segment: Segment) -> EncodedSegment:
         vision, config, settings = self._vision, self._config, self.settings
         factor = vision.patch_size * vision.spatial_merge_size
         frames = settings.read(segment, lambda height, width: fitted(height, width, factor, settings.min_pixels, settings.max_pixels))
-        newest = config.model_type == "qwen3_vl"
+        timestamps = config.model_type == "qwen3_vl"
         half = (0.5, 0.5, 0.5)
         rows, grid = patches(
             frames.pixels,
             patch=vision.patch_size,
             merge=vision.spatial_merge_size,
             temporal=vision.temporal_patch_size,
-            min_pixels=1,  # they are of the right size already
+            min_pixels=1,  # frames have the right size already
             max_pixels=frames.pixels.shape[1] * frames.pixels.shape[2],
-            mean=half if newest else MEAN,
-            deviation=half if newest else DEVIATION,
+            mean=half if timestamps else MEAN,
+            deviation=half if timestamps else DEVIATION,
         )
         steps, step = grid[0], grid[1] * grid[2] // vision.spatial_merge_size**2
         start, end, pad = config.vision_start_token_id, config.vision_end_token_id, config.video_token_id
         ids: list[int] = []
-        if newest:  # each step of time by itself, after the second at which it stands
+        if timestamps:  # each temporal patch by itself, after a text with its time
             for index in range(steps):
                 times = frames.times[index * vision.temporal_patch_size :][: vision.temporal_patch_size]
                 ids += [*self._encode(f"<{sum(times) / len(times):.1f} seconds>"), start, *[pad] * step, end]
         else:
             ids = [start, *[pad] * (steps * step), end]
-        return Seen(tuple(ids), VideoPatches(rows, grid, frames.seconds * vision.temporal_patch_size))
+        return EncodedSegment(tuple(ids), VideoPatches(rows, grid, frames.seconds * vision.temporal_patch_size))
 
 
 @dataclass(frozen=True)
-class Prompted:
+class VideoSequence:
     """A sequence of ids with the videos that its placeholders stand for, in order."""
 
     ids: Sequence[int]
     videos: tuple[VideoPatches, ...] = ()
 
 
-def model_inputs(config: Any, sequences: Sequence[Prompted], pad: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
-    """A batch (B, T) as the model's own call takes it, padded on one side, with its positions (3, B, T)."""
+def model_inputs(config: Any, sequences: Sequence[VideoSequence], pad: int, side: Literal["left", "right"] = "right") -> dict[str, Tensor]:
+    """The model's arguments for a batch (B, T), padded on one side, with positions (3, B, T)."""
     longest = max(len(s.ids) for s in sequences)
     ids = torch.full((len(sequences), longest), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -199,12 +206,12 @@ class Sight:
             raise CheckpointError(f"the transformers backend samples from Qwen2-VL and Qwen2.5-VL; this is {model.config.model_type}")
         model.model.visual.requires_grad_(False)
         self.model, self.reader, self._kept = model, reader, kept
-        self._features: OrderedDict[Shown, Tensor] = OrderedDict()
+        self._features: OrderedDict[SegmentId, Tensor] = OrderedDict()
 
     @torch.no_grad()
     def features(self, segment: Segment) -> Tensor:
-        """(n, d): one row for each placeholder."""
-        key = shown_id(segment)
+        """The features of a segment, (n, d): one row for each of its n placeholders."""
+        key = segment_id(segment)
         if key not in self._features:
             video, tower = self.reader(segment).video, self.model.model.visual
             out = tower(video.rows.to(tower.device, tower.dtype), grid_thw=torch.tensor([video.grid], device=tower.device))
@@ -215,16 +222,16 @@ class Sight:
         return self._features[key]
 
     def layout(self, ids: Sequence[int], media: Sequence[Segment]) -> Layout:
-        """The first placeholders stand for the media; others are tokens that the model has sampled, and mean nothing.
+        """The layout of a sequence. Its first placeholders stand for the media; the model sampled any others, and they are plain tokens.
 
-        Raises `ConfigError` where there are too few.
+        Raises `ConfigError` if there are too few placeholders.
         """
         return layout(self.model.config, ids, [self.reader(segment).video for segment in media])
 
     def inputs(
         self, model: Any, ids: Tensor, places: Tensor, layouts: Sequence[Layout], media: Sequence[Sequence[Segment]]
     ) -> dict[str, Tensor]:
-        """What `model` is called with for `ids` (B, m) that stand at `places` (B, m) of sequences with these layouts."""
+        """The arguments of `model` for `ids` (B, m) at indices `places` (B, m) of sequences with these layouts and media."""
         embeds = model.get_input_embeddings()(ids)
         positions = places.expand(3, -1, -1).clone()
         rows: list[Tensor] = []
@@ -234,8 +241,8 @@ class Sight:
             known = laid.positions.shape[1]
             at = places[row].cpu()
             inside = at < known
-            found = torch.where(inside, laid.positions[:, at.clamp(max=known - 1)], at + laid.after)
-            positions[:, row] = found.to(positions.device)
+            row_positions = torch.where(inside, laid.positions[:, at.clamp(max=known - 1)], at + laid.after)
+            positions[:, row] = row_positions.to(positions.device)
             if segments:
                 features = torch.cat([self.features(segment) for segment in segments]).to(embeds.dtype)
                 index = torch.searchsorted(laid.places, at)
@@ -250,7 +257,7 @@ class Sight:
 
 
 class VisionPolicy(HFPolicy):
-    """`HFPolicy` for a model that sees: the media of a request stand for the placeholders in its prompt."""
+    """`HFPolicy` for a vision-language model: the placeholders in a prompt stand for the media of the request, in order."""
 
     vision = True
 
@@ -280,7 +287,7 @@ class VisionPolicy(HFPolicy):
         return self.sight.inputs(self.model, ids, positions, [row.sight[0] for row in rows], [row.request.media for row in rows])
 
     def training_inputs(self, ids: Tensor, rows: Sequence[Sequence[int]], media: Sequence[Sequence[Segment]]) -> Inputs:
-        """For `token_logprobs` on a batch `ids` (B, T) of whole rows, padded on the right."""
+        """The `inputs` of `token_logprobs` for a batch `ids` (B, T) of `rows` with their `media`, padded on the right."""
         layouts = [self.sight.layout(row, segments) for row, segments in zip(rows, media, strict=True)]
         places = torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
         return lambda model: self.sight.inputs(model, ids, places, layouts, media)

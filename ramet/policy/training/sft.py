@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ramet.agents.tree import Segment
 from ramet.errors import CheckpointError
-from ramet.policy.engines.vision import Prompted, VideoReader, model_inputs
+from ramet.policy.engines.vision import VideoReader, VideoSequence, model_inputs
 from ramet.policy.models.load import steady_context
 from ramet.policy.models.lora import adapt, trainable
 from ramet.terminal import quiet
@@ -171,7 +171,7 @@ class _Collator:
 
     def _inputs(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         if self.reader is not None:
-            sequences = [Prompted(e.ids, tuple(self.reader(s).video for s in e.media)) for e in examples]
+            sequences = [VideoSequence(e.ids, tuple(self.reader(s).video for s in e.media)) for e in examples]
             return model_inputs(self.config, sequences, self.pad)
         ids = [torch.tensor(e.ids) for e in examples]
         padded = torch.nn.utils.rnn.pad_sequence

@@ -30,7 +30,7 @@ from ramet.agents.encoding import TextEncoder
 from ramet.agents.tree import Message
 from ramet.attention.positions import RULE
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
-from ramet.policy.engines.vision import Prompted, VideoReader, VideoSettings, model_inputs, shown_id
+from ramet.policy.engines.vision import VideoReader, VideoSequence, VideoSettings, model_inputs, segment_id
 from ramet.policy.models.lora import merged
 from ramet.rewards.video.pairs import VideoInput, segments_of
 from ramet.terminal import quiet
@@ -218,27 +218,27 @@ class VideoDRM:
         settings = replace(self.settings, video=replace(self.settings.video, **changes))
         return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
 
-    def prompt(self, video: VideoInput, question: str) -> Prompted:
+    def prompt(self, video: VideoInput, question: str) -> VideoSequence:
         """What stands before an answer."""
         media = segments_of(video)
         ids = self.chat.render([Message("user", question, media)], tools=())
-        return Prompted(ids, tuple(self.reader(segment).video for segment in media))
+        return VideoSequence(ids, tuple(self.reader(segment).video for segment in media))
 
     def answer_ids(self, answer: str) -> list[int]:
         """An answer and the end of its turn. Answers are untrusted text: none of it can become a control token."""
         return [*self._encode(answer), turn_end(self.chat)]
 
-    def _whole(self, prompt: Prompted, answer: list[int]) -> list[int]:
+    def _whole(self, prompt: VideoSequence, answer: list[int]) -> list[int]:
         ids, limit = [*prompt.ids, *answer], self.scorer.config.get_text_config().max_position_embeddings
         if len(ids) > limit:
             raise RewardError(f"{len(ids)} tokens are more than the reward model's {limit}; nothing is scored in part. Show fewer frames")
         return ids
 
     def batch(
-        self, prompts: Sequence[Prompted], answers: Sequence[list[int]], side: Literal["left", "right"] = "right"
+        self, prompts: Sequence[VideoSequence], answers: Sequence[list[int]], side: Literal["left", "right"] = "right"
     ) -> dict[str, Tensor]:
         """Inputs of `ScalarHeadModel` for one answer to each prompt."""
-        wholes = [Prompted(self._whole(p, a), p.videos) for p, a in zip(prompts, answers, strict=True)]
+        wholes = [VideoSequence(self._whole(p, a), p.videos) for p, a in zip(prompts, answers, strict=True)]
         inputs = model_inputs(self.scorer.config, wholes, self.tokenizer.pad_token_id or 0, side)
         mask = torch.zeros_like(inputs["attention_mask"])
         for place, (whole, answer) in enumerate(zip(wholes, answers, strict=True)):
@@ -276,7 +276,7 @@ class VideoDRM:
         self._known.clear()
 
     def _key(self, item: VideoAnswer) -> tuple[Any, ...]:
-        return (tuple(map(shown_id, segments_of(item.video))), item.question, item.answer)
+        return (tuple(map(segment_id, segments_of(item.video))), item.question, item.answer)
 
     @torch.inference_mode()
     def _singly(self, items: Sequence[VideoAnswer]) -> list[float]:

@@ -28,7 +28,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message
 from ramet.errors import CheckpointError, RewardError, StorageError, first_line
-from ramet.policy.engines.vision import VideoReader, VideoSettings, VisionPolicy, shown_id
+from ramet.policy.engines.vision import VideoReader, VideoSettings, VisionPolicy, segment_id
 from ramet.policy.models.load import load_model
 from ramet.policy.models.lora import merged
 from ramet.policy.training.rows import token_logprobs
@@ -184,7 +184,7 @@ class VideoGRM:
 
         Raises `RewardError` for an item without a valid rating, and what `sample` raises.
         """
-        keys = [(tuple(map(shown_id, segments_of(i.video))), i.question, i.answer) for i in items]
+        keys = [(tuple(map(segment_id, segments_of(i.video))), i.question, i.answer) for i in items]
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._known}
         scores = {key: self._known[key] for key in keys if key in self._known}
         for (key, item), (rating, outputs) in zip(missing.items(), self.rate(list(missing.values())) if missing else [], strict=True):
