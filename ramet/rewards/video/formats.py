@@ -91,11 +91,11 @@ def preference(columns: Columns) -> Preference:
     """By the first form whose columns a row has. Raises `TaskError` that lists what it has and what would do."""
     form = _form(columns)
     if form is not None:
-        found = form.read(columns)
-        if len(found.answers) < 2:
+        result = form.read(columns)
+        if len(result.answers) < 2:
             raise TaskError(f"{columns.where} has one answer; a preference takes two")
-        twice = found.best is not None and found.answers.count(found.answers[found.best]) > 1
-        return Preference(found.answers, None if twice else found.best)
+        twice = result.best is not None and result.answers.count(result.answers[result.best]) > 1
+        return Preference(result.answers, None if twice else result.best)
     accepted = "; ".join(f"{form.name} ({', '.join(NAMES[name][0] for name in form.needs)})" for form in (*FORMATS, RATED))
     raise TaskError(
         f"{columns.where} is in no form that is known: it has {', '.join(map(str, columns.row))}. Accepted are {accepted}, also under "
@@ -113,21 +113,21 @@ def rated(columns: Columns) -> tuple[str, float] | None:
     if rating is None or form not in (None, RATED_TOGETHER):
         return None
     if columns.column("response") is not None or columns.column("responses") is not None:
-        said = answers(columns.get("responses" if columns.column("response") is None else "response"), "response", columns.where)
+        responses = answers(columns.get("responses" if columns.column("response") is None else "response"), "response", columns.where)
     else:
         turns = _turns(columns.get("question", None))
-        said = tuple(text(what, "response", columns.where) for who, what in turns[-1:] if who == "assistant")
-    if not said or (form is not None and len(said) > 1):
+        responses = tuple(text(what, "response", columns.where) for who, what in turns[-1:] if who == "assistant")
+    if not responses or (form is not None and len(responses) > 1):
         return None
     ratings = _numbers(columns.get(rating), "ratings", columns.where)
-    if len(said) != 1 or len(ratings) != 1:
-        raise TaskError(f"{columns.where} has {len(said)} responses and {len(ratings)} ratings or ranks")
-    return said[0], ratings[0]
+    if len(responses) != 1 or len(ratings) != 1:
+        raise TaskError(f"{columns.where} has {len(responses)} responses and {len(ratings)} ratings or ranks")
+    return responses[0], ratings[0]
 
 
 def best_of(rated: Sequence[tuple[str, float]]) -> Preference:
     """Of answers that differ, with their ratings; several of the highest rating are a tie."""
-    return Preference(tuple(said for said, _ in rated), _highest([rating for _, rating in rated]))
+    return Preference(tuple(answer for answer, _ in rated), _highest([rating for _, rating in rated]))
 
 
 def _form(columns: Columns) -> PreferenceFormat | None:
@@ -157,10 +157,10 @@ def _rated(columns: Columns) -> Preference:
 
 
 def _best(columns: Columns, ratings: Sequence[float]) -> Preference:
-    said = answers(columns.get("responses"), "responses", columns.where)
-    if len(said) != len(ratings):
-        raise TaskError(f"{columns.where} has {len(said)} responses and {len(ratings)} ratings or ranks")
-    return Preference(said, _highest(ratings))
+    responses = answers(columns.get("responses"), "responses", columns.where)
+    if len(responses) != len(ratings):
+        raise TaskError(f"{columns.where} has {len(responses)} responses and {len(ratings)} ratings or ranks")
+    return Preference(responses, _highest(ratings))
 
 
 def _voted(columns: Columns) -> Preference:
@@ -168,8 +168,8 @@ def _voted(columns: Columns) -> Preference:
 
 
 def _both_rated(columns: Columns) -> Preference:
-    given = _numbers([columns.get("rating_a"), columns.get("rating_b")], "ratings", columns.where)
-    return Preference(_both(columns), _highest(given))
+    ratings = _numbers([columns.get("rating_a"), columns.get("rating_b")], "ratings", columns.where)
+    return Preference(_both(columns), _highest(ratings))
 
 
 def _videos(columns: Columns) -> Preference:
@@ -191,12 +191,12 @@ def _winner(columns: Columns) -> int | None:
     value = columns.get("winner")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as a table with gaps keeps it
-    said = str(value).strip().strip("[]").casefold() if isinstance(value, str) or type(value) is int else ""
-    bare = re.sub(r"^(?:model|response|answer|assistant|output|video)[ _]?", "", said)
-    if said in _TIE:
+    label = str(value).strip().strip("[]").casefold() if isinstance(value, str) or type(value) is int else ""
+    bare = re.sub(r"^(?:model|response|answer|assistant|output|video)[ _]?", "", label)
+    if label in _TIE:
         return None
     for place, (words, sides) in enumerate(((_FIRST, ("a", "left")), (_SECOND, ("b", "right")))):
-        if bare in words or said in [str(columns.column(s)).casefold() for s in sides if columns.column(s)]:
+        if bare in words or label in [str(columns.column(s)).casefold() for s in sides if columns.column(s)]:
             return place
     raise TaskError(f"{columns.where}: its winner is {str(value)[:40]!r}, which is neither A, B, 1, 2, left, right nor a tie")
 
@@ -216,7 +216,7 @@ FORMATS = (
 
 
 def question(columns: Columns) -> str:
-    """What is asked: text, or the turns of a conversation before its last answer. Marks for videos and pictures are taken out."""
+    """The question of a row: a text, or the turns of a conversation before its last answer, without the marks of videos and images."""
     if columns.column("question") is None and columns.column("chosen") is not None:
         turns = _turns(columns.get("chosen"))  # with the answer, in one conversation
         if not [turn for turn in turns if turn[0] == "user"]:
@@ -225,26 +225,26 @@ def question(columns: Columns) -> str:
         turns = _turns(columns.get("question"))
     if turns and turns[-1][0] == "assistant":
         turns = turns[:-1]
-    said = [(who, re.sub(r"<(?:video|image)>\s*", "", what).strip()) for who, what in turns]
-    said = [(who, what) for who, what in said if what]
-    asked = said[0][1] if len(said) == 1 else "\n".join(f"{who.capitalize()}: {what}" for who, what in said)
-    asked = text(asked, "question", columns.where)
+    turns_left = [(who, re.sub(r"<(?:video|image)>\s*", "", what).strip()) for who, what in turns]
+    turns_left = [(who, what) for who, what in turns_left if what]
+    asked_text = turns_left[0][1] if len(turns_left) == 1 else "\n".join(f"{who.capitalize()}: {what}" for who, what in turns_left)
+    asked_text = text(asked_text, "question", columns.where)
     if columns.column("left") is not None:
-        return f"Two videos were made for this: {asked}\nWhich one is better?"
-    return asked
+        return f"Two videos were made for this: {asked_text}\nWhich one is better?"
+    return asked_text
 
 
 def media(columns: Columns) -> list[str]:
-    """The names of a row's videos, or frames of one, in order: of its column, or of the parts of its messages; perhaps none."""
+    """The names of a row's videos, or of the frames of its one video, in order: from its column, or from the parts of its messages."""
     if columns.column("left") is not None:
         return [_name(columns.get(side), columns.where) for side in ("left", "right")]
     value = columns.get("video", None)
     if value is None:
         value = _parts(columns.get("question" if columns.column("question") else "chosen", None))
-    given = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    while len(given) == 1 and isinstance(given[0], (list, tuple)):
-        given = given[0]  # the frames of a row's one video
-    return [_name(one, columns.where) for one in given]
+    values = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+    while len(values) == 1 and isinstance(values[0], (list, tuple)):
+        values = values[0]  # the frames of a row's one video
+    return [_name(item, columns.where) for item in values]
 
 
 def frames_of(names: Sequence[str]) -> tuple[str, int, int] | None:
@@ -255,12 +255,12 @@ def frames_of(names: Sequence[str]) -> tuple[str, int, int] | None:
     if len(names) < 2 or any(Path(name).suffix.lower() not in SUFFIXES for name in names):
         return None
     folder = Path(names[0]).parent
-    there = images_in_folder(folder) if folder.is_dir() else []
-    places = {str(file): n for n, file in enumerate(there)}
-    found = [places.get(str(Path(name)), -1) for name in names]
-    if found != list(range(found[0], found[0] + len(found))) or found[0] < 0:
+    images = images_in_folder(folder) if folder.is_dir() else []
+    places = {str(file): n for n, file in enumerate(images)}
+    order = [places.get(str(Path(name)), -1) for name in names]
+    if order != list(range(order[0], order[0] + len(order))) or order[0] < 0:
         raise TaskError(f"its {len(names)} frames from {Path(names[0]).name} on are no run of the pictures of one folder; make one of them")
-    return str(folder), found[0], found[-1] + 1
+    return str(folder), order[0], order[-1] + 1
 
 
 def _name(value: Any, where: str) -> str:
@@ -279,15 +279,15 @@ def answers(value: Any, what: str, where: str) -> tuple[str, ...]:
     """The answers that a value holds: one for text, a message or a conversation, else one for each item."""
     talk = {who for who, _ in _turns(value)} > {"assistant"}  # with a question
     if isinstance(value, (list, tuple)) and not (talk and all(map(_is_turn, value))):
-        return tuple(text(_said(item), what, where) for item in value)
-    return (text(_said(value), what, where),)
+        return tuple(text(_last_answer(item), what, where) for item in value)
+    return (text(_last_answer(value), what, where),)
 
 
 def _is_turn(value: Any) -> bool:
     return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
-def _said(value: Any) -> Any:
+def _last_answer(value: Any) -> Any:
     """The last answer of a conversation or message; what is neither stays as it is."""
     turns = _turns(value)
     return turns[-1][1] if turns and not isinstance(value, str) else value
@@ -299,10 +299,10 @@ def _turns(value: Any) -> list[tuple[str, str]]:
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if _is_turn(item):
             who = str(item.get("role", item.get("from"))).casefold()
-            said = item.get("content", item.get("value", item.get("text")))
-            if isinstance(said, (list, tuple)):
-                said = "\n".join(part if isinstance(part, str) else str(part.get("text") or "") for part in said)
-            turns.append((_SPEAKERS.get(who, who), str(said or "")))
+            content = item.get("content", item.get("value", item.get("text")))
+            if isinstance(content, (list, tuple)):
+                content = "\n".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
+            turns.append((_SPEAKERS.get(who, who), str(content or "")))
         elif isinstance(item, str):
             turns.append(("user", item))
     return turns
@@ -310,18 +310,18 @@ def _turns(value: Any) -> list[tuple[str, str]]:
 
 def _parts(value: Any) -> list[Any] | None:
     """Videos and pictures among the parts of messages."""
-    found = []
+    parts = []
     for item in value if isinstance(value, (list, tuple)) else []:
         content = item.get("content") if isinstance(item, Mapping) else None
         for part in content if isinstance(content, (list, tuple)) else []:
             kind = str(part.get("type", "")) if isinstance(part, Mapping) else ""
             if kind.startswith(("video", "image")):
-                found.append(part.get(kind) or part)
-    return found or None
+                parts.append(part.get(kind) or part)
+    return parts or None
 
 
 def _numbers(value: Any, what: str, where: str) -> list[float]:
-    given = value if isinstance(value, (list, tuple)) else [value]
-    if not given or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in given):
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if not numbers or not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers):
         raise TaskError(f"{where}: its {what} are {str(value)[:40]}, not numbers")
-    return [float(n) for n in given]
+    return [float(n) for n in numbers]

@@ -56,7 +56,7 @@ READERS = 4
 """Requests whose videos are read at the same time."""
 
 
-class _Asked(BaseModel):
+class _VideoQuestion(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     video: str | None = None
@@ -69,7 +69,7 @@ class _Asked(BaseModel):
         return VideoAnswer(video, self.question, answer)
 
 
-class _Item(_Asked):
+class _Item(_VideoQuestion):
     answer: str
 
 
@@ -154,31 +154,31 @@ class RewardService:
         return endpoint
 
     def _authorised(self, request: Request) -> None:
-        given = request.headers.get("authorization", f"Bearer {request.query_params.get('token', '')}").encode("utf-8", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self.token}".encode()):
+        credential = request.headers.get("authorization", f"Bearer {request.query_params.get('token', '')}").encode("utf-8", "replace")
+        if not hmac.compare_digest(credential, f"Bearer {self.token}".encode()):
             raise HTTPRefusal(401, "wrong or missing bearer token")
 
     async def _score(self, body: Any) -> dict[str, Any]:
-        asked = _Score.model_validate(body)
-        items = await self._off(self._read, [(item, item.answer) for item in asked.items])
+        query = _Score.model_validate(body)
+        items = await self._in_thread(self._read, [(item, item.answer) for item in query.items])
         scores = await self.score(items)
         return {"scores": scores, "probabilities": self.model.rewards(scores)}
 
     async def _openrlhf(self, body: Any) -> dict[str, Any]:
-        asked = _OpenRLHF.model_validate(body)
-        if not len(asked.query) == len(asked.prompts) == len(asked.labels):
+        batch = _OpenRLHF.model_validate(body)
+        if not len(batch.query) == len(batch.prompts) == len(batch.labels):
             raise HTTPRefusal(422, "query, prompts and labels differ in number")
-        scores = await self.score(await self._off(self._answers, asked))
+        scores = await self.score(await self._in_thread(self._answers, batch))
         mean = sum(scores) / len(scores)
         return {"rewards": scores, "scores": self.model.rewards(scores), "extra_logs": {"reward_model_score": mean}}
 
-    async def _off(self, work: Callable[[Any], list[VideoAnswer]], asked: Any) -> list[VideoAnswer]:
+    async def _in_thread(self, work: Callable[[Any], list[VideoAnswer]], argument: Any) -> list[VideoAnswer]:
         """Work on files and long texts, off the loop and off the model's thread; as many at a time as there are readers."""
-        return await anyio.to_thread.run_sync(work, asked, limiter=self._readers)
+        return await anyio.to_thread.run_sync(work, argument, limiter=self._readers)
 
-    def _answers(self, asked: _OpenRLHF) -> list[VideoAnswer]:
-        found = []
-        for n, (query, prompt, label) in enumerate(zip(asked.query, asked.prompts, asked.labels, strict=True), 1):
+    def _answers(self, batch: _OpenRLHF) -> list[VideoAnswer]:
+        answered = []
+        for n, (query, prompt, label) in enumerate(zip(batch.query, batch.prompts, batch.labels, strict=True), 1):
             answer = answer_of(query, prompt, self.stops)
             if answer is None:
                 raise HTTPRefusal(
@@ -186,12 +186,12 @@ class RewardService:
                     f"query {n} ({query[:40]!r}) begins neither with its prompt ({prompt[:40]!r}) nor with the end of one cut at the left: "
                     "`prompts` must hold the texts that were encoded, after the chat template",
                 )
-            found.append((_Asked.model_validate(_json(label.encode(), f"label {n}")), answer))
-        return self._read(found)
+            answered.append((_VideoQuestion.model_validate(_json(label.encode(), f"label {n}")), answer))
+        return self._read(answered)
 
-    def _read(self, asked: Sequence[tuple[_Asked, str]]) -> list[VideoAnswer]:
+    def _read(self, answered: Sequence[tuple[_VideoQuestion, str]]) -> list[VideoAnswer]:
         """Items, with their videos read."""
-        items = [one.item(answer, self.videos, self.linked) for one, answer in asked]
+        items = [question.item(answer, self.videos, self.linked) for question, answer in answered]
         if self._reader is not None:
             for segment in dict.fromkeys(segment for item in items for segment in segments_of(item.video)):
                 self._reader(segment)
@@ -253,20 +253,20 @@ async def _body(request: Request) -> Any:
     return _json(bytes(read), "the body")
 
 
-def _json(data: bytes, what: str) -> Any:
+def _json(data: bytes, name: str) -> Any:
     try:
-        found = json.loads(data)
-        json.dumps(found, ensure_ascii=False).encode()
+        value = json.loads(data)
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise HTTPRefusal(422, f"{what} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character") from None
+        raise HTTPRefusal(422, f"{name} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character") from None
     except (ValueError, RecursionError) as error:
-        raise HTTPRefusal(400, f"{what} is no JSON: {first_line(error)}") from None
-    return found
+        raise HTTPRefusal(400, f"{name} is no JSON: {first_line(error)}") from None
+    return value
 
 
-def _without(root: Path, said: str) -> str:
+def _without(root: Path, message: str) -> str:
     """A message without the path of the folder, which is nobody's business."""
-    return said.replace(f"{os.path.abspath(root)}/", "").replace(f"{root.resolve()}/", "")
+    return message.replace(f"{os.path.abspath(root)}/", "").replace(f"{root.resolve()}/", "")
 
 
 def serve(model: ServedRewardModel, videos: Path, token: str, host: str, port: int, linked: Sequence[Path] = ()) -> None:
@@ -315,48 +315,48 @@ class RemoteReward:
         return self._all(items, "probabilities")
 
     def _all(self, items: Sequence[VideoAnswer], name: str) -> list[float]:
-        asked = [self._asked(item) for item in items]
+        records = [self._record(item) for item in items]
         parts: list[list[dict[str, Any]]] = [[]]
         size = 0
-        for one in asked:
-            length = len(json.dumps(one))
+        for record in records:
+            length = len(json.dumps(record))
             if parts[-1] and (len(parts[-1]) == ITEMS or size + length > BODY // 2):
                 parts.append([])
                 size = 0
-            parts[-1].append(one)
+            parts[-1].append(record)
             size += length
-        return [value for part in parts if part for value in self._some(part, name)]
+        return [value for part in parts if part for value in self._request(part, name)]
 
-    def _asked(self, item: VideoAnswer) -> dict[str, Any]:
-        asked: dict[str, Any] = {"question": item.question, "answer": item.answer}
+    def _record(self, item: VideoAnswer) -> dict[str, Any]:
+        record: dict[str, Any] = {"question": item.question, "answer": item.answer}
         if item.video is None:
-            return asked
+            return record
         if isinstance(item.video, tuple):
-            raise RewardError("a reward server is asked about one video at a time")
+            raise RewardError("a reward server scores answers about one video at a time")
         name = name_of(self.videos, item.video.file)
         if name is None:
             raise RewardError(f"{item.video.file} is not below {self.videos}, the folder that the server's videos are said to be")
-        return asked | {"video": name, "start": item.video.start, "end": item.video.end}
+        return record | {"video": name, "start": item.video.start, "end": item.video.end}
 
-    def _some(self, asked: list[dict[str, Any]], name: str) -> list[float]:
+    def _request(self, records: list[dict[str, Any]], name: str) -> list[float]:
         """Raises what the server says, and `RewardError` for an answer that is not one number for each item."""
-        response = self._posted(asked)
+        response = self._posted(records)
         try:
-            said = response.json()
+            reply = response.json()
         except ValueError:
-            said = None
-        if not isinstance(said, dict) or (response.status_code == 200 and name not in said):
-            said = {"error": f"status {response.status_code}; is this the address of a reward server?"}
-        if response.status_code != 200 or "error" in said:
-            kind = said.get("kind") if said.get("kind") in (TaskError.kind, RewardError.kind) else RewardError.kind
-            raise from_record({"kind": kind, "error": f"{self.name} refuses: {said.get('error', response.status_code)}"})
-        found = said[name]
-        numbers = isinstance(found, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in found)
-        if not numbers or len(found) != len(asked):
-            raise RewardError(f"{self.name} gives no number for each of {len(asked)} items: {str(found)[:80]}")
-        return [float(value) for value in found]
+            reply = None
+        if not isinstance(reply, dict) or (response.status_code == 200 and name not in reply):
+            reply = {"error": f"status {response.status_code}; is this the address of a reward server?"}
+        if response.status_code != 200 or "error" in reply:
+            kind = reply.get("kind") if reply.get("kind") in (TaskError.kind, RewardError.kind) else RewardError.kind
+            raise from_record({"kind": kind, "error": f"{self.name} refuses: {reply.get('error', response.status_code)}"})
+        values = reply[name]
+        numbers = isinstance(values, list) and all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+        if not numbers or len(values) != len(records):
+            raise RewardError(f"{self.name} gives no number for each of {len(records)} items: {str(values)[:80]}")
+        return [float(value) for value in values]
 
-    def _posted(self, asked: list[dict[str, Any]]) -> Any:
+    def _posted(self, records: list[dict[str, Any]]) -> Any:
         """The response, once it is not one that may pass."""
         from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
@@ -385,23 +385,23 @@ class RemoteReward:
             reraise=True,
         )
         try:
-            return retrying(self._post, asked)
+            return retrying(self._post, records)
         except TransientRewardError as error:
             raise RewardError(f"{self.name} cannot be reached: {first_line(error)}") from error
 
-    def _post(self, asked: list[dict[str, Any]]) -> Any:
+    def _post(self, records: list[dict[str, Any]]) -> Any:
         import httpx
 
         try:
-            response = self._client.post("/score", json={"items": asked})
+            response = self._client.post("/score", json={"items": records})
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
             raise RewardError(f"{self.name} cannot be asked: {first_line(error)}") from error
         except httpx.TransportError as error:
             raise TransientRewardError(first_line(error)) from error
         if response.status_code in TRANSIENT:
-            said, after = " ".join(response.text.split())[:200], response.headers.get("retry-after", "")
+            reason, after = " ".join(response.text.split())[:200], response.headers.get("retry-after", "")
             raise TransientRewardError(
-                f"status {response.status_code}: {said}",
+                f"status {response.status_code}: {reason}",
                 retry_after=float(after) if after.isdecimal() else 0.0,
                 tries=FAILURES if response.status_code == 500 else None,
             )
