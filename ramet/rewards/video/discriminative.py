@@ -1,10 +1,11 @@
-"""VideoDRM: a vision-language model with a scalar head in place of its vocabulary, trained on preferences.
+"""VideoDRM, a discriminative reward model: a vision-language model with a scalar head in place of its language head.
 
     drm = VideoDRM.load(Path("drm"))
     drm.score([VideoAnswer(Segment("clip.mp4"), "What colour is the square?", "Answer: red")])    # higher is better
 
-The published model's backbone, head and loss are not public: those here are our design (see docs/video-rewards.md). Any Hugging
-Face vision-language model that follows the call of Qwen2.5-VL and Qwen3-VL can be the base.
+It is trained on preference pairs with the loss of Bradley and Terry (1952). The model kind is that of Video Understanding Reward Modeling
+(Wei et al. 2026, arXiv 2605.07872), whose backbone, head and loss are not public; those here are our own (see docs/video-rewards.md). Any
+Hugging Face vision-language model that is called like Qwen2.5-VL or Qwen3-VL can be the base.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ from ramet.version import __version__
 
 SETTINGS = "video_drm.json"
 TOGETHER = 4096
-"""Tokens of answers that share a pass: the work that they waste on one another grows with the square."""
+"""Most answer tokens that share a forward pass: the attention computed between unrelated answers grows with its square."""
 VISIBLE = 2**22
-"""Entries of a mask at most, of a pass over answers; more rows go through in parts."""
+"""Most entries of an attention mask in a pass over answers; more rows are processed in parts."""
 SCORES = 2**16
-"""Scores that are remembered."""
+"""Number of scores that are cached."""
 
 
 @dataclass(frozen=True)
 class VideoAnswer:
-    """An answer to a question about a video, or several. No video: the question is asked blind."""
+    """An answer to a question about a video, or several; without a video, the answer is judged from the text alone."""
 
     video: VideoInput
     question: str
@@ -119,7 +120,7 @@ def versions() -> dict[str, Any]:
 
 
 def sigmoid(x: float) -> float:
-    """Without overflow."""
+    """The logistic function of x, without overflow."""
     return 1 / (1 + math.exp(min(max(-x, -700.0), 700.0)))
 
 
@@ -219,13 +220,13 @@ class VideoDRM:
         return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
 
     def prompt(self, video: VideoInput, question: str) -> VideoSequence:
-        """What stands before an answer."""
+        """The encoded prompt, with its videos, that precedes an answer."""
         media = segments_of(video)
         ids = self.chat.render([Message("user", question, media)], tools=())
         return VideoSequence(ids, tuple(self.reader(segment).video for segment in media))
 
     def answer_ids(self, answer: str) -> list[int]:
-        """An answer and the end of its turn. Answers are untrusted text: none of it can become a control token."""
+        """The token ids of an answer and of the end of its turn. Answers are untrusted: no part of one becomes a control token."""
         return [*self._encode(answer), turn_end(self.chat)]
 
     def _whole(self, prompt: VideoSequence, answer: list[int]) -> list[int]:
@@ -272,7 +273,7 @@ class VideoDRM:
         return [scores_by_key[key] for key in keys]
 
     def forget(self) -> None:
-        """Compute known scores again."""
+        """Clear the cache of scores."""
         self._known.clear()
 
     def _key(self, item: VideoAnswer) -> tuple[Any, ...]:
@@ -336,5 +337,5 @@ class VideoDRM:
         return [sigmoid((score - self.settings.centre) / self.settings.temperature) for score in scores]
 
     def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """The rewards of answers."""
+        """The reward in [0, 1] of each item. Raises what `score` raises."""
         return self.rewards(self.score(items))

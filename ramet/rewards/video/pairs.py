@@ -21,17 +21,17 @@ from ramet.media.images import images_in_folder
 from ramet.rewards.video.formats import KNOWN, WITHOUT, Columns, Preference, best_of, frames_of, media, preference, question, rated
 
 VideoInput = Segment | tuple[Segment, ...] | None
-"""What a question is about: a video, several, or none, where it is asked blind."""
+"""The video input of a question: one video, several, or None for a question that is asked without its video."""
 
 
 def segments_of(video: VideoInput) -> tuple[Segment, ...]:
-    """The videos of a question, in order."""
+    """The videos of an input, in order."""
     return video if isinstance(video, tuple) else () if video is None else (video,)
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A question about a video, the better answer, and one or more that are worse."""
+    """A question about a video with a chosen answer and one or more rejected ones. `margin` is by how much the chosen one is better."""
 
     id: str
     video: VideoInput
@@ -45,7 +45,7 @@ class PreferencePair:
 
     @property
     def cluster(self) -> str:
-        """What pairs that are not independent have in common: their video."""
+        """Identifies the video, or the pair where there is none: outcomes within a cluster are not independent."""
         return "+".join(os.path.realpath(segment.file) for segment in segments_of(self.video)) or self.id
 
 
@@ -252,31 +252,31 @@ def row_of(pair: PreferencePair, root: Path) -> dict[str, Any]:
     return row | {name: value for name, value in optional.items() if value not in ("", None, {})}
 
 
-class _Shown(Protocol):
+class _HasVideo(Protocol):
     @property
     def video(self) -> VideoInput: ...
 
 
-Asked = TypeVar("Asked", bound=_Shown)
+_Row = TypeVar("_Row", bound=_HasVideo)
 
 
-def readable(asked: Sequence[Asked], read: Callable[[Segment], Any]) -> tuple[list[Asked], list[str]]:
-    """Those whose videos `read` can read, and why not of each of the others."""
+def readable(rows: Sequence[_Row], read: Callable[[Segment], Any]) -> tuple[list[_Row], list[str]]:
+    """The rows whose videos `read` can read, and the error message for each of the others. `read` raises `TaskError`."""
     why: dict[Segment, str] = {}
     kept, left_out = [], []
-    for one in asked:
-        for segment in segments_of(one.video):
+    for row in rows:
+        for segment in segments_of(row.video):
             if segment not in why:
                 try:
                     read(segment)
                     why[segment] = ""
                 except TaskError as error:
                     why[segment] = str(error)
-        fault = next((why[segment] for segment in segments_of(one.video) if why[segment]), "")
+        fault = next((why[segment] for segment in segments_of(row.video) if why[segment]), "")
         if fault:
             left_out.append(fault)
         else:
-            kept.append(one)
+            kept.append(row)
     return kept, left_out
 
 

@@ -1,7 +1,7 @@
-"""Training a VideoDRM by TRL's `RewardTrainer`: pre-tokenised rows, a collator of ours, nothing of the trainer replaced.
+"""Training a VideoDRM with TRL's `RewardTrainer`, on tokenised rows and with our own collator.
 
-The vision tower is frozen. An answer is never cut: a pair that is longer than `max_tokens` is left out and counted, and so is one
-whose video cannot be read.
+The vision encoder is frozen by default. Answers are never truncated: a pair that is longer than `max_tokens` is left out and counted, and
+so is one whose video cannot be read.
 """
 
 from __future__ import annotations

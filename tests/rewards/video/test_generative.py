@@ -177,7 +177,7 @@ def test_a_model_answers_questions(grm: VideoGRM, questions: list) -> None:
 def test_a_training_that_was_cut_off_ends_with_the_weights_of_one_that_was_not(
     base: Path, questions: list, tmp_path: Path, rank: int
 ) -> None:
-    """With all weights and with adapters: checkpoints of models that see store their weights under other names."""
+    """With all weights and with adapters: checkpoints of vision-language models store their weights under other names."""
     pairs = pairs_of(questions)[:8]
     traces = [(p, f, valid_output(1 if f else 2)) for p in pairs for f in (True, False)]
     config = SFTTraining(steps=20, batch=4, at_once=4, learning_rate=1e-2, lora_rank=rank, save_every=5)
