@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ramet.errors import ConfigError, TaskError
-from ramet.media.containers import VideoFile, reading_errors
+from ramet.media.containers import VideoFile
 from ramet.media.images import ImageSequence, images_in_folder, open_image
+from ramet.media.packets import reading_errors
 
 if TYPE_CHECKING:
     from torch import Tensor

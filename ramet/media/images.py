@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from ramet.errors import TaskError
-from ramet.media.containers import MAX_PIXELS, format_of, oriented, reading_errors, require_regular_file
+from ramet.media.containers import oriented
+from ramet.media.packets import MAX_PIXELS, format_of, reading_errors, require_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 """Suffixes of the files of a folder that are read as images."""
