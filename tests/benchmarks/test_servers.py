@@ -73,7 +73,7 @@ def test_a_chat_server_answers_any_question_and_is_graded_on_sums(tmp_path):
         (record,) = [r for r in json.loads((tmp_path / "tree.json").read_text()) if r["record"] == "tree"]
         assert record["answer"] == "42" and record["correct"] is None and record["generated"] == 4
         again = run("--url", url, "What is six times seven?", "--journal", str(tmp_path / "kept"))
-        assert "1 samples taken" in again and len(asked) == 1
+        assert "answer 42 bill" in again and len(asked) == 1, "the sample is taken from the journal"
         assert "answer 42 (right)" in run("--url", url, "40+2", "--policy", "other", "--depth", "0") and asked[1]["model"] == "other"
         assert "answer 42 (wrong: it is 43)" in run("--url", url, "40+3")
 
