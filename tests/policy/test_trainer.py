@@ -244,7 +244,7 @@ def test_adapters_that_would_miss_experts_are_refused_by_name(nano_tokenizer):
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8,
     )  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"do not reach fused experts such as model\.layers\.0\.mlp\.experts\.gate_up_proj; train all weights"
+        ConfigError, match=r"do not support fused experts such as model\.layers\.0\.mlp\.experts\.gate_up_proj; train all weights"
     ):
         adapt(AutoModelForCausalLM.from_config(config), 4, 0)
 
