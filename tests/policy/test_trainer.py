@@ -257,7 +257,7 @@ def test_adapters_that_would_miss_a_router_are_refused_by_name(random_model):
 
     model = copy.deepcopy(random_model)
     model.model.layers[0].mlp.gate = Router()
-    with pytest.raises(ConfigError, match=r"do not reach model\.layers\.0\.mlp\.gate\.weight, which is no torch\.nn\.Linear"):
+    with pytest.raises(ConfigError, match=r"do not support model\.layers\.0\.mlp\.gate\.weight, which is not a torch\.nn\.Linear"):
         adapt(model, 4, 0)
 
 
