@@ -190,8 +190,10 @@ def tree_loss(actor: Any, reference: Any, experience: Experience, train: TrainCo
     kl = torch.zeros_like(logprobs)
     if reference is not None:
         with torch.no_grad():
-            _, reference_output = reference(ids, mask, attention_mask=attention, return_output=True)
-            reference_logprobs = torch.log_softmax(reference_output["logits"][:, :-1], -1)
+            # No name for the logits: they would be kept until the loss is done.
+            reference_logprobs = torch.log_softmax(
+                reference(ids, mask, attention_mask=attention, return_output=True)[1]["logits"][:, :-1], -1
+            )
         policy_logprobs = torch.log_softmax(output["logits"][:, :-1], -1)
         kl = (policy_logprobs.exp() * (policy_logprobs - reference_logprobs)).sum(-1)
     return update_loss(logprobs, entropy, kl, targets_of(experience), train)
