@@ -191,6 +191,7 @@ class LineHandler(logging.Handler):
         self.screen = screen
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Show one record; whatever goes wrong with that is for `logging` to handle."""
         try:
             text = self.format(record)
             if record.levelno >= logging.WARNING:
