@@ -229,11 +229,7 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
     with Journal(directory / "evaluation.jsonl", fingerprint(config.identity(), spawn, weights_id(final))) as journal:
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
-    records = [meta("train", config.seed), *data, *result_records(measured)]
-    write_json(directory / "evaluation.json", records)
-    if out is not None:
-        write_json(out, records)
-    print_points(records, score_name(config))
+    _write_results("train", config, [*data, *result_records(measured)], directory / "evaluation.json", out)
     logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
 
 
@@ -250,8 +246,13 @@ def eval_command(policy: str, config: RunConfig, directory: Path, spawn: bool, o
     ) as journal:
         entry = tree_entry(name, config, spawn)
         measured = run_measuring(config, path, [entry], ("iid", "ood"), journal, "eval")
-    records = [meta("eval", config.seed), *data, *result_records(measured)]
-    write_json(directory / "results.json", records)
+    _write_results("eval", config, [*data, *result_records(measured)], directory / "results.json", out)
+
+
+def _write_results(command: str, config: RunConfig, results: Sequence[dict[str, Any]], path: Path, out: Path | None) -> None:
+    """Write what a command measured into its folder and to `out`, and print the points."""
+    records = [meta(command, config.seed), *results]
+    write_json(path, records)
     if out is not None:
         write_json(out, records)
     print_points(records, score_name(config))
