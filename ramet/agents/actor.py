@@ -16,7 +16,8 @@ import anyio
 
 from ramet.agents.answers import extract_answer
 from ramet.agents.attempts import notice_ids, room_left, sample_turn
-from ramet.agents.dispatch import ended, make_calls, reply_ids, started
+from ramet.agents.dispatch import make_calls, reply_ids
+from ramet.agents.events import BranchEnded, BranchStarted
 from ramet.agents.growth import Growth, Setting
 from ramet.agents.tree import Status, StopReason
 from ramet.errors import BudgetExhausted, PolicyError, RefusedRequest
@@ -28,7 +29,7 @@ async def run_branch(setting: Setting, growth: Growth, steer: Callable[[], Await
     Raises only cancellation from outside, and bugs.
     """
     growth.started = anyio.current_time()
-    started(setting, growth)
+    _tell_started(setting, growth)
     try:
         if growth.scope is None:
             await (grow(setting, growth) if steer is None else steer())
@@ -47,7 +48,20 @@ async def run_branch(setting: Setting, growth: Growth, steer: Callable[[], Await
         growth.ended = anyio.current_time()
         if growth.status is Status.OUT_OF_BUDGET and growth.answer is None and growth.fault:
             growth.end(Status.FAILED, reason=f"{growth.fault} (failed attempts used up the budget: {growth.lost} tokens)")
-        ended(setting, growth)
+        _tell_ended(setting, growth)
+
+
+def _tell_started(setting: Setting, growth: Growth) -> None:
+    """Tell whoever watches that a branch has begun."""
+    if setting.emit is not None:
+        setting.emit(BranchStarted(growth.id, growth.objective, growth.role, len(growth.prompt)))
+
+
+def _tell_ended(setting: Setting, growth: Growth) -> None:
+    """Tell whoever watches that a branch has ended."""
+    if setting.emit is not None:
+        spent = {name: growth.ledger.spent(name) for name in ("generated", "prefilled", "clones", "tool_calls")}
+        setting.emit(BranchEnded(growth.id, growth.status or Status.CANCELLED, growth.answer, growth.reason, spent))
 
 
 async def grow(setting: Setting, growth: Growth) -> None:

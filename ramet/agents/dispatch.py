@@ -19,11 +19,11 @@ from ramet.agents.attempts import ending
 from ramet.agents.budget import CallGrant
 from ramet.agents.calls import ParsedTurn
 from ramet.agents.context import clone_prompt
-from ramet.agents.events import BranchEnded, BranchStarted, CallEnded, CallMade
+from ramet.agents.events import CallEnded, CallMade
 from ramet.agents.growth import Growth, Setting
 from ramet.agents.protocol import SPAWN, CloneResult, Objective, Reply, SpawnClone, ToolUse, parse_calls, render_replies
 from ramet.agents.tasks import task_group
-from ramet.agents.tools import BranchView, Tool, ToolRequest, call_tool
+from ramet.agents.tools import BranchView, Tool, ToolRequest
 from ramet.agents.tree import Message, Status, ToolCall, ToolResult, ToolStatus
 from ramet.errors import BudgetExhausted, CallError
 
@@ -155,7 +155,7 @@ async def _use(setting: Setting, growth: Growth, tool: Tool, number: int, use: T
     result, seconds = ToolResult(ToolStatus.CANCELLED, ""), None
     try:
         view = BranchView(growth.id, setting.store, growth.ledger)
-        result, seconds = await (setting.caller or call_tool)(tool, request, view, grant.seconds)
+        result, seconds = await setting.caller(tool, request, view, grant.seconds)
     finally:
         spent = grant.settle_call(anyio.current_time() - started if seconds is None else seconds)
         growth.record(ToolCall(use.name, use.arguments, result, number, tool.cost, spent))
@@ -226,16 +226,3 @@ def reply_ids(setting: Setting, growth: Growth, answered: Replies, length: int) 
         if limit <= parts:
             return None
         limit = max(limit // 2, parts)
-
-
-def started(setting: Setting, growth: Growth) -> None:
-    """Tell whoever watches that a branch has begun."""
-    if setting.emit is not None:
-        setting.emit(BranchStarted(growth.id, growth.objective, growth.role, len(growth.prompt)))
-
-
-def ended(setting: Setting, growth: Growth) -> None:
-    """Tell whoever watches that a branch has ended."""
-    if setting.emit is not None:
-        spent = {name: growth.ledger.spent(name) for name in ("generated", "prefilled", "clones", "tool_calls")}
-        setting.emit(BranchEnded(growth.id, growth.status or Status.CANCELLED, growth.answer, growth.reason, spent))

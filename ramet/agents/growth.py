@@ -13,10 +13,10 @@ from ramet.agents.budget import Budget, Ledger
 from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
 from ramet.agents.events import Event
-from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, left_line, tool_schema
+from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, SPAWN_SCHEMA, left_line, tool_schema
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import Slots
-from ramet.agents.tools import Tool, ToolCaller, Tools
+from ramet.agents.tools import Tool, ToolCaller, Tools, call_tool
 from ramet.agents.tree import Branch, Message, Segment, Status, StopReason, ToolCall, Turn
 from ramet.errors import ConfigError
 
@@ -156,7 +156,7 @@ class Setting:
     watched: bool = False
     always_show_budget: bool = True
     tools: Tools = field(default_factory=Tools)
-    caller: ToolCaller | None = None
+    caller: ToolCaller = call_tool
     roles: Mapping[str, Role] = field(default_factory=dict)
     role: str = ""
     trainable: bool = True
@@ -165,7 +165,6 @@ class Setting:
 
     @property
     def context(self) -> int | None:
-        """The longest context of a branch, in tokens: the budget's limit or the model's, whichever is less; None if there is neither."""
         """Tokens that one branch's context may hold: the smaller of the budget's and the policy's limits; None without either."""
         limits = [limit for limit in (self.budget.context, self.policy.context) if limit is not None]
         return min(limits) if limits else None
@@ -177,9 +176,8 @@ class Setting:
 
     def schemas(self, depth: int) -> list[dict[str, Any]]:
         """The tools that a branch at this depth is offered, as chat templates take them."""
-        roles = {name: role.description for name, role in self.roles.items()}
-        spawn = [tool_schema(roles)] if self.may_spawn(depth) else []
-        return [*spawn, *(tool.schema for tool in self.tools.held(depth).values())]
+        spawn = SPAWN_SCHEMA if not self.roles else tool_schema({name: role.description for name, role in self.roles.items()})
+        return [*([spawn] if self.may_spawn(depth) else []), *(tool.schema for tool in self.tools.held(depth).values())]
 
     def of(self, name: str) -> Setting:
         """The setting of clones of a role."""

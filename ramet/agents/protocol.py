@@ -135,6 +135,10 @@ def tool_schema(roles: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {"type": "function", "function": {"name": SPAWN, "description": description, "parameters": parameters}}
 
 
+SPAWN_SCHEMA = tool_schema()
+"""Without roles, the same for every branch: made once, not for each clone's prompt."""
+
+
 def render_call(objectives: Sequence[Mapping[str, Any] | str], context_keys: Sequence[str] = ()) -> str:
     """The compact JSON of a call, for demonstrations and scripted policies."""
     arguments: dict[str, Any] = {"objectives": list(objectives)}

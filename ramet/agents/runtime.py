@@ -54,8 +54,8 @@ class Runtime:
     result_characters  longest tool message, in characters, over all results of a call
     attempts           how often a sample is attempted if it fails transiently
     clone_system       system message of every clone; none if empty
-    always_show_budget           state in every prompt what may be spent, not only in those of branches that can spawn clones; small models
-                       mistake the line for part of the question. Tool messages always state it
+    always_show_budget state in every prompt what may be spent, not only in those of branches that hold a tool; small models mistake the
+                       line for part of the question. Tool messages always state it
     watch              called with each root as it starts to grow, to display its tree or to cancel single branches
     tools              what branches may call beside `spawn_clone`; `tools_at`: which branches hold them
     caller             makes the calls of tools; a journal puts itself there (`ramet.agents.resume.JournaledTools`)

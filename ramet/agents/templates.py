@@ -21,12 +21,12 @@ from ramet.agents.calls import (
     with_arguments,
 )
 from ramet.agents.encoding import TextEncoder, TokenizerFormat, decode
-from ramet.agents.protocol import SPAWN, tool_schema
+from ramet.agents.protocol import SPAWN, SPAWN_SCHEMA
 from ramet.agents.thoughts import without_thoughts
 from ramet.agents.tree import Message
 from ramet.errors import ChatFormatError, first_line
 
-_SPAWN_ONLY = (tool_schema(),)
+_SPAWN_ONLY = (SPAWN_SCHEMA,)
 TODAY = datetime(2024, 7, 26)
 """The date given to templates that print one. It is fixed, so that the same task has the same prompt on any day."""
 
