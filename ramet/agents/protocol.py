@@ -86,7 +86,8 @@ class SpawnClone(BaseModel):
         for item in self.objectives:
             whole = Objective(objective=item, context_keys=[]) if isinstance(item, str) else item
             keys = self.context_keys + whole.context_keys
-            unknown.update(dict.fromkeys(store.resolve(keys)[1]))
+            if keys:
+                unknown.update(dict.fromkeys(store.resolve(keys)[1]))
             shares: list[list[str]] = [[]]
             if whole.each is not None:
                 known, missing = store.resolve(whole.each)
@@ -94,6 +95,9 @@ class SpawnClone(BaseModel):
                     raise CallError(f"each: no document is called {_short(', '.join(whole.each))}")
                 unknown.update(dict.fromkeys(missing))
                 shares = [known[i : i + whole.per_clone] for i in range(0, len(known), whole.per_clone)]
+            elif keys == whole.context_keys:
+                made.append(whole)
+                continue
             made += [whole.model_copy(update={"context_keys": keys + share, "each": None, "per_clone": 1}) for share in shares]
         return made, list(unknown)
 
