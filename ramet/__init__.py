@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ramet.agents.protocol import CloneResult as CloneResult
     from ramet.agents.protocol import Objective as Objective
     from ramet.agents.runtime import Runtime as Runtime
+    from ramet.agents.sampling import Middleware as Middleware
     from ramet.agents.sampling import Policy as Policy
     from ramet.agents.sampling import Sampling as Sampling
     from ramet.agents.templates import TemplateFormat as TemplateFormat
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ramet.agents.tree import Usage as Usage
     from ramet.env.environment import Environment as Environment
     from ramet.env.settings import EnvSettings as EnvSettings
+    from ramet.errors import AnswerError as AnswerError
     from ramet.errors import BudgetExhausted as BudgetExhausted
     from ramet.errors import ChatFormatError as ChatFormatError
     from ramet.errors import CheckpointError as CheckpointError

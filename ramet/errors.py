@@ -79,6 +79,12 @@ class CallError(RametError):
     kind = "call"
 
 
+class AnswerError(RametError):
+    """An answer that does not fit the type that was asked for. The text goes back to the branch, which can repair it."""
+
+    kind = "answer"
+
+
 class ProgramError(RametError):
     """A program (`ramet.agents.program`) that raised, or did what cannot be done there."""
 

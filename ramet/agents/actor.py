@@ -15,12 +15,12 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 from ramet.agents.answers import extract_answer
-from ramet.agents.attempts import notice_ids, room_left, sample_turn
+from ramet.agents.attempts import ending, notice_ids, room_left, sample_turn
 from ramet.agents.dispatch import make_calls, reply_ids
 from ramet.agents.events import BranchEnded, BranchStarted
 from ramet.agents.growth import Growth, Setting
 from ramet.agents.tree import Status, StopReason
-from ramet.errors import BudgetExhausted, PolicyError, RefusedRequest
+from ramet.errors import AnswerError, BudgetExhausted, PolicyError, RefusedRequest
 
 
 async def run_branch(setting: Setting, growth: Growth, steer: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -91,12 +91,17 @@ async def grow(setting: Setting, growth: Growth) -> None:
                 continue
         parsed = chat.parse(sample.ids)
         if final or sample.stop is StopReason.LENGTH:
-            growth.end(Status.OUT_OF_BUDGET, extract_answer(parsed.text, finished=sample.stop is StopReason.END), why)
+            answer, wrong = _stated(growth, parsed.text, finished=sample.stop is StopReason.END)
+            growth.end(Status.OUT_OF_BUDGET, answer, "; ".join(filter(None, [why, wrong])))
             return
         if not parsed.calls and not parsed.error:
-            answer = extract_answer(parsed.text)
-            growth.end(Status.EMPTY if answer is None else Status.ANSWERED, answer)
-            return
+            answer, wrong = _stated(growth, parsed.text, finished=True)
+            appended = _once_more(setting, growth, wrong, length) if wrong else None
+            if appended is None:
+                growth.end(Status.EMPTY if answer is None else Status.ANSWERED, answer, wrong)
+                return
+            length += growth.append(appended)
+            continue
         if ledger.left("turns") == 0:
             growth.end(Status.OUT_OF_BUDGET, reason="turns")
             return
@@ -110,3 +115,23 @@ async def grow(setting: Setting, growth: Growth) -> None:
                 return
             final = True
         length += growth.append(appended)
+
+
+def _stated(growth: Growth, text: str, finished: bool) -> tuple[str | None, str]:
+    """The answer that a turn states, and what is wrong with it if it has to be of a type. Sets the branch's value."""
+    if growth.expects is None:
+        return extract_answer(text, finished), ""
+    try:
+        growth.value, answer = growth.expects.read(text, finished)
+    except AnswerError as error:
+        return None, str(error) if finished else ""  # of a turn that is cut, nothing else can be expected
+    return answer, ""
+
+
+def _once_more(setting: Setting, growth: Growth, wrong: str, length: int) -> list[int] | None:
+    """The ids that send an answer back with what is wrong with it; None if no further turn is possible."""
+    if growth.ledger.left("turns") == 0:
+        return None
+    text = "\n".join(filter(None, [f"({wrong}; answer again)", setting.left(growth.ledger)]))
+    ids = setting.chat.after_turn(text, closed=True)
+    return ids if setting.context is None or length + len(ids) + ending(setting, growth.ledger) < setting.context else None

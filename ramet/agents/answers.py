@@ -13,13 +13,19 @@ Thoughts are ignored, closed or not. Of the rest, the first of these that yields
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ramet.agents.thoughts import without_thoughts
 
 MAX_CHARACTERS = 65_536
 """Characters after a marker that are searched for the answer."""
+MAX_MARKERS = 8
+"""Markers, counted from the end, after which JSON is looked for."""
+_JSON_OPENING = re.compile(r"[\s*`]*(?:json\s*)?[{\[]")
+_DECODER = json.JSONDecoder()
 _LOOSE = r"(?:[ \t*_]|`(?!``))*"
 _MARKER = re.compile(
     rf"^[ \t>#*_`]*(?:the[ \t]+)?(?:final[ \t]+)?answer(?:[ \t]+is)?{_LOOSE}(?:(?P<colon>[:\uff1a]){_LOOSE}|$)"
@@ -58,6 +64,19 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
         if boxed is None and (mark["colon"] or mark["han"]):
             return None
     return boxed or (_ending(text) if finished else None)
+
+
+def json_values(text: str) -> Iterator[str]:
+    """The JSON objects and arrays that may be the answer, on any number of lines: after each marker, the last first, or the whole text."""
+    text = without_thoughts(text)
+    starts = [*(mark.end() for mark in reversed([*_MARKER.finditer(text)][-MAX_MARKERS:])), 0]
+    for start in starts:
+        opening = _JSON_OPENING.match(text, start)
+        if opening is not None:
+            try:
+                yield text[opening.end() - 1 : _DECODER.raw_decode(text, opening.end() - 1)[1]]
+            except (ValueError, RecursionError):
+                continue
 
 
 def last_boxed(text: str) -> str | None:

@@ -16,9 +16,9 @@ from ramet.agents import drain
 from ramet.agents.budget import Grant, Ledger
 from ramet.agents.events import TokensSampled, TurnSampled
 from ramet.agents.growth import Growth, Setting, seed_of
-from ramet.agents.sampling import Partial, Sample, SampleRequest
+from ramet.agents.sampling import Middleware, Partial, Sample, SampleFunction, SampleRequest
 from ramet.agents.tree import StopReason, Turn
-from ramet.errors import Interrupted, PolicyError, TransientPolicyError
+from ramet.errors import Interrupted, PolicyError, RametError, TransientPolicyError, first_line
 
 
 def room_left(setting: Setting, ledger: Ledger, length: int, final: bool) -> tuple[int, str]:
@@ -113,10 +113,10 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
     """One attempt at a sample. Its tokens are reserved first, and settled however it ends."""
     await setting.slots.acquire()
     try:
-        policy, partial = setting.policy, _partial(setting, growth)
+        policy, partial, sample_from = setting.policy, _partial(setting, growth), _through(setting, request)
         with growth.ledger.reserve(request.max_tokens, len(request.prompt)) as grant:
             try:
-                sample = await policy.sample(request, partial)
+                sample = await sample_from(request, partial)
             except anyio.get_cancelled_exc_class():
                 prefilled = _settle(growth, grant, request, len(partial.ids), partial.prefilled)
                 ids, logprobs, updates = tuple(partial.ids), tuple(partial.logprobs), tuple(partial.updates)
@@ -135,6 +135,36 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
             return replace(sample, prefilled=_settle(growth, grant, request, len(sample.ids), sample.prefilled))
     finally:
         setting.slots.release()
+
+
+def _through(setting: Setting, request: SampleRequest) -> SampleFunction:
+    """What samples a request: the policy, behind the user's middleware."""
+    policy = setting.policy.sample
+    if not setting.middleware:
+        return policy
+
+    async def innermost(changed: SampleRequest, partial: Partial) -> Sample:
+        if changed.prompt != request.prompt or changed.media != request.media:
+            raise PolicyError("middleware changed a prompt: what is trained on is what was sampled; change the task or the tools instead")
+        return await policy(changed, partial)
+
+    sample: SampleFunction = innermost
+    for layer in reversed(setting.middleware):
+        sample = _layer(layer, sample)
+    return sample
+
+
+def _layer(middleware: Middleware, sample: SampleFunction) -> SampleFunction:
+    async def layer(request: SampleRequest, partial: Partial) -> Sample:
+        try:
+            return await middleware(request, partial, sample)
+        except (RametError, anyio.get_cancelled_exc_class()):
+            raise
+        except Exception as error:
+            name = getattr(middleware, "__name__", type(middleware).__name__)
+            raise PolicyError(f"the middleware {name} raised {type(error).__name__}: {first_line(error)}") from error
+
+    return layer
 
 
 def _overrun(generated: int, request: SampleRequest) -> str:

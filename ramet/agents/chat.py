@@ -12,7 +12,7 @@ model's own Hugging Face chat template).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ramet.agents.calls import ParsedTurn, Schemas, names_of, parse_marked, parse_spelled, spelled_call, tool_preamble
 from ramet.agents.encoding import PlaceholderIds, TokenizerFormat, decode, token_id
@@ -39,8 +39,11 @@ class ChatFormat(Protocol):
     def turn(self, text: str, call: str | None = None) -> list[int]:
         """The ids of a whole assistant turn with this text, and a call of this JSON: for demonstrations, programs and scripts."""
 
-    def after_turn(self, text: str, closed: bool) -> list[int]:
-        """The ids to append to a sampled turn: its end unless it is `closed`, a tool message with `text`, the next turn's opening."""
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """The ids to append to a sampled turn: its end unless it is `closed`, a message with `text`, the next turn's opening.
+
+        `role`: whose message it is; "user" goes on with a finished conversation. Raises `ChatFormatError` if the format cannot.
+        """
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """Read one sampled turn: its text and its calls. What is malformed is reported in the result, never raised."""
@@ -80,10 +83,10 @@ class ControlTokenFormat(TokenizerFormat):
                 ids += [self._id[f"<|{message.role}|>"], *self._encode.assembled(self._content(message)), self._id["<|end|>"]]
         return [*ids, self._id["<|assistant|>"]]
 
-    def after_turn(self, text: str, closed: bool) -> list[int]:
-        """`<|end|>` unless the turn is closed, then a `<|tool|>` message and the next `<|assistant|>`."""
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """`<|end|>` unless the turn is closed, then a `<|tool|>` or `<|user|>` message and the next `<|assistant|>`."""
         end = [] if closed else [self._id["<|end|>"]]
-        return [*end, self._id["<|tool|>"], *self._encode(text), self._id["<|end|>"], self._id["<|assistant|>"]]
+        return [*end, self._id[f"<|{role}|>"], *self._encode(text), self._id["<|end|>"], self._id["<|assistant|>"]]
 
     def turn(self, text: str, call: str | None = None) -> list[int]:
         """The text, the call between `<tool_call>` and `</tool_call>`, and `<|end|>`."""
@@ -128,13 +131,12 @@ class ChatMLFormat(TokenizerFormat):
             parts += [*self._opening(message.role), *self._content(message), *self._closing()]
         return self._encode.assembled([*parts, *self._opening("assistant")], start=True)
 
-    def after_turn(self, text: str, closed: bool) -> list[int]:
-        """The end of the turn unless it is closed, a user message with `<tool_response>`, and the next assistant opening."""
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """The end of the turn unless it is closed, a user message, a tool's in `<tool_response>`, and the next assistant opening."""
         end = [] if closed else [self._end]
         response = [*self._encode.trusted("<tool_response>\n"), text, *self._encode.trusted("\n</tool_response>")]
-        return self._encode.assembled(
-            [*end, "\n", *self._opening("user"), *response, *self._closing(), *self._opening("assistant")],
-        )
+        content = response if role == "tool" else [text]
+        return self._encode.assembled([*end, "\n", *self._opening("user"), *content, *self._closing(), *self._opening("assistant")])
 
     def turn(self, text: str, call: str | None = None) -> list[int]:
         """The text, the call in its tags, and the end of the turn."""

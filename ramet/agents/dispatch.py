@@ -25,7 +25,8 @@ from ramet.agents.protocol import SPAWN, CloneResult, Objective, Reply, SpawnClo
 from ramet.agents.tasks import task_group
 from ramet.agents.tools import BranchView, Tool, ToolRequest
 from ramet.agents.tree import Message, Status, ToolCall, ToolResult, ToolStatus
-from ramet.errors import BudgetExhausted, CallError
+from ramet.agents.typed import AnswerType
+from ramet.errors import BudgetExhausted, CallError, RametError, first_line
 
 RunBranch = Callable[[Setting, Growth], Coroutine[Any, Any, None]]
 
@@ -64,8 +65,8 @@ async def run_calls(setting: Setting, growth: Growth, calls: Sequence[SpawnClone
                 _known_roles(setting, requests)
             except CallError as wrong:
                 error = wrong
-        if error is None and not await _approved(setting, growth, call):
-            error = CallError("not approved")
+        if error is None and not isinstance(call, CallError) and (why := await _disapproved(setting, growth, call)):
+            error = CallError(why)
         if error is not None:
             replies[number] = _refused(growth, number, call, str(error))
         elif isinstance(call, SpawnClone):
@@ -103,13 +104,19 @@ def _known_roles(setting: Setting, requests: Sequence[Objective]) -> None:
         raise CallError(f"no role {', '.join(sorted(unknown))[:80]!r}; {there}")
 
 
-async def _approved(setting: Setting, growth: Growth, call: SpawnClone | ToolUse | CallError) -> bool:
-    if isinstance(call, CallError):
-        return True
+async def _disapproved(setting: Setting, growth: Growth, call: SpawnClone | ToolUse) -> str:
+    """Why a call may not be made; empty if it may."""
     name, arguments = (SPAWN, call.model_dump_json()) if isinstance(call, SpawnClone) else (call.name, call.arguments)
     if setting.emit is not None:
         setting.emit(CallMade(growth.id, name, arguments))
-    return setting.approve is None or await setting.approve(growth.id, name, arguments)
+    if setting.approve is None:
+        return ""
+    try:
+        return "" if await setting.approve(growth.id, name, arguments) else "not approved"
+    except (RametError, anyio.get_cancelled_exc_class()):
+        raise
+    except Exception as error:
+        return f"not approved: asking raised {type(error).__name__}: {first_line(error)}"
 
 
 async def _beside(
@@ -178,6 +185,7 @@ async def spawn_clones(setting: Setting, growth: Growth, requests: Sequence[Obje
     results = [CloneResult(Status.REFUSED, reason=reason)] * len(requests)
     if not allowed:
         return results
+    types = {id(request.expects): AnswerType(request.expects) for request in requests if request.expects is not None}
     settings = {role: setting if role is None else setting.of(role) for role in {request.role for request in requests}}
     # Afterwards the parent reads its own context again, and results that may be just as long.
     keep = 2 * len(growth.ids)
@@ -189,11 +197,12 @@ async def spawn_clones(setting: Setting, growth: Growth, requests: Sequence[Obje
                 name = f"{growth.id}.{first + i}"
                 own = settings[request.role]
                 media = setting.store.media(request.context_keys)
+                expects = types.get(id(request.expects))
                 messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
                 if own.clone_system:
                     messages.insert(0, Message("system", own.clone_system))
-                prompt = own.prompt(messages, ledger, name.count("."))
-                growth.clones.append(own.growth(name, prompt, ledger, request.objective, now, media))
+                prompt = own.prompt(messages, ledger, name.count("."), expects)
+                growth.clones.append(own.growth(name, prompt, ledger, request.objective, now, media, expects))
             async with task_group() as group:
                 for clone, request in zip(growth.clones, requests, strict=False):
                     group.start_soon(run, settings[request.role], clone)
@@ -205,7 +214,7 @@ async def spawn_clones(setting: Setting, growth: Growth, requests: Sequence[Obje
             growth.clones.clear()
             growth.turns[-1] = replace(growth.turns[-1], clones=frozen)
     for i, branch in enumerate(frozen):
-        results[i] = CloneResult(branch.status, branch.answer, branch.reason)
+        results[i] = CloneResult(branch.status, branch.answer, branch.reason, branch.value)
     return results
 
 

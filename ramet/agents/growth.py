@@ -14,10 +14,11 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.context import ContextStore
 from ramet.agents.events import Event
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, SPAWN_SCHEMA, left_line, tool_schema
-from ramet.agents.sampling import Policy, Sampling
+from ramet.agents.sampling import Middleware, Policy, Sampling
 from ramet.agents.tasks import Slots
 from ramet.agents.tools import Tool, ToolCaller, Tools, call_tool
 from ramet.agents.tree import Branch, Message, Segment, Status, StopReason, ToolCall, Turn
+from ramet.agents.typed import AnswerType
 from ramet.errors import ConfigError
 
 
@@ -47,6 +48,9 @@ class Growth:
     reason: str = ""
     started: float = 0.0
     ended: float | None = None
+    expects: AnswerType | None = None
+    """What it is to answer with, if that is not just text."""
+    value: Any = None
     scope: anyio.CancelScope | None = None
     """The branch's own cancel scope, in trees that are watched: nothing else can cancel a single branch."""
 
@@ -105,6 +109,7 @@ class Growth:
             media=self.media,
             role=self.role,
             trainable=self.trainable,
+            value=self.value,
         )
 
 
@@ -162,6 +167,7 @@ class Setting:
     trainable: bool = True
     approve: Approval | None = None
     emit: Callable[[Event], None] | None = None
+    middleware: Sequence[Middleware] = ()
 
     @property
     def context(self) -> int | None:
@@ -194,11 +200,18 @@ class Setting:
         )
 
     def growth(
-        self, name: str, prompt: Sequence[int], ledger: Ledger, objective: str = "", now: float = 0.0, media: tuple[Segment, ...] = ()
+        self,
+        name: str,
+        prompt: Sequence[int],
+        ledger: Ledger,
+        objective: str = "",
+        now: float = 0.0,
+        media: tuple[Segment, ...] = (),
+        expects: AnswerType | None = None,
     ) -> Growth:
         """A new branch called `name`, with no turns yet."""
         scope = anyio.CancelScope() if self.watched else None
-        return Growth(name, tuple(prompt), ledger, objective, media, self.role, self.trainable, started=now, scope=scope)
+        return Growth(name, tuple(prompt), ledger, objective, media, self.role, self.trainable, started=now, expects=expects, scope=scope)
 
     def notice(self, ledger: Ledger) -> str:
         """What tells a branch to answer now."""
@@ -208,13 +221,15 @@ class Setting:
         """The line that says what may still be spent."""
         return left_line(ledger.sampleable(final), ledger.left("clones"), ledger.left("tool_calls"))
 
-    def prompt(self, messages: Sequence[Message], ledger: Ledger, depth: int) -> list[int]:
-        """A branch's prompt ids. The last message ends with what is left, for branches without tools only by `always_show_budget`."""
+    def prompt(self, messages: Sequence[Message], ledger: Ledger, depth: int, expects: AnswerType | None = None) -> list[int]:
+        """A branch's prompt ids. The last message ends with what to answer with, if that is of a type, and with what is left."""
         *before, last = messages
-        schemas = self.schemas(depth)
-        left = self.left(ledger) if schemas or self.always_show_budget else ""
-        content = "\n".join(filter(None, [last.content, left]))
-        return self.chat.render([*before, replace(last, content=content)], schemas)
+        return self.chat.render([*before, replace(last, content=self.content(last.content, ledger, depth, expects))], self.schemas(depth))
+
+    def content(self, text: str, ledger: Ledger, depth: int, expects: AnswerType | None = None) -> str:
+        """The last message of a prompt. What is left is told to branches without tools only by `always_show_budget`."""
+        left = self.left(ledger) if self.always_show_budget or self.schemas(depth) else ""
+        return "\n".join(filter(None, [text, expects.instruction if expects is not None else "", left]))
 
 
 def seed_of(seed: int, branch: str, turn: int) -> int:

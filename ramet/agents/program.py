@@ -25,9 +25,9 @@ from ramet.agents.attempts import room_left, sample_turn
 from ramet.agents.calls import ParsedTurn
 from ramet.agents.dispatch import Replies, make_calls, reply_ids, run_calls
 from ramet.agents.growth import Growth, Setting
-from ramet.agents.protocol import CloneResult, SpawnClone, ToolUse, explain, render_call
+from ramet.agents.protocol import CloneResult, Objective, SpawnClone, ToolUse, explain, render_call
 from ramet.agents.tree import Branch, Status, StopReason, Task, ToolResult, Turn
-from ramet.errors import BudgetExhausted, CallError, ProgramError, RametError, first_line
+from ramet.errors import AnswerError, BudgetExhausted, CallError, ProgramError, RametError, first_line
 
 Program = Callable[["ProgramBranch"], Awaitable[Any]]
 """What it returns, if it is not None and nothing has been answered, is the answer."""
@@ -78,7 +78,7 @@ class ProgramBranch:
         return self._growth.answer
 
     async def spawn(
-        self, objectives: Sequence[str | Mapping[str, Any]], context_keys: Sequence[str] = (), *, free: bool = False
+        self, objectives: Sequence[str | Objective | Mapping[str, Any]], context_keys: Sequence[str] = (), *, free: bool = False
     ) -> list[CloneResult]:
         """Start clones as the model does (`ramet.agents.protocol`) and wait for them; their results in order.
 
@@ -91,7 +91,8 @@ class ProgramBranch:
             raise ProgramError(f"this cannot be spawned: {explain(error) if isinstance(error, ValidationError) else error}") from error
         if not self._setting.may_spawn(self._growth.depth):
             raise ProgramError("the budget allows no clones here: see its depth, clones and width")
-        self._write("", render_call([*objectives], context_keys), free)
+        written = [item if isinstance(item, str) else item.model_dump(exclude_unset=True) for item in call.objectives]
+        self._write("", render_call(written, context_keys), free)
         replies = await run_calls(self._setting, self._growth, [call], run_branch)
         self._reply(replies)
         return list(replies.replies[0].results)
@@ -113,9 +114,16 @@ class ProgramBranch:
             raise ProgramError("there is no sampled turn to answer: tell(...) comes after sample()")
         self._growth.append(self._setting.chat.after_turn(text, closed=turns[-1].stop is StopReason.END))
 
-    def answer(self, text: str, *, free: bool = False) -> None:
-        """End the branch with this answer."""
+    def answer(self, answer: Any, *, free: bool = False) -> None:
+        """End the branch with this answer: text, or a value of the task's type. Raises `ProgramError` if it does not fit that type."""
+        text, value = str(answer), None
+        if self._growth.expects is not None:
+            try:
+                value, text = self._growth.expects.check(answer)
+            except AnswerError as error:
+                raise ProgramError(str(error)) from error
         self._write(f"Answer: {text}", None, free)
+        self._growth.value = value
         self._growth.end(Status.ANSWERED, text)
 
     def _opened(self) -> None:
@@ -156,7 +164,7 @@ def steer(program: Program, setting: Setting, growth: Growth, task: Task) -> Cal
             raise ProgramError(f"the program of task {task.id} raised {type(error).__name__}: {first_line(error)}") from error
         if growth.status is None:
             if value is not None:
-                branch.answer(str(value))
+                branch.answer(value)
             else:
                 growth.end(Status.EMPTY)
 

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from ramet.agents.answers import extract_answer as extract_answer
 from ramet.agents.answers import last_boxed as last_boxed
@@ -34,9 +34,9 @@ from ramet.errors import CallError
 
 SPAWN = "spawn_clone"
 MAX_CALL_CHARACTERS = 65_536
+"""Longest call that is parsed."""
 MAX_CALLS = 64
 """Calls that one turn may make."""
-"""Longest call that is parsed."""
 FEW_RESULTS, MIN_RESULT_CHARACTERS = 16, 40
 """If there are more results than the first number, none is cut to fewer characters than the second: the last ones are left out instead."""
 OUT_OF_BUDGET_NOTICE = "Out of budget. Answer now."
@@ -60,6 +60,15 @@ class Objective(BaseModel):
     per_clone: _Positive = 1
     role: Annotated[str, Field(strict=True)] | None = None
     """The role that the clone takes; by default its parent's."""
+    expects: Annotated[Any, Field(alias="schema", exclude=True)] = None
+    """The type that its answer has to fit (`ramet.agents.typed`). Only a program can give one: `Objective(objective=..., schema=Model)`."""
+
+    @field_validator("expects")
+    @classmethod
+    def _no_json(cls, value: Any) -> Any:
+        if isinstance(value, (dict, list, str, int, float)):
+            raise ValueError("a schema is a Python type, which only a program can give")
+        return value
 
     @model_validator(mode="after")
     def _per_clone_of_each(self) -> Objective:
@@ -264,6 +273,8 @@ class CloneResult:
     status: Status
     answer: str | None = None
     reason: str = ""
+    value: Any = None
+    """What the answer says, where it had to be of a type."""
 
     def line(self) -> str:
         """The result as the parent reads it: the answer, with the status and reason in parentheses unless it ended normally."""

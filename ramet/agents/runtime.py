@@ -23,10 +23,11 @@ from ramet.agents.events import Event, TreeEnded
 from ramet.agents.growth import Approval, Growth, Role, Setting, seed_of
 from ramet.agents.prefixes import fresh_cache
 from ramet.agents.program import Program, steer
-from ramet.agents.sampling import Policy, Sampling
+from ramet.agents.sampling import Middleware, Policy, Sampling
 from ramet.agents.tasks import Slots, task_group
 from ramet.agents.tools import Tool, ToolCaller, Tools, call_tool
-from ramet.agents.tree import Status, Task, Tree, price
+from ramet.agents.tree import Status, StopReason, Task, Tree, price
+from ramet.agents.typed import AnswerType
 from ramet.errors import ConfigError, TaskError
 
 CLONE_SYSTEM = (
@@ -61,6 +62,8 @@ class Runtime:
     caller             makes the calls of tools; a journal puts itself there (`ramet.agents.resume.JournaledTools`)
     roles              who clones may be instead of clones of the model, by the name that a call gives
     approve            asked before each call, of tools and of `spawn_clone`; what it does not approve is refused
+    middleware         what every request for a sample goes through, the first the outermost (`ramet.agents.sampling.Middleware`)
+    on_cancel          called with the tree as it stood, if `run` or `stream` is cancelled from outside while it grows
     """
 
     policy: Policy
@@ -78,6 +81,8 @@ class Runtime:
     caller: ToolCaller = call_tool
     roles: Mapping[str, Role] = field(default_factory=dict)
     approve: Approval | None = None
+    middleware: Sequence[Middleware] = ()
+    on_cancel: Callable[[Tree], None] | None = None
     _tools: Tools = field(init=False)
     _slots: Slots | None = None
 
@@ -88,18 +93,28 @@ class Runtime:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
 
     async def run(
-        self, task: Task, budget: Budget, seed: int = 0, prompt: list[int] | None = None, program: Program | None = None
+        self,
+        task: Task,
+        budget: Budget,
+        seed: int = 0,
+        prompt: list[int] | None = None,
+        program: Program | None = None,
+        after: Tree | None = None,
     ) -> Tree:
         """Grow one tree. After `budget.seconds` it is cut short and returned as timed out.
 
         prompt   token ids that replace the rendering of the task's messages, for callers that lay out the context themselves
         program  decides in the model's place what the root does (`ramet.agents.program`)
+        after    a finished tree whose conversation the task's one message goes on with: the root's context is that tree's, then the message
 
-        Raises `TaskError` if the task has no messages. A failure of the policy is not raised; it is in the tree (`Tree.failed`).
+        Raises `TaskError` if the task has no messages, or none that can follow a tree. A failure of the policy is not raised; it is in
+        the tree (`Tree.failed`).
         """
-        return await self._run(task, budget, seed, prompt, program, None)
+        return await self._run(task, budget, seed, prompt, program, after, None)
 
-    async def stream(self, task: Task, budget: Budget, seed: int = 0, program: Program | None = None) -> AsyncGenerator[Event, None]:
+    async def stream(
+        self, task: Task, budget: Budget, seed: int = 0, program: Program | None = None, after: Tree | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Grow one tree, and give what happens in it as it happens; the last event has the tree. Leaving the loop cancels it.
 
         Nothing is lost by a slow reader: events wait for it.
@@ -108,7 +123,7 @@ class Runtime:
 
         async def run() -> None:
             with send:
-                tree = await self._run(task, budget, seed, None, program, send.send_nowait)
+                tree = await self._run(task, budget, seed, None, program, after, send.send_nowait)
                 send.send_nowait(TreeEnded(tree))
 
         # The receiver outlives the tasks: what they still tell while they are cancelled has somewhere to go.
@@ -122,7 +137,14 @@ class Runtime:
                     group.cancel_scope.cancel()
 
     async def _run(
-        self, task: Task, budget: Budget, seed: int, prompt: list[int] | None, program: Program | None, emit: Callable[[Event], None] | None
+        self,
+        task: Task,
+        budget: Budget,
+        seed: int,
+        prompt: list[int] | None,
+        program: Program | None,
+        after: Tree | None,
+        emit: Callable[[Event], None] | None,
     ) -> Tree:
         if not task.messages:
             raise TaskError(f"task {task.id} has no messages")
@@ -149,19 +171,32 @@ class Runtime:
             roles=self.roles,
             approve=self.approve,
             emit=emit,
+            middleware=self.middleware,
         )
+        expects = None if task.answer is None else AnswerType(task.answer)
         media = tuple(segment for message in task.messages for segment in message.media)
-        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, 0), ledger, media=media)
+        if after is not None:
+            prompt, media = _follow_up(setting, ledger, task, after, expects), after.root.media
+        root = setting.growth("0", prompt or setting.prompt(task.messages, ledger, 0, expects), ledger, media=media, expects=expects)
         if self.watch is not None:
             self.watch(root)
         started = anyio.current_time()
-        with fresh_cache(), anyio.move_on_after(budget.seconds):
-            await run_branch(setting, root, None if program is None else steer(program, setting, root, task))
-        now = anyio.current_time()
-        ledger.check()
-        branch = root.freeze(Status.TIMED_OUT, now)
-        error = branch.reason if branch.status in (Status.FAILED, Status.REFUSED) else ""
-        return Tree(task.id, branch, price(branch, now - started), seed, error)
+
+        def tree(otherwise: Status) -> Tree:
+            now = anyio.current_time()
+            ledger.check()
+            branch = root.freeze(otherwise, now)
+            error = branch.reason if branch.status in (Status.FAILED, Status.REFUSED) else ""
+            return Tree(task.id, branch, price(branch, now - started), seed, error)
+
+        try:
+            with fresh_cache(), anyio.move_on_after(budget.seconds):
+                await run_branch(setting, root, None if program is None else steer(program, setting, root, task))
+        except anyio.get_cancelled_exc_class():
+            if self.on_cancel is not None:
+                self.on_cancel(tree(Status.CANCELLED))
+            raise
+        return tree(Status.TIMED_OUT)
 
     async def grow(self, job: Job, regrow: int = 0) -> Tree:
         """Grow the tree of a job. If the backend fails a branch (`Tree.failed`), grow it anew, up to `regrow` times with other seeds."""
@@ -204,3 +239,13 @@ class Runtime:
                 finally:
                     # Before the stream closes, so that no worker finds it closed and raises an error, not even on an interrupt.
                     group.cancel_scope.cancel()
+
+
+def _follow_up(setting: Setting, ledger: Ledger, task: Task, after: Tree, expects: AnswerType | None) -> list[int]:
+    """The context of a finished tree, and a message after it."""
+    message, *more = task.messages
+    if more or message.role != "user" or message.media:
+        raise TaskError(f"task {task.id} follows a tree: it has one message, the user's, without videos (documents may be videos)")
+    last = next((turn for turn in reversed(after.root.turns) if turn.sampled or turn.appended), None)
+    closed = last is not None and last.stop is StopReason.END and not last.appended
+    return [*after.root.ids, *setting.chat.after_turn(setting.content(message.content, ledger, 0, expects), closed, role="user")]

@@ -6,6 +6,7 @@ It is defined here because branches use it and `ramet.agents` imports nothing ab
 from __future__ import annotations
 
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -115,6 +116,16 @@ class Policy(Protocol):
 
         Raises `TransientPolicyError` for a failure that a retry may mend, and `PolicyError` for one that it will not.
         """
+
+
+SampleFunction = Callable[[SampleRequest, Partial], Awaitable[Sample]]
+"""`Policy.sample`, or what stands in its place."""
+Middleware = Callable[[SampleRequest, Partial, SampleFunction], Awaitable[Sample]]
+"""What a user puts between branches and their policy: it gets each request and what samples it, and returns the sample.
+
+It may look, wait, refuse by a `PolicyError`, ask again, or change how is sampled. The prompt it may not change: what is trained on is
+what was sampled.
+"""
 
 
 class PolicyWrapper:

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import anyio
 
@@ -33,9 +34,9 @@ class PlainFormat:
         """`T` if a tool is offered, else `-`, then each message followed by `|`."""
         return [ord(c) for c in ("T" if tools else "-") + "".join(m.content + "|" for m in messages if m.role != "system")]
 
-    def after_turn(self, text: str, closed: bool) -> list[int]:
-        """The stop id unless the turn is closed, then the tool message in angle brackets."""
-        return [*([] if closed else [STOP]), *map(ord, f"<{text}>")]
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """The stop id unless the turn is closed, then the tool message in angle brackets, or the user's followed by `|`."""
+        return [*([] if closed else [STOP]), *map(ord, f"<{text}>" if role == "tool" else f"{text}|")]
 
     def turn(self, text: str, call: str | None = None) -> list[int]:
         """The ids of a well-formed assistant turn, with a call or without."""

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 from ramet.agents.calls import (
     ParsedTurn,
@@ -96,9 +97,12 @@ class TemplateFormat(TokenizerFormat):
         text = self._render(slotted, tools, generate=True)
         return self._encode.assembled(self._filled(text, messages), start=True)
 
-    def after_turn(self, text: str, closed: bool) -> list[int]:
-        """What the template writes between an assistant turn and the next one, with `text` as the tool message."""
-        parts = self._filled(self._between, [Message("tool", text)])
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """What the template writes between an assistant turn and the next one, with `text` as the message of `role`.
+
+        Raises `ChatFormatError` for a user's message if the template rewrites earlier turns when one is added.
+        """
+        parts = self._filled(self._between if role == "tool" else self._between_questions, [Message(role, text)])
         return self._encode.assembled(parts[1:] if closed else parts)
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
@@ -156,10 +160,15 @@ class TemplateFormat(TokenizerFormat):
             at = slot.end()
         return [*parts, *self._encode.trusted(text[at:])]
 
-    def _derived(self, tools: Schemas) -> tuple[str, str, str]:
-        """(`opened`, the end of an assistant turn, the text between one assistant turn and the next with a slot for the tool message)."""
-        user, turn, tool = Message("user", _slot(1)), Message("assistant", _slot(2)), Message("tool", _padded(0))
-        turn2, tool2 = Message("assistant", _slot(3)), Message("tool", _padded(4))
+    @cached_property
+    def _between_questions(self) -> str:
+        """The text between an assistant turn and the next one, with a slot for a user's message."""
+        return self._derived((), "user")[2]
+
+    def _derived(self, tools: Schemas, role: Literal["tool", "user"] = "tool") -> tuple[str, str, str]:
+        """(`opened`, the end of an assistant turn, the text between it and the next one, with a slot for a message of `role`)."""
+        user, turn, tool = Message("user", _slot(1)), Message("assistant", _slot(2)), Message(role, _padded(0))
+        turn2, tool2 = Message("assistant", _slot(3)), Message(role, _padded(4))
         first = self._render([user], tools, generate=True)
         one = self._render([user, turn, tool], tools, generate=True)
         two = self._render([user, turn, tool, turn2, tool2], tools, generate=True)
@@ -171,7 +180,7 @@ class TemplateFormat(TokenizerFormat):
             raise ChatFormatError("the chat template treats later tool rounds differently; token-in, token-out is unsound")
         end = self._render([user, turn], tools).partition(_slot(2))[2]
         if not end or not tail.startswith(end) or _slot(0) not in tail:
-            raise ChatFormatError("the chat template does not end an assistant turn before the tool message")
+            raise ChatFormatError("the chat template does not end an assistant turn before the next message")
         return opened, end, tail
 
 

@@ -98,6 +98,8 @@ class Task:
     documents  texts and parts of videos that clones can be given by key; the root sees of them what `messages` contain
     reference  what grading needs, such as the right answer
     meta       further facts about the task, for records
+    answer     the type that the answer has to fit, such as a pydantic model; None for any text. The model is told its JSON schema, an
+               answer that does not fit goes back to it while its budget lasts, and `Tree.value` is what the answer says
     """
 
     id: str
@@ -105,6 +107,7 @@ class Task:
     documents: Mapping[str, str | Segment] = field(default_factory=dict)
     reference: Any = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    answer: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +249,8 @@ class Branch:
     """Whose policy, instructions and tools it had; "" for the model's own."""
     trainable: bool = True
     """Were its tokens sampled by the policy that learns?"""
+    value: Any = None
+    """What the answer says, where it had to be of a type (`Task.answer`)."""
 
     @property
     def ids(self) -> list[int]:
@@ -363,6 +368,11 @@ class Tree:
     def answer(self) -> str | None:
         """The root's answer, if it stated one."""
         return self.root.answer
+
+    @property
+    def value(self) -> Any:
+        """What the answer says, as the type that the task asks for; None without an answer, or without such a type."""
+        return self.root.value
 
     @property
     def branches(self) -> list[Branch]:

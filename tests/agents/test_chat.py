@@ -286,16 +286,17 @@ def styled(template: str) -> Any:
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("content", ["2+2?", "\n  two lines\n\nand more  \n", 'a "quoted" \\ word'])
-def test_auto_gives_the_ids_of_the_model_s_own_template(style, content):
+@pytest.mark.parametrize("role", ["tool", "user"])
+def test_auto_gives_the_ids_of_the_model_s_own_template(style, content, role):
     tokenizer = styled(STYLES[style])
     made = chat_format("auto", tokenizer)
     question = [{"role": "user", "content": content}]
     assert made.render([Message("user", content)], tools=()) == encoded(tokenizer, question)
-    # Two tool rounds, appended as ids. A thought that was opened stays where it was sampled.
+    # Two tool rounds, or the user's next questions, appended as ids. A thought that was opened stays where it was sampled.
     ids, chat_ = made.render([Message("user", "q")], tools=()), [{"role": "user", "content": "q"}]
     for turn, result in (("a", content), ("b", "7")):
-        ids += [*tokenizer.encode(turn), *made.after_turn(result, closed=False)]
-        chat_ += [{"role": "assistant", "content": turn}, {"role": made._tool_role, "content": result}]
+        ids += [*tokenizer.encode(turn), *made.after_turn(result, closed=False, role=role)]
+        chat_ += [{"role": "assistant", "content": turn}, {"role": made._tool_role if role == "tool" else "user", "content": result}]
     kept = [i for i in ids if tokenizer.convert_ids_to_tokens(i) != "<think>"]
     if style == "opened thought":
         assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == 3

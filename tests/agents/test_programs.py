@@ -170,7 +170,7 @@ async def test_a_role_has_its_own_policy_words_and_tools_and_its_tokens_are_not_
         def render(self, messages, tools):
             return [i + 10_000 for i in super().render(messages, tools)] + [10_001] * sum(m.role == "system" for m in messages)
 
-        def after_turn(self, text, closed):
+        def after_turn(self, text, closed, role="tool"):
             return [i + 10_000 for i in super().after_turn(text, closed)]
 
         def parse(self, sampled):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from ramet.agents.calls import ParsedTurn, Schemas, parse_spelled, tool_preamble
 from ramet.agents.encoding import PlaceholderIds, no_vision
@@ -57,9 +58,9 @@ class WireFormat:
                 ids += self._content(message.role, message.content)
         return [*ids, self.ROLES.index("assistant")]
 
-    def after_turn(self, text: str, closed: bool) -> list[int]:
-        """As `ChatFormat.after_turn`: the ids of a tool result and of the start of the next turn. `closed`: the last turn has its end."""
-        return [*([] if closed else [self.END]), *self._content("tool", text), self.ROLES.index("assistant")]
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """As `ChatFormat.after_turn`: the ids of a message and of the start of the next turn. `closed`: the last turn has its end."""
+        return [*([] if closed else [self.END]), *self._content(role, text), self.ROLES.index("assistant")]
 
     def turn(self, text: str, call: str | None = None) -> list[int]:
         """The text, the call in Hermes tags, and the end of the turn."""
