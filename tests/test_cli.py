@@ -85,8 +85,9 @@ def test_a_model_directory_without_a_tokenizer_is_named(tmp_path):
 def test_train_is_killed_resumed_and_ends_as_if_it_had_not_been(tmp_path):
     """SIGKILL in the middle, then the same command: the same metrics and the same final evaluation."""
     (tmp_path / "tiny.toml").write_text(
-        "budgets = [40]\n[env]\noperands = [2, 5]\nood_operands = [10, 10]\n"
-        "[train]\nupdates = 4\ntasks = 2\ngroup_size = 2\ncheckpoint_every = 2\n"
+        'model = "nano"\nbudgets = [40]\n[env]\nkind = "rows"\n'
+        "operands = [2, 5]\nood_operands = [10, 10]\n"
+        "[train]\nlearning_rate = 4e-4\nupdates = 4\ntasks = 2\ngroup_size = 2\ncheckpoint_every = 2\n"
         "[eval]\ntasks = 4\nbudgets = [40]\nood_budgets = [60]\n"
     )
     command = ["train", "--config", "tiny.toml", "--seed", "3", "--name"]
@@ -141,12 +142,12 @@ def test_reproduce_writes_what_the_readme_shows_and_does_nothing_twice(tmp_path)
     assert json.loads((folder / "results.json").read_text())[1:] == records[1:]
 
 
-def test_the_demo_from_end_to_end(tmp_path, monkeypatch):
+def test_the_demo_from_end_to_end(tmp_path):
     from ramet.recipes import demo
+    from ramet.runs.settings import RunConfig, load
 
-    small = {"train": {"updates": 2, "tasks": 2, "group_size": 2, "checkpoint_every": 1}, "eval": {"tasks": 3, "budgets": [40, 90, 150]}}
-    monkeypatch.setattr(demo, "DEMO", small)
-    demo.run_demo(tmp_path / "demo", 0)
+    train = ["train.updates=2", "train.tasks=2", "train.group_size=2", "train.checkpoint_every=1"]
+    demo.run_demo(tmp_path / "demo", load(RunConfig, "demo", [*train, "eval.tasks=3", "eval.budgets=[40, 90, 150]"]))
     records = json.loads((tmp_path / "demo" / "demo.json").read_text())
     points = {(r["policy"], r["budget"]) for r in records if r["record"] == "point"}
     assert points == {(p, b) for p in ("base", "base_serial", "trained") for b in (40, 90, 150)}

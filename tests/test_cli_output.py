@@ -53,7 +53,7 @@ def test_the_settings_are_listed_and_as_a_file_read_back(capsys):
 
 def test_it_is_said_where_each_value_comes_from(tmp_path, capsys):
     path = tmp_path / "run.toml"
-    path.write_text('seed = 4\n[env]\nkind = "gsm8k"\nfields = { question = "q" }\n[train]\nupdates = 5\ntasks = 9\n')
+    path.write_text('model = "nano"\nseed = 4\n[env]\nkind = "gsm8k"\nfields = { question = "q" }\n[train]\nupdates = 5\ntasks = 9\n')
     run("config", "show", path, "--set", "train.tasks=7", "--set", "server={concurrency=3}", "--json", "-")
     found = {r["name"]: (r["value"], r["from"]) for r in json.loads(capsys.readouterr().out)}
     assert found["seed"] == (4, str(path)) and found["env.kind"] == ("gsm8k", str(path)) and found["train.updates"] == (5, str(path))

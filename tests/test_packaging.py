@@ -161,6 +161,7 @@ def test_the_wheel_works_without_torch_where_nothing_else_is(built, tmp_path):
 
     assert "No module named 'torch'" in works("-c", "import torch", status=1)
     assert "not installed: pip install 'ramet[train]'" in ramet("doctor")
+    assert "nano-sweep" in ramet("config", "presets")
     assert "train.updates" in ramet("config", "reference", "train") and "train.updates" in ramet("config", "show", "--section", "train")
     assert "Usage: python -m ramet" in works("-m", "ramet", "--help") and "pip install 'ramet[train]'" in ramet("run", "3+4", status=2)
     with serve(ANSWER) as (url, asked):

@@ -24,7 +24,7 @@ from ramet.runs.settings import RunConfig, validate
 def test_learning_curves_are_titled_by_what_the_score_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: dict, name: str) -> None:
     titles: list[str] = []
     monkeypatch.setattr(plots, "save", lambda figure, path: titles.extend(axes.get_title() for axes in figure.axes))
-    config: Any = validate(RunConfig, {"env": env})
+    config: Any = validate(RunConfig, {"model": "nano", "env": env})
     metrics = [{"update": n, "accuracy": 0.5, "spawn_rate": 0.5, "generated": 9.0} for n in range(3)]
     plots.learning({"trained": metrics}, tmp_path / "learning.png", score_name(config))
     assert titles[0] == f"{name} of sampled trees"

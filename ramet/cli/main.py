@@ -58,6 +58,11 @@ def _name_option(default: str) -> Any:
     return typer.Option("--name", callback=_folder_name, help=f"Name of the run folder; by default {default}.")
 
 
+def _config_option(default: str) -> Any:
+    """The option `--config`, whose default is that of the command."""
+    return typer.Option("--config", help=f"A preset (`ramet config presets` lists them) or a TOML file; by default {default}.")
+
+
 def _print_version(requested: bool) -> None:
     """Print the version and exit, if `--version` was given."""
     if requested:
@@ -65,7 +70,6 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
-_Config = Annotated[Path | None, typer.Option("--config", help="TOML file of settings; `ramet config reference` lists them.")]
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, such as train.updates=50. May be repeated.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
@@ -87,14 +91,14 @@ class _Sums(TyperCommand):
         return super().parse_args(ctx, [f" {word}" if re.match(r"-[\d(]", word) else word for word in args])
 
 
-def _run_config(config: Path | None, overrides: list[str] | None, seed: int | None, default: dict[str, Any] | None = None) -> Any:
-    """The `RunConfig` of a file, overrides and a seed, on top of `default`. Raises `ConfigError`."""
+def _run_config(source: str, overrides: list[str] | None, seed: int | None) -> Any:
+    """The `RunConfig` of a preset or a file, with overrides and a seed. Raises `ConfigError`."""
     from ramet.runs.settings import RunConfig, load
 
     changes = list(overrides or [])
     if seed is not None:
         changes.append(f"seed={seed}")
-    return load(RunConfig, config, changes, default)
+    return load(RunConfig, source, changes)
 
 
 @app.command()
@@ -110,7 +114,7 @@ def demo(
     from ramet.recipes.demo import run_demo
 
     with draining(logger.warning):
-        run_demo(runs / name, seed or 0)
+        run_demo(runs / name, _run_config("demo", None, seed))
 
 
 @app.command(cls=_Sums)
@@ -161,7 +165,7 @@ def run(
 
 @app.command()
 def train(
-    config: _Config = None,
+    config: Annotated[str | None, _config_option("nano")] = None,
     set_: _Set = None,
     seed: Seed = None,
     name: Annotated[str | None, _name_option("the config's name")] = None,
@@ -176,7 +180,9 @@ def train(
 
     Example: ramet train --set train.updates=50 --seed 1
     """
-    resolved, folder = _run_config(config, set_, seed), runs / (name or (config.stem if config else "train"))
+    if config is None:
+        logger.info("no --config is given: the settings are those of the preset nano")
+    resolved, folder = _run_config(config or "nano", set_, seed), runs / (name or (Path(config).stem if config else "train"))
     if trainer not in ("local", "openrlhf"):
         raise ConfigError(f"there is no trainer {trainer!r}; there are local and openrlhf")
     if trainer == "local":
@@ -201,7 +207,7 @@ def train(
 @app.command("eval")
 def evaluate(
     policy: Annotated[str, typer.Option(help="nano, a model directory, or a run folder (its last checkpoint).")] = "nano",
-    config: _Config = None,
+    config: Annotated[str | None, _config_option("nano-sweep, or questions with --env")] = None,
     set_: _Set = None,
     seed: Seed = None,
     name: Annotated[str | None, _name_option("eval- and the policy's")] = None,
@@ -218,18 +224,17 @@ def evaluate(
     Example: ramet eval --policy runs/demo --set eval.tasks=100 --json eval.json
     """
     from ramet.runs.commands import eval_command
-    from ramet.runs.settings import LANGUAGE
 
     with draining(logger.warning):
         overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
-        resolved = _run_config(config, overrides, seed, LANGUAGE if env not in (None, "rows") else None)
+        resolved = _run_config(config or ("nano-sweep" if env in (None, "rows") else "questions"), overrides, seed)
         eval_command(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
 
 
 @app.command()
 def reproduce(
     what: Annotated[str, typer.Argument(help="nano, or longvideo.")] = "nano",
-    config: _Config = None,
+    config: Annotated[str | None, _config_option("nano-sweep or longvideo")] = None,
     set_: _Set = None,
     seed: Seed = None,
     seeds: Annotated[int, typer.Option(min=1, help="For nano: the number of seeds, from --seed on, with results over all of them.")] = 1,
@@ -240,17 +245,17 @@ def reproduce(
 
     Example: ramet reproduce nano --seed 1
     """
-    from ramet.recipes.reproduce import NANO, reproduce_nano, reproduce_seeds
+    from ramet.recipes.reproduce import reproduce_nano, reproduce_seeds
 
     if what == "longvideo":
         from ramet.recipes.reproduce_longvideo import reproduce_longvideo
 
         with draining(logger.warning):
-            reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config, set_ or [], seed or 0)
+            reproduce_longvideo(runs / (name or f"reproduce-longvideo-{seed or 0}"), config or "longvideo", set_ or [], seed or 0)
         return
     if what != "nano":
         raise ConfigError(f"cannot reproduce {what!r}; there are nano and longvideo")
-    resolved = _run_config(config, set_, seed, NANO)
+    resolved = _run_config(config or "nano-sweep", set_, seed)
     with draining(logger.warning):
         if seeds > 1:
             reproduce_seeds(resolved, runs, range(resolved.seed, resolved.seed + seeds))
@@ -277,7 +282,7 @@ def frontier(
     price: Annotated[
         list[str] | None, typer.Option(help="Price per million tokens, such as generated=0.6; also prefilled, cached.")
     ] = None,
-    config: _Config = None,
+    config: Annotated[str | None, _config_option("questions")] = None,
     set_: _Set = None,
     seed: Seed = None,
     name: Annotated[str | None, _name_option("frontier-, model and environment")] = None,
@@ -288,11 +293,10 @@ def frontier(
 
     Example: ramet frontier --policy smollm2-135m --env hotpotqa --data hotpotqa_dev.jsonl --limit 50 --json frontier.json
     """
-    from ramet.runs.settings import LANGUAGE
     from ramet.runs.sweep import METHODS, FrontierPlan, frontier_command, price_table
 
     overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
-    resolved = _run_config(config, overrides, seed, LANGUAGE)
+    resolved = _run_config(config or "questions", overrides, seed)
     every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
     chosen = every if methods is None else [m.strip() for m in methods.split(",")]
     folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
@@ -385,7 +389,7 @@ _Section = Annotated[str, typer.Option("--section", help="Only the settings of t
 
 @settings.command("show")
 def config_show(
-    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; by default, none.")] = None,
+    source: Annotated[str, typer.Argument(metavar="[NAME_OR_FILE]", help="A preset, or a TOML file of settings.")] = "nano",
     set_: _Set = None,
     section: _Section = "",
     toml: Annotated[bool, typer.Option("--toml", help="Print them as a TOML file for --config.")] = False,
@@ -393,11 +397,22 @@ def config_show(
 ) -> None:
     """Print the settings that a run would have, and where each value comes from. They are checked as for a run.
 
-    Example: ramet config show run.toml --set train.updates=50
+    Example: ramet config show nano --set train.updates=50
     """
     from ramet.cli.settings import show_settings
 
-    show_settings(file, set_ or [], section, toml, json)
+    show_settings(source, set_ or [], section, toml, json)
+
+
+@settings.command("presets")
+def config_presets(json: Json = None) -> None:
+    """Print the presets: settings that are part of the package, by the name that --config takes.
+
+    Example: ramet config presets
+    """
+    from ramet.cli.settings import print_presets
+
+    print_presets(json)
 
 
 @settings.command("reference")

@@ -10,6 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from ramet.errors import ConfigError
+from ramet.runs.presets import describe_preset, preset_names
 from ramet.runs.settings import RunConfig, dumps, traced
 from ramet.schema import Schema, Settings, takes
 from ramet.storage import write_json
@@ -20,15 +21,17 @@ INTRODUCTION = """\
 
 What can be set for a run, and what does each setting mean?
 
-A run is described by a TOML file (`--config FILE`); `--set key.sub=value` overrides a key of it. This page is the
-output of `ramet config reference --markdown`. `ramet config show FILE` prints the settings that a run of that file
-would have, and where each value comes from.
+A run is described by a preset (`--config NAME`; `ramet config presets` lists them) or by a TOML file (`--config FILE`);
+`--set key.sub=value` overrides a key of it. The defaults below are neutral ones for a language model. A preset states
+everything that its recipe relies on, and is a good file to start from: `ramet config show NAME --toml > FILE`. This
+page is the output of `ramet config reference --markdown`. `ramet config show NAME_OR_FILE` prints the settings that a
+run would have, and where each value comes from.
 """
 
 
-def show_settings(path: Path | None, overrides: Sequence[str], section: str, toml: bool, out: Path | None) -> None:
+def show_settings(source: str, overrides: Sequence[str], section: str, toml: bool, out: Path | None) -> None:
     """Print the settings of a run whose names begin with `section`. Raises `ConfigError` if there are none."""
-    config, origins = traced(path, overrides)
+    config, origins = traced(source, overrides)
     values = config.model_dump(mode="json")
     rows = [(name, _value(values, name), origin) for name, origin in origins.items() if _begins(name, section)]
     if not rows:
@@ -41,6 +44,17 @@ def show_settings(path: Path | None, overrides: Sequence[str], section: str, tom
     table = Table("setting", "value", "from")
     for name, value, origin in rows:
         table.add_row(name, written(value), origin)
+    show(table)
+
+
+def print_presets(out: Path | None) -> None:
+    """Print the name of every preset, and what it is for."""
+    presets = {name: describe_preset(name) for name in preset_names()}
+    if out is not None:
+        write_json(out, [{"record": "preset", "name": name, "about": line} for name, line in presets.items()])
+    table = Table("preset", "what it is for")
+    for name, line in presets.items():
+        table.add_row(name, line)
     show(table)
 
 
@@ -81,7 +95,6 @@ class Setting:
 
 def sections() -> Iterator[tuple[str, str, list[Setting]]]:
     """(title, description, settings) of every section, in the order of a file."""
-    defaults = RunConfig().model_dump(mode="json")
     schemas = Settings(RunConfig)
     for name, schema in schemas.sections():
         kinds = _kinds(schema["properties"]["kind"]) if name == "env" else ()
@@ -89,7 +102,7 @@ def sections() -> Iterator[tuple[str, str, list[Setting]]]:
         rows = [
             Setting(
                 f"{name}.{key}" if name else key, kinds, takes(below),
-                written(below.get("default") if kinds else (defaults[name] if name else defaults)[key]) or _absent(name),
+                "required" if key in schema.get("required", ()) else written(below.get("default")) or _absent(name),
                 " ".join(below.get("description", "").split()),
             )
             for key, below in schemas.values(schema)

@@ -14,7 +14,6 @@ from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BeforeValidator, Field, TypeAdapter
-from pydantic_core import to_jsonable_python
 
 import ramet.env
 from ramet.env.settings import EnvSettings
@@ -65,21 +64,18 @@ KINDS: Mapping[str, type[EnvSettings]] = _load_kinds()
 
 
 def _own_options(options: Any) -> Any:
-    """Options with a kind, and without those of other environments that hold their defaults, which older run folders contain."""
+    """The options, unchanged. Raises `ValueError` if one of them belongs only to other environments."""
     if not isinstance(options, Mapping):
         return options
-    kind = options.get("kind", DEFAULT)
+    kind = options.get("kind")
     own = KINDS.get(kind) if isinstance(kind, str) else None
     if own is None:
         return options
-    for name in options.keys() - own.model_fields.keys():
-        defaults = [other.model_fields[name].default for other in KINDS.values() if name in other.model_fields]
-        if defaults and to_jsonable_python(options[name], fallback=repr) not in to_jsonable_python(defaults):
+    for name in sorted(options.keys() - own.model_fields.keys()):
+        if any(name in other.model_fields for other in KINDS.values()):
             takes = ", ".join(option for option in own.model_fields if option != "kind")
             raise ValueError(f"{name} does not belong to the environment {kind}, which takes {takes}")
-        if defaults:
-            options = {key: value for key, value in options.items() if key != name}
-    return {"kind": kind, **options}
+    return options
 
 
 if TYPE_CHECKING:

@@ -23,24 +23,17 @@ from ramet.policy.models.checkpoint import checkpoint_path
 from ramet.recipes.reproduce import draw_pictures, summary
 from ramet.runs.build import open_model, read_metrics
 from ramet.runs.commands import claim_folder, print_points, run_measuring, run_training, tree_entry
-from ramet.runs.settings import RunConfig, validate
+from ramet.runs.settings import RunConfig
 from ramet.runs.show import bill, branch_view, grow_live
 from ramet.storage import meta, write_json
 from ramet.terminal import HEADING, Screen, show
 
 logger = logging.getLogger(__name__)
 
-DEMO: dict[str, Any] = {
-    "budgets": [64, 128, 192, 256, 384],
-    "train": {"updates": 80, "learning_rate": 6e-4, "kl_coef": 0.05, "checkpoint_every": 5},
-    "eval": {"tasks": 120, "budgets": [48, 96, 192]},
-}
 
-
-def run_demo(directory: Path, seed: int) -> None:
+def run_demo(directory: Path, config: RunConfig) -> None:
     """The whole demonstration in `directory`."""
     started = time.perf_counter()
-    config = validate(RunConfig, {"seed": seed, **DEMO})
     claim_folder(directory, config)
     with Journal(directory / "journal.jsonl", fingerprint(config.model_dump(mode="json"), weights_id(find(config.model)))) as journal:
         logger.info("1. the base model, deciding for itself and without spawning", extra=HEADING)
@@ -54,7 +47,7 @@ def run_demo(directory: Path, seed: int) -> None:
         tree = show_tree(config, final)
         logger.info("4. the trained model beside the base", extra=HEADING)
         measured += run_measuring(config, final, [tree_entry("trained", config, True)], ("iid",), journal, "measuring")
-    records = [meta("demo", seed, time.perf_counter() - started), *summary(measured)]
+    records = [meta("demo", config.seed, time.perf_counter() - started), *summary(measured)]
     write_json(directory / "demo.json", records)
     conclusion = outcome_sentence(records)
     draw_pictures(records, {"trained": read_metrics(directory / "trained")}, directory)

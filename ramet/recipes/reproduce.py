@@ -35,7 +35,6 @@ from ramet.terminal import Table, show
 
 logger = logging.getLogger(__name__)
 
-NANO: dict[str, Any] = {"train": {"updates": 150}}
 SPLITS = ("iid", "ood")
 
 

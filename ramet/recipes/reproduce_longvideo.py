@@ -43,26 +43,13 @@ SCENES, TRAIN, HELD_OUT = 6, 2400, 200
 FRAMES, PIXELS = 2, 56 * 56
 """Of a segment. The reward model is shown the segment that is asked about, which the policy has to find."""
 DRM_STEPS, SFT_STEPS = 600, 1000
-LONGVIDEO: dict[str, Any] = {
-    "model": "base",
-    "tell_budget": "holders",
-    "env": {"kind": "longvideo", "metric": "reward", "seconds": 1.0, "max_frames": FRAMES, "max_pixels": PIXELS},
-    "budget": {"answer_reserve": 12, "context": "unlimited", "depth": 1, "width": 8, "turns": 4},
-    "budgets": [96, 160, 256],
-    "penalty": {"generated": 0.0001, "critical_path": 0.0, "failure": 0.0},
-    "train": {
-        "updates": 60, "tasks": 12, "group_size": 8, "learning_rate": 3e-4, "warmup": 5, "lr_decay": 1.0, "kl_coef": 0.02,
-        "checkpoint_every": 10, "temperature": 1.0, "estimator": "rloo",
-    },
-    "eval": {"tasks": 200, "budgets": [96, 160, 256], "ood_budgets": [96, 160, 256]},
-}  # fmt: skip
 
 
-def reproduce_longvideo(folder: Path, path: Path | None, overrides: Sequence[str], seed: int) -> None:
-    """The whole experiment in `folder`. A file and overrides take precedence over `LONGVIDEO`."""
+def reproduce_longvideo(folder: Path, source: str, overrides: Sequence[str], seed: int) -> None:
+    """The whole experiment in `folder`. `source` is a preset or a file, and `overrides` take precedence over it."""
     paths = {"data": "held-out/questions.jsonl", "train": "train/questions.jsonl", "reward_model": "drm"}
     own = [f"model={folder / 'base'}", f"seed={seed}", *(f"env.{name}={folder / where}" for name, where in paths.items())]
-    config = load(RunConfig, path, [*own, *overrides], LONGVIDEO)
+    config = load(RunConfig, source, [*own, *overrides])
     if not isinstance(config.env, LongVideoSettings):
         raise ConfigError(f"reproduce longvideo needs the environment longvideo, not {config.env.kind}: leave env.kind out")
     claim_folder(folder, config)

@@ -26,7 +26,7 @@ from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.training.update import nothing_sampled_message
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, score_name
-from ramet.runs.settings import RunConfig, dumps, held, validate, write
+from ramet.runs.settings import RunConfig, dumps, held, load, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
 from ramet.terminal import Table, show
 
@@ -328,18 +328,17 @@ def accuracy_by_length(model: str, tasks: int, seed: int, out: Path | None) -> N
     show(shown)
 
 
-SMALL: dict[str, Any] = {
-    "threads": 1,
-    "eval": {"tasks": 16, "budgets": [48, 96], "ood_budgets": [192]},
-    "train": {"updates": 6, "tasks": 4, "group_size": 4, "checkpoint_every": 2},
-}
+SMALL = (
+    "threads=1", "eval.tasks=16", "eval.budgets=[48, 96]", "eval.ood_budgets=[192]", "train.updates=6", "train.tasks=4",
+    "train.group_size=4", "train.checkpoint_every=2",
+)  # fmt: skip
 
 
 def small_commands(seed: int) -> dict[str, Callable[[Path], None]]:
     """An evaluation and a training run of a few seconds, for `ramet bench kills`. Imports what they need, so that a fork starts at once."""
     import ramet.policy.training.trainer  # noqa: F401
 
-    config = validate(RunConfig, {"seed": seed, **SMALL})
+    config = load(RunConfig, "nano", [f"seed={seed}", *SMALL])
     open_model(config)
     return {
         "eval": lambda folder: eval_command("nano", config, folder, True, None),

@@ -1,13 +1,15 @@
-"""Configuration: TOML files with dotted overrides, validated before anything runs.
+"""Configuration: presets and TOML files with dotted overrides, validated before anything runs.
 
     load(RunConfig, Path("run.toml"), ["train.updates=50", "penalty.generated=0.001"])
+    load(RunConfig, "nano", ["seed=1"])
+
+The defaults are neutral for a language model; a recipe is a preset (`ramet/presets`) or a file, and states every value that it relies on.
 
 An unknown key, a wrong type or an impossible value is one line that names the key and what is allowed.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 import tomllib
@@ -20,15 +22,15 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ramet.agents.budget import Budget
-from ramet.env.arithmetic import RowsSettings
 from ramet.env.registry import AnyEnv
 from ramet.errors import ConfigError
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.training.update import TrainConfig
 from ramet.rewards.penalty import Prices
+from ramet.runs.presets import preset_names, read_settings, source_name
 from ramet.runs.renamed import check_renamed
 from ramet.schema import Section, Settings, takes
-from ramet.storage import read_text, write_text
+from ramet.storage import write_text
 
 _Config = TypeVar("_Config", bound=BaseModel)
 _Tokens = Annotated[int, Field(ge=1)]
@@ -37,11 +39,11 @@ _Tokens = Annotated[int, Field(ge=1)]
 class EvalConfig(Section):
     """What `ramet eval` and the reports measure."""
 
-    tasks: _Tokens = 300
+    tasks: _Tokens = 100
     """Tasks of each split."""
-    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (48, 64, 96, 128, 160, 192, 256)
+    budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (256, 512, 1024, 2048)
     """Limits on generated tokens for the tasks as trained."""
-    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (256, 320, 384, 448, 512, 640, 768)
+    ood_budgets: Annotated[tuple[_Tokens, ...], Field(min_length=1)] = (256, 512, 1024, 2048)
     """The same for tasks out of distribution."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     """Sampling temperature; 0 is greedy."""
@@ -92,7 +94,7 @@ _SECRET = re.compile(r"key|token|secret|password|passwd|^pwd$|^sig|auth", re.IGN
 class RunConfig(Section):
     """One run: what learns, on what, under which budgets."""
 
-    model: str = "nano"
+    model: str
     """"nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name."""
     backend: Literal["transformers", "vllm", "completions", "chat"] = "transformers"
     """What samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)."""
@@ -109,13 +111,13 @@ class RunConfig(Section):
     """Where the model runs; auto: CUDA where there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Data type of the weights."""
-    env: AnyEnv = RowsSettings()
+    env: AnyEnv
     attention: AttentionConfig = AttentionConfig()
-    budget: Budget = Budget(answer_reserve=8, context=768, depth=1, width=16, turns=8)
-    budgets: tuple[_Tokens, ...] = (64, 96, 128, 192, 256, 384)
+    budget: Budget = Budget()
+    budgets: tuple[_Tokens, ...] = ()
     """Limits on generated tokens; each training task draws its `budget.generated` from these, where there are any."""
-    penalty: Prices = Prices(generated=0.0003, critical_path=0.0006, failure=0.0)
-    train: TrainConfig = TrainConfig(temperature=0.5, learning_rate=4e-4, lr_decay=1.0, max_grad_norm=0.2, kl_coef=0.1, estimator="grpo")
+    penalty: Prices = Prices()
+    train: TrainConfig = TrainConfig()
     openrlhf: ClusterConfig = ClusterConfig()
     tell_budget: Literal["all", "holders"] = "all"
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
@@ -145,26 +147,33 @@ class RunConfig(Section):
         return self.model_dump(mode="json", exclude={"url": True, "server": {"concurrency", "timeout", "startup_timeout"}})
 
 
-LANGUAGE: dict[str, Any] = {
-    "model": "smollm2-135m",
-    "budget": {"answer_reserve": 24, "context": "unlimited"},
-    "env": {"kind": "hotpotqa"},
-    "eval": {"tasks": 100, "budgets": [64, 128, 256, 512], "ood_budgets": [64, 128, 256, 512]},
-}
-"""What differs from the defaults for questions in words."""
+def load(kind: type[_Config], source: str | Path | None, overrides: Sequence[str] = ()) -> _Config:
+    """The settings of a preset (a name) or a file (a path), with `key.sub=value` overrides in order. Raises `ConfigError`."""
+    return validate(kind, _data(source, overrides))
 
 
-def load(kind: type[_Config], path: Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> _Config:
-    """Read `path` (without one, `defaults`), apply `key.sub=value` overrides in order, validate."""
-    data = copy.deepcopy(dict(defaults or {})) if path is None else _read(path)
+def _data(source: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The settings of `source` with the overrides applied, not yet validated."""
+    data = {} if source is None else read_settings(source)
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        _apply(changes, override)
+    if _other_kind(data, changes):
+        del data["env"]
     for override in overrides:
         _apply(data, override)
-    return validate(kind, data)
+    return data
+
+
+def _other_kind(data: Mapping[str, Any], changes: Mapping[str, Any]) -> bool:
+    """Whether the overrides name another environment than `data`, whose options then do not apply."""
+    kinds = [section.get("kind") for section in (data.get("env"), changes.get("env")) if isinstance(section, Mapping)]
+    return len(kinds) == 2 and kinds[1] not in (None, kinds[0])
 
 
 def held(path: Path) -> RunConfig:
     """The settings that a run folder holds in `path`. Raises `ConfigError`; for names of before, saying that the run cannot go on."""
-    data = _read(path)
+    data = read_settings(path)
     try:
         check_renamed(data)
     except ConfigError as error:
@@ -172,18 +181,20 @@ def held(path: Path) -> RunConfig:
     return validate(RunConfig, data)
 
 
-def traced(path: Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, str]]:
-    """What `load` gives, and where the value of each setting comes from: an override, the file, the environment, or no place of its own."""
-    config = load(RunConfig, path, overrides)
-    given = {} if path is None else dict.fromkeys(_leaves(_read(path)), str(path))
+def traced(source: str | Path | None, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, str]]:
+    """The settings that `load` returns, and where each value comes from: --set, the file, the preset, the environment, or the default."""
+    config = load(RunConfig, source, overrides)
+    given: dict[str, str] = {}
+    if source is not None:
+        given = dict.fromkeys(_leaves(read_settings(source)), source_name(source))
     for override in overrides:
         data: dict[str, Any] = {}
         at = _apply(data, override)
-        given = {name: source for name, source in given.items() if not _within(name, at)} | dict.fromkeys(_leaves(data), "--set")
+        given = {name: origin for name, origin in given.items() if not _within(name, at)} | dict.fromkeys(_leaves(data), "--set")
     origins = {}
     for name, _ in Settings(RunConfig).of(config.model_dump(mode="json")):
         default = f"environment {config.env.kind}" if name.startswith("env.") and name != "env.kind" else "default"
-        origins[name] = next((source for key, source in reversed(given.items()) if _within(key, name)), default)
+        origins[name] = next((origin for key, origin in reversed(given.items()) if _within(key, name)), default)
     return config, origins
 
 
@@ -199,32 +210,17 @@ def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(read_text(path))
-    except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not valid TOML: {error}") from error
-
-
-def validate(kind: type[_Config], data: dict[str, Any]) -> _Config:
-    """`data` over the defaults, section by section: giving one key of a section leaves its others as they are. Raises `ConfigError`."""
+def validate(kind: type[_Config], data: Mapping[str, Any]) -> _Config:
+    """`data` with the defaults of what it leaves out. Raises `ConfigError`."""
     check_renamed(data)
     try:
-        return kind.model_validate(_merged(kind().model_dump(), data))
+        return kind.model_validate(data)
     except ValidationError as error:
-        said = dict.fromkeys(_explain(kind, problem) for problem in error.errors(include_url=False))
-        raise ConfigError("; ".join(list(said)[:3])) from None
-
-
-def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`; a section of another kind has other options, and begins from their defaults."""
-    merged = dict(under) if over.get("kind", under.get("kind")) == under.get("kind") else {}
-    for key, value in over.items():
-        below = merged.get(key)
-        merged[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-    return merged
+        problems = error.errors(include_url=False)
+        problem_lines = list(dict.fromkeys(_explain(kind, problem) for problem in problems))[:3]
+        if any(problem["type"] == "missing" for problem in problems):
+            problem_lines.append(f"give what is missing, or begin from a preset: {', '.join(preset_names())}")
+        raise ConfigError("; ".join(problem_lines)) from None
 
 
 def _apply(data: dict[str, Any], override: str) -> str:
@@ -251,6 +247,8 @@ def _explain(kind: type[BaseModel], problem: Any) -> str:
     given = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
     if problem["type"] == "value_error":
         return f"{where or 'config'}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    if problem["type"] == "missing":
+        return f"{where} is missing: it takes {takes(schema)}"
     if problem["type"] == "union_tag_invalid":
         key = problem["ctx"]["discriminator"].strip("'")
         return f"{where}.{key} takes {takes(Settings(kind).at([*problem['loc'], key])[1])} (got {problem['input'][key]!r})"

@@ -189,7 +189,7 @@ def run_served(question: str, policy: str | None, url: str, backend: str, plan: 
     if backend == "completions" and policy is None:
         raise ConfigError("a completions server takes token ids: give the directory of its model, which has the tokenizer, as --policy")
     model = resolve(policy) if policy and backend == "completions" else policy or ""
-    config = validate(RunConfig, {"backend": backend, "url": url})
+    config = validate(RunConfig, {"model": str(model), "backend": backend, "url": url, "env": {"kind": "rows"}})
     engine, chat, _ = open_engine(config, model)
     try:
         values: list[int] | None = parse_sum(question)

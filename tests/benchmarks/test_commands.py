@@ -17,9 +17,9 @@ from ramet.policy.models.catalogue import BASE
 from ramet.runs.cluster import _claim
 from ramet.runs.commands import claim_folder, run_measuring, tree_entry
 from ramet.runs.renamed import KEYS, VALUES
-from ramet.runs.settings import RunConfig, validate
+from ramet.runs.settings import RunConfig, load
 
-SMALL = {"threads": 1, "eval": {"tasks": 4, "budgets": [60, 120], "ood_budgets": [200]}}
+SMALL = ["threads=1", "eval.tasks=4", "eval.budgets=[60, 120]", "eval.ood_budgets=[200]"]
 
 
 def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
@@ -29,10 +29,10 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(StorageError, match="another process is working in"):
-            claim_folder(tmp_path, RunConfig())
+            claim_folder(tmp_path, load(RunConfig, "nano"))
         holder.kill()
     for _ in range(2):
-        claim_folder(tmp_path, RunConfig())
+        claim_folder(tmp_path, load(RunConfig, "nano"))
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_a_run_that_was_begun_under_other_names_is_not_gone_on_with(tmp_path, se
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     for claim in (claim_folder, _claim):
         with pytest.raises(ConfigError) as error:
-            claim(tmp_path, RunConfig())
+            claim(tmp_path, load(RunConfig, "nano"))
         expected = f"{tmp_path}/config.toml: {says}; such a run cannot go on: choose another --name or remove {tmp_path}"
         assert str(error.value) == expected
 
 
 def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeypatch):
-    config = validate(RunConfig, SMALL)
+    config = load(RunConfig, "nano", SMALL)
     other = tmp_path / "other"
     shutil.copytree(BASE, other)
     weights = load_file(other / "model.safetensors")
@@ -95,7 +95,7 @@ def test_a_measurement_that_can_sample_nothing_is_an_error_and_a_partial_one_say
     """Accuracy 0 of prompts that nobody read is no result."""
 
     def run(folder: str, **budget: int):
-        config = validate(RunConfig, SMALL | {"budget": budget})
+        config = load(RunConfig, "nano", [*SMALL, *(f"budget.{name}={value}" for name, value in budget.items())])
         with Journal(tmp_path / folder / "journal.jsonl", "job") as journal:
             return run_measuring(config, BASE, [tree_entry("base", config, True)], ("iid",), journal, "measuring")
 

@@ -55,7 +55,7 @@ def test_an_address_with_a_secret_is_not_written_down(address, tmp_path):
         measure(tmp_path, f"url={address}")
     assert "hunter22" not in str(caught.value)
     assert not any("hunter22" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
-    load(RunConfig, None, ["backend=chat", "url=http://h/openai/deployments/x?api-version=2024-10-21"])
+    load(RunConfig, "nano", ["backend=chat", "url=http://h/openai/deployments/x?api-version=2024-10-21"])
 
 
 def run(*words: str) -> str:

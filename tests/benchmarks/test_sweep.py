@@ -305,7 +305,7 @@ def test_trained_weights_are_compared_with_votes_over_themselves_and_settings_ar
 
 @pytest.mark.parametrize(("given", "said"), [(0.0, [0.7, 0.7, 0.0, 0.0]), (0.3, [0.3] * 4)])
 def test_the_temperature_of_a_choice_is_the_one_that_is_sampled_at(tmp_path, env, given, said):
-    config = RunConfig.model_validate({"eval": {"temperature": given}, "env": {"kind": "hotpotqa"}})
+    config = RunConfig.model_validate({"model": "nano", "eval": {"temperature": given}, "env": {"kind": "hotpotqa"}})
     with Journal(tmp_path / "j", "job") as journal:
         settings = tuned([], config, env, BASE, 0, methods.likelihood, journal, "")
     assert [setting.temperature for setting in settings.values()] == said

@@ -7,7 +7,7 @@ from collections import Counter
 from ramet.agents.journal import Journal
 from ramet.policy.models.catalogue import BASE
 from ramet.runs.commands import budgets_of
-from ramet.runs.settings import RunConfig, validate
+from ramet.runs.settings import RunConfig, load
 from ramet.runs.tuning import KEPT, ROWS, TEMPERATURES, best, best_of_all, tune
 
 
@@ -17,12 +17,12 @@ def test_a_setting_does_best_by_its_sum_of_scores_and_the_first_wins_ties():
 
 
 def test_a_split_and_its_tuning_split_have_the_same_budgets():
-    config = validate(RunConfig, {"eval": {"budgets": [8], "ood_budgets": [16]}})
+    config = load(RunConfig, "nano", ["eval.budgets=[8]", "eval.ood_budgets=[16]"])
     assert [budgets_of(config, split) for split in ("iid", "tune", "ood", "tune_ood")] == [(8,), (8,), (16,), (16,)]
 
 
 def test_what_baselines_are_set_to_did_best_on_tasks_of_its_own(tmp_path):
-    config = validate(RunConfig, {"threads": 1, "eval": {"tasks": 20, "budgets": [64, 128]}})
+    config = load(RunConfig, "nano", ["threads=1", "eval.tasks=20", "eval.budgets=[64, 128]"])
     with Journal(tmp_path / "journal.jsonl", "job") as journal:
         choices = tune(config, BASE, "base", "iid", True, journal)
         records = list(journal)

@@ -103,7 +103,7 @@ def test_rewards(folder: Path) -> None:
 )
 def test_what_does_not_belong_together_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        validate(RunConfig, change)
+        validate(RunConfig, {"model": "nano", "env": {"kind": "rows"}} | change)
 
 
 def test_demonstrations_are_whole_trees(folder: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_run_end_to_end_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(longvideo, name, value)
     train = {"updates": 2, "tasks": 2, "group_size": 2, "checkpoint_every": 1}
     small = [*(f"train.{name}={value}" for name, value in train.items()), "eval.tasks=3", "eval.budgets=[64]", "budgets=[64]"]
-    longvideo.reproduce_longvideo(tmp_path / "run", None, small, 0)
+    longvideo.reproduce_longvideo(tmp_path / "run", "longvideo", small, 0)
     records = json.loads((tmp_path / "run" / "longvideo.json").read_text())
     points = {(r["policy"], r["metric"]) for r in records if r["record"] == "point"}
     assert points == {(p, m) for p in ("base", "trained") for m in ("reward", "em")}
@@ -145,6 +145,6 @@ def test_a_run_end_to_end_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(0 <= u["accuracy"] <= 1 for u in updates)
     assert (tmp_path / "run" / "learning.png").stat().st_size > 1000
     written = (tmp_path / "run" / "trained" / "checkpoints" / "step-000002" / "model.safetensors").stat().st_mtime_ns
-    longvideo.reproduce_longvideo(tmp_path / "run", None, small, 0)
+    longvideo.reproduce_longvideo(tmp_path / "run", "longvideo", small, 0)
     assert (tmp_path / "run" / "trained" / "checkpoints" / "step-000002" / "model.safetensors").stat().st_mtime_ns == written
     assert load(RunConfig, tmp_path / "run" / "config.toml").env.metric == "reward"

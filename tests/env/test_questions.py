@@ -197,7 +197,7 @@ def prompts(tasks: list[Task]) -> list[str]:
 def test_training_draws_every_row_before_any_again(tmp_path):
     """Update after update: epochs of all rows, each in another order, which the seed gives."""
     path = write(tmp_path / "train.jsonl", *sums(*range(100)))
-    config = load(RunConfig, None, ["model=nano", "env.kind=gsm8k", f"env.train={path}", "train.tasks=9", "train.minibatches=1", "seed=3"])
+    config = load(RunConfig, "nano", ["env.kind=gsm8k", f"env.train={path}", "train.tasks=9", "train.minibatches=1", "seed=3"])
     draw = learning_problem(config, len).sample_tasks
     epochs = [[q for update in range(10 * e, 10 * e + 10) for q in prompts([task for task, _ in draw(update)])] for e in range(3)]
     env = config.env.build()
@@ -521,9 +521,9 @@ def test_an_entry_whose_own_reference_is_not_graded_right_is_left_out():
 
 def test_options_belong_to_their_environment():
     with pytest.raises(ConfigError, match="tokens does not belong to the environment gsm8k"):
-        load(RunConfig, None, ["env.kind=gsm8k", "env.tokens=100"])
+        load(RunConfig, "nano", ["env.kind=gsm8k", "env.tokens=100"])
     with pytest.raises(ConfigError, match="names no task of reasoning-gym"):
-        load(RunConfig, None, ["env.kind=gym"])
+        load(RunConfig, "nano", ["env.kind=gym"])
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real rows are not beside this checkout")

@@ -92,7 +92,7 @@ def test_what_the_cluster_cannot_train_is_refused(tmp_path, changed, said):
 )
 def test_what_does_not_fill_nodes_is_refused(given_, said):
     with pytest.raises(ConfigError, match=said):
-        load(RunConfig, None, [f"openrlhf.{given_}"])
+        load(RunConfig, "nano", [f"openrlhf.{given_}"])
 
 
 def test_another_release_is_refused_by_name(monkeypatch):
@@ -189,13 +189,13 @@ def test_a_run_goes_on_elsewhere_but_not_as_another(tmp_path):
     from ramet.runs.cluster import _claim
 
     folder = tmp_path / "r"
-    _claim(folder, load(RunConfig, None, ["openrlhf.address=http://one:8265"]))
+    _claim(folder, load(RunConfig, "nano", ["openrlhf.address=http://one:8265"]))
     (folder / "metrics.jsonl").write_text("")
-    moved = load(RunConfig, None, ["openrlhf.address=http://two:8265", "openrlhf.restarts=7"])
+    moved = load(RunConfig, "nano", ["openrlhf.address=http://two:8265", "openrlhf.restarts=7"])
     _claim(folder, moved)
     assert load(RunConfig, folder / "config.toml") == moved
     with pytest.raises(ConfigError, match="another configuration or seed"):
-        _claim(folder, load(RunConfig, None, ["openrlhf.address=http://two:8265", "openrlhf.lam=0.5"]))
+        _claim(folder, load(RunConfig, "nano", ["openrlhf.address=http://two:8265", "openrlhf.lam=0.5"]))
 
 
 def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
@@ -204,11 +204,11 @@ def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "q.jsonl").write_text("")
-    given_ = load(RunConfig, None, ["model=model", "env.kind=gsm8k", "env.train=q.jsonl", "env.data=hub/name"])
+    given_ = load(RunConfig, "nano", ["model=model", "env.kind=gsm8k", "env.train=q.jsonl", "env.data=hub/name"])
     whole = _absolute(given_)
     assert (whole.model, whole.env.train, whole.env.data) == (str(tmp_path / "model"), str(tmp_path / "q.jsonl"), "hub/name")
     (tmp_path / "nano").mkdir()
-    assert _absolute(load(RunConfig, None)).model == "nano", "the name of a shipped model is no path"
+    assert _absolute(load(RunConfig, "nano")).model == "nano", "the name of a shipped model is no path"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_paths_are_whole_before_they_travel(tmp_path, monkeypatch):
     ],
 )
 def test_what_ended_a_run_is_raised_as_what_it_was(ended, kind, tmp_path, monkeypatch):
-    config = load(RunConfig, None, ["openrlhf.restarts=1"])
+    config = load(RunConfig, "nano", ["openrlhf.restarts=1"])
     attempts: list[int] = []
 
     @contextmanager
@@ -251,4 +251,4 @@ def test_a_job_that_leaves_no_word_is_lost(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cluster, "_started", started)
     with pytest.raises(RunLost, match=r"has died \(exit status -9\); see .*openrlhf\.log; the last checkpoint"):
-        cluster._run(load(RunConfig, None, ["openrlhf.restarts=0"]), tmp_path, True)
+        cluster._run(load(RunConfig, "nano", ["openrlhf.restarts=0"]), tmp_path, True)

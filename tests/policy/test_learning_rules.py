@@ -24,7 +24,7 @@ from ramet.policy.training.rows import token_logprobs
 from ramet.policy.training.trainer import Learner, Trainer
 from ramet.policy.training.update import LearningProblem, Reward, TrainConfig, compute_advantages, compute_reward, minibatches
 from ramet.runs.build import learning_problem
-from ramet.runs.settings import RunConfig
+from ramet.runs.settings import RunConfig, load
 
 CONFIG = TrainConfig(updates=2, tasks=2, group_size=4, minibatches=2, learning_rate=3e-3, warmup=0)
 
@@ -58,14 +58,14 @@ def content(task: Task) -> str:
 
 
 def test_a_run_learns_from_training_tasks_alone():
-    sample_tasks = learning_problem(RunConfig(), len).sample_tasks
+    sample_tasks = learning_problem(load(RunConfig, "nano"), len).sample_tasks
     drawn = [task for update in range(10) for task, _ in sample_tasks(update)]
     assert {part_of(content(task)) for task in drawn} == {"train"} and len({task.id for task in drawn}) == len(drawn)
 
 
 def test_only_who_may_spawn_is_trained_with_the_tool():
     for spawn, depths in ((True, {1}), (False, {0})):
-        sample_tasks = learning_problem(RunConfig(), len, spawn).sample_tasks
+        sample_tasks = learning_problem(load(RunConfig, "nano"), len, spawn).sample_tasks
         assert {budget.depth for update in range(5) for _, budget in sample_tasks(update)} == depths
 
 

@@ -15,7 +15,7 @@ from ramet.env.settings import EnvSettings
 from ramet.errors import RewardError
 from ramet.rewards.penalty import Prices, scored
 from ramet.runs.build import learning_problem
-from ramet.runs.settings import RunConfig, load
+from ramet.runs.settings import RunConfig, validate
 
 ROWS = {
     "gsm8k": {"question": "How many?", "answer": "12 and 30.\n#### 42"},
@@ -124,6 +124,6 @@ def test_a_preset_has_its_own_rule_for_failures():
 
 
 def test_what_training_earns_under_a_preset_is_its_formula():
-    config = load(RunConfig, None, ["penalty.preset=selfcest", "penalty.failure=priced", "penalty.generated=0", "penalty.critical_path=0"])
+    config = validate(RunConfig, {"model": "nano", "env": {"kind": "rows"}, "penalty": {"preset": "selfcest"}})
     verdict = learning_problem(config, len).reward_function(Task("t", (), reference=2), lengths(1024, 0, 5))
     assert verdict.reward == pytest.approx(verdict.score - 0.259 - 0.3, abs=1e-3) and verdict.reward < 0

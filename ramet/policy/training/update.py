@@ -48,7 +48,7 @@ class TrainConfig(Section):
     """Optimiser steps per epoch of an update."""
     epochs: _Count = 1
     """Passes over the trees of an update."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     """Learning rate of AdamW at the end of the warm-up."""
     warmup: Annotated[int, Field(ge=0)] = 10
     """Updates during which the learning rate rises linearly."""
