@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from ramet.policy.training.update import RewardFunction as RewardFunction
     from ramet.policy.training.update import TaskSampler as TaskSampler
     from ramet.policy.training.update import TrainConfig as TrainConfig
+    from ramet.tools.mcp import mcp_tools as mcp_tools
 
 
 def _exported() -> dict[str, str]:

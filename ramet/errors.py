@@ -149,6 +149,12 @@ class EventTooLong(RametError):
     kind = "event_too_long"
 
 
+class ToolServerError(RametError):
+    """A server of tools that cannot be started or reached, has ended, or breaks its protocol. Its text follows "the MCP server"."""
+
+    kind = "tool_server"
+
+
 class RewardError(RametError):
     """A reward that raised, is missing, or is not a finite number. Never replaced by zero."""
 
@@ -266,6 +272,8 @@ EXTRAS = {
     "bm25s": "data", "datasets": "data", "gguf": "data", "pyarrow": "data", "reasoning_gym": "data",
     "PIL": "video", "av": "video",
     "matplotlib": "plot",
+    "httpx2": "mcp", "mcp": "mcp", "mcp_types": "mcp",
+    "pydantic_monty": "python",
     "starlette": "reward", "trl": "reward", "uvicorn": "reward",
     "vllm": "vllm",
     "deepspeed": "openrlhf", "openrlhf": "openrlhf", "ray": "openrlhf",

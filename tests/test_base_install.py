@@ -18,7 +18,7 @@ from ramet.errors import EXTRAS, extra, missing_extra
 ROOT = Path(__file__).parent.parent
 SOURCE = Path(ramet.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-SPELLED = {"reasoning_gym": "reasoning-gym", "PIL": "pillow"}
+SPELLED = {"reasoning_gym": "reasoning-gym", "PIL": "pillow", "mcp_types": "mcp-types", "pydantic_monty": "pydantic-monty"}
 """Packages whose requirement is not called as their module is."""
 OF_TRANSFORMERS = {"huggingface_hub", "tokenizers"}
 OF_DATASETS = {"pyarrow"}

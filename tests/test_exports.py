@@ -62,5 +62,6 @@ print(needed)
     done = without_extras(program)
     assert done.returncode == 0, done.stderr
     needed = eval(done.stdout)
-    assert needed.keys() <= {"HFPolicy", "Learner", "Trainer", "VLLMPolicy", "load_model"}
-    assert all(extra("torch") in line and name in line and "\n" not in line for name, line in needed.items())
+    assert needed.keys() <= {"HFPolicy", "Learner", "Trainer", "VLLMPolicy", "load_model", "mcp_tools"}
+    brought = {name: extra("mcp" if name == "mcp_tools" else "torch") for name in needed}
+    assert all(brought[name] in line and name in line and "\n" not in line for name, line in needed.items())

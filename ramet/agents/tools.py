@@ -18,7 +18,7 @@ import math
 import re
 import typing
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, overload
 
@@ -48,7 +48,8 @@ class BranchView:
 class Tool:
     """A function that a model may call.
 
-    call            takes validated arguments by name (and the branch, where `branch` names a parameter); gives any value
+    call            takes validated arguments by name (and the branch, where `branch` names a parameter); gives any value, or a
+                    `ToolResult` where it is for the tool to say how the call ended
     parameters      JSON schema of the arguments
     cost            of the currency `tool_calls`, for each call
     timeout         seconds that one call may take
@@ -192,6 +193,8 @@ async def _result(tool: Tool, text: str, view: BranchView) -> ToolResult:
         given = {**given, tool.branch: view}
     try:
         value = await tool.call(**given)
+        if isinstance(value, ToolResult):
+            return replace(value, text=elide(value.text, tool.max_characters))
         return ToolResult(ToolStatus.DONE, elide(as_text(value), tool.max_characters))
     except Exception as error:  # a tool is anybody's code; what it raises is for the branch to read
         return ToolResult(ToolStatus.FAILED, elide(f"{type(error).__name__}: {first_line(error)}", tool.max_characters))

@@ -18,7 +18,7 @@ from ramet.agents.resume import JournaledPolicy, JournaledTools
 from ramet.agents.runtime import Runtime
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tools import BranchView, Tool, ToolRequest, budget, call_tool, read, tool
-from ramet.agents.tree import Message, Status, Task, ToolStatus, Tree
+from ramet.agents.tree import Message, Status, Task, ToolResult, ToolStatus, Tree
 from ramet.errors import ConfigError
 
 pytestmark = pytest.mark.anyio
@@ -98,7 +98,8 @@ async def test_whatever_a_tool_does_is_its_result():
             await anyio.sleep_forever()
         if what == "timeout":
             raise TimeoutError("its own")
-        return {"nothing": None, "object": object(), "big": "x" * 10**6}[what]
+        own = ToolResult(ToolStatus.TIMED_OUT, "y" * 10**6)
+        return {"nothing": None, "object": object(), "own": own, "big": "x" * 10**6}[what]
 
     assert await run(odd, '{"what": "raise"}') == (ToolStatus.FAILED, "RuntimeError: broken")
     assert (await run(odd, '{"what": "group"}'))[0] is ToolStatus.FAILED
@@ -106,6 +107,8 @@ async def test_whatever_a_tool_does_is_its_result():
     assert await run(odd, '{"what": "hang"}', 0.01) == (ToolStatus.TIMED_OUT, "no result within 0.01 seconds")
     assert await run(odd, '{"what": "nothing"}') == (ToolStatus.DONE, "")
     assert (await run(odd, '{"what": "object"}'))[0] is ToolStatus.FAILED
+    status, text = await run(odd, '{"what": "own"}')
+    assert status is ToolStatus.TIMED_OUT and text.startswith("yyy") and len(text) <= 100
     status, text = await run(odd, '{"what": "big"}')
     assert status is ToolStatus.DONE and len(text) <= 100 and "characters cut" in text
 
