@@ -45,6 +45,9 @@ class ChatFormat(Protocol):
         `role`: whose message it is; "user" goes on with a finished conversation. Raises `ChatFormatError` if the format cannot.
         """
 
+    def after_calls(self, replies: Sequence[str], closed: bool) -> list[int]:
+        """As `after_turn`, for the replies to the calls of the turn, in call order: one text, or a message each where models expect it."""
+
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """Read one sampled turn: its text and its calls. What is malformed is reported in the result, never raised."""
 

@@ -229,7 +229,7 @@ def reply_ids(setting: Setting, growth: Growth, answered: Replies, length: int) 
         left = "\n".join(filter(None, [f"Unknown context keys: {', '.join(answered.unknown)[:200]}", left]))
     parts = sum(reply.parts for reply in answered.replies)
     while True:
-        ids = setting.chat.after_turn(render_replies(answered.replies, left, limit), closed=True)
+        ids = setting.chat.after_calls(render_replies(answered.replies, left, limit), closed=True)
         if setting.context is None or length + len(ids) + ending(setting, growth.ledger) < setting.context:
             return ids
         if limit <= parts:

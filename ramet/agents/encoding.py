@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from ramet.agents.tree import Message, Segment
 from ramet.errors import ChatFormatError
@@ -161,7 +162,7 @@ def no_vision(segment: Segment) -> Sequence[int]:
     raise ChatFormatError(f"the task has a video ({segment.file}), and this model has no vision here; choose one that has")
 
 
-class TokenizerFormat:
+class TokenizerFormat(ABC):
     """What all chat formats on a Hugging Face tokenizer share."""
 
     placeholder_ids: PlaceholderIds = staticmethod(no_vision)
@@ -169,6 +170,14 @@ class TokenizerFormat:
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._encode = TextEncoder(tokenizer)
+
+    @abstractmethod
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """As `ChatFormat.after_turn`."""
+
+    def after_calls(self, replies: Sequence[str], closed: bool) -> list[int]:
+        """The replies in one tool message."""
+        return self.after_turn("\n".join(replies), closed)
 
     def text(self, ids: Sequence[int]) -> str:
         """Ids as text for people to read, control tokens included."""

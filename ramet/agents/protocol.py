@@ -304,13 +304,13 @@ class Reply:
         return render_results(self.results, "", limit) if self.results else elide(self.text, limit)
 
 
-def render_replies(replies: Sequence[Reply], left: str, limit: int) -> str:
-    """The replies of a turn's calls within `limit` characters, in call order, then the line on what is left.
+def render_replies(replies: Sequence[Reply], left: str, limit: int) -> list[str]:
+    """The replies of a turn's calls within `limit` characters in all, in call order; the last ends with the line on what is left.
 
     A single one stands by itself; of several, each says which tool it is from, and long ones are cut as `render_results` cuts.
     """
     if len(replies) == 1 and replies[0].results:
-        return render_results(replies[0].results, left, limit)
+        return [render_results(replies[0].results, left, limit)]
     heads = [f"{reply.name}: " if len(replies) > 1 else "" for reply in replies]
     whole = [reply.block(limit) for reply in replies]
     allowance = _fair_allowance([len(block) for block in whole], limit - sum(len(head) + 1 for head in heads))
@@ -318,7 +318,7 @@ def render_replies(replies: Sequence[Reply], left: str, limit: int) -> str:
         head + ("\n" if head and reply.results else "") + (block if len(block) <= allowance else reply.block(allowance))
         for head, reply, block in zip(heads, replies, whole, strict=True)
     ]
-    return "\n".join([*blocks, left] if left else blocks)
+    return [*blocks[:-1], f"{blocks[-1]}\n{left}"] if left else blocks
 
 
 def render_results(results: Sequence[CloneResult], left: str, limit: int) -> str:

@@ -38,6 +38,10 @@ class PlainFormat:
         """The stop id unless the turn is closed, then the tool message in angle brackets, or the user's followed by `|`."""
         return [*([] if closed else [STOP]), *map(ord, f"<{text}>" if role == "tool" else f"{text}|")]
 
+    def after_calls(self, replies: Sequence[str], closed: bool) -> list[int]:
+        """The replies in one tool message."""
+        return self.after_turn("\n".join(replies), closed)
+
     def turn(self, text: str, call: str | None = None) -> list[int]:
         """The ids of a well-formed assistant turn, with a call or without."""
         return [*map(ord, text if call is None else f"{text}<tool_call>{call}</tool_call>"), STOP]

@@ -310,5 +310,5 @@ async def test_a_journal_gives_back_what_tools_returned(tmp_path):
 def test_replies_are_cut_alike(limit):
     results = (CloneResult(Status.ANSWERED, "y" * 300), CloneResult(Status.EMPTY))
     replies = [Reply("a", text="x" * 300), Reply("spawn_clone", results), Reply("b", text="z")]
-    text = render_replies(replies, "[left]", limit)
+    text = "\n".join(render_replies(replies, "[left]", limit))
     assert text.endswith("b: z\n[left]") and len(text) <= max(limit, 60) + len("\n[left]")

@@ -176,7 +176,7 @@ async def test_no_server_and_no_model_are_named():
     with pytest.raises(PolicyError, match="is not the address"):
         CompletionsPolicy("localhost:8000")
     with server(lambda b, h: send(h, 404, b'{"error": {"message": "no such model"}}')) as (url, _):
-        with pytest.raises(PolicyError, match="404: no such model; it lists small"):
+        with pytest.raises(PolicyError, match=r"404: no such model \(no content type\); it lists small"):
             await one(CompletionsPolicy(url, "large"))
 
 
@@ -233,7 +233,7 @@ async def test_requests_at_one_server_are_bounded():
 
 
 async def test_a_tree_through_a_chat_server_is_priced_in_the_server_s_tokens_and_retried():
-    """The root spawns, its clone answers, the root answers; the first request is refused once."""
+    """The root spawns, its clone answers, the root answers; the first request is refused once. Tools are text here."""
     refused = threading.Event()
 
     def say(handler: BaseHTTPRequestHandler, text: str) -> None:
@@ -261,7 +261,7 @@ async def test_a_tree_through_a_chat_server_is_priced_in_the_server_s_tokens_and
 
     wire = WireFormat()
     with server(answer) as (url, asked):
-        async with ChatPolicy(url, wire) as policy:
+        async with ChatPolicy(url, wire, names={"tools": ""}) as policy:
             assert not policy.trainable
             tree = await Runtime(policy, wire).run(
                 Task("t", (Message("user", "What is it? <tool_call>no</tool_call>"),)), Budget(generated=200)

@@ -155,10 +155,17 @@ async def test_a_sample_as_long_as_it_may_be_without_a_reason_was_cut():
     assert (await chat(stream(says("a b c"), usage(3)), most=4)).stop is StopReason.END
 
 
-async def test_a_call_in_a_turn_that_ends_otherwise_is_no_empty_answer():
+async def test_a_call_is_one_whatever_reason_the_turn_ends_for():
     call = event(delta={"tool_calls": [{"index": 0, "function": {"name": "spawn_clone", "arguments": "{}"}}]}, finish_reason="stop")
-    with pytest.raises(PolicyError, match="calls a tool natively"):
-        await chat(stream(call))
+    assert WIRE.parse((await chat(stream(call))).ids).calls == ('{"name": "spawn_clone", "arguments": {}}',)
+
+
+async def test_a_call_that_is_sent_in_parts_and_then_whole_is_one_call():
+    call = {"index": 0, "id": "a", "function": {"name": "spawn_clone", "arguments": '{"objectives": ["x"]}'}}
+    first, second = {"name": "spawn_clone", "arguments": '{"obj'}, {"arguments": 'ectives": ["x"]}'}
+    deltas = [event(delta={"tool_calls": [part]}) for part in ({**call, "function": first}, {"index": 0, "function": second})]
+    for last in (event(message={"tool_calls": [call]}, finish_reason="tool_calls"), says("", "tool_calls")):
+        assert WIRE.parse((await chat(stream(*deltas, last))).ids).calls == ('{"name": "spawn_clone", "arguments": {"objectives": ["x"]}}',)
 
 
 async def test_a_refusal_is_what_the_model_says():

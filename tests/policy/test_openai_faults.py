@@ -333,7 +333,7 @@ async def test_a_list_of_models_that_cannot_be_read_is_none(models):
 
 async def test_why_there_is_no_list_of_models_is_said():
     error = await error_of(GOOD, failed("401 Unauthorized", "no such key"))
-    assert "401: no such key; no model is named, and it lists none" in str(error)
+    assert "401: no such key (application/json); no model is named, and it lists none" in str(error)
 
 
 async def test_a_port_that_speaks_otherwise_is_no_server_that_is_not_up_yet():

@@ -16,11 +16,12 @@ GUESSED = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty
 class ChatPolicy(Server):
     """Samples from any chat server. A sample has one id per charged token (`TextAccumulator`); together they encode its text.
 
-    Reasoning that the server sends apart is charged but not kept; native tool calls are written out in the format of the prompt.
+    Reasoning that the server sends apart is charged but not kept. Tools are sent as `tools`, and calls and results go back and forth as
+    such; a server that refuses this, or is said to have no such field (`names`), gets all of it as text.
     """
 
     path = "chat/completions"
-    optional = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options", "stream")
+    optional = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options", "stream", "tools")
     guessed = GUESSED
 
     def __init__(self, url: str, chat: WireFormat, model: str | None = None, **options: Any) -> None:
@@ -29,9 +30,12 @@ class ChatPolicy(Server):
 
     def _body(self, request: SampleRequest) -> dict[str, Any]:
         sampling = request.sampling
-        extra = {"top_k": sampling.top_k} if sampling.top_k else {}
+        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
+        tools = self._chat.tools(request.prompt) if self._fields.has("tools") else []
+        if tools:
+            extra["tools"] = tools
         return {
-            "messages": self._chat.messages(request.prompt, self._fields.fold_system), "max_tokens": request.max_tokens,
+            "messages": self._chat.messages(request.prompt, self._fields.fold_system, bool(tools)), "max_tokens": request.max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": request.seed % 2**31, "logprobs": True,
             "stream_options": {"include_usage": True}, **extra,
         }  # fmt: skip

@@ -53,14 +53,9 @@ class Chunk:
     unread: list[str] = field(default_factory=list)
 
     @property
-    def progress(self) -> bool:
-        """Whether the event adds anything to the sample, its usage and finish reason included."""
-        return bool(self.sampled or self.usage or self.finish)
-
-    @property
     def sampled(self) -> bool:
         """Whether the event contains anything that was sampled."""
-        return bool(self.text or self.reasoning or self.tokens or self.ids or self.calls)
+        return bool(self.text or self.reasoning or self.tokens or self.ids or any(any(call[1:]) for call in self.calls))
 
 
 def stop_of(finish: str) -> StopReason | None:

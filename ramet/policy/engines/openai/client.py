@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from functools import cache
 from urllib.parse import quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -15,6 +15,8 @@ import httpx
 from ramet.errors import PolicyError, first_line
 
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OURS = ("accept-encoding", "connection", "content-encoding", "content-length", "content-type", "te", "transfer-encoding", "upgrade")
 _VERSION = re.compile(r"/v\d+(beta|alpha)?\d*(/|$)|/openai(/|$)")
 
 
@@ -39,7 +41,7 @@ class Address:
             raise PolicyError(f"{shown!r} is not the address of a server, such as http://127.0.0.1:8000/v1")
         if self._url.userinfo:
             raise PolicyError(f"the address of the server names a user; put the key into the environment variable {key} instead")
-        path = re.sub(r"(/chat)?/completions$", "", self._url.path.rstrip("/"))
+        path = re.sub(r"((/chat)?/completions|/responses)$", "", self._url.path.rstrip("/"))
         self._url = self._url.copy_with(path=path or "/", fragment=None)
         self.shown = str(self._url.copy_with(query=None)).rstrip("/")
 
@@ -93,7 +95,23 @@ async def _in_one_piece(request: httpx.Request) -> None:
     request.stream = _Body(request.content)
 
 
-def connected(headers: dict[str, str], concurrency: int) -> httpx.AsyncClient:
+def resolved(headers: Mapping[str, str]) -> dict[str, str]:
+    """Headers of the user's, with the values of those that name an environment variable (`$NAME`). Raises `PolicyError`."""
+    own = {}
+    for name, value in headers.items():
+        if not _HEADER.fullmatch(name) or name.lower() in _OURS:
+            raise PolicyError(f"{name!r} is not a header that can be set")
+        if value.startswith("$"):
+            if value[1:] not in os.environ:
+                raise PolicyError(f"the header {name} is to hold the environment variable {value[1:]}, which is not set")
+            value = os.environ[value[1:]].strip()
+        if not (value.isascii() and value.isprintable()):
+            raise PolicyError(f"the value of the header {name} cannot be sent: it must be printable ASCII on one line")
+        own[name] = value
+    return own
+
+
+def connected(headers: httpx.Headers, concurrency: int) -> httpx.AsyncClient:
     """An HTTP client with the proxies and certificates of the environment.
 
     Raises `PolicyError`, with the name of the environment variable at fault, if there can be none.

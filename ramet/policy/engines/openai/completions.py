@@ -48,11 +48,12 @@ class CompletionsPolicy(Server):
 
     async def _accepts_text(self) -> bool:
         """Whether the server completes a prompt that is given as text."""
-        assert self._client is not None
+        body = {"model": self.model, "prompt": "a", self._fields.names.get("max_tokens", "max_tokens"): 1}
         try:
-            body = {"model": self.model, "prompt": "a", self._fields.names.get("max_tokens", "max_tokens"): 1}
-            reply = await self._client.post(self._address.at(self.path), json=body, timeout=min(self._seconds, 30.0))
+            reply = await self._whole("POST", self.path, min(self._seconds, 30.0), body)
         except WIRE:
+            return False
+        if reply is None:
             return False
         reply_json = parsed(reply.text)
         return reply.is_success and isinstance(reply_json, dict) and bool(reply_json.get("choices"))

@@ -8,12 +8,15 @@ from typing import Any
 
 from ramet.errors import PolicyError
 
-LIMIT, NEW_LIMIT = "max_tokens", "max_completion_tokens"
+LIMIT, NEW_LIMIT, OUTPUT_LIMIT = "max_tokens", "max_completion_tokens", "max_output_tokens"
+_OURS = ("model", "messages", "prompt", "input", "tools", "n", LIMIT, NEW_LIMIT, OUTPUT_LIMIT)
+NO_TOOLS = "does not accept tools: they are described in the prompt, and calls are read from the text"
 _REFUSED = re.compile(
     r"unsupported|not supported|n.t support|unknown|unrecogni[sz]ed|unexpected|not permitted|extra_forbidden|extra inputs"
     r"|additional propert|not allowed|invalid parameter|unavailable|not available|deprecated|no such (field|parameter)",
     re.IGNORECASE,
 )
+_TOOLS = re.compile(r"\b(tool|function)(s\b|\b|[ _-]?(choice|call|use))", re.IGNORECASE)
 _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
 _SYSTEM = re.compile(r"system['\"`]? (role|message|prompt|instruction)|role['\"`:]* ['\"`]?system", re.IGNORECASE)
 
@@ -35,13 +38,22 @@ class Fields:
             raise PolicyError(f"there is no field {unknown[0]!r} to rename; there are {', '.join(known)}")
         if not names.get(LIMIT, LIMIT):
             raise PolicyError(f"{LIMIT} can be renamed, to {NEW_LIMIT} for example, but not left out: nothing else enforces the budget")
+        if ours := [name for name in extra if name in (*_OURS, names.get(LIMIT))]:
+            raise PolicyError(f"{ours[0]} cannot be an additional field: it is set for each request")
         self.names, self.extra = dict(names), dict(extra)
         self.fold_system = False
+
+    def has(self, field: str) -> bool:
+        """Whether the field is sent at all."""
+        return self.names.get(field, field) != ""
 
     def body(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON body of a request with these fields."""
         named = {self.names.get(field, field): value for field, value in fields.items()}
-        return {**{name: value for name, value in named.items() if name}, **self.extra}
+        body = {**{name: value for name, value in named.items() if name}, **self.extra}
+        if not body.get("stream"):
+            body.pop("stream_options", None)
+        return body
 
     def adapt(self, text: str, param: Any, sent: Mapping[str, Any], optional: Collection[str]) -> str:
         """Leave out or rename the field that an error refuses; `text` is its message, `param` the field that it names, if it does.
@@ -58,12 +70,15 @@ class Fields:
             field = min(refused, key=lambda name: refused[name])
             if field != LIMIT:
                 self.names[field] = ""
-                if field == "stream":
-                    self.names["stream_options"] = ""
+                if field == "tools":
+                    return NO_TOOLS
                 return f"does not accept {field}: it is left out, and the server's own default applies"
             if self.names.get(LIMIT, LIMIT) == LIMIT:
                 self.names[LIMIT] = NEW_LIMIT
                 return f"does not accept {LIMIT}: {NEW_LIMIT} is sent instead"
+        elif self.names.get("tools", "tools") in sent and (_TOOLS.search(text) or str(param).startswith("tool")):
+            self.names["tools"] = ""
+            return NO_TOOLS
         elif _REFUSED.search(text) and _SYSTEM.search(text) and not self.fold_system:
             self.fold_system = True
             return "does not accept system messages: they are put into the first user message"

@@ -8,7 +8,7 @@ import os
 import re
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -21,10 +21,10 @@ from ramet.agents.tasks import Slots
 from ramet.agents.tree import StopReason
 from ramet.errors import EventTooLong, PolicyError, RefusedRequest, TransientPolicyError, first_line
 from ramet.policy.engines.openai.chunk import Chunk, Usage, parse_chunk, stop_of
-from ramet.policy.engines.openai.client import Address, connected
+from ramet.policy.engines.openai.client import Address, connected, resolved
 from ramet.policy.engines.openai.faults import Masker, error_in, error_text, failure, is_page, is_transient, one_line, wait_of
 from ramet.policy.engines.openai.fields import Fields, names_field
-from ramet.policy.engines.openai.stream import Event, EventReader
+from ramet.policy.engines.openai.stream import MAX_CHARACTERS, Event, EventReader
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ AFTER_FINISH = 2.0
 """Seconds to wait for usage after the finish reason."""
 AFTER_DONE = 0.1
 """Seconds to wait for the end of the body after `[DONE]`, so that the connection can be reused."""
+MAX_IDLE = 10_000
+"""Events in a row without anything sampled that are read."""
 QUIET = 10.0
 """The least number of seconds between two log lines about failures that are retried."""
 _PAGE = 2**16
@@ -75,6 +77,7 @@ class Server(ABC):
     wait         seconds to wait for a server that is not up yet
     names        the server's own names of fields; an empty name leaves a field out
     extra        additional fields to send
+    headers      additional headers to send; a value that begins with "$" names the environment variable that holds it
     fold_system  put the system message into the first user message
 
     Raises `PolicyError` for invalid settings.
@@ -90,7 +93,7 @@ class Server(ABC):
     def __init__(
         self, url: str, model: str | None = None, *, concurrency: int = 64, seconds: float = 300.0, context: int | None = None,
         key: str = "OPENAI_API_KEY", wait: float = 180.0, names: Mapping[str, str] | None = None, extra: Mapping[str, Any] | None = None,
-        fold_system: bool = False,
+        headers: Mapping[str, str] | None = None, fold_system: bool = False,
     ) -> None:  # fmt: skip
         if concurrency < 1 or not seconds > 0 or not wait >= 0:
             raise PolicyError(
@@ -101,7 +104,7 @@ class Server(ABC):
         self.version = 0
         self.model = model or ""
         self._seconds, self._context, self._wait = seconds, context, wait
-        self._key = key
+        self._key, self._headers = key, dict(headers or {})
         self._fields = Fields(names or {}, extra or {}, self.optional)
         self._fields.fold_system = fold_system
         self._neutral: Mapping[str, Any] = self.guessed
@@ -121,9 +124,11 @@ class Server(ABC):
         secret = os.environ.get(self._key, "").strip()
         if not (secret.isascii() and secret.isprintable()):
             raise PolicyError(f"the environment variable {self._key} does not hold a valid API key")
-        self._mask = Masker(self._address.secrets(secret))
+        headers = httpx.Headers({"Accept-Encoding": "identity", **({"Authorization": f"Bearer {secret}"} if secret else {})})
+        own = resolved(self._headers)
+        headers.update(own)
+        self._mask = Masker([*self._address.secrets(secret), *(value for value in own.values() if len(value) >= 8)])
         self._url = self._mask(self._address.shown)
-        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {secret}"} if secret else {})}
         self._client = connected(headers, self._concurrency)
         try:
             await self._wait_until_up()
@@ -159,20 +164,17 @@ class Server(ABC):
         """Learn the model's name and context from the server's list. Raises `PolicyError` if it lists none and none is named."""
         assert self._client is not None
         patience = min(self._seconds, 30.0)
-        reply = None
-        with anyio.move_on_after(patience):
-            try:
-                reply = await self._client.get(self._address.at("models"))
-            except httpx.DecodingError:
-                reply = httpx.Response(200)  # a list that cannot be read
-            except WIRE as error:
-                raise self._broken(error) from error
+        try:
+            reply = await self._whole("GET", "models", patience)
+        except httpx.DecodingError:
+            reply = httpx.Response(200)  # a list that cannot be read
+        except WIRE as error:
+            raise self._broken(error) from error
         if reply is None:
             raise TransientPolicyError(f"{self._url}: no list of models within {patience:g} seconds")
-        text = reply.text if reply.status_code == 200 else ""
         if reply.status_code in (502, 503, 504, 429) or (reply.status_code == 500 and not self.model):
-            raise failure(self._url, reply.text, None, reply.status_code, None, self._mask, self._note(reply.status_code, reply.text))
-        listed = _models(text)
+            raise self.refusal(reply, reply.text)
+        listed = _models(reply.text if reply.status_code == 200 else "")
         if not listed and self.model:
             return  # without a list; the first request shows whether it has the model
         self._listed = list(listed)
@@ -187,6 +189,22 @@ class Server(ABC):
         self._neutral = NEUTRAL.get(owner, self.guessed)
         length = entry.get("max_model_len")
         self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
+
+    async def _whole(self, method: str, path: str, seconds: float, body: Any = None) -> httpx.Response | None:
+        """A reply that is not streamed, of at most `MAX_CHARACTERS` bytes; None if it is not whole within these seconds."""
+        assert self._client is not None
+        content, whole = bytearray(), False
+        with anyio.move_on_after(seconds) as scope:
+            async with self._client.stream(method, self._address.at(path), json=body) as reply:
+                async for block in reply.aiter_bytes():
+                    content += block[: MAX_CHARACTERS - len(content)]
+                    if len(content) >= MAX_CHARACTERS:
+                        scope.cancel()
+                whole = True
+        if not whole and len(content) < MAX_CHARACTERS:
+            return None
+        plain = {name: value for name, value in reply.headers.items() if name not in ("content-encoding", "content-length")}
+        return httpx.Response(reply.status_code, headers=plain, content=bytes(content))
 
     def _chosen(self) -> str:
         """The model to use if none is named."""
@@ -283,29 +301,37 @@ class Server(ABC):
             notes.append(f"it came through the proxy in {self._address.proxy}")
         return "; " + "; ".join(notes) if notes else ""
 
+    def kind_of(self, reply: httpx.Response) -> str:
+        """The content type of a reply, for messages."""
+        return one_line(self._mask(reply.headers.get("content-type", "")), 60) or "no content type"
+
     def refusal(self, reply: httpx.Response, text: str) -> PolicyError:
         """The error to raise for the status and body of a failed reply."""
-        status, note = reply.status_code, self._note(reply.status_code, text)
+        status, note = reply.status_code, f" ({self.kind_of(reply)}){self._note(reply.status_code, text)}"
         if 300 <= status < 400:
             target = one_line(self._mask(str(reply.headers.get("location") or "nowhere")), 200)
             return PolicyError(f"{self._url} answers {status}: it redirects to {target}; give that address{note}")
         return failure(self._url, text, parsed(text), status, wait_of(reply.headers), self._mask, note)
 
-    def reported(self, event: Event, value: Any) -> PolicyError:
+    def reported(self, event: Event, value: Any, note: str) -> PolicyError:
         """The error to raise for an error inside a stream."""
-        return failure(self._url, event.text, value, None, None, self._mask)
+        return failure(self._url, event.text, value, None, None, self._mask, note)
 
-    def no_stream(self, event: Event, status: int) -> PolicyError:
+    def no_stream(self, event: Event, status: int, note: str) -> PolicyError:
         """The error to raise for a body that is neither a stream nor an answer."""
         message = one_line(self._mask(error_text(event.text)))
         quoted = message if is_page(event.text) else repr(message)
-        line = f"{self._url} answers with {quoted} instead of a stream{self._note(status, event.text)}"
+        line = f"{self._url} answers with {quoted} instead of a stream{note}{self._note(status, event.text)}"
         transient = not is_page(event.text) and is_transient(None, event.text, message)
         return TransientPolicyError(line) if transient else PolicyError(line)
 
     @abstractmethod
     def _body(self, request: SampleRequest) -> dict[str, Any]:
         """The fields of a request, under their usual names."""
+
+    def reader(self) -> Callable[[Mapping[str, Any]], Chunk]:
+        """What turns the events of one answer into chunks."""
+        return parse_chunk
 
     @abstractmethod
     def accumulator(self, request: SampleRequest, partial: Partial) -> Accumulator:
@@ -327,11 +353,12 @@ class Exchange:
 
     def __init__(self, server: Server, request: SampleRequest, partial: Partial):
         self._server, self._partial, self._max_tokens = server, partial, request.max_tokens
-        self._accumulator = server.accumulator(request, partial)
+        self._accumulator, self._chunk_of = server.accumulator(request, partial), server.reader()
         self._scope = anyio.CancelScope()
         self._finish: str | None = None
         self._over = self._sampled = False
-        self._events = 0
+        self._events = self._idle = self._reported = 0
+        self._kind = ""
         self._unread: dict[str, None] = {}
         self._error: PolicyError | None = None
         self.status: int | None = None
@@ -354,7 +381,7 @@ class Exchange:
             elif self._scope.cancelled_caught:
                 self._error = TransientPolicyError(f"{server._url}: nothing arrived for {server._seconds:g} seconds{server._through()}")
             else:
-                self._error = TransientPolicyError(f"{server._url} ended a stream without a finish reason and without [DONE]")
+                self._error = TransientPolicyError(f"{server._url} ended a stream without a finish reason and without [DONE]{self._kind}")
         try:
             self._accumulator.settle()
         except PolicyError as error:
@@ -367,9 +394,9 @@ class Exchange:
             raise TransientPolicyError(f"{server._url} aborted a sample: {one_line(server._mask(self._finish), 60)}")
         if not self._sampled and self._unread:
             names = one_line(server._mask(", ".join(self._unread)), 100)
-            raise PolicyError(f"{server._url} answers in an unknown form, with the fields {names}")
+            raise PolicyError(f"{server._url} answers in an unknown form, with the fields {names}{self._kind}")
         if not self._sampled and not self._events:
-            raise TransientPolicyError(f"{server._url} ended an empty stream")
+            raise TransientPolicyError(f"{server._url} ended an empty stream{self._kind}")
         return stop
 
     def _set_deadline(self, seconds: float) -> None:
@@ -386,6 +413,7 @@ class Exchange:
         assert client is not None
         async with client.stream("POST", self._server._address.at(self._server.path), json=body) as reply:
             self.status = reply.status_code
+            self._kind = f" ({reply.status_code}, {self._server.kind_of(reply)})"
             if not reply.is_success:
                 await self._read_refusal(reply)
                 return
@@ -430,7 +458,7 @@ class Exchange:
                 if not self._over:
                     self._take(event)
         except EventTooLong as error:
-            self._end(PolicyError(f"{self._server._url} sends {error}"))
+            self._end(PolicyError(f"{self._server._url} sends {error}{self._kind}"))
 
     def _take(self, event: Event) -> None:
         server = self._server
@@ -444,36 +472,48 @@ class Exchange:
         if reported is not None:
             if not self._partial.ids:
                 self._note_refusal(event.text, reported)
-            self._end(server.reported(event, reported))
+            self._end(server.reported(event, reported, self._kind))
             return
         if event.value is None:
             if self._finish is None and event.kind == "body":
-                self._end(server.no_stream(event, self.status or 200))
+                self._end(server.no_stream(event, self.status or 200, self._kind))
             elif self._finish is None and event.kind != "ping" and event.text.strip() not in ("null", "[]"):
                 line = one_line(server._mask(event.text), 200)
                 kind = TransientPolicyError if is_transient(None, event.text, line) else PolicyError
-                self._end(kind(f"{server._url} sends an event that is not JSON: {line!r}"))
+                self._end(kind(f"{server._url} sends an event that is not JSON: {line!r}{self._kind}"))
             return
         try:
-            chunk = parse_chunk(event.value)
+            chunk = self._chunk_of(event.value)
             if self._finish is not None:
                 chunk = Chunk(usage=chunk.usage)  # the answer is complete; its usage may follow
             self._accumulator.take(chunk)
         except _SHAPE as error:
             if self._finish is None:
                 line = one_line(server._mask(first_line(error)))
-                self._end(PolicyError(f"{server._url} sends an event that does not follow the protocol: {line}"))
+                self._end(PolicyError(f"{server._url} sends an event that does not follow the protocol: {line}{self._kind}"))
             return
         except PolicyError as error:
             self._end(PolicyError(f"{server._url} {error}"))
             return
         self._sampled, self._events = self._sampled or chunk.sampled, self._events + 1
         self._unread.update(dict.fromkeys(chunk.unread[:8]))
-        if self._finish is None and chunk.progress:
-            self._set_deadline(server._seconds)
+        if self._finish is None:
+            self._note_progress(chunk)
         if chunk.finish is not None and self._finish is None:
             self._finish = chunk.finish
             self._set_deadline(AFTER_FINISH)
+
+
+    def _note_progress(self, chunk: Chunk) -> None:
+        """Extend the deadline if the chunk adds to the answer. Events that add nothing are borne with up to `MAX_IDLE` in a row."""
+        generated = (chunk.usage.generated or 0) if chunk.usage is not None else 0
+        if chunk.sampled or chunk.finish or generated > self._reported:
+            self._reported, self._idle = max(generated, self._reported), 0
+            self._set_deadline(self._server._seconds)
+            return
+        self._idle += 1
+        if self._idle > MAX_IDLE:
+            self._end(PolicyError(f"{self._server._url} sends {self._idle} events in a row that add nothing to the answer{self._kind}"))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

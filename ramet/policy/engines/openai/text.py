@@ -7,15 +7,15 @@ may, and is charged in full.
 
 from __future__ import annotations
 
-import json
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
 from ramet.errors import PolicyError
 from ramet.policy.engines.openai.chunk import Chunk, logprob
 from ramet.policy.engines.openai.server import note_prompt
-from ramet.policy.engines.openai.wire import WireFormat
+from ramet.policy.engines.openai.wire import NativeCall, WireFormat
 
 MAX_TOKEN_CHARACTERS = 32
 """The largest credible number of characters per token, on average over a sample."""
@@ -32,6 +32,14 @@ def estimate_tokens(text: str) -> int:
     return sum(1 for _ in _TOKEN.finditer(text)) + 2 * sum(1 for _ in _RARE.finditer(text))
 
 
+@dataclass(slots=True)
+class _Call:
+    """A native call, as far as it has come."""
+
+    name: str = ""
+    arguments: list[str] = field(default_factory=list)
+
+
 class TextAccumulator:
     """Adds chunks of text to `partial`, with an id for every token. Call `settle` when the sample has ended, in whichever way."""
 
@@ -42,8 +50,9 @@ class TextAccumulator:
         """The first half of a surrogate pair; the next event should have the second."""
         self._characters = self._hidden = 0
         self._reasoned = False
-        self._calls: dict[tuple[int, str], list[str]] = {}
-        self._finish = ""
+        self._calls: dict[tuple[int, str], _Call] = {}
+        """Native calls, by their index and id."""
+        self._newest: dict[int, tuple[int, str]] = {}
         self._tokens = self._bare = self._bare_characters = self._late = self._estimated_hidden = 0
         self._usage: int | None = None
         self._text_without_ids = False
@@ -52,13 +61,8 @@ class TextAccumulator:
     def take(self, chunk: Chunk) -> None:
         """Add a chunk. Raises `PolicyError` once the server has certainly generated more than `max_tokens`."""
         note_prompt(chunk.usage, self._prompt, self._partial)
-        self._finish = chunk.finish or self._finish
         text, reasoning = self._new(chunk)
-        call_text = "".join(name + arguments for _, _, name, arguments in chunk.calls)
-        for index, call_id, name, arguments in chunk.calls:
-            last = next((key for key in reversed(self._calls) if key[0] == index), (index, call_id))
-            call = self._calls.setdefault((index, call_id) if call_id else last, ["", ""])
-            call[0], call[1] = call[0] or name, call[1] + arguments
+        call_text = "".join(self._call(chunk.whole, *call) for call in chunk.calls)
         self._characters += len(text)
         self._hidden += len(reasoning) + len(call_text)
         if text:
@@ -77,6 +81,20 @@ class TextAccumulator:
     def _limit(self) -> int:
         """More characters than this cannot be `max_tokens` tokens."""
         return MAX_TOKEN_CHARACTERS * self._max_tokens + 256
+
+    def _call(self, whole: bool, index: int, call_id: str, name: str, arguments: str) -> str:
+        """Add a part of a call or, if it is `whole`, what of it is new. Returns what was added; for a new call, some text."""
+        key = (index, call_id) if call_id else self._newest.get(index, (index, ""))
+        new = key not in self._calls
+        call = self._calls.setdefault(key, _Call())
+        self._newest[index] = key
+        if whole and not new:
+            arguments = arguments.removeprefix("".join(call.arguments))
+        added = arguments if call.name else name + arguments
+        call.name = call.name or name
+        call.arguments.append(arguments)
+        self._text_without_ids = True
+        return added or "()" * new
 
     def _new(self, chunk: Chunk) -> tuple[str, str]:
         """The text and the reasoning that had not been chunk before, surrogate halves joined."""
@@ -152,35 +170,23 @@ class TextAccumulator:
         count = min(counted, MAX_CHARGED)
         self._pad(count)
         if self._text_without_ids or len(partial.ids) != count:
-            partial.ids[:] = self._chat.pieces("".join(self._text), count)
+            calls = [NativeCall(name, call.name, "".join(call.arguments)) for (_, name), call in self._calls.items()]
+            partial.ids[:] = self._chat.pieces("".join(self._text), count, calls)
             partial.logprobs[:] = [*partial.logprobs, *[0.0] * len(partial.ids)][: len(partial.ids)]
             self._text_without_ids = False
         return counted
 
     def settle(self) -> None:
-        """Note that the sample has ended. Raises `PolicyError` if it has more than `max_tokens` tokens, or undeclared calls."""
-        called = bool(self._calls)
+        """Note that the sample has ended. Raises `PolicyError` if it has more than `max_tokens` tokens."""
         if self._half:
             self._text.append("\N{REPLACEMENT CHARACTER}")
             self._half, self._text_without_ids = "", True
-        for name, arguments in self._calls.values():
-            self._text.append(_as_text(name, arguments))
-            self._text_without_ids = True
-        self._calls = {}
         counted = self._fit()
         if counted > self._max_tokens:
             raise PolicyError(f"generated {counted} tokens for a grant of {self._max_tokens}: the server does not keep to max_tokens")
-        if called and self._finish.lower() == "stop":
-            raise PolicyError("calls a tool natively in a turn that ends with 'stop', not 'tool_calls': turn off its tool parser")
 
 
 def _number(value: Any) -> float:
     """A finite log-probability for the record: no training uses it."""
     finite = logprob(value)
     return finite if finite is not None else _MINUS_INFINITY if value == float("-inf") else 0.0
-
-
-def _as_text(name: str, arguments: str) -> str:
-    """A native call in the format of the prompt. The closing tag is escaped inside its JSON."""
-    call = f'{{"name": {json.dumps(name)}, "arguments": {arguments.strip() or "{}"}}}'
-    return "\n<tool_call>\n" + call.replace("</", "<\\/") + "\n</tool_call>"
