@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import os
 import re
 import sys
+from collections.abc import Mapping
 from importlib import import_module, metadata
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -55,9 +57,14 @@ def provenance(path: str) -> dict[str, str]:
         spec = find_spec(top)
     except (ImportError, ValueError):
         spec = None
-    names = metadata.packages_distributions().get(top, [])
+    names = _distributions().get(top, [])
     distributions = sorted({f"{name} {metadata.version(name)}" for name in names})
     return {"path": path, "distribution": ", ".join(distributions), "source": _source_hash(spec)}
+
+
+@functools.cache
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 def _source_hash(spec: ModuleSpec | None) -> str:
@@ -72,5 +79,11 @@ def _source_hash(spec: ModuleSpec | None) -> str:
 
 def _search_here() -> None:
     """As `python -m` does, but last: a file of this folder shadows nothing."""
-    if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+    if "" not in sys.path:
+        search(os.getcwd())
+
+
+def search(folder: str) -> None:
+    """Search this folder too, after everything else."""
+    if folder not in sys.path:
+        sys.path.append(folder)

@@ -29,7 +29,10 @@ class Settings:
         return self._below("", self._root, values)
 
     def sections(self) -> Iterator[tuple[str, Schema]]:
-        """(name, schema) of the top level, of every section, and of each case of a section that has several."""
+        """(name, schema) of the top level, of every section, and of each case of a section that has several.
+
+        Of a table of sections, such as `[roles.NAME]`, the name ends with NAME.
+        """
         yield "", self._root
         for name, under in self._root["properties"].items():
             resolved = self._resolved(under)
@@ -38,12 +41,14 @@ class Settings:
                 yield from ((name, case) for case in cases.values())
             elif "properties" in resolved:
                 yield name, resolved
+            elif each := self._each(resolved):
+                yield f"{name}.NAME", each
 
     def values(self, section: Schema) -> Iterator[tuple[str, Schema]]:
         """(name, schema) of every setting directly in one of the `sections`."""
         for name, under in section["properties"].items():
             resolved = self._resolved(under)
-            if "properties" not in resolved and not _tag(resolved):
+            if "properties" not in resolved and not _tag(resolved) and not self._each(resolved):
                 yield name, resolved
 
     def _below(self, prefix: str, schema: Schema, values: Mapping[str, Any]) -> Iterator[tuple[str, Schema]]:
@@ -55,8 +60,16 @@ class Settings:
                 yield from ((key, option) for key, option in options if key != f"{prefix}{name}.{tag}")
             elif "properties" in resolved:
                 yield from self._below(f"{prefix}{name}.", resolved, values[name])
+            elif each := self._each(resolved):
+                for key, section in values[name].items():
+                    yield from self._below(f"{prefix}{name}.{key}.", each, section)
             else:
                 yield prefix + name, resolved
+
+    def _each(self, schema: Schema) -> Schema | None:
+        """The schema of each section of a table of sections; None for all else."""
+        each = self._resolved(schema["additionalProperties"]) if isinstance(schema.get("additionalProperties"), Mapping) else {}
+        return each if "properties" in each else None
 
     def _case(self, schema: Schema, tag: str) -> Schema:
         return self._resolved({"$ref": schema["discriminator"]["mapping"][tag]})

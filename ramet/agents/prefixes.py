@@ -68,7 +68,7 @@ def _shared(edge: tuple[int, ...], ids: tuple[int, ...], at: int) -> int:
     return low
 
 
-_READ: ContextVar[Prefixes | None] = ContextVar("contexts_read", default=None)
+_READ: ContextVar[dict[FreshCache, Prefixes] | None] = ContextVar("contexts_read", default=None)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def fresh_cache() -> Iterator[None]:
     if _READ.get() is not None:
         yield
         return
-    token = _READ.set(Prefixes())
+    token = _READ.set({})
     try:
         yield
     finally:
@@ -87,12 +87,14 @@ def fresh_cache() -> Iterator[None]:
 class FreshCache(PolicyWrapper):
     """A policy whose prompt tokens are counted as if its cache were perfect, and empty when a `fresh_cache` block begins.
 
-    The contexts of one outcome, samples and clones alike, share their prefixes; those of different outcomes share nothing.
+    The contexts of one outcome, samples and clones alike, share their prefixes; those of different outcomes, and of different policies,
+    share nothing.
     """
 
     async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
         """Sample one turn; `prefilled` and `cached` follow from the prompts sampled before in this outcome."""
-        prefixes = _READ.get() or Prefixes()
+        read = _READ.get()
+        prefixes = Prefixes() if read is None else read.setdefault(self, Prefixes())
         cached = min(prefixes.add(request.prompt), len(request.prompt) - 1)
         inner = Partial(partial.ids, partial.logprobs)
         try:

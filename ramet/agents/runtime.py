@@ -64,6 +64,7 @@ class Runtime:
     approve            asked before each call, of tools and of `spawn_clone`; what it does not approve is refused
     middleware         what every request for a sample goes through, the first the outermost (`ramet.agents.sampling.Middleware`)
     on_cancel          called with the tree as it stood, if `run` or `stream` is cancelled from outside while it grows
+    program            decides in the model's place what roots do, where `run` and `stream` are not given another
     """
 
     policy: Policy
@@ -83,6 +84,7 @@ class Runtime:
     approve: Approval | None = None
     middleware: Sequence[Middleware] = ()
     on_cancel: Callable[[Tree], None] | None = None
+    program: Program | None = None
     _tools: Tools = field(init=False)
     _slots: Slots | None = None
 
@@ -104,7 +106,7 @@ class Runtime:
         """Grow one tree. After `budget.seconds` it is cut short and returned as timed out.
 
         prompt   token ids that replace the rendering of the task's messages, for callers that lay out the context themselves
-        program  decides in the model's place what the root does (`ramet.agents.program`)
+        program  decides in the model's place what the root does (`ramet.agents.program`); by default the runtime's own
         after    a finished tree whose conversation the task's one message goes on with: the root's context is that tree's, then the message
 
         Raises `TaskError` if the task has no messages, or none that can follow a tree. A failure of the policy is not raised; it is in
@@ -150,6 +152,7 @@ class Runtime:
             raise TaskError(f"task {task.id} has no messages")
         if self._slots is None:
             self._slots = Slots(self.concurrency)
+        program = program or self.program
         ledger = Ledger.for_root(budget)
         setting = Setting(
             policy=self.policy,

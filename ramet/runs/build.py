@@ -25,6 +25,7 @@ from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import LearningProblem, Reward
+from ramet.runs.equipment import equipment_of
 from ramet.runs.settings import RunConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -180,7 +181,8 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     if config.attention.method != "dense":
         raise ConfigError("training samples with dense attention; attention.method is for measuring")
     model, tokenizer, chat = open_model(config)
-    learner = Learner(engine_of(config, model, tokenizer, chat), tokenizer, chat, config.tell_budget == "all")
+    engine = engine_of(config, model, tokenizer, chat)
+    learner = Learner(engine, tokenizer, chat, config.tell_budget == "all", equipment_of(config, open_engine))
     problem = replace(learning_problem(config, token_count(tokenizer), spawn), fingerprint=run_fingerprint(config, spawn))
     return Trainer(learner, problem, config.train, directory, config.seed)
 

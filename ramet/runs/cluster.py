@@ -137,8 +137,12 @@ def _run(config: RunConfig, directory: Path, spawn: bool) -> None:
 
 def _absolute(config: RunConfig) -> RunConfig:
     """With absolute paths: the cluster process and its actors may run in another folder."""
-    model = str(Path(config.model).resolve()) if config.model != "nano" and Path(config.model).exists() else config.model
-    return config.model_copy(update={"model": model, "env": config.env.absolute()})
+    roles = {name: role.model_copy(update={"model": _whole(role.model)}) for name, role in config.roles.items()}
+    return config.model_copy(update={"model": _whole(config.model), "roles": roles, "env": config.env.absolute()})
+
+
+def _whole(model: str) -> str:
+    return str(Path(model).resolve()) if model not in ("", "nano") and Path(model).exists() else model
 
 
 def _claim(directory: Path, config: RunConfig) -> None:

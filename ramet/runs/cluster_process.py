@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from ramet import terminal
+from ramet.agents.equipment import Equipment
 from ramet.errors import CheckpointError, ConfigError, PartLost, PolicyError, RametError, StorageError, first_line, from_record, to_record
+from ramet.imports import search
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
 from ramet.policy.openrlhf.settings import RunSpec, part_lost
 from ramet.policy.training.update import LearningProblem
-from ramet.runs.build import learning_problem, run_fingerprint
+from ramet.runs.build import learning_problem, open_engine, run_fingerprint
+from ramet.runs.equipment import equipment_of, named_equipment
 from ramet.runs.settings import RunConfig, load
 from ramet.storage import lock, read_text, write_text
 
@@ -39,14 +42,23 @@ def run_spec(config: RunConfig, directory: Path, spawn: bool, fingerprint: str =
     """
     if config.backend != "transformers" or config.attention.method != "dense":
         raise ConfigError("the openrlhf trainer samples with vLLM engines of its own: leave backend and attention.method at their defaults")
+    if own := [name for name, role in config.roles.items() if role.own and not role.url]:
+        raise ConfigError(f"roles.{own[0]}: the openrlhf trainer's engines serve the run's model alone: give the role's model by a url")
+    named_equipment(config)  # says what is wrong here, and not where the first tree grows
     return RunSpec(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
         fingerprint, config.tell_budget == "all", functools.partial(_problem, config, spawn),
+        functools.partial(_equipment, config, os.getcwd()),
     )  # fmt: skip
 
 
 def _problem(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> LearningProblem:
     return learning_problem(config, count, spawn)
+
+
+def _equipment(config: RunConfig, folder: str) -> Equipment:
+    search(folder)  # the actors of the run may have been started elsewhere
+    return equipment_of(config, open_engine)
 
 
 def longest(config: RunConfig, model: Path) -> int:

@@ -26,6 +26,7 @@ from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
 from ramet.policy.training.update import nothing_sampled_message
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, score_name
+from ramet.runs.equipment import equipment_of, named_equipment
 from ramet.runs.settings import RunConfig, dumps, held, load, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
 from ramet.terminal import Table, show
@@ -116,6 +117,7 @@ def run_workloads(
     Outcomes go to `journal`. Until those of a method on a split are all known, the samples of its trees are kept
     beside it, in a file of their own.
     """
+    equipment = equipment_of(config, open_engine)
     engine, chat, count = open_engine(config, model)
     env = config.env.build(count)
     # Each task in flight holds a context; a server may be restarted meanwhile.
@@ -124,7 +126,7 @@ def run_workloads(
 
     async def main() -> list[Measured]:
         measured: list[Measured] = []
-        async with engine:
+        async with engine, equipment.serving() as serving:
             for entry, workload in plan(env):
                 shown = entry.name if config.env.language else LABELS.get(entry.name, entry.name)
                 outcomes = len(workload.budgets) * len(workload.tasks) * workload.repeats
@@ -134,7 +136,7 @@ def run_workloads(
                     Journal(beside, journal.identity) as samples,
                 ):
                     policy = JournaledPolicy(engine, samples)
-                    backend = Backend(policy, chat, in_flight, attempts, config.tell_budget == "all")
+                    backend = Backend(policy, chat, in_flight, attempts, config.tell_budget == "all", serving.journaled(samples))
                     try:
                         measured += await measure(entry, env, workload, backend, journal, report)
                     except PolicyError:
@@ -163,9 +165,10 @@ def _warn_of_starved(measured: Sequence[Measured]) -> None:
 
 
 def tree_entry(name: str, config: RunConfig, spawn: bool) -> MethodEntry:
-    """The model deciding by itself, with the tool or without; where questions are in words, its prompt says so."""
+    """The model deciding by itself, with the tool or without, or the run's program for it; a prompt in words says so."""
     method = methods.instructed_tree(config.env.instruction(spawn)) if config.env.language else baselines.tree
-    return MethodEntry(name, method, Sampling(temperature=config.eval.temperature), config.budget.depth if spawn else 0)
+    depth = config.budget.depth if spawn else 0
+    return MethodEntry(name, method, Sampling(temperature=config.eval.temperature), depth, programmed=True)
 
 
 def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
@@ -222,6 +225,7 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
     """`ramet train`: train, then measure the final weights; everything resumes."""
     if not config.env.measurable:
         logger.info("env.data names no file or data set: the final weights will not be measured")
+    named_equipment(config)
     data = data_records(config, training=True)
     claim_folder(directory, config)
     trainer = run_training(config, directory, spawn, "training")
@@ -236,6 +240,7 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
 def eval_command(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
     """`ramet eval`: one policy over the sweep of budgets."""
     config.env.check_measurable()
+    named_equipment(config)
     data = data_records(config)
     claim_folder(directory, config)
     path: str | Path = policy if config.backend == "chat" else resolve(policy)

@@ -24,6 +24,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from ramet.agents.budget import Budget
 from ramet.env.registry import AnyEnv
 from ramet.errors import ConfigError
+from ramet.imports import provenance
+from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import ClusterConfig
 from ramet.policy.training.update import TrainConfig
 from ramet.rewards.penalty import Prices
@@ -87,8 +89,56 @@ class ServerConfig(Section):
     """The system message goes into the first message of the user."""
 
 
+_Backend = Literal["transformers", "vllm", "completions", "chat"]
+_Chat = Literal["auto", "nano", "chatml", "template"]
+
+
+class RoleConfig(Section):
+    """A role that a call of `spawn_clone` may give to a clone. What is left out is as for a clone of the model."""
+
+    model: str = ""
+    """A model of its own, as in `model`; of a chat server, its name for it."""
+    backend: _Backend = "transformers"
+    """What samples its model."""
+    url: str = ""
+    """Address of an OpenAI-compatible server that samples it."""
+    chat: _Chat = "auto"
+    """How messages become tokens of its model."""
+    system: str | None = None
+    """Its instructions."""
+    tools: tuple[str, ...] | None = None
+    """The tools that it holds."""
+    description: str = ""
+    """What it is for, as the calling model reads it."""
+    trainable: bool | None = None
+    """Train on its tokens? By default yes, unless it has a model of its own, which is never trained."""
+
+    @property
+    def own(self) -> bool:
+        """Has it a model of its own?"""
+        return bool(self.model or self.url)
+
+    @model_validator(mode="after")
+    def _whole(self) -> RoleConfig:
+        if bool(self.url) != (self.backend in ("completions", "chat")):
+            raise ValueError("url and a backend that is a server (completions, chat) go together")
+        if (self.backend != "transformers" and not self.own) or (self.backend == "completions" and not self.model):
+            raise ValueError(f"the backend {self.backend} needs a model")
+        if self.own and self.trainable:
+            raise ValueError("only the run's own model is trained: leave trainable out, or leave model and url out")
+        _check_address(self.url)
+        return self
+
+
 _SECRET = re.compile(r"key|token|secret|password|passwd|^pwd$|^sig|auth", re.IGNORECASE)
 """Parameters of an address that are nobody else's business."""
+
+
+def _check_address(url: str) -> None:
+    """Raise `ValueError` for an address with a secret, for it is written down."""
+    address = urlsplit(url)
+    if address.username or address.password or any(_SECRET.search(name) for name, _ in parse_qsl(address.query)):
+        raise ValueError("url holds a key or a user, and is written to the run folder; put the key into OPENAI_API_KEY")
 
 
 class RunConfig(Section):
@@ -96,12 +146,12 @@ class RunConfig(Section):
 
     model: str
     """"nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name."""
-    backend: Literal["transformers", "vllm", "completions", "chat"] = "transformers"
+    backend: _Backend = "transformers"
     """What samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)."""
     url: str = ""
     """Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1. It is written down: no place for a key."""
     server: ServerConfig = ServerConfig()
-    chat: Literal["auto", "nano", "chatml", "template"] = "auto"
+    chat: _Chat = "auto"
     """How messages become tokens: the model's own template, or one by name; auto chooses."""
     seed: int = 0
     """Seeds everything that is drawn at random."""
@@ -122,6 +172,15 @@ class RunConfig(Section):
     tell_budget: Literal["all", "holders"] = "all"
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
     of the question. Methods are then compared fairly only with others that hold the tool."""
+    tools: tuple[str, ...] = ()
+    """What branches may call beside `spawn_clone`: functions by import path, such as ["package.module:function"], or read and budget,
+    which are built in."""
+    tools_at: Literal["everywhere", "clones", "root"] = "everywhere"
+    """Which branches hold them: all, all but the root, or the root alone."""
+    program: str = ""
+    """A program that decides in the model's place what the root does: an async function by import path, "package.module:function"."""
+    roles: dict[str, RoleConfig] = Field(default={})
+    """Who clones may be, by the name that a call gives: a section [roles.NAME] for each."""
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
@@ -131,9 +190,7 @@ class RunConfig(Section):
                 raise ValueError(f"budget.{name} is 0: nothing could be answered; give it more or leave it out")
         if bool(self.url) != (self.backend in ("completions", "chat")):
             raise ValueError("url and a backend that is a server (completions, chat) go together")
-        address = urlsplit(self.url)
-        if address.username or address.password or any(_SECRET.search(name) for name, _ in parse_qsl(address.query)):
-            raise ValueError("url holds a key or a user, and is written to the run folder; put the key into OPENAI_API_KEY")
+        _check_address(self.url)
         if self.attention.method != "dense" and self.backend != "transformers":
             raise ValueError(f"attention.method {self.attention.method} goes with the backend transformers")
         if self.attention.method != "dense" and self.device == "cuda":
@@ -143,8 +200,23 @@ class RunConfig(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What tells runs apart: all settings but where a server is, and how many requests and how long it is waited for."""
-        return self.model_dump(mode="json", exclude={"url": True, "server": {"concurrency", "timeout", "startup_timeout"}})
+        """What tells runs apart: all settings but where servers are, and how many requests and how long they are waited for.
+
+        Of tools, programs and roles, where there are any, their code and weights too: a run with a tool that has changed is another.
+        """
+        free: dict[str, Any] = {"url": True, "server": {"concurrency", "timeout", "startup_timeout"}}
+        free["roles"] = {name: {"url"} for name in self.roles}
+        settings = self.model_dump(mode="json", exclude=free)
+        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program]
+        if code := [provenance(path) for path in named if ":" in path]:
+            settings["code"] = code
+        if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend != "chat"}:
+            settings["weights"] = weights
+        return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+
+
+_LATER: dict[str, Any] = {"tools": [], "tools_at": "everywhere", "program": "", "roles": {}}
+"""Settings that runs of before did not have: at these values they are the same runs."""
 
 
 def load(kind: type[_Config], source: str | Path | None, overrides: Sequence[str] = ()) -> _Config:

@@ -32,6 +32,7 @@ from ramet.policy.models.catalogue import resolve, weights_id
 from ramet.runs import tuning
 from ramet.runs.build import engine_id, score_name
 from ramet.runs.commands import claim_folder, data_records, print_points, run_measuring, tree_entry, workload_of
+from ramet.runs.equipment import named_equipment
 from ramet.runs.settings import RunConfig
 from ramet.storage import meta, write_json, write_text
 from ramet.terminal import show
@@ -142,6 +143,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     env = config.env.build()
     score = methods.likelihood if plan.reward_model is None else preference(plan.reward_model)
     entries(plan.methods, config, env, plan.depths, plan.widths, score)  # says what cannot be, before anything is made
+    named_equipment(config)
     data = data_records(config)
     claim_folder(directory, config)
     measured: list[Measured] = []
@@ -154,6 +156,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
         settings = tuned([name for name in plan.methods if name in SETTINGS], config, env, model, plan.tune, score, journal, policy)
         chosen = entries(plan.methods, config, env, plan.depths, plan.widths, score, settings)
         choices += choice_records("base", settings)
+        chosen += [tree_entry("program", config, True)] if config.program else []
         measured += run_measuring(config, model, chosen, env.splits, journal, policy)
     for name, weights in (("trained", plan.trained), ("solo", plan.solo)):
         if weights is not None:
@@ -161,7 +164,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
             with Journal(directory / f"{name}.jsonl", fingerprint(*identity, engine_id(config, path))) as journal:
                 own = [tree_entry(name, config, name == "trained")]
                 if name == "trained":
-                    own.append(tree_entry("trained, never delegates", config, False))
+                    own.append(replace(tree_entry("trained, never delegates", config, False), programmed=False))
                 controls = [n for n in plan.methods if n in CONTROLS]
                 settings = tuned(controls, config, env, path, plan.tune, score, journal, weights)
                 own += [replace(e, name=f"{e.name} ({name})") for e in entries(controls, config, env, score=score, settings=settings)]

@@ -14,19 +14,20 @@ same information: the task's rows are in every root prompt.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ramet.agents.budget import Budget, fair_shares
-from ramet.agents.chat import ChatFormat, ControlTokenFormat
+from ramet.agents.chat import ControlTokenFormat
 from ramet.agents.context import ContextStore, clone_prompt
 from ramet.agents.growth import seed_of
-from ramet.agents.protocol import CloneResult, left_line, parse_call, render_call, render_results, tool_schema
+from ramet.agents.protocol import CloneResult, SpawnClone, left_line, parse_call, render_call, render_results, tool_schema
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Policy, PolicyWrapper, Sample, SampleRequest
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Message, Status, StopReason, Task, Tree
 from ramet.env.arithmetic import OBJECTIVE, statement
-from ramet.errors import ConfigError, PolicyError, RefusedRequest
+from ramet.errors import CallError, ConfigError, PolicyError, RefusedRequest
 
 
 def only_generated(budget: Budget) -> int:
@@ -105,19 +106,29 @@ async def side_by_side(runtime: Runtime, tasks: Sequence[Task], budgets: Sequenc
 async def tree(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
     """Let the model decide within the budget."""
     grown = checked(await runtime.run(task, budget, seed))
-    recall = support_recall(task, named_keys(grown, runtime.chat, ContextStore(task.documents)))
+    recall = support_recall(task, named_keys(grown, runtime, ContextStore(task.documents)))
     return outcome(grown.answer, grown.root.status.value, [grown], grown.usage.critical_path, grown.usage.clones, recall)
 
 
-def named_keys(tree: Tree, chat: ChatFormat, store: ContextStore) -> set[str]:
-    """The context keys that the calls of a tree name."""
+def named_keys(tree: Tree, runtime: Runtime, store: ContextStore) -> set[str]:
+    """The context keys that the calls of a tree name, whoever wrote them."""
     keys: set[str] = set()
     for branch in tree.branches:
+        role = runtime.roles.get(branch.role)
+        chat = (role and role.chat) or runtime.chat
         for turn in branch.turns:
             if turn.clones:
-                requests = parse_call(chat.parse(turn.sampled).calls[0]).requests(store)[0]
-                keys.update(key for request in requests for key in request.context_keys)
+                call = _spawn_of(chat.parse(turn.sampled or turn.appended[: turn.free]).calls)
+                keys.update(key for request in call.requests(store)[0] for key in request.context_keys)
     return keys
+
+
+def _spawn_of(calls: Sequence[str]) -> SpawnClone:
+    """The one of a turn's calls that has started clones; others may stand beside it."""
+    for text in calls:
+        with suppress(CallError):
+            return parse_call(text)
+    raise ValueError("no call of this turn starts clones")
 
 
 def support_recall(task: Task, keys: Collection[str]) -> float | None:

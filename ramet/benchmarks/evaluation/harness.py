@@ -7,7 +7,7 @@ stopped. Seeds are functions of the task, the method and the sweep's seed, never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import anyio
@@ -15,10 +15,10 @@ import anyio
 from ramet.agents import drain
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
+from ramet.agents.equipment import Equipment
 from ramet.agents.growth import seed_of
 from ramet.agents.journal import Journal
-from ramet.agents.prefixes import FreshCache, fresh_cache
-from ramet.agents.runtime import Runtime
+from ramet.agents.prefixes import fresh_cache
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
 from ramet.agents.tree import Task
@@ -33,6 +33,7 @@ class MethodEntry:
     """One method to measure: its name in the results, how it works, and how it samples.
 
     depth, width  limits of its trees; a width of None: the workload's
+    programmed    the program of the backend's equipment, if there is one, decides for the roots of its trees
     """
 
     name: str
@@ -40,6 +41,7 @@ class MethodEntry:
     sampling: Sampling
     depth: int | None
     width: int | None = None
+    programmed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +63,14 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What samples. `in_flight` tasks run at a time; for `attempts` and `always_show_budget` see `Runtime`."""
+    """What samples, with the equipment of its trees. `in_flight` tasks run at a time; for the other options see `Runtime`."""
 
     policy: Policy
     chat: ChatFormat
     in_flight: int = 64
     attempts: int = 4
     always_show_budget: bool = True
+    equipment: Equipment = field(default_factory=Equipment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +125,9 @@ async def measure(
     missing = iter(todo)
     if report is not None:
         report(len(wanted) - len(todo))
-    runtime = Runtime(
-        FreshCache(backend.policy), backend.chat, entry.sampling, attempts=backend.attempts, always_show_budget=backend.always_show_budget
+    equipment = backend.equipment if entry.programmed else replace(backend.equipment, program=None)
+    runtime = equipment.runtime(
+        backend.policy, backend.chat, entry.sampling, attempts=backend.attempts, always_show_budget=backend.always_show_budget
     )
     grading = anyio.CapacityLimiter(1)  # off the event loop, and one at a time: a reward may be a model
 

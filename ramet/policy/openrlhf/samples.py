@@ -69,7 +69,10 @@ class TreeSamples(SamplesGenerator):
                 load, places[group] = heapq.heappop(loads)
                 heapq.heappush(loads, (load + train.group_size, places[group]))
             engine = places[group]
-            rollout = Rollout(job, self.spec.model, self.spec.chat, train.temperature, self.spec.always_show_budget)
+            rollout = Rollout(
+                job, self.spec.model, self.spec.chat, train.temperature, self.spec.always_show_budget, self.spec.build_equipment,
+                self.spec.fingerprint,
+            )  # fmt: skip
             ref = self.vllm_engines[engine].generate_responses.remote(
                 prompt=rollout, label=None, sampling_params=None, max_length=0, hf_tokenizer=None, num_samples=1
             )

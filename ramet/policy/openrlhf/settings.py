@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ramet.agents.equipment import Equipment
 from ramet.agents.journal import fingerprint
 from ramet.errors import PartLost
 from ramet.policy.training.identity import identity
@@ -106,6 +107,7 @@ class RunSpec:
     fingerprint         differs between runs that must not resume each other
     always_show_budget  as in `ramet.agents.runtime.Runtime`
     build_problem       called with a function that counts the tokens of a text; returns the learning problem
+    build_equipment     called where trees grow; returns what they have beside the policy
     """
 
     train: TrainConfig
@@ -118,6 +120,7 @@ class RunSpec:
     fingerprint: str
     always_show_budget: bool
     build_problem: Callable[[Callable[[str], int]], LearningProblem]
+    build_equipment: Callable[[], Equipment] = Equipment
 
     def identified(self, problem: LearningProblem) -> RunSpec:
         """A copy whose fingerprint also covers the problem that was built: the code of its task sampler and reward function."""

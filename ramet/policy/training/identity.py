@@ -13,17 +13,26 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from pydantic import BaseModel
 
+from ramet.agents.equipment import Equipment
 from ramet.agents.journal import fingerprint
 
 
 def identity(function: Any) -> str:
     """A short hash of a function, a callable object or a value, the same in every process."""
     return fingerprint(_describe(function, frozenset()))
+
+
+def equipment_identity(equipment: Equipment) -> str:
+    """A short hash of tools and where they are held, of roles, of which the policy counts by its kind alone, and of the program."""
+    tools = [*equipment.tools, *(tool for role in equipment.roles.values() for tool in role.tools or ())]
+    roles = [(name, replace(role, tools=None)) for name, role in sorted(equipment.roles.items())]
+    return identity((equipment.tools_at, *tools, *roles, equipment.program))
 
 
 def _describe(value: Any, enclosing: frozenset[int]) -> Any:

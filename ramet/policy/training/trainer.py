@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,16 @@ import torch
 
 from ramet.agents import drain
 from ramet.agents.chat import ChatFormat
+from ramet.agents.equipment import Equipment
 from ramet.agents.journal import Journal, fingerprint
-from ramet.agents.prefixes import FreshCache
 from ramet.agents.resume import JournaledPolicy
-from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
 from ramet.errors import ConfigError, Drained, PolicyError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.models.lora import adapt
 from ramet.policy.models.masters import Masters
-from ramet.policy.training.identity import identity
+from ramet.policy.training.identity import equipment_identity, identity
 from ramet.policy.training.loss import SUMS
 from ramet.policy.training.rows import TrainingRow, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
@@ -67,12 +66,14 @@ class Learner:
     policy              samples from the model, whose weights are changed in place
     tokenizer           saved beside the weights of each checkpoint; its padding id pads batches
     always_show_budget  as in `ramet.agents.runtime.Runtime`
+    equipment           what trees have beside the policy: tools, roles, a program
     """
 
     policy: HFPolicy
     tokenizer: Any
     chat: ChatFormat
     always_show_budget: bool = True
+    equipment: Equipment = field(default_factory=Equipment)
 
 
 class Trainer:
@@ -80,7 +81,8 @@ class Trainer:
 
     A bfloat16 model samples and computes gradients in bfloat16; its optimiser steps and its checkpoints are float32, and so is the
     model itself after the last update. A checkpoint is resumed only by a trainer with the same seed, configuration and problem:
-    the code of the task sampler and of the reward function is compared (`identity`), and so is the problem's fingerprint.
+    the code of the task sampler, the reward function, the tools and the program is compared (`identity`), and so is the problem's
+    fingerprint.
     """
 
     def __init__(self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0):
@@ -89,6 +91,9 @@ class Trainer:
             "seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint, "tasks": identity(self.sample_tasks),
             "reward function": identity(self.reward_function),
         }  # fmt: skip
+        self._equipment = self._serving = learner.equipment
+        if self._equipment != Equipment():
+            self._identity["tools, roles or program"] = equipment_identity(self._equipment)
         self.policy, self.tokenizer, self.chat = learner.policy, learner.tokenizer, learner.chat
         self.model = self.policy.model.eval()
         self.config, self.seed, self.directory = config, seed, directory
@@ -132,7 +137,7 @@ class Trainer:
         When a stop is requested (`ramet.agents.drain`), the update is finished, a checkpoint saved, and `Drained` raised.
         """
         with self.log:
-            async with self.policy:
+            async with self.policy, self._equipment.serving() as self._serving:
                 self.policy.refresh(self.start)
                 for update in range(self.start, self.config.updates):
                     metrics = await self.update(update)
@@ -151,7 +156,7 @@ class Trainer:
 
     async def update_in_service(self, update: int) -> Metrics:
         """As `update`, for a policy that is not serving: it serves for this one update."""
-        async with self.policy:
+        async with self.policy, self._equipment.serving() as self._serving:
             return await self.update(update)
 
     def save(self, step: int) -> Path:
@@ -187,7 +192,8 @@ class Trainer:
         with Journal(finished if finished.exists() else draft, fingerprint(self._identity, update)) as journal:
             policy = JournaledPolicy(self.policy, journal)
             sampling = Sampling(temperature=self.config.temperature)
-            runtime = Runtime(FreshCache(policy), self.chat, sampling, always_show_budget=self._always_show_budget)
+            equipment = self._serving.journaled(journal)
+            runtime = equipment.runtime(policy, self.chat, sampling, always_show_budget=self._always_show_budget)
             trees = await grow_trees(runtime, jobs, 4 * self.config.max_batch)
         if draft.exists():
             draft.replace(finished)

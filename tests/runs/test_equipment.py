@@ -1,0 +1,224 @@
+"""A package of somebody else's, tools, a role and a program, through the commands: used, charged, journalled, part of what a run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ramet.cli.main import app
+from ramet.errors import ConfigError
+from ramet.policy.models.catalogue import BASE
+from ramet.runs.build import open_engine
+from ramet.runs.equipment import equipment_of, named_equipment
+from ramet.runs.settings import RunConfig, load
+
+PACKAGE = '''
+import os
+import signal
+
+import ramet
+
+
+@ramet.tool(cost=2)
+async def count(text: str) -> int:
+    """Count the rows of a text. It ends the process at the call whose number is in the environment."""
+    with open("calls", "a") as calls:
+        calls.write("+")
+    if os.path.getsize("calls") == int(os.environ.get("KILLED_AT_CALL", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return len(text.splitlines())
+
+
+def plain(a: int, b: int = 1) -> int:
+    """Add two numbers."""
+    return a + b
+
+
+async def half(branch):
+    await branch.call("count", text="one row")
+    keys = list(branch.task.documents)
+    await branch.spawn([{"objective": "sum", "context_keys": keys[: len(keys) // 2 or 1], "role": "adder"}], free=True)
+    await branch.finish()
+
+
+def not_async(branch):
+    pass
+
+
+async def of_two(branch, other):
+    pass
+
+
+class Holder:
+    pass
+
+
+number = 3
+
+
+def undocumented(x: int) -> int:
+    return x
+
+
+def count_again(text: str) -> int:
+    """Another of the same name."""
+
+
+count_again.__name__ = "count"
+'''
+SETTINGS = '''
+model = "nano"
+budgets = [40]
+tools = ["someones.package:count", "someones.package:plain", "read"]
+tools_at = "root"
+program = "someones.package:half"
+[roles.adder]
+model = "nano"
+description = "adds up"
+[budget]
+tool_calls = 20
+answer_reserve = 8
+depth = 1
+[env]
+kind = "rows"
+operands = [2, 5]
+ood_operands = [6, 6]
+[train]
+updates = 2
+tasks = 1
+minibatches = 1
+group_size = 2
+checkpoint_every = 1
+[eval]
+tasks = 2
+budgets = [40]
+ood_budgets = [40]
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with the package and the settings."""
+    (tmp_path / "someones").mkdir()
+    (tmp_path / "someones" / "__init__.py").touch()
+    (tmp_path / "someones" / "package.py").write_text(PACKAGE)
+    (tmp_path / "run.toml").write_text(SETTINGS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield tmp_path
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "someones"]:
+        del sys.modules[name]
+
+
+def ramet(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
+
+
+def test_training_is_killed_in_a_tool_resumed_and_ends_as_if_it_had_not_been(here: Path) -> None:
+    ramet("train", "--config", "run.toml", "--name", "whole")
+    made = len((here / "calls").read_text())
+    assert made == 2 * 2 + 2 * 2  # a call a tree: of two updates, and of both splits
+    (here / "calls").unlink()
+    command = [sys.executable, "-m", "ramet", "train", "--config", "run.toml", "--name", "cut"]
+    killed = subprocess.run(command, env={**os.environ, "KILLED_AT_CALL": "4"}, capture_output=True, timeout=120)
+    assert killed.returncode == -9, killed.stderr
+    assert len(curve(here / "runs" / "cut")) == 1
+    ramet("train", "--config", "run.toml", "--name", "cut")
+    assert curve(here / "runs" / "cut") == curve(here / "runs" / "whole")
+    metrics = curve(here / "runs" / "whole")
+    assert all(update["spawn_rate"] == 1 for update in metrics)
+
+
+def test_a_measurement_that_is_killed_calls_no_tool_twice_that_has_answered(here: Path) -> None:
+    words = ["eval", "--config", "run.toml", "--name", "e"]
+    killed = subprocess.run(
+        [sys.executable, "-m", "ramet", *words], env={**os.environ, "KILLED_AT_CALL": "4"}, capture_output=True, timeout=120
+    )
+    assert killed.returncode == -9, killed.stderr
+    ramet(*words)
+    assert len((here / "calls").read_text()) == 2 * 2 + 1  # the one that was killed is made again
+    (here / "someones" / "package.py").write_text(PACKAGE.replace("len(text.splitlines())", "7"))
+    with pytest.raises(Exception, match="belongs to another configuration or version"):
+        ramet(*words)
+
+
+def test_the_frontier_measures_the_program_beside_the_methods(here: Path) -> None:
+    texts = [["Hall", ["Hall was built by Ann."]], ["Ann", ["Ann lived in Ghent."]]]
+    row = {"question": "Where did the builder of Hall live?", "answer": "Ghent", "supporting_facts": [["Hall", 0], ["Ann", 0]]}
+    rows = [{"id": n, **row, "question": f"{n}? {row['question']}", "context": texts} for n in range(2)]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--config", "run.toml", "--set", "env={kind='hotpotqa', data='rows.jsonl'}", "--methods", "direct,delegate", "--limit", "2"]
+    ramet("frontier", "--policy", str(BASE), *words, "--name", "f", "--json", "f.json")
+    points = {r["method"]: r for r in json.loads((here / "f.json").read_text()) if r["record"] == "point" and r["metric"] == "em"}
+    assert set(points) == {"direct", "delegate", "program"} and points["program"]["spawn_rate"] == 1
+    assert points["program"]["recall"] == 0.5 and points["direct"]["spawn_rate"] == 0
+    assert len((here / "calls").read_text()) == 2  # a call each of the program's trees, and of no method's
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ('tools=["someones.package:plane"]', "tools: someones.package has no plane; did you mean plain?"),
+        ('tools=["search"]', "tools: 'search' is neither of the form package.module:function nor one of read, budget"),
+        ('tools=["someones.package:Holder"]', "tools: someones.package:Holder is neither a tool nor a function"),
+        ('tools=["someones.package:number"]', "tools: someones.package:number is neither a tool nor a function"),
+        ('tools=["someones.package:undocumented"]', "tools: tool undocumented has no docstring"),
+        ('tools=["someones.package:count", "someones.package:count_again"]', "tools: two tools are called count"),
+        ('tools=["nowhere_at_all:x"]', "tools: there is no module 'nowhere_at_all'"),
+        ('roles.adder.tools=["someones.package:half"]', "roles.adder.tools: tool half has no docstring"),
+        ("roles.adder.model=nowhere", "roles.adder.model: there is no model 'nowhere'"),
+        ("roles.adder.trainable=true", "roles.adder: only the run's own model is trained"),
+        ("roles.adder.backend=chat", "roles.adder: url and a backend that is a server"),
+        ("tools_at=nobody", "tools_at takes one of everywhere, clones, root"),
+        ("program=half", "program: 'half' is not"),
+        ("program=someones.package:not_async", "program: someones.package:not_async is not an async function"),
+        ("program=someones.package:Holder", "program: someones.package:Holder is not an async function"),
+        ("program=someones.package:of_two", "program: someones.package:of_two cannot be called with the branch alone"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_that_names_the_key_and_makes_no_folder(here: Path, setting: str, said: str) -> None:
+    for command in ("train", "eval"):
+        with pytest.raises(ConfigError) as caught:
+            ramet(command, "--config", "run.toml", "--set", setting)
+        assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert not (here / "runs").exists()
+
+
+def test_roles_with_one_model_share_one_engine_and_others_are_the_run_s_own(here: Path) -> None:
+    config = load(RunConfig, here / "run.toml", ["roles.second={model='nano'}", "roles.third={system='Be brief.'}"])
+    roles = equipment_of(config, open_engine).roles
+    assert roles["adder"].policy is roles["second"].policy is not None and not roles["adder"].trainable
+    assert roles["third"].policy is None and roles["third"].trainable and named_equipment(config).roles["adder"].policy is None
+
+
+def test_what_tells_runs_apart(here: Path) -> None:
+    def identity(*settings: str) -> Any:
+        return load(RunConfig, here / "run.toml", settings).identity()
+
+    before = identity()
+    assert before == identity() != identity("program=someones.package:plain")
+    assert identity("roles.adder={model='m', backend='chat', url='http://a/v1'}") == identity(
+        "roles.adder={model='m', backend='chat', url='http://b/v1'}"
+    )
+    (here / "someones" / "__init__.py").write_text("VERSION = 2")
+    assert before != identity()
+    plain = load(RunConfig, "nano").identity()
+    assert not {"tools", "tools_at", "program", "roles", "code", "weights"} & plain.keys()  # as before there were any
