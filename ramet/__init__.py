@@ -74,7 +74,10 @@ if TYPE_CHECKING:
     from ramet.policy.training.update import RewardFunction as RewardFunction
     from ramet.policy.training.update import TaskSampler as TaskSampler
     from ramet.policy.training.update import TrainConfig as TrainConfig
+    from ramet.tools.calculator import calculator as calculator
     from ramet.tools.mcp import mcp_tools as mcp_tools
+    from ramet.tools.python import python_tool as python_tool
+    from ramet.tools.search import search_tool as search_tool
 
 
 def _exported() -> dict[str, str]:

@@ -62,6 +62,6 @@ print(needed)
     done = without_extras(program)
     assert done.returncode == 0, done.stderr
     needed = eval(done.stdout)
-    assert needed.keys() <= {"HFPolicy", "Learner", "Trainer", "VLLMPolicy", "load_model", "mcp_tools"}
-    brought = {name: extra("mcp" if name == "mcp_tools" else "torch") for name in needed}
+    assert needed.keys() <= {"HFPolicy", "Learner", "Trainer", "VLLMPolicy", "load_model", "mcp_tools", "python_tool"}
+    brought = {name: extra({"mcp_tools": "mcp", "python_tool": "pydantic_monty"}.get(name, "torch")) for name in needed}
     assert all(brought[name] in line and name in line and "\n" not in line for name, line in needed.items())

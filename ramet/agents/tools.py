@@ -17,7 +17,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, overload
@@ -193,11 +193,11 @@ async def _result(tool: Tool, text: str, view: BranchView) -> ToolResult:
         given = {**given, tool.branch: view}
     try:
         value = await tool.call(**given)
-        if isinstance(value, ToolResult):
-            return replace(value, text=elide(value.text, tool.max_characters))
-        return ToolResult(ToolStatus.DONE, elide(as_text(value), tool.max_characters))
-    except Exception as error:  # a tool is anybody's code; what it raises is for the branch to read
-        return ToolResult(ToolStatus.FAILED, elide(f"{type(error).__name__}: {first_line(error)}", tool.max_characters))
+        result = value if isinstance(value, ToolResult) else ToolResult(ToolStatus.DONE, as_text(value))
+    except (Exception, SystemExit) as error:  # a tool is anybody's code; what it raises is for the branch to read
+        result = ToolResult(ToolStatus.FAILED, f"{type(error).__name__}: {first_line(error)}")
+    # Half a surrogate pair is no text that can be written to a file.
+    return replace(result, text=elide(result.text, tool.max_characters).encode(errors="replace").decode())
 
 
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
@@ -207,6 +207,8 @@ def as_text(value: Any) -> str:
     """A tool's value as the model reads it: text as it is, nothing as nothing, all else as JSON. Raises for what is no JSON."""
     if isinstance(value, str):
         return value
+    if isinstance(value, Iterator):
+        raise TypeError(f"a {type(value).__name__} is not a value, and may have no end; return a list")
     return "" if value is None else _ANYTHING.dump_json(value).decode()
 
 

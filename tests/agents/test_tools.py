@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
@@ -96,10 +97,14 @@ async def test_whatever_a_tool_does_is_its_result():
             raise ExceptionGroup("several", [ValueError("one"), ValueError("two")])
         if what == "hang":
             await anyio.sleep_forever()
+        if what == "exit":
+            raise SystemExit(3)
+        if what == "endless":
+            return itertools.count()
         if what == "timeout":
             raise TimeoutError("its own")
         own = ToolResult(ToolStatus.TIMED_OUT, "y" * 10**6)
-        return {"nothing": None, "object": object(), "own": own, "big": "x" * 10**6}[what]
+        return {"nothing": None, "object": object(), "own": own, "surrogate": "\ud800", "big": "x" * 10**6}[what]
 
     assert await run(odd, '{"what": "raise"}') == (ToolStatus.FAILED, "RuntimeError: broken")
     assert (await run(odd, '{"what": "group"}'))[0] is ToolStatus.FAILED
@@ -107,6 +112,9 @@ async def test_whatever_a_tool_does_is_its_result():
     assert await run(odd, '{"what": "hang"}', 0.01) == (ToolStatus.TIMED_OUT, "no result within 0.01 seconds")
     assert await run(odd, '{"what": "nothing"}') == (ToolStatus.DONE, "")
     assert (await run(odd, '{"what": "object"}'))[0] is ToolStatus.FAILED
+    for what in ("exit", "surrogate", "endless"):
+        status, text = await run(odd, json.dumps({"what": what}))
+        assert status is (ToolStatus.DONE if what == "surrogate" else ToolStatus.FAILED) and text.encode()
     status, text = await run(odd, '{"what": "own"}')
     assert status is ToolStatus.TIMED_OUT and text.startswith("yyy") and len(text) <= 100
     status, text = await run(odd, '{"what": "big"}')
