@@ -91,11 +91,11 @@ async def grow(setting: Setting, growth: Growth) -> None:
                 continue
         parsed = chat.parse(sample.ids)
         if final or sample.stop is StopReason.LENGTH:
-            answer, wrong = _stated(growth, parsed.text, finished=sample.stop is StopReason.END)
+            answer, wrong = stated_answer(growth, parsed.text, finished=sample.stop is StopReason.END)
             growth.end(Status.OUT_OF_BUDGET, answer, "; ".join(filter(None, [why, wrong])))
             return
         if not parsed.calls and not parsed.error:
-            answer, wrong = _stated(growth, parsed.text, finished=True)
+            answer, wrong = stated_answer(growth, parsed.text, finished=True)
             appended = _once_more(setting, growth, wrong, length) if wrong else None
             if appended is None:
                 growth.end(Status.EMPTY if answer is None else Status.ANSWERED, answer, wrong)
@@ -117,7 +117,7 @@ async def grow(setting: Setting, growth: Growth) -> None:
         length += growth.append(appended)
 
 
-def _stated(growth: Growth, text: str, finished: bool) -> tuple[str | None, str]:
+def stated_answer(growth: Growth, text: str, finished: bool) -> tuple[str | None, str]:
     """The answer that a turn states, and what is wrong with it if it has to be of a type. Sets the branch's value."""
     if growth.expects is None:
         return extract_answer(text, finished), ""

@@ -16,7 +16,7 @@ from ramet.agents import drain
 from ramet.agents.budget import Grant, Ledger
 from ramet.agents.events import TokensSampled, TurnSampled
 from ramet.agents.growth import Growth, Setting, seed_of
-from ramet.agents.sampling import Middleware, Partial, Sample, SampleFunction, SampleRequest
+from ramet.agents.sampling import Middleware, Partial, Policy, PolicyWrapper, Sample, SampleFunction, SampleRequest
 from ramet.agents.tree import StopReason, Turn
 from ramet.errors import Interrupted, PolicyError, RametError, TransientPolicyError, first_line
 
@@ -79,6 +79,40 @@ async def sample_turn(setting: Setting, growth: Growth, room: int, final: bool) 
     return sample
 
 
+class _Begun(PolicyWrapper):
+    """`policy`, whose sample begins with `ids`, which it did not choose: they are part of what it is granted, and none of what it reads."""
+
+    def __init__(self, policy: Policy, ids: Sequence[int]):
+        super().__init__(policy)
+        self._ids = tuple(ids)
+
+    async def sample(self, request: SampleRequest, partial: Partial) -> Sample:
+        """The ids and what the policy goes on with. What an attempt that fails generated is without them."""
+        ids = self._ids[: request.max_tokens]
+        zeros = (0.0,) * len(ids)
+        if len(ids) == request.max_tokens:
+            return Sample(ids, zeros, StopReason.LENGTH, prefilled=len(request.prompt), version=self.version)
+        inner = Partial()
+        try:
+            rest = replace(request, prompt=request.prompt + ids, max_tokens=request.max_tokens - len(ids))
+            sample = await self._policy.sample(rest, inner)
+        except PolicyError:
+            ids, zeros = (), ()
+            raise
+        finally:
+            partial.ids += [*ids, *inner.ids]
+            partial.logprobs += [*zeros, *inner.logprobs]
+            partial.prefilled, partial.cached = min(inner.prefilled, len(request.prompt)), inner.cached
+            partial.version, partial.updates = inner.version, [place + len(ids) for place in inner.updates]
+        return replace(
+            sample,
+            ids=ids + sample.ids,
+            logprobs=zeros + sample.logprobs,
+            prefilled=min(sample.prefilled, len(request.prompt)),
+            updates=tuple(place + len(ids) for place in sample.updates),
+        )
+
+
 class _Seen(list[int]):
     """Ids that tell whoever watches as they come."""
 
@@ -113,7 +147,7 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
     """One attempt at a sample. Its tokens are reserved first, and settled however it ends."""
     await setting.slots.acquire()
     try:
-        policy, partial, sample_from = setting.policy, _partial(setting, growth), _through(setting, request)
+        policy, partial, sample_from = setting.policy, _partial(setting, growth), _through(setting, growth, request)
         with growth.ledger.reserve(request.max_tokens, len(request.prompt)) as grant:
             try:
                 sample = await sample_from(request, partial)
@@ -137,9 +171,9 @@ async def _attempt(setting: Setting, growth: Growth, request: SampleRequest) -> 
         setting.slots.release()
 
 
-def _through(setting: Setting, request: SampleRequest) -> SampleFunction:
-    """What samples a request: the policy, behind the user's middleware."""
-    policy = setting.policy.sample
+def _through(setting: Setting, growth: Growth, request: SampleRequest) -> SampleFunction:
+    """What samples a request: the policy, which goes on with what a program has begun, behind the user's middleware."""
+    policy = _Begun(setting.policy, growth.begun).sample if growth.begun else setting.policy.sample
     if not setting.middleware:
         return policy
 
@@ -219,6 +253,8 @@ def _record(growth: Growth, sample: Sample) -> None:
             growth.discarded,
             growth.discarded_prefilled,
             updates=sample.updates,
+            written=min(len(growth.begun), len(sample.ids)),
         )
     )
+    growth.begun = ()
     growth.discarded = growth.discarded_prefilled = 0

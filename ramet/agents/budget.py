@@ -160,10 +160,10 @@ class Ledger:
                 least = left if least is None or left < least else least
         return None if least is None else max(least - (0 if final else self.budget.answer_reserve), 0)
 
-    def _less_reserve(self, currency: str) -> int | None:
-        """What can still be reserved without touching the answer reserve; None if unlimited."""
+    def _beyond(self, currency: str, keep: int | None) -> int | None:
+        """What can still be reserved if `keep` (None: the answer reserve) stays; None if unlimited."""
         left = self.left(currency)
-        return None if left is None else max(left - self.budget.answer_reserve, 0)
+        return None if left is None else max(left - (self.budget.answer_reserve if keep is None else keep), 0)
 
     def reserve(self, generated: int, prefilled: int) -> Grant:
         """Reserve the tokens of one sample. Raises `BudgetExhausted`, reserving nothing, if any currency has too little left."""
@@ -214,40 +214,23 @@ class Ledger:
         if limit is not None:
             self._limit[currency] = max(limit, self._spent[currency] + self._held[currency])
 
-    def can_fork(self) -> bool:
-        """Whether at least one generated token is left for a clone."""
-        return 0 not in (self._less_reserve("generated"), self._less_reserve("critical_path"))
+    def can_fork(self, keep: int | None = None) -> bool:
+        """Whether at least one generated token is left for a clone; `keep` as in `fork`."""
+        return 0 not in (self._beyond("generated", keep), self._beyond("critical_path", keep))
 
-    def fork(self, wants: Sequence[int | None], keep_prefilled: int = 0) -> Fork:
+    def fork(
+        self, wants: Sequence[int | None], keep_prefilled: int = 0, keep: int | None = None, answer_reserve: int | None = None
+    ) -> Fork:
         """Open one ledger per clone; `wants` holds the `max_tokens` of each, or None for a fair share.
 
-        The generated tokens that are left, without this branch's answer reserve, are shared by `fair_shares`. The other pooled
-        currencies are shared equally; of the prefilled tokens, the branch keeps `keep_prefilled` to go on with. Raises
-        `BudgetExhausted`, reserving nothing, if too few `clones` are left.
+        The generated tokens that are left, without the `keep` that stay with this branch (None: its answer reserve), are shared by
+        `fair_shares`. The other pooled currencies are shared equally; of the prefilled tokens, the branch keeps `keep_prefilled` to
+        go on with. `answer_reserve` is that of the clones, if it is not this branch's own. Raises `BudgetExhausted`, reserving
+        nothing, if too few `clones` are left.
         """
-        count = len(wants)
-        clones = self.left("clones")
-        if clones is not None and clones < count:
-            raise BudgetExhausted("clones", count, clones)
-        generated = fair_shares(self._less_reserve("generated"), wants)
-        path = self._less_reserve("critical_path")
-        prefilled = self.left("prefilled")
-        each = {
-            "prefilled": None if prefilled is None else max(prefilled - keep_prefilled, 0) // count,
-            "clones": None if clones is None else (clones - count) // count,
-            **{currency: None if (left := self.left(currency)) is None else left // count for currency in TOOLS},
-        }
-        limits: list[dict[str, int | None]] = [
-            {
-                "generated": share,
-                "critical_path": path if share is None else share if path is None else min(path, share),
-                "branch_generated": self.budget.branch_generated,
-                "turns": self.budget.turns,
-                **each,
-            }
-            for share in generated
-        ]
-        return Fork(self, limits)
+        fork = Fork(self)
+        fork.add(wants, keep_prefilled, keep, answer_reserve)
+        return fork
 
     def check(self) -> None:
         """Raise `LedgerError` if the invariant is broken in this ledger or in that of an open clone."""
@@ -340,20 +323,56 @@ class CallGrant(Grant):
 
 
 class Fork:
-    """The escrow of one spawn call, with one of `ledgers` per clone. Leaving its `with` block closes them all."""
+    """The escrow of clones that run side by side, with one of `ledgers` per clone. Leaving its `with` block closes them all.
 
-    __slots__ = ("_limits", "_parent", "_path", "_without_past", "ledgers")
+    Further ones may be opened (`add`) while earlier ones are open or closed: of all of them, the longest counts as `critical_path`.
+    """
 
-    def __init__(self, parent: Ledger, limits: list[dict[str, int | None]]):
-        held = {c: sum(limit[c] or 0 for limit in limits) for c in POOLED}
-        held["clones"] += len(limits)
-        held["critical_path"] = max(limit["critical_path"] or 0 for limit in limits)
-        parent._hold(held)
+    __slots__ = ("_longest", "_parent", "_path", "_path_held", "_without_past", "ledgers")
+
+    def __init__(self, parent: Ledger):
         self._parent = parent
-        self._limits = limits
-        self._path = self._without_past = 0
-        self.ledgers = [Ledger(parent.budget, limit, parent._moves) for limit in limits]
-        parent._children.update(dict.fromkeys(self.ledgers))
+        self._longest = self._path_held = self._path = self._without_past = 0
+        self.ledgers: list[Ledger] = []
+
+    def add(
+        self, wants: Sequence[int | None], keep_prefilled: int = 0, keep: int | None = None, answer_reserve: int | None = None
+    ) -> list[Ledger]:
+        """Open one more ledger for each of `wants`; see `Ledger.fork`."""
+        parent, count = self._parent, len(wants)
+        clones, prefilled, path = parent.left("clones"), parent.left("prefilled"), parent._beyond("critical_path", keep)
+        if clones is not None and clones < count:
+            raise BudgetExhausted("clones", count, clones)
+        path = None if path is None else path + self._longest  # what those before had, these may have beside them
+        each = {
+            "prefilled": None if prefilled is None else max(prefilled - keep_prefilled, 0) // count,
+            "clones": None if clones is None else (clones - count) // count,
+            **{currency: None if (left := parent.left(currency)) is None else left // count for currency in TOOLS},
+        }
+        limits: list[dict[str, int | None]] = [
+            {
+                "generated": share,
+                "critical_path": path if share is None else share if path is None else min(path, share),
+                "branch_generated": parent.budget.branch_generated,
+                "turns": parent.budget.turns,
+                **each,
+            }
+            for share in fair_shares(parent._beyond("generated", keep), wants)
+        ]
+        longest = max(self._longest, *(limit["critical_path"] or 0 for limit in limits))
+        held = {c: sum(limit[c] or 0 for limit in limits) for c in POOLED}
+        held["clones"] += count
+        held["critical_path"] = longest - self._longest
+        parent._hold(held)
+        self._path_held += longest - self._longest
+        self._longest = longest
+        budget = parent.budget
+        if answer_reserve is not None and answer_reserve != budget.answer_reserve:
+            budget = budget.model_copy(update={"answer_reserve": answer_reserve})
+        opened = [Ledger(budget, limit, parent._moves) for limit in limits]
+        self.ledgers += opened
+        parent._children.update(dict.fromkeys(opened))
+        return opened
 
     def close(self, ledger: Ledger) -> None:
         """Close one clone's ledger: what it spent becomes its parent's spending, and the rest is returned."""
@@ -368,15 +387,22 @@ class Fork:
         used = {currency: ledger._spent[currency] for currency in POOLED}
         held["clones"] += 1
         used["clones"] += 1
+        path, past = ledger._spent["critical_path"], self._path - self._without_past
+        used["critical_path"] = max(path - self._path, 0)
+        held["critical_path"] = min(used["critical_path"], self._path_held)
+        self._path_held -= held["critical_path"]
+        self._path += used["critical_path"]
+        self._without_past = max(self._without_past, path - ledger._past["critical_path"])
         parent._settle(held, used)
         for currency in POOLED:
             parent._past[currency] += ledger._past[currency]
             parent._raise(currency, ledger._past[currency])
             if ledger._limit[currency] != ledger._share[currency]:
                 parent._give_way(currency)
-        path = ledger._spent["critical_path"]
-        self._path = max(self._path, path)
-        self._without_past = max(self._without_past, path - ledger._past["critical_path"])
+        past = self._path - self._without_past - past
+        parent._past["critical_path"] += past
+        parent._raise("critical_path", past)
+        parent._give_way("critical_path")
 
     def __enter__(self) -> Self:
         return self
@@ -384,13 +410,8 @@ class Fork:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for ledger in self.ledgers:
             self.close(ledger)
-        longest = max(limit["critical_path"] or 0 for limit in self._limits)
-        parent, past = self._parent, self._path - self._without_past
-        parent._settle({"critical_path": longest}, {"critical_path": self._path})
-        parent._past["critical_path"] += past
-        parent._raise("critical_path", past)
-        if self._path > longest:
-            parent._give_way("critical_path")
+        self._parent._settle({"critical_path": self._path_held}, {})
+        self._path_held = 0
 
 
 def _sample(generated: int, prefilled: int, turns: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 
 from ramet.agents.attempts import ending
-from ramet.agents.budget import CallGrant
+from ramet.agents.budget import CallGrant, Fork
 from ramet.agents.calls import ParsedTurn
 from ramet.agents.context import clone_prompt
 from ramet.agents.events import CallEnded, CallMade
@@ -24,11 +24,29 @@ from ramet.agents.growth import Growth, Setting
 from ramet.agents.protocol import SPAWN, CloneResult, Objective, Reply, SpawnClone, ToolUse, parse_calls, render_replies
 from ramet.agents.tasks import task_group
 from ramet.agents.tools import BranchView, Tool, ToolRequest
-from ramet.agents.tree import Message, Status, ToolCall, ToolResult, ToolStatus
+from ramet.agents.tree import Branch, Message, Status, StopReason, ToolCall, ToolResult, ToolStatus, Turn
 from ramet.agents.typed import AnswerType
 from ramet.errors import BudgetExhausted, CallError, RametError, first_line
 
 RunBranch = Callable[[Setting, Growth], Coroutine[Any, Any, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How clones share what is left, where a program says so.
+
+    keep            generated tokens that stay with their parent; None: its answer reserve
+    answer_reserve  tokens of its share that each clone keeps for stating an answer; None: as the budget has it
+    """
+
+    keep: int | None = None
+    answer_reserve: int | None = None
+
+    def setting(self, setting: Setting) -> Setting:
+        """The setting of the clones."""
+        if self.answer_reserve is None:
+            return setting
+        return replace(setting, budget=setting.budget.model_copy(update={"answer_reserve": self.answer_reserve}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +69,9 @@ async def make_calls(setting: Setting, growth: Growth, parsed: ParsedTurn, run: 
     return await run_calls(setting, growth, calls, run)
 
 
-async def run_calls(setting: Setting, growth: Growth, calls: Sequence[SpawnClone | ToolUse | CallError], run: RunBranch) -> Replies:
+async def run_calls(
+    setting: Setting, growth: Growth, calls: Sequence[SpawnClone | ToolUse | CallError], run: RunBranch, shares: Shares = Shares()
+) -> Replies:
     """Make calls that have been read."""
     replies: dict[int, Reply] = {}
     unknown: list[str] = []
@@ -77,7 +97,7 @@ async def run_calls(setting: Setting, growth: Growth, calls: Sequence[SpawnClone
     async def spawned() -> None:
         if spawn is not None:
             number, requests = spawn
-            replies[number] = Reply(SPAWN, tuple(await spawn_clones(setting, growth, requests, run)))
+            replies[number] = Reply(SPAWN, tuple(await spawn_clones(setting, growth, requests, run, shares)))
 
     if not uses:
         await spawned()
@@ -171,7 +191,9 @@ async def _use(setting: Setting, growth: Growth, tool: Tool, number: int, use: T
     return result
 
 
-async def spawn_clones(setting: Setting, growth: Growth, requests: Sequence[Objective], run: RunBranch) -> list[CloneResult]:
+async def spawn_clones(
+    setting: Setting, growth: Growth, requests: Sequence[Objective], run: RunBranch, shares: Shares = Shares()
+) -> list[CloneResult]:
     """Run the clones of one call. Returns their results in call order."""
     allowed = len(requests)
     reason = ""
@@ -180,42 +202,71 @@ async def spawn_clones(setting: Setting, growth: Growth, requests: Sequence[Obje
     clones = growth.ledger.left("clones")
     if clones is not None and allowed > clones:
         allowed, reason = clones, "no clones left"
-    if allowed and not growth.ledger.can_fork():
+    if allowed and not growth.ledger.can_fork(shares.keep):
         allowed, reason = 0, "no tokens left for clones"
     results = [CloneResult(Status.REFUSED, reason=reason)] * len(requests)
     if not allowed:
         return results
     types = {id(request.expects): AnswerType(request.expects) for request in requests if request.expects is not None}
+    setting = shares.setting(setting)
     settings = {role: setting if role is None else setting.of(role) for role in {request.role for request in requests}}
+    plans = []
+    for request in requests[:allowed]:
+        own, media = settings[request.role], setting.store.media(request.context_keys)
+        messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
+        if own.clone_system:
+            messages.insert(0, Message("system", own.clone_system))
+        plans.append(ClonePlan(own, messages, request.objective, types.get(id(request.expects))))
     # Afterwards the parent reads its own context again, and results that may be just as long.
-    keep = 2 * len(growth.ids)
-    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]], keep) as fork:
-        first = sum(len(turn.clones) for turn in growth.turns)
-        now = anyio.current_time()
-        try:
-            for i, (request, ledger) in enumerate(zip(requests, fork.ledgers, strict=False)):
-                name = f"{growth.id}.{first + i}"
-                own = settings[request.role]
-                media = setting.store.media(request.context_keys)
-                expects = types.get(id(request.expects))
-                messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
-                if own.clone_system:
-                    messages.insert(0, Message("system", own.clone_system))
-                prompt = own.prompt(messages, ledger, name.count("."), expects)
-                growth.clones.append(own.growth(name, prompt, ledger, request.objective, now, media, expects))
-            async with task_group() as group:
-                for clone, request in zip(growth.clones, requests, strict=False):
-                    group.start_soon(run, settings[request.role], clone)
-        finally:
-            now = anyio.current_time()
-            frozen = tuple(clone.freeze(Status.CANCELLED, now) for clone in growth.clones)
-            growth.lost += sum(clone.lost for clone in growth.clones)
-            growth.fault = next((clone.fault for clone in reversed(growth.clones) if clone.fault), growth.fault)
-            growth.clones.clear()
-            growth.turns[-1] = replace(growth.turns[-1], clones=frozen)
+    prefilled = 2 * len(growth.ids)
+    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]], prefilled, shares.keep, shares.answer_reserve) as fork:
+        frozen = await run_clones(growth, fork, plans, run)
     for i, branch in enumerate(frozen):
         results[i] = CloneResult(branch.status, branch.answer, branch.reason, branch.value)
     return results
+
+
+@dataclass(frozen=True, slots=True)
+class ClonePlan:
+    """A clone that is about to start: its setting, what its prompt consists of, and what its parent asks of it."""
+
+    setting: Setting
+    messages: Sequence[Message]
+    objective: str = ""
+    expects: AnswerType | None = None
+
+
+async def run_clones(growth: Growth, fork: Fork, plans: Sequence[ClonePlan], run: RunBranch, called: bool = True) -> tuple[Branch, ...]:
+    """Run clones side by side on the newest ledgers of `fork`.
+
+    They become part of the branch's newest turn, which `called` for them, or of one of their own (`Turn.started`), however this ends.
+    """
+    ledgers = fork.ledgers[-len(plans) :]
+    first = sum(len(turn.clones) for turn in growth.turns)
+    now = anyio.current_time()
+    frozen: tuple[Branch, ...] = ()
+    try:
+        for i, (plan, ledger) in enumerate(zip(plans, ledgers, strict=True)):
+            name = f"{growth.id}.{first + i}"
+            media = tuple(segment for message in plan.messages for segment in message.media)
+            prompt = plan.setting.prompt(plan.messages, ledger, name.count("."), plan.expects)
+            growth.clones.append(plan.setting.growth(name, prompt, ledger, plan.objective, now, media, plan.expects))
+        async with task_group() as group:
+            for clone, plan in zip(growth.clones, plans, strict=True):
+                group.start_soon(run, plan.setting, clone)
+    finally:
+        now = anyio.current_time()
+        frozen = tuple(clone.freeze(Status.CANCELLED, now) for clone in growth.clones)
+        growth.lost += sum(clone.lost for clone in growth.clones)
+        growth.fault = next((clone.fault for clone in reversed(growth.clones) if clone.fault), growth.fault)
+        growth.clones.clear()
+        if frozen and not called:
+            growth.turns.append(Turn((), (), StopReason.END, clones=frozen))
+        else:
+            growth.turns[-1] = replace(growth.turns[-1], clones=(*growth.turns[-1].clones, *frozen))
+        for ledger in ledgers:
+            fork.close(ledger)
+    return frozen
 
 
 def reply_ids(setting: Setting, growth: Growth, answered: Replies, length: int) -> list[int] | None:

@@ -51,6 +51,8 @@ class Growth:
     expects: AnswerType | None = None
     """What it is to answer with, if that is not just text."""
     value: Any = None
+    begun: tuple[int, ...] = ()
+    """Ids with which a program has begun the next turn."""
     scope: anyio.CancelScope | None = None
     """The branch's own cancel scope, in trees that are watched: nothing else can cancel a single branch."""
 

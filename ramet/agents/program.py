@@ -8,29 +8,34 @@
 
 What a program writes in the model's place (a call, an answer) is a turn of the tree: charged as if it had been sampled, marked as
 `written`, never trained. With `free=True` it is context instead, costs what reading it costs, and is counted in `Turn.free`.
+What a program decides without writing it (to start `attempts`, to take one of them as its end) costs nothing by itself.
 Where the budget ends in the middle of a program, so does the program, and the branch is out of budget.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import anyio
 from pydantic import ValidationError
 
-from ramet.agents.actor import grow, run_branch
+from ramet.agents.actor import grow, run_branch, stated_answer
 from ramet.agents.attempts import room_left, sample_turn
+from ramet.agents.budget import Fork
 from ramet.agents.calls import ParsedTurn
-from ramet.agents.dispatch import Replies, make_calls, reply_ids, run_calls
+from ramet.agents.dispatch import ClonePlan, Replies, Shares, make_calls, reply_ids, run_calls, run_clones
 from ramet.agents.growth import Growth, Setting
 from ramet.agents.protocol import CloneResult, Objective, SpawnClone, ToolUse, explain, render_call
-from ramet.agents.tree import Branch, Status, StopReason, Task, ToolResult, Turn
+from ramet.agents.tree import Branch, Message, Status, StopReason, Task, ToolResult, Turn
 from ramet.errors import AnswerError, BudgetExhausted, CallError, ProgramError, RametError, first_line
 
 Program = Callable[["ProgramBranch"], Awaitable[Any]]
-"""What it returns, if it is not None and nothing has been answered, is the answer."""
+"""What it returns, if nothing has been answered, is the answer: a value, or the branch of a clone (`ProgramBranch.adopt`)."""
 
 
 class ProgramBranch:
@@ -39,6 +44,8 @@ class ProgramBranch:
     def __init__(self, setting: Setting, growth: Growth, task: Task):
         self.task = task
         self._setting, self._growth = setting, growth
+        self._busy = False
+        self._fork: Fork | None = None
 
     @property
     def id(self) -> str:
@@ -62,40 +69,117 @@ class ProgramBranch:
         room = room if max_tokens is None else min(room, max_tokens)
         if room <= 0:
             raise BudgetExhausted(limit, 1, 0)
-        sample = await sample_turn(self._setting, self._growth, room, final=False)
+        with self._alone():
+            sample = await sample_turn(self._setting, self._growth, room, final=False)
         return self._setting.chat.parse(sample.ids)
+
+    def begin(self, text: str, *, call: bool = False) -> None:
+        """Begin the model's next turn with `text`, or with `text` and the opening of a call, which the model then has to make.
+
+        It is charged as if the model had sampled it, and not trained.
+        """
+        self._opened()
+        turn = self._setting.chat.turn
+        silent = _common(turn(text), turn(text, "{}"))
+        ids = _common(turn(text, "[]"), turn(text, "{}")) if call else silent
+        if call and len(ids) <= len(silent):
+            raise ProgramError("in this chat format nothing opens a call; write a whole one with spawn(...) or call(...)")
+        self._growth.begun = tuple(ids)
 
     async def make(self, turn: ParsedTurn) -> None:
         """Make the calls of a turn that `sample` gave, and tell the model what they gave."""
         if not turn.calls and not turn.error:
-            raise ProgramError("this turn makes no call; answer it with tell(...), or end with answer(...)")
-        self._reply(await make_calls(self._setting, self._growth, turn, run_branch))
+            raise ProgramError("this turn makes no call; answer it with tell(...), or end with accept() or answer(...)")
+        if self._unanswered() is None:
+            raise ProgramError("this turn has been answered already")
+        self._outside()
+        with self._alone():
+            self._reply(await make_calls(self._setting, self._growth, turn, run_branch))
 
-    async def finish(self) -> str | None:
-        """Let the model go on from here as if there were no program, to its end; its answer."""
+    async def finish(self, *, spawn: bool = True) -> str | None:
+        """Let the model go on from here as if there were no program, to its end, without clones unless it may `spawn`; its answer."""
         self._opened()
-        await grow(self._setting, self._growth)
+        setting = self._setting
+        if not spawn:
+            setting = replace(setting, budget=setting.budget.model_copy(update={"depth": self._growth.depth}))
+        with self._alone():
+            await grow(setting, self._growth)
         return self._growth.answer
 
     async def spawn(
-        self, objectives: Sequence[str | Objective | Mapping[str, Any]], context_keys: Sequence[str] = (), *, free: bool = False
+        self,
+        objectives: Sequence[str | Objective | Mapping[str, Any]],
+        context_keys: Sequence[str] = (),
+        *,
+        text: str = "",
+        keep: int | None = None,
+        answer_reserve: int | None = None,
+        free: bool = False,
     ) -> list[CloneResult]:
         """Start clones as the model does (`ramet.agents.protocol`) and wait for them; their results in order.
 
-        The call and the results become part of the branch's context. Raises `ProgramError` for what is no call.
+        The call and the results become part of the branch's context. `text` stands before the call. Clones share what is left, but for
+        the `keep` generated tokens that stay with this branch, and each keeps `answer_reserve` of its share for its answer; None: both
+        as the budget has it. Raises `ProgramError` for what is no call.
         """
         try:
             call = SpawnClone.model_validate({"objectives": list(objectives), "context_keys": list(context_keys)})
             call.requests(self._setting.store)
         except (ValidationError, CallError) as error:
             raise ProgramError(f"this cannot be spawned: {explain(error) if isinstance(error, ValidationError) else error}") from error
-        if not self._setting.may_spawn(self._growth.depth):
-            raise ProgramError("the budget allows no clones here: see its depth, clones and width")
+        self._may_spawn()
         written = [item if isinstance(item, str) else item.model_dump(exclude_unset=True) for item in call.objectives]
-        self._write("", render_call(written, context_keys), free)
-        replies = await run_calls(self._setting, self._growth, [call], run_branch)
-        self._reply(replies)
+        self._write(text, render_call(written, context_keys), free)
+        with self._alone():
+            replies = await run_calls(self._setting, self._growth, [call], run_branch, Shares(keep, answer_reserve))
+            self._reply(replies)
         return list(replies.replies[0].results)
+
+    async def attempts(
+        self,
+        prompts: int | Sequence[str | Sequence[Message]] = 1,
+        *,
+        keep: int | None = None,
+        answer_reserve: int | None = None,
+        role: str | None = None,
+    ) -> list[Branch]:
+        """Start contexts that know nothing of this one, side by side, and wait for them; how they ended, in order.
+
+        prompts               what each reads: a text, or messages; or a number of contexts that read the task as this branch does
+        keep, answer_reserve  as for `spawn`; role  as in a call
+
+        Nothing becomes part of this branch's context. They are its clones in every account, one level below it.
+        """
+        self._may_spawn()
+        if role is not None and role not in self._setting.roles:
+            raise ProgramError(f"no role {role!r}; there are {', '.join(self._setting.roles) or 'none'}")
+        shares = Shares(keep, answer_reserve)
+        setting = shares.setting(self._setting if role is None else self._setting.of(role))
+        if isinstance(prompts, int):
+            plans = [ClonePlan(setting, self.task.messages, expects=self._growth.expects)] * prompts
+        else:
+            plans = [ClonePlan(setting, [Message("user", prompt)] if isinstance(prompt, str) else prompt) for prompt in prompts]
+        if not plans or not all(plan.messages for plan in plans):
+            raise ProgramError("attempts(...) takes a number from 1 up, or prompts with at least a message each")
+        with self._alone(), nullcontext(self._fork) if self._fork is not None else Fork(self._growth.ledger) as fork:
+            another = bool(fork.ledgers)
+            fork.add([None] * len(plans), 0, keep, answer_reserve)
+            return list(await run_clones(self._growth, fork, plans, run_branch, called=another))
+
+    @contextmanager
+    def side_by_side(self) -> Iterator[None]:
+        """In this block, `attempts` that are started one after another count as if they ran side by side.
+
+        For attempts of which none depends on another's result: of all of them, the longest counts as `critical_path`.
+        """
+        self._ready()
+        if self._fork is not None:
+            raise ProgramError("side_by_side() holds for all of its block already")
+        try:
+            with Fork(self._growth.ledger) as self._fork:
+                yield
+        finally:
+            self._fork = None
 
     async def call(self, tool: str, /, *, free: bool = False, **arguments: Any) -> ToolResult:
         """Call a tool as the model does; its result, which becomes part of the branch's context."""
@@ -104,33 +188,94 @@ class ProgramBranch:
             raise ProgramError(f"this branch holds no tool {tool!r}; it holds {', '.join(held) or 'none'}")
         use = ToolUse(tool, json.dumps(arguments, ensure_ascii=False))
         self._write("", f'{{"name":{json.dumps(tool)},"arguments":{use.arguments}}}', free)
-        self._reply(await run_calls(self._setting, self._growth, [use], run_branch))
+        with self._alone():
+            self._reply(await run_calls(self._setting, self._growth, [use], run_branch))
         return self._growth.turns[-1].calls[-1].result
 
     def tell(self, text: str) -> None:
         """Answer a sampled turn with a message of your own, as a tool's result is given."""
-        turns = self._growth.turns
-        if not turns or turns[-1].appended:
-            raise ProgramError("there is no sampled turn to answer: tell(...) comes after sample()")
-        self._growth.append(self._setting.chat.after_turn(text, closed=turns[-1].stop is StopReason.END))
+        self._growth.append(self._setting.chat.after_turn(text, closed=self._sampled("tell(...)").stop is StopReason.END))
+
+    def accept(self) -> str | None:
+        """End the branch with what the turn that was sampled last answers; that answer."""
+        turn = self._sampled("accept()")
+        text = self._setting.chat.parse(turn.sampled).text
+        answer, wrong = stated_answer(self._growth, text, finished=turn.stop is StopReason.END)
+        if turn.stop is not StopReason.END:
+            self._growth.end(Status.OUT_OF_BUDGET, answer, f"a turn of {len(turn.sampled)} tokens was cut")
+        else:
+            self._growth.end(Status.EMPTY if answer is None else Status.ANSWERED, answer, wrong)
+        return answer
+
+    def adopt(self, clone: Branch) -> None:
+        """End the branch as a clone has ended: with its status, its answer, its reason. Nothing is written or charged."""
+        self._ready()
+        answer, value = clone.answer, clone.value
+        if answer is not None and value is None:
+            answer, value = self._of_type(answer)
+        self._growth.value = value
+        self._growth.end(clone.status, answer, clone.reason)
 
     def answer(self, answer: Any, *, free: bool = False) -> None:
         """End the branch with this answer: text, or a value of the task's type. Raises `ProgramError` if it does not fit that type."""
-        text, value = str(answer), None
-        if self._growth.expects is not None:
-            try:
-                value, text = self._growth.expects.check(answer)
-            except AnswerError as error:
-                raise ProgramError(str(error)) from error
+        text, value = self._of_type(answer)
         self._write(f"Answer: {text}", None, free)
         self._growth.value = value
         self._growth.end(Status.ANSWERED, text)
 
-    def _opened(self) -> None:
+    def _of_type(self, answer: Any) -> tuple[str, Any]:
+        """An answer as text, and as a value of the type that the task asks for, if it does."""
+        if self._growth.expects is None:
+            return str(answer), None
+        try:
+            value, text = self._growth.expects.check(answer)
+        except AnswerError as error:
+            raise ProgramError(str(error)) from error
+        return text, value
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While the branch does one thing, it does no other."""
+        self._ready()
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _ready(self) -> None:
+        if self._busy:
+            raise ProgramError("a branch does one thing at a time: await the last one first; attempts(...) and spawn(...) start several")
         if self._growth.status is not None:
             raise ProgramError("this branch has answered already")
-        if self._growth.turns and not self._growth.turns[-1].appended:
-            raise ProgramError("the turn that was sampled last is not answered: make(turn) its calls, or tell(...) first")
+
+    def _opened(self) -> None:
+        self._ready()
+        self._outside()
+        if self._unanswered() is not None:
+            raise ProgramError("the turn that was sampled last is not answered: make(turn) its calls, tell(...) or accept() first")
+
+    def _outside(self) -> None:
+        if self._fork is not None:
+            raise ProgramError("only attempts(...) run in a block of side_by_side()")
+
+    def _unanswered(self) -> Turn | None:
+        """The turn that was sampled last, if nothing has been said after it."""
+        for turn in reversed(self._growth.turns):
+            if turn.appended or turn.sampled:
+                return None if turn.appended else turn
+        return None
+
+    def _sampled(self, what: str) -> Turn:
+        self._ready()
+        turn = self._unanswered()
+        if turn is None:
+            raise ProgramError(f"there is no sampled turn to answer: {what} comes after sample()")
+        return turn
+
+    def _may_spawn(self) -> None:
+        if not self._setting.may_spawn(self._growth.depth):
+            raise ProgramError("the budget allows no clones here: see its depth, clones and width")
 
     def _write(self, text: str, call: str | None, free: bool) -> None:
         """A turn in the model's place."""
@@ -142,13 +287,18 @@ class ProgramBranch:
         with self._growth.ledger.reserve(len(ids), 0) as grant:
             grant.settle(len(ids), 0)
         zeros = (0.0,) * len(ids)
-        self._growth.turns.append(Turn(ids, zeros, StopReason.END, version=self._setting.policy.version, written=True))
+        self._growth.turns.append(Turn(ids, zeros, StopReason.END, version=self._setting.policy.version, written=len(ids)))
 
     def _reply(self, replies: Replies) -> None:
         ids = reply_ids(self._setting, self._growth, replies, len(self._growth.ids))
         if ids is None:
             raise BudgetExhausted("context", 1, 0)
         self._growth.append(ids)
+
+
+def _common(ids: Sequence[int], others: Sequence[int]) -> list[int]:
+    """What two sequences begin with."""
+    return [a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False))]
 
 
 def steer(program: Program, setting: Setting, growth: Growth, task: Task) -> Callable[[], Awaitable[None]]:
@@ -163,7 +313,9 @@ def steer(program: Program, setting: Setting, growth: Growth, task: Task) -> Cal
         except Exception as error:
             raise ProgramError(f"the program of task {task.id} raised {type(error).__name__}: {first_line(error)}") from error
         if growth.status is None:
-            if value is not None:
+            if isinstance(value, Branch):
+                branch.adopt(value)
+            elif value is not None:
                 branch.answer(value)
             else:
                 growth.end(Status.EMPTY)

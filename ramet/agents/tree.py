@@ -195,7 +195,7 @@ class Turn:
     discarded            tokens that failed attempts generated before this sample; charged, not trained on
     discarded_prefilled  prompt tokens that failed attempts computed; charged
     calls      calls of tools that this turn made, in call order
-    written    a program wrote `sampled`: it is charged as if it had been sampled, and never trained
+    written    ids at the beginning of `sampled`, or all, that a program wrote: charged as if they had been sampled, never trained
     free       ids at the beginning of `appended` that a program wrote in the model's place, charged only as context
     """
 
@@ -211,12 +211,17 @@ class Turn:
     clones: tuple[Branch, ...] = ()
     updates: tuple[int, ...] = ()
     calls: tuple[ToolCall, ...] = ()
-    written: bool = False
+    written: int = 0
     free: int = 0
 
     def __post_init__(self) -> None:
         if len(self.sampled) != len(self.logprobs):
             raise ValueError(f"{len(self.sampled)} sampled ids but {len(self.logprobs)} log-probabilities")
+
+    @property
+    def started(self) -> bool:
+        """Whether its clones are attempts that a program started: there is no turn, sampled or written, that called for them."""
+        return bool(self.clones) and not self.sampled and not self.free
 
     @property
     def versions(self) -> list[int]:
@@ -266,7 +271,7 @@ class Branch:
         """For each of `ids`, whether the model sampled it."""
         mask = [False] * len(self.prompt)
         for turn in self.turns:
-            mask += [not turn.written] * len(turn.sampled)
+            mask += [False] * turn.written + [True] * (len(turn.sampled) - turn.written)
             mask += [False] * len(turn.appended)
         return mask
 

@@ -58,13 +58,17 @@ def grow(data: st.DataObject, root: Ledger, ledger: Ledger, depth: int, log: dic
             root.check()
             paths = [0]
             with contextlib.suppress(Crash), fork:
-                for child in fork.ledgers:
+                for child in fork.ledgers:  # further ones are appended on the way
                     log["clones"] += 1
                     child_path = _surviving(data, root, child, depth - 1, log)
                     paths.append(child_path)
                     if data.draw(st.booleans()):
                         fork.close(child)
                     root.check()
+                    if data.draw(st.integers(0, 3)) == 0:
+                        with contextlib.suppress(BudgetExhausted):
+                            fork.add([data.draw(st.none() | st.integers(1, 30))], keep=data.draw(st.none() | st.integers(0, 9)))
+                        root.check()
                 if data.draw(st.booleans()):
                     raise Crash
             path += max(paths)
@@ -105,6 +109,22 @@ def test_siblings_cannot_both_spend_the_same_remainder():
             first.reserve(6, 0)
         with pytest.raises(BudgetExhausted):
             ledger.reserve(1, 0)
+
+
+def test_clones_that_start_one_after_another_in_one_fork_spend_the_path_of_the_longest():
+    ledger = Ledger.for_root(Budget(generated=30, critical_path=10, answer_reserve=4))
+    with Fork(ledger) as fork:
+        for tokens in (5, 10, 3):
+            (child,) = fork.add([None], keep=0)
+            assert child.sampleable(final=True) == min(10, ledger.budget.generated - ledger.total("generated"))
+            with child.reserve(tokens, 0) as grant:
+                grant.settle(tokens, 0)
+            fork.close(child)
+            ledger.check()
+        assert ledger.spent("critical_path") == 10 and ledger.left("critical_path") == 0
+    assert (ledger.spent("generated"), ledger.spent("critical_path"), ledger.spent("clones")) == (18, 10, 3)
+    with ledger.fork([None], answer_reserve=1) as fork:
+        assert fork.ledgers[0].left("generated") == 12 - 4 and fork.ledgers[0].sampleable() == 0
 
 
 def test_what_a_clone_spent_is_not_lost_when_it_crashes():

@@ -124,8 +124,11 @@ class Account:
         clones = [clone for _, clones in self.forks for clone in clones]
         closed = [account.expected() for is_open, account in clones if not is_open]
         waiting = [account.limit for is_open, account in clones if is_open]
-        path = sum(max(account.expected()["critical_path"][0] for _, account in made) for is_open, made in self.forks if not is_open)
-        longest = sum(max(account.limit["critical_path"] or 0 for _, account in made) for is_open, made in self.forks if is_open)
+        path = longest = 0
+        for is_open, made in self.forks:  # of those that are closed, the longest is spent; what a longer one may still take is held
+            done = max((account.expected()["critical_path"][0] for alive, account in made if not alive), default=0)
+            path += done
+            longest += max(account.limit["critical_path"] or 0 for _, account in made) - done if is_open else 0
         return {
             "generated": (own + sum(c["generated"][0] for c in closed), held + sum(w["generated"] or 0 for w in waiting)),
             "prefilled": (

@@ -9,15 +9,18 @@ import anyio
 import pytest
 
 from ramet.agents.budget import Budget
+from ramet.agents.calls import ParsedTurn
 from ramet.agents.events import BranchEnded, BranchStarted, CallEnded, CallMade, TokensSampled, TreeEnded, TurnSampled
-from ramet.agents.growth import Role
+from ramet.agents.growth import Growth, Role
 from ramet.agents.program import Program, ProgramBranch
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import SampleRequest
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
+from ramet.agents.tasks import task_group
 from ramet.agents.tools import tool
-from ramet.agents.tree import Message, Status, Task, ToolStatus, Tree
-from ramet.errors import ConfigError, PolicyError, ProgramError
+from ramet.agents.tree import Branch, Message, Status, Task, ToolStatus, Tree
+from ramet.benchmarks.faults.invariants import check_growth
+from ramet.errors import ConfigError, PolicyError, ProgramError, TransientPolicyError
 
 pytestmark = pytest.mark.anyio
 PLAIN = PlainFormat()
@@ -144,6 +147,35 @@ async def test_what_a_program_does_wrong_is_its_error():
     async def telling(branch: ProgramBranch) -> None:
         branch.tell("x")
 
+    async def accepting(branch: ProgramBranch) -> None:
+        branch.accept()
+
+    async def none_at_all(branch: ProgramBranch) -> None:
+        await branch.attempts(0)
+
+    async def wordless(branch: ProgramBranch) -> None:
+        await branch.attempts([[]])
+
+    async def as_nobody(branch: ProgramBranch) -> None:
+        await branch.attempts(role="judge")
+
+    async def two_at_once(branch: ProgramBranch) -> None:
+        async with task_group() as group:
+            group.start_soon(branch.attempts)
+            group.start_soon(branch.attempts)
+
+    async def sampling_beside(branch: ProgramBranch) -> None:
+        with branch.side_by_side():
+            await branch.sample()
+
+    async def beside_beside(branch: ProgramBranch) -> None:
+        with branch.side_by_side(), branch.side_by_side():
+            pass
+
+    async def makes_twice(branch: ProgramBranch) -> None:
+        turn = ParsedTurn("", ('{"name":"spawn_clone","arguments":{"objectives":["a"]}}',))
+        await branch.make(turn)
+
     cases = {
         raises: "KeyError",
         unknown: "holds no tool 'nope'",
@@ -151,12 +183,146 @@ async def test_what_a_program_does_wrong_is_its_error():
         nobody: "no document",
         twice_answered: "already",
         telling: "comes after sample",
+        accepting: "comes after sample",
+        none_at_all: "a number from 1 up",
+        wordless: "at least a message",
+        as_nobody: "no role 'judge'; there are none",
+        two_at_once: "one thing at a time",
+        sampling_beside: "only attempts",
+        beside_beside: "already",
+        makes_twice: "answered already",
     }
     for program, said in cases.items():
         with pytest.raises(ProgramError, match=said):
             await run(program)
-    with pytest.raises(ProgramError, match="allows no clones"):
-        await run(map_reduce, Budget(depth=0))
+    for program in (map_reduce, none_at_all):
+        with pytest.raises(ProgramError, match="allows no clones"):
+            await run(program, Budget(depth=0))
+
+
+async def test_attempts_know_nothing_of_the_branch_and_count_as_its_clones():
+    prompts: list[str] = []
+
+    def said(context: str) -> str:
+        prompts.append(context)
+        return f"Answer: {'x' * len(prompts)}\0"
+
+    async def longest(branch: ProgramBranch) -> Branch:
+        tried = await branch.attempts(3, keep=0)
+        assert branch.left["generated"] == 90 - sum(clone.generated for clone in tried)
+        tried += await branch.attempts(["another prompt"], keep=0)
+        return max(tried, key=lambda clone: len(clone.answer or ""))
+
+    tree = await run(longest, Budget(generated=90, answer_reserve=2), ScriptedPolicy(said))
+    assert sorted(prompts) == sorted(PLAIN.text(clone.prompt) for clone in tree.root.clones)
+    assert all("spawn_clone" not in p for p in prompts)
+    assert [("root" in p, "another prompt" in p) for p in prompts] == [(True, False)] * 3 + [(False, True)]
+    assert all("[left 28 tokens]" in p for p in prompts[:3])  # a third each, less its reserve
+    assert (tree.answer, tree.root.status) == ("xxxx", Status.ANSWERED)
+    assert tree.root.ids == [*tree.root.prompt] and tree.root.generated == 0  # a free choice, of which nothing is written
+    each = [clone.generated for clone in tree.root.clones]
+    assert (tree.usage.generated, tree.usage.critical_path, tree.usage.clones) == (sum(each), max(each[:3]) + each[3], 4)
+
+
+async def test_attempts_one_after_another_that_do_not_wait_for_each_other_cost_the_longest_path():
+    answers = iter(["Answer: 1\0", "Answer: 22222\0", "Answer: 3\0"])
+    roots: list[Growth] = []
+
+    class Checked(ScriptedPolicy):
+        async def sample(self, request, partial):
+            check_growth(roots[-1], {})
+            try:
+                return await super().sample(request, partial)
+            finally:
+                check_growth(roots[-1], {})
+
+    async def until_spent(branch: ProgramBranch) -> Branch:
+        with branch.side_by_side():
+            while branch.left["generated"] > 3:
+                await branch.attempts(keep=0)
+        return branch.clones[1]
+
+    policy = Checked(lambda c: next(answers))
+    tree = await run(until_spent, Budget(generated=36, critical_path=30, clones=9), policy, watch=roots.append)
+    each = [clone.generated for clone in tree.root.clones]
+    assert (tree.answer, each) == ("22222", [10, 14, 10]) and len(tree.root.turns) == 1
+    assert (tree.usage.generated, tree.usage.critical_path) == (34, 14)
+    assert roots[0].ledger.spent("critical_path") == 14 and roots[0].ledger.spent("generated") == 34
+    check_growth(roots[0], {})
+
+
+@pytest.mark.parametrize("room", [None, 7])
+async def test_a_turn_that_a_program_begins_is_the_models_from_there(room):
+    async def delegates(branch: ProgramBranch) -> None:
+        branch.begin("so", call=True)
+        await branch.finish()
+
+    rest = '{"name":"spawn_clone","arguments":{"objectives":["a","b"]}}</tool_call>\0'
+    policy = ScriptedPolicy(lambda c: model(c) if "<" in c.replace("<tool_call>", "") or not c[1:].startswith("root") else rest)
+    tree = await run(delegates, Budget(generated=room), policy)
+    first = tree.root.turns[0]
+    if room is not None:  # what is begun is charged, and cut where the budget is
+        assert (first.written, len(first.sampled), tree.usage.generated) == (room, room, room) and not policy.requests
+        return
+    assert PLAIN.text(first.sampled).startswith('so<tool_call>{"name"') and first.written == len("so<tool_call>") and len(first.clones) == 2
+    assert tree.answer == "0" and tree.usage.generated == sum(branch.generated for branch in tree.branches)
+    assert sum(tree.root.mask) == tree.root.generated - first.written and not any(tree.root.mask[: len(tree.root.prompt) + first.written])
+    assert not policy.requests[0].prompt[len(tree.root.prompt) + first.written :]
+
+
+async def test_what_is_begun_is_begun_again_after_a_failure_and_charged_once():
+    async def says(branch: ProgramBranch) -> None:
+        branch.begin("Answer: ")
+        await branch.finish()
+
+    busy = lambda request, attempt: Fault(1, error=TransientPolicyError("busy", 0.0)) if attempt == 0 else None  # noqa: E731
+    policy = ScriptedPolicy(lambda c: "7\0", faults=busy)
+    tree = await run(says, policy=policy)
+    turn = tree.root.turns[0]
+    assert (tree.answer, turn.written, turn.discarded, tree.usage.generated) == ("7", 8, 1, 11)
+
+
+async def test_a_critic_sends_drafts_back_until_it_has_nothing_to_say():
+    drafts = iter(["Answer: 5\0", "Answer: 6\0"])
+
+    def said(context: str) -> str:
+        return f"Answer: {'good' if '6' in context else 'no, one more'}\0" if context[1:].startswith("judge") else next(drafts)
+
+    async def critic(branch: ProgramBranch) -> None:
+        for _ in range(4):
+            draft = await branch.sample(20)
+            (verdict,) = await branch.attempts([f"judge {draft.text}"])
+            if verdict.answer == "good":
+                branch.accept()
+                return
+            branch.tell(str(verdict.answer))
+
+    tree = await run(critic, policy=ScriptedPolicy(said))
+    assert (tree.answer, tree.root.status, tree.usage.clones) == ("6", Status.ANSWERED, 2)
+    assert "5" in PLAIN.text(tree.root.ids) and "<no, one more>" in PLAIN.text(tree.root.ids)
+    trained = [i for i, sampled in zip(tree.root.ids, tree.root.mask, strict=True) if sampled]
+    assert PLAIN.text(trained) == "Answer: 5$Answer: 6$"
+
+
+async def test_a_program_says_what_it_keeps_and_what_clones_keep():
+    limits: dict[str, int] = {}
+
+    class Noting(ScriptedPolicy):
+        async def sample(self, request, partial):
+            limits[request.branch] = request.max_tokens
+            return await super().sample(request, partial)
+
+    async def program(branch: ProgramBranch) -> None:
+        await branch.spawn([{"objective": "count", "each": ["*"], "per_clone": 3}], text="two parts", free=True, keep=40, answer_reserve=5)
+        await branch.finish(spawn=False)
+
+    tree = await run(program, Budget(generated=240, answer_reserve=10), Noting(model))
+    assert limits["0.0"] == limits["0.1"] == 100 - 5 and limits["0"] == 240 - sum(c.generated for c in tree.root.clones) - 10
+    assert PLAIN.text(tree.root.turns[0].appended).startswith("two parts<tool_call>") and tree.answer == "5"
+    call = '<tool_call>{"name":"spawn_clone","arguments":{"objectives":["a"]}}</tool_call>\0'
+    again = ScriptedPolicy(lambda c: call if c[1:].startswith("root") and c.count("<tool_call>") < 2 else "Answer: 1\0")
+    tree = await run(program, Budget(generated=900), again)
+    assert tree.usage.clones == 2 and "is not available here" in PLAIN.text(tree.root.ids)
 
 
 async def test_a_role_has_its_own_policy_words_and_tools_and_its_tokens_are_not_trained():

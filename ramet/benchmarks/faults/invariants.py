@@ -64,7 +64,7 @@ def _check_branch(growth: Growth) -> None:
         "branch_generated": own,
         "tool_calls": _calls(turns) + sum(_calls(branch.turns) for branch in below),
         "tool_milliseconds": _milliseconds(turns) + sum(_milliseconds(branch.turns) for branch in below),
-        "turns": sum(turn.stop is not StopReason.FAILED for turn in turns),
+        "turns": sum(_counts(turn) for turn in turns),
     }
     for currency in CURRENCIES:
         has, held, limit = ledger.spent(currency), ledger.reserved(currency), ledger.limit(currency)
@@ -77,6 +77,11 @@ def _check_branch(growth: Growth) -> None:
     for name, amount in shares.items():
         if ledger.limit(name) is not None:
             require(ledger.reserved(name) >= amount, f"{growth.id}: {ledger.reserved(name)} {name} reserved for shares of {amount}")
+
+
+def _counts(turn: Turn) -> bool:
+    """Is it one of the `turns` of a budget? What a program writes for free, or starts without a call, is none."""
+    return turn.stop is not StopReason.FAILED and not turn.free and not turn.started
 
 
 def _calls(turns: Sequence[Turn]) -> int:
@@ -104,7 +109,7 @@ def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: boo
         require(usage.seconds <= budget.seconds + 1e-6, f"{usage.seconds} seconds of {budget.seconds}")
     context = min(filter(None, (budget.context, policy.context)), default=None)
     for branch in tree.branches:
-        own = [turn for turn in branch.turns if turn.stop is not StopReason.FAILED]
+        own = [turn for turn in branch.turns if _counts(turn)]
         require(budget.depth is None or branch.depth <= budget.depth, f"{branch.id} is too deep")
         require(budget.turns is None or len(own) <= budget.turns, f"{branch.id} has {len(own)} turns")
         most = budget.branch_generated
@@ -115,9 +120,10 @@ def check_tree(tree: Tree, budget: Budget, policy: ScriptedPolicy, punctual: boo
             f"{branch.id}: {branch.status} with an answer",
         )
         for number, turn in enumerate(branch.turns):
-            require(budget.width is None or len(turn.clones) <= budget.width, f"{branch.id} started {len(turn.clones)} at once")
+            within = budget.width is None or turn.started or len(turn.clones) <= budget.width
+            require(within, f"{branch.id} started {len(turn.clones)} at once")
             made = policy.emitted.get((f"{tree.task_id}/{tree.seed}", seed_of(tree.seed, branch.id, number)), [])
-            has = len(turn.sampled) + turn.discarded
+            has = len(turn.sampled) - turn.written + turn.discarded
             require(sum(made) == has or (resumed and sum(made) < has), f"{branch.id} turn {number}: {made} emitted, {has} recorded")
             _check_results(branch, turn)
     require(usage.generated == sum(b.generated for b in tree.branches), "usage is not the sum of the branches")

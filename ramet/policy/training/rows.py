@@ -48,7 +48,7 @@ def rows_of(tree: Tree, advantages: Sequence[float], weight: float) -> list[Trai
     return [
         TrainingRow(b.ids, b.mask, b.logprobs, advantage, weight, b.versions, b.media)
         for b, advantage in zip(branches, advantages, strict=True)
-        if b.trainable and any(turn.sampled and not turn.written for turn in b.turns)
+        if b.trainable and any(len(turn.sampled) > turn.written for turn in b.turns)
     ]
 
 
