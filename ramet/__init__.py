@@ -67,11 +67,11 @@ if TYPE_CHECKING:
     from ramet.policy.engines.vllm import VLLMPolicy as VLLMPolicy
     from ramet.policy.models.load import load_model as load_model
     from ramet.policy.models.tokenizer import load_tokenizer as load_tokenizer
+    from ramet.policy.training.reward import Reward as Reward
+    from ramet.policy.training.reward import RewardFunction as RewardFunction
     from ramet.policy.training.trainer import Learner as Learner
     from ramet.policy.training.trainer import Trainer as Trainer
     from ramet.policy.training.update import LearningProblem as LearningProblem
-    from ramet.policy.training.update import Reward as Reward
-    from ramet.policy.training.update import RewardFunction as RewardFunction
     from ramet.policy.training.update import TaskSampler as TaskSampler
     from ramet.policy.training.update import TrainConfig as TrainConfig
     from ramet.tools.calculator import calculator as calculator

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import zlib
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
@@ -42,7 +44,7 @@ class LongVideoEnvironment(Questions):
     seconds  length of a segment
     show     what the root sees: the index only, or the segments too
     metric   the default metric of `grade`: exact match of the stated answer ("em"), or the reward model's probability ("reward")
-    reward   the probability in [0, 1] of an answer to a question about a video; None without a reward model. It is shown the part of the
+    judge    the probability in [0, 1] of an answer to a question about a video; None without a reward model. It is shown the part of the
              video that the row names as its evidence, or else the whole video
     videos   folder of the videos; None: the folder of the file with the rows
 
@@ -52,12 +54,12 @@ class LongVideoEnvironment(Questions):
     seconds: float = 10.0
     show: Literal["index", "video"] = "index"
     metric: Literal["em", "reward"] = "em"
-    reward: Callable[[VideoAnswer], float] | None = None
+    judge: Callable[[VideoAnswer], float] | None = None
     videos: Path | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.metric == "reward" and self.reward is None:
+        if self.metric == "reward" and self.judge is None:
             raise ConfigError("env.metric is \"reward\" but env.reward_model is not set: name a reward model")
 
     def question(self, row: Row, split: str, where: str) -> str:
@@ -98,7 +100,7 @@ class LongVideoEnvironment(Questions):
     @property
     def metrics(self) -> tuple[str, ...]:
         """The default metric first; "reward" only with a reward model."""
-        both = ("em", "reward") if self.reward is not None else ("em",)
+        both = ("em", "reward") if self.judge is not None else ("em",)
         return both if self.metric == "em" else both[::-1]
 
     def grade(self, task: Task, answer: str | None, metric: str | None = None) -> float:
@@ -110,8 +112,8 @@ class LongVideoEnvironment(Questions):
             return float(question.right(f"Answer: {answer}"))
         from ramet.rewards.video.discriminative import VideoAnswer
 
-        assert self.reward is not None
-        return self.reward(VideoAnswer(question.shown, question.question, f"Answer: {answer}"))
+        assert self.judge is not None
+        return self.judge(VideoAnswer(question.shown, question.question, f"Answer: {answer}"))
 
     def canonical(self, answer: str) -> str:
         """The answer in lower case with single spaces."""
@@ -144,6 +146,7 @@ class LongVideoSettings(DataSettings):
     reward_patience: Annotated[float, Field(ge=0)] = 300.0
     """Seconds to wait for a reward server that cannot be reached."""
 
+    waits: ClassVar[bool] = True
     paths: ClassVar[tuple[str, ...]] = ("data", "train", "ood", "videos", "reward_model")
 
     def files(self) -> dict[str, str]:
@@ -226,13 +229,21 @@ def reward_of(model: str, videos: Path | None, token: str, video: VideoSettings,
 
         reward = VideoGRM.load(Path(model), saved_settings(Path(model)) or GRMSettings(video))
     cache: dict[tuple[VideoAnswer, tuple[str, ...]], float] = {}
+    lock = threading.Lock()
+    # A server takes several requests at a time; a model in this process, one.
+    turn: AbstractContextManager[object] = nullcontext() if model.startswith(("http://", "https://")) else threading.Lock()
 
     def probability(item: VideoAnswer) -> float:
         key = (item, tuple(content_id(Path(part.file)) for part in segments_of(item.video)))
-        if key not in cache:
-            while len(cache) >= SCORES:
-                del cache[next(iter(cache))]
-            cache[key] = reward.probabilities([item])[0]
-        return cache[key]
+        with lock:
+            score = cache.get(key)
+        if score is None:
+            with turn:
+                score = reward.probabilities([item])[0]
+            with lock:
+                cache[key] = score
+                while len(cache) > SCORES:
+                    del cache[next(iter(cache))]
+        return score
 
     return probability

@@ -35,6 +35,8 @@ class EnvSettings(Section):
     """Whether questions are in words, so that each method has to add an instruction on how to answer."""
     multihop: ClassVar[bool] = False
     """Whether tasks have documents."""
+    waits: ClassVar[bool] = False
+    """Whether grading may wait for a server or for a large model, within limits of its own."""
     paths: ClassVar[tuple[str, ...]] = ()
     """Options that may name a file or a folder."""
 

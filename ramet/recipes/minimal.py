@@ -36,8 +36,9 @@ from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from ramet.policy.training.advantages import ScoredTree, rloo
 from ramet.policy.training.loss import policy_loss
+from ramet.policy.training.reward import Reward
 from ramet.policy.training.rows import batches, rows_of, token_logprobs
-from ramet.policy.training.update import Group, Reward, Targets, group_trees, grow_trees, tree_jobs
+from ramet.policy.training.update import Group, Targets, group_trees, grow_trees, tree_jobs
 from ramet.rewards.penalty import Prices
 
 ENVIRONMENT = RowsEnvironment(operands=(6, 24))

@@ -5,8 +5,10 @@ What needs torch is imported where it is made: a server is measured without it.
 
 from __future__ import annotations
 
+import inspect
+import math
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.growth import seed_of
 from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
+from ramet.env.grading import reward_function
 from ramet.env.instructions import instructed
 from ramet.env.questions import Questions
 from ramet.env.settings import words
@@ -23,8 +26,9 @@ from ramet.errors import ConfigError, require
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import FREE
+from ramet.policy.training.reward import Reward, RewardConfig, to_reward
 from ramet.policy.training.runlog import RunLog
-from ramet.policy.training.update import LearningProblem, Reward
+from ramet.policy.training.update import LearningProblem
 from ramet.runs.equipment import equipment_of
 from ramet.runs.settings import RunConfig, ServerConfig
 
@@ -126,7 +130,9 @@ def token_count(tokenizer: Any) -> Callable[[str], int]:
 
 
 def score_name(config: RunConfig) -> str:
-    """What the score of a tree is called in tables and pictures: accuracy, or what else the environment grades by."""
+    """What the score of a tree is called in tables and pictures: accuracy, or what else it is graded by."""
+    if config.reward.function:
+        return "score"
     metric = getattr(config.env, "metric", "em")
     return {"em": "accuracy", "reward": "reward model's score"}.get(metric, metric)
 
@@ -139,30 +145,44 @@ def engine_id(config: RunConfig, model: str | Path) -> str:
 def learning_problem(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> LearningProblem:
     """The configured tasks and reward of a training run, for any trainer. `count` returns the tokens of a text."""
     env = config.env.build(count)
-    depth = config.budget.depth if spawn else 0
+    # The two functions refer to what their results depend on, and to nothing else: all of that is compared when a run is resumed.
+    seed, tasks_each, budgets = config.seed, config.train.tasks, config.budgets
+    instruction = config.env.instruction(spawn) if config.env.language else ""
+    budget = config.budget if spawn else config.budget.model_copy(update={"depth": 0})
 
     def sample_tasks(update: int) -> list[tuple[Task, Budget]]:
-        rng = random.Random(f"budgets/{config.seed}/{update}")
+        rng = random.Random(f"budgets/{seed}/{update}")
         if isinstance(env, Questions):
-            tasks = env.training(update * config.train.tasks, config.train.tasks, config.seed)
+            tasks = env.training(update * tasks_each, tasks_each, seed)
         else:
-            tasks = env.tasks("train", config.train.tasks, seed_of(config.seed, "tasks", update))
-        if config.env.language:
-            tasks = [instructed(task, config.env.instruction(spawn)) for task in tasks]
-        return [
-            (
-                task,
-                config.budget.model_copy(update={"depth": depth, **({"generated": rng.choice(config.budgets)} if config.budgets else {})}),
-            )
-            for task in tasks
-        ]
+            tasks = env.tasks("train", tasks_each, seed_of(seed, "tasks", update))
+        if instruction:
+            tasks = [instructed(task, instruction) for task in tasks]
+        return [(task, budget.model_copy(update={"generated": rng.choice(budgets)}) if budgets else budget) for task in tasks]
 
-    def reward_function(task: Task, tree: Tree) -> Reward:
-        score = env.grade(task, tree.answer)
-        penalties = config.penalty.penalties(tree)
-        return Reward(score, penalties, config.penalty.reward(tree, score, penalties))
+    grade, weights, prices = reward_function(env, config.reward.function), config.reward.weights, config.penalty
 
-    return LearningProblem(sample_tasks, reward_function)
+    def priced(value: Any, task: Task, tree: Tree) -> Reward:
+        given = to_reward(value, task, weights)
+        penalties = prices.penalties(tree)
+        earned = prices.reward(tree, given.reward, penalties)
+        for name, penalty in given.penalties.items():
+            penalties[name] = penalties.get(name, 0.0) + penalty
+        return Reward(given.score, penalties, earned, given.parts)
+
+    async def priced_later(value: Awaitable[Any], task: Task, tree: Tree) -> Reward:
+        return priced(await value, task, tree)
+
+    def reward_of(task: Task, tree: Tree) -> Reward | Awaitable[Reward]:
+        value = grade(task, tree)
+        return priced_later(value, task, tree) if inspect.isawaitable(value) else priced(value, task, tree)
+
+    return LearningProblem(sample_tasks, reward_of, rewarding=rewarding(config))
+
+
+def rewarding(config: RunConfig) -> RewardConfig:
+    """How trees are rewarded: without a time limit where grading waits for a server, within limits of its own."""
+    return config.reward.model_copy(update={"timeout": math.inf}) if config.env.waits and not config.reward.function else config.reward
 
 
 def run_fingerprint(config: RunConfig, spawn: bool) -> str:

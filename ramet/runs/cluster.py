@@ -146,11 +146,11 @@ def _whole(model: str) -> str:
 
 
 def _claim(directory: Path, config: RunConfig) -> None:
-    """As `claim_folder`; a run may go on at another address, and with other numbers of restarts and judges."""
+    """As `claim_folder`; a run may go on at another address, and with another number of restarts."""
     path = directory / "config.toml"
     if path.exists():
         before = held(path)
-        if before.model_copy(update={"openrlhf": _placed(before, config)}) == config:
+        if before.model_copy(update={"openrlhf": _placed(before, config)}).identity() == config.identity():
             write(config, path)
     claim_folder(directory, config)
 

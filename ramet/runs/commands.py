@@ -19,13 +19,15 @@ from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, 
 from ramet.display import progress
 from ramet.display.plots import LABELS
 from ramet.env.environment import Environment
+from ramet.env.grading import reward_function
 from ramet.env.questions import Questions
 from ramet.env.splits import TUNING
 from ramet.errors import ConfigError, PolicyError
 from ramet.policy.models.catalogue import CATALOGUE, cache, resolve, weights_id
 from ramet.policy.models.checkpoint import TRAINER, checkpoint_path
+from ramet.policy.training.reward import Judge
 from ramet.policy.training.update import nothing_sampled_message
-from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, score_name
+from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, rewarding, score_name
 from ramet.runs.equipment import equipment_of, named_equipment
 from ramet.runs.settings import RunConfig, dumps, held, load, write
 from ramet.storage import LOCK, lock, meta, read_text, write_json
@@ -97,7 +99,12 @@ def workload_of(config: RunConfig, env: Environment, split: str) -> Workload:
     """The workload of a run on a split."""
     seed = config.eval.seed + config.seed
     tasks = env.tasks(split, config.eval.tasks, seed)
-    return Workload(split, tasks, budgets_of(config, split), config.budget, seed, config.eval.repeats)
+    return Workload(split, tasks, budgets_of(config, split), config.budget, seed, config.eval.repeats, judge_of(config, env))
+
+
+def judge_of(config: RunConfig, env: Environment) -> Judge:
+    """What scores the trees of an environment."""
+    return Judge(reward_function(env, config.reward.function), rewarding(config))
 
 
 def budgets_of(config: RunConfig, split: str) -> tuple[int, ...]:

@@ -8,7 +8,12 @@ from typing import Any
 from ramet.errors import ConfigError
 
 KEYS: dict[str, str] = {
-    "reward": "penalty",
+    "reward.preset": "penalty.preset",
+    "reward.generated": "penalty.generated",
+    "reward.critical_path": "penalty.critical_path",
+    "reward.prefilled": "penalty.prefilled",
+    "reward.clones": "penalty.clones",
+    "reward.failure": "penalty.failure",
     "train.kl": "train.kl_coef",
     "train.decay": "train.lr_decay",
     "train.gradient_clip": "train.max_grad_norm",
@@ -23,7 +28,8 @@ KEYS: dict[str, str] = {
     "openrlhf.memory_share": "openrlhf.gpu_memory_utilization",
     "openrlhf.recompute": "openrlhf.gradient_checkpointing",
     "openrlhf.attention": "openrlhf.attn_implementation",
-    "openrlhf.judges": "openrlhf.reward_concurrency",
+    "openrlhf.judges": "reward.concurrency",
+    "openrlhf.reward_concurrency": "reward.concurrency",
 }
 """Old name of a key or a section -> its name now."""
 VALUES: dict[tuple[str, str], str] = {

@@ -27,6 +27,7 @@ from ramet.errors import ConfigError
 from ramet.imports import provenance
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import ClusterConfig
+from ramet.policy.training.reward import RewardConfig
 from ramet.policy.training.update import TrainConfig
 from ramet.rewards.penalty import Prices
 from ramet.runs.presets import preset_names, read_settings, source_name
@@ -168,6 +169,7 @@ class RunConfig(Section):
     """Limits on generated tokens; each training task draws its `budget.generated` from these, where there are any."""
     penalty: Prices = Prices()
     train: TrainConfig = TrainConfig()
+    reward: RewardConfig = RewardConfig()
     openrlhf: ClusterConfig = ClusterConfig()
     tell_budget: Literal["all", "holders"] = "all"
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
@@ -200,14 +202,15 @@ class RunConfig(Section):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What tells runs apart: all settings but where servers are, and how many requests and how long they are waited for.
+        """What tells runs apart: all settings but where servers are, and how many calls there are at a time and how long they may take.
 
-        Of tools, programs and roles, where there are any, their code and weights too: a run with a tool that has changed is another.
+        Of rewards, tools, programs and roles, where there are any, their code and weights too: a run with a tool that has changed is
+        another.
         """
-        free: dict[str, Any] = {"url": True, "server": {"concurrency", "timeout", "startup_timeout"}}
+        free: dict[str, Any] = {"url": True, "server": {"concurrency", "timeout", "startup_timeout"}, "reward": {"concurrency", "timeout"}}
         free["roles"] = {name: {"url"} for name in self.roles}
         settings = self.model_dump(mode="json", exclude=free)
-        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program]
+        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program, self.reward.function]
         if code := [provenance(path) for path in named if ":" in path]:
             settings["code"] = code
         if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend != "chat"}:
@@ -215,7 +218,7 @@ class RunConfig(Section):
         return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 
 
-_LATER: dict[str, Any] = {"tools": [], "tools_at": "everywhere", "program": "", "roles": {}}
+_LATER: dict[str, Any] = {"tools": [], "tools_at": "everywhere", "program": "", "roles": {}, "reward": {"function": "", "weights": {}}}
 """Settings that runs of before did not have: at these values they are the same runs."""
 
 

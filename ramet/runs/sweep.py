@@ -182,7 +182,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     write_page(directory / "report.html", f"{policy} on {config.env.kind}", records)
     write_text(directory / "results.csv", table(records))
     write_text(directory / "results.tex", latex(records))
-    first = env.metrics[0]
+    first = metrics_of(config, env)[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first], score_name(config))
     _say(records, first)
     files = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex")
@@ -237,6 +237,11 @@ def preference(path: Path) -> methods.SampleScore:
     return lambda task, tree, text: model.score(task.messages[-1].content, text)
 
 
+def metrics_of(config: RunConfig, env: Environment) -> tuple[str, ...]:
+    """By what outcomes are graded, first what gave them their scores."""
+    return ("score", *env.metrics) if config.reward.function else env.metrics
+
+
 def results(
     measured: Sequence[Measured],
     config: RunConfig,
@@ -246,12 +251,12 @@ def results(
     models: Mapping[str, str],
     model: str,
 ) -> list[dict[str, Any]]:
-    """All records, for every metric of the environment: answers are kept, so each is graded by each."""
+    """All records, for every metric: that of the scores, and the environment's others, since answers are kept."""
     seed = config.eval.seed + config.seed
     tasks = {task.id: task for split in env.splits for task in env.tasks(split, config.eval.tasks, seed)}
     records: list[dict[str, Any]] = []
-    for metric in env.metrics:
-        graded = [replace(m, score=env.grade(tasks[m.task], m.outcome.answer, metric)) for m in measured]
+    for number, metric in enumerate(metrics_of(config, env)):
+        graded = [replace(m, score=env.grade(tasks[m.task], m.outcome.answer, metric)) for m in measured] if number else measured
         groups = grouped(graded)
         of_metric: list[dict[str, Any]] = []
         for group in groups.values():

@@ -18,7 +18,7 @@ from ramet.benchmarks.evaluation.baselines import Cut
 from ramet.benchmarks.evaluation.harness import MethodEntry, Workload
 from ramet.env.environment import Environment
 from ramet.env.splits import TUNING
-from ramet.runs.commands import budgets_of, run_workloads
+from ramet.runs.commands import budgets_of, judge_of, run_workloads
 from ramet.runs.settings import RunConfig
 
 ROWS = (1, 2, 3)
@@ -83,7 +83,8 @@ def tune(config: RunConfig, model: Path, weights: str, split: str, cut: bool, jo
     label = f"tuning baselines of {weights}"
 
     def workload(env: Environment, tasks: int, at: Sequence[int]) -> Workload:
-        return Workload(TUNING[split], env.tasks(TUNING[split], tasks, seed % 2**32), at, config.budget, seed)
+        chosen = env.tasks(TUNING[split], tasks, seed % 2**32)
+        return Workload(TUNING[split], chosen, at, config.budget, seed, judge=judge_of(config, env))
 
     def temperature() -> float:
         def candidates(env: Environment) -> Candidates[float]:

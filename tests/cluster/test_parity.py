@@ -30,10 +30,11 @@ from ramet.policy.openrlhf.actors import TreePolicy
 from ramet.policy.openrlhf.experience import deal, evaluate, targets_of
 from ramet.policy.openrlhf.flags import flags
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
+from ramet.policy.training.reward import Reward
 from ramet.policy.training.rows import TrainingRow
 from ramet.policy.training.runlog import StoredTree
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import Group, LearningProblem, Reward, TrainConfig, compute_advantages, minibatches
+from ramet.policy.training.update import Group, LearningProblem, TrainConfig, compute_advantages, minibatches
 
 TRAIN = TrainConfig(tasks=4, group_size=4, minibatches=1, kl_coef=0.1, temperature=0.7, batch_tokens=700, estimator="grpo")
 

@@ -77,7 +77,7 @@ def test_rewards(folder: Path) -> None:
         return 0.25
 
     source = {"iid": str(folder / "questions.jsonl")}
-    env = LongVideoEnvironment(source, seconds=1.0, metric="reward", reward=reward)
+    env = LongVideoEnvironment(source, seconds=1.0, metric="reward", judge=reward)
     task = env.tasks("iid", 1, 0)[0]
     right = task.reference.answer
     assert env.metrics == ("reward", "em")

@@ -18,7 +18,8 @@ import pytest
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, price
 from ramet.errors import ConfigError
 from ramet.policy.training.advantages import REPAIRS, SPREAD_FLOOR, ScoredTree, branch_mean, gated, grpo, ratio, rloo, selfcest
-from ramet.policy.training.update import Reward, TrainConfig, compute_advantages
+from ramet.policy.training.reward import Reward
+from ramet.policy.training.update import TrainConfig, compute_advantages
 
 STATES = {"root": 3, "clone0": 2, "clone1": 2, **{f"end{a}{b}": 2 for a in (0, 1) for b in (0, 1)}}
 

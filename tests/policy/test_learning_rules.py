@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
@@ -20,9 +21,10 @@ from ramet.benchmarks.evaluation.harness import Backend, MethodEntry, Workload, 
 from ramet.env.arithmetic import RowsEnvironment, parse_sum, spell
 from ramet.env.splits import part_of
 from ramet.policy.engines.hf import HFPolicy
+from ramet.policy.training.reward import Reward, compute_reward
 from ramet.policy.training.rows import token_logprobs
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import LearningProblem, Reward, TrainConfig, compute_advantages, compute_reward, minibatches
+from ramet.policy.training.update import LearningProblem, TrainConfig, compute_advantages, minibatches
 from ramet.runs.build import learning_problem
 from ramet.runs.settings import RunConfig, load
 
@@ -144,8 +146,8 @@ def test_the_divergence_is_from_the_weights_that_training_began_with(random_mode
     grown: list = []
     rollout = made.rollout
 
-    async def keeping(update: int) -> list:
-        grown.extend(await rollout(update))
+    async def keeping(*arguments: Any) -> list:
+        grown.extend(await rollout(*arguments))
         return grown
 
     made.rollout = keeping

@@ -25,8 +25,9 @@ from ramet.policy.models.checkpoint import latest_checkpoint
 from ramet.policy.models.load import load_model, without_dropout
 from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
+from ramet.policy.training.reward import Reward, RewardFunction
 from ramet.policy.training.trainer import Learner, Trainer, run_trainer
-from ramet.policy.training.update import LearningProblem, Reward, RewardFunction, TrainConfig, learning_rate
+from ramet.policy.training.update import LearningProblem, TrainConfig, learning_rate
 from ramet.rewards.penalty import Prices, saturating, scored, selfcest_penalties
 
 CONFIG = TrainConfig(updates=4, tasks=3, group_size=4, minibatches=2, checkpoint_every=2, learning_rate=1e-3)
@@ -149,15 +150,20 @@ def test_training_moves_the_policy_towards_reward(random_model, nano_tokenizer, 
     [
         (Reward(1.0, {}, math.nan), "the reward of task .* is nan, which is not a finite number"),
         (Reward(math.inf, {}, 1.0), "the score of task .* is inf"),
-        (Reward(1.0, {"words": -math.inf}, 1.0), "the words of task .* is -inf"),
-        (Reward(1.0, {}, "0.5"), "the reward of task .* is '0.5'"),
+        (Reward(1.0, {"words": -math.inf}, 1.0), "the penalty words of the reward of task .* is -inf"),
+        (Reward(1.0, {}, "0.5"), "the reward of task .* is the text '0.5', not a number"),
         (Reward(1.0, {}, None), "the reward of task .* is None"),
-        (0.5, "the reward of task .* is a float, not a Reward"),
+        (None, "the reward of task .* is None, not a number, a dict of named numbers or a Reward"),
+        ("0.5", "the reward of task .* is the text '0.5', not a number, a dict"),
+        ({"right": 1.0, "brief": math.nan}, "the part brief of the reward of task .* is nan"),
+        ({}, "the reward of task .* has no parts"),
+        (10**400, "the reward of task .* is inf"),
+        ([1.0], "the reward of task .* is of type list"),
     ],
 )
 def test_a_reward_that_is_no_number_is_not_blamed_on_the_learning_rate(random_model, nano_tokenizer, tmp_path, verdict, said):
     made = trainer(random_model, nano_tokenizer, tmp_path, judge_=lambda task, tree: verdict)
-    with pytest.raises(RewardError, match=f"{said}.*fix the reward function"):
+    with pytest.raises(RewardError, match=f"{said}.*fix"):
         anyio.run(made.update_in_service, 0)
 
 

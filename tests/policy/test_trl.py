@@ -16,9 +16,10 @@ from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
+from ramet.policy.training.reward import Reward
 from ramet.policy.training.trainer import Learner, Trainer
 from ramet.policy.training.trl import TreeRollouts
-from ramet.policy.training.update import LearningProblem, Reward, TrainConfig, compute_advantages, minibatches
+from ramet.policy.training.update import LearningProblem, TrainConfig, compute_advantages, minibatches
 
 trl: Any = pytest.importorskip("trl", reason="TRL is not installed: pip install 'ramet[reward]'")
 

@@ -19,8 +19,9 @@ from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.errors import PolicyError
+from ramet.policy.training.reward import Reward
 from ramet.policy.training.runlog import StoredTree
-from ramet.policy.training.update import MAX_REGROWTHS, Group, Reward, group_trees, grow_trees, rollout_metrics, tree_jobs
+from ramet.policy.training.update import MAX_REGROWTHS, Group, group_trees, grow_trees, rollout_metrics, tree_jobs
 
 DRAWN = [(Task(f"t{i}", (Message("user", f"go {i}"),)), Budget()) for i in range(2)]
 

@@ -51,6 +51,7 @@ class Outcome:
     recall  of the documents that support the answer, the share that was read apart from the others: named for a clone,
             or retrieved. None where the task names none
     starved  see `Tree.starved`; "" if anything was sampled
+    tree     what was grown, until it is graded; None where that is several trees
     """
 
     answer: str | None
@@ -65,13 +66,17 @@ class Outcome:
     recall: float | None = None
     seconds: float = field(default=0.0, compare=False)
     starved: str = ""
+    tree: Tree | None = field(default=None, compare=False)
 
 
 def outcome(answer: str | None, status: str, trees: Sequence[Tree], path: int, clones: int, recall: float | None = None) -> Outcome:
     """The outcome of several trees together, whose longest chain is `path` tokens."""
     total = {name: sum(getattr(t.usage, name) for t in trees) for name in ("generated", "prefilled", "cached", "attention")}
     starved = trees[0].starved if trees and not total["generated"] else ""
-    return Outcome(answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, starved=starved, **total)
+    only = trees[0] if len(trees) == 1 else None
+    return Outcome(
+        answer, critical_path=path, spawned=clones > 0, clones=clones, status=status, recall=recall, starved=starved, tree=only, **total
+    )
 
 
 BudgetedMethod = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]

@@ -25,7 +25,9 @@ from ramet.agents.tree import Task
 from ramet.benchmarks.evaluation.baselines import BudgetedMethod, Outcome
 from ramet.benchmarks.evaluation.statistics import accuracy_interval
 from ramet.env.environment import Environment
+from ramet.env.grading import answered, reward_function
 from ramet.errors import Drained, RefusedRequest, TaskError
+from ramet.policy.training.reward import Judge, RewardConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Workload:
     budgets  limits on generated tokens
     limits   all other limits
     seed     of what is sampled
+    judge    gives the scores; None: the environment does, by a tree's answer
     """
 
     split: str
@@ -59,6 +62,7 @@ class Workload:
     limits: Budget
     seed: int
     repeats: int = 1
+    judge: Judge | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,7 @@ class Measured:
     def record(self) -> dict[str, object]:
         """A line of the journal, in which the method is called `policy`."""
         values = asdict(self)
+        del values["outcome"]["tree"]
         return {"policy": values.pop("method"), **{name: value for name, value in values.items() if name != "failed" or value}}
 
     @classmethod
@@ -129,7 +134,7 @@ async def measure(
     runtime = equipment.runtime(
         backend.policy, backend.chat, entry.sampling, attempts=backend.attempts, always_show_budget=backend.always_show_budget
     )
-    grading = anyio.CapacityLimiter(1)  # off the event loop, and one at a time: a reward may be a model
+    judge = workload.judge or Judge(reward_function(env), RewardConfig())
 
     async def worker() -> None:
         for budget, task, repeat in missing:
@@ -147,9 +152,10 @@ async def measure(
                 continue
             except Drained:
                 return  # what it waits for may take long; it is grown again
-            outcome = replace(outcome, seconds=anyio.current_time() - started)
+            graded = outcome.tree or answered(task, outcome.answer)
+            outcome = replace(outcome, seconds=anyio.current_time() - started, tree=None)
             with anyio.CancelScope(shield=True):  # what was paid for is kept
-                score = await anyio.to_thread.run_sync(env.grade, task, outcome.answer, limiter=grading)
+                score = (await judge(task, graded)).score
             measured = Measured(entry.name, split, budget, task.id, env.size(task), score, outcome, repeat)
             journal.append(measured.record())
             done[budget, task.id, repeat] = measured

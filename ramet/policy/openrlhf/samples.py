@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import RunSpec
+from ramet.policy.training.reward import Judge, Reward
 from ramet.policy.training.runlog import StoredTree
-from ramet.policy.training.update import Group, LearningProblem, Reward, compute_reward, group_trees, tree_jobs
+from ramet.policy.training.update import Group, LearningProblem, group_trees, tree_jobs
 
 
 class TreeSamples(SamplesGenerator):
@@ -43,7 +44,7 @@ class TreeSamples(SamplesGenerator):
         self._begun: dict[int, _Update] = {}
         self._pending: dict[Any, tuple[int, tuple[int, int], int]] = {}
         self._loads = [0] * len(engines)
-        self._reward_threads = ThreadPoolExecutor(spec.cluster.reward_concurrency)
+        self._judge = Judge(problem.reward_function, problem.rewarding)
 
     def begin(self, update: int) -> None:
         """Start to grow the trees of an update that are not in its journal. Returns at once."""
@@ -110,7 +111,7 @@ class TreeSamples(SamplesGenerator):
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:
         begun.trees[key] = tree
         task, _ = begun.tasks[key[0]]
-        begun.rewards[key] = self._reward_threads.submit(compute_reward, self._problem.reward_function, task, tree)
+        begun.rewards[key] = self._judge.submit(task, tree)
 
 
 class _Update:

@@ -17,7 +17,7 @@ from ramet.policy.training.identity import identity
 from ramet.policy.training.update import LearningProblem, TrainConfig
 from ramet.schema import Section
 
-FREE = ("address", "restarts", "reward_concurrency", "gpu_memory")
+FREE = ("address", "restarts", "gpu_memory")
 """Settings with which a run may go on that began with others: they change nothing of what it computes."""
 _Count = Annotated[int, Field(ge=1)]
 
@@ -57,8 +57,6 @@ class ClusterConfig(Section):
     """Lambda of GAE."""
     value_clip: Annotated[float, Field(gt=0)] = 0.5
     """Clip of the critic's loss."""
-    reward_concurrency: _Count = 1
-    """Trees whose rewards are computed at the same time; more than one for a reward server."""
     address: str = ""
     """Address of a Ray cluster's job server, such as http://head:8265; without one, Ray is started on this machine."""
     restarts: Annotated[int, Field(ge=0)] = 2

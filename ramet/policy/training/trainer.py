@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.equipment import Equipment
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
+from ramet.agents.runtime import Job
 from ramet.agents.sampling import Sampling
+from ramet.agents.tree import Tree
 from ramet.errors import ConfigError, Drained, PolicyError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -36,6 +39,7 @@ from ramet.policy.models.lora import adapt
 from ramet.policy.models.masters import Masters
 from ramet.policy.training.identity import equipment_identity, identity
 from ramet.policy.training.loss import SUMS
+from ramet.policy.training.reward import Judge, Reward, settled
 from ramet.policy.training.rows import TrainingRow, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (
@@ -46,7 +50,6 @@ from ramet.policy.training.update import (
     TrainConfig,
     check_sampled,
     compute_advantages,
-    compute_reward,
     group_trees,
     grow_trees,
     learning_rate,
@@ -86,7 +89,7 @@ class Trainer:
     """
 
     def __init__(self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0):
-        self.sample_tasks, self.reward_function = problem.sample_tasks, problem.reward_function
+        self.sample_tasks, self.reward_function, self._rewarding = problem.sample_tasks, problem.reward_function, problem.rewarding
         self._identity = {
             "seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint, "tasks": identity(self.sample_tasks),
             "reward function": identity(self.reward_function),
@@ -169,10 +172,13 @@ class Trainer:
     async def update(self, update: int) -> Metrics:
         """Make update number `update`, from sampling to the last optimiser step. Returns its metrics."""
         started = time.perf_counter()
-        groups = await self.rollout(update)
+        judge = Judge(self.reward_function, self._rewarding)
+        judged: dict[tuple[object, ...], Future[Reward]] = {}
+        groups = await self.rollout(update, lambda job, tree: judged.update({job.key: judge.submit(job.task, tree)}))
         self._limit_reached = next(iter(limits_reached(groups)), "")
         sampled = time.perf_counter()
-        rewards = [[compute_reward(self.reward_function, task, tree) for tree in trees] for task, trees in groups]
+        # Only now, when the samples are complete in the journal, may a reward that failed end the run.
+        rewards = [[await settled(judged[g, n]) for n in range(len(trees))] for g, (_, trees) in enumerate(groups)]
         advantages = compute_advantages(groups, rewards, self.config.estimator, self.chat, self.config.clone_scale)
         metrics = rollout_metrics(update, groups, rewards, advantages)
         metrics |= self._optimise(update, minibatches(groups, advantages, self.config))
@@ -181,8 +187,11 @@ class Trainer:
         metrics["seconds_training"] = time.perf_counter() - sampled
         return metrics
 
-    async def rollout(self, update: int) -> list[Group]:
-        """Grow the trees of an update. Returns its groups in the order of the task sampler, whatever the order in which trees finish."""
+    async def rollout(self, update: int, report: Callable[[Job, Tree], object] | None = None) -> list[Group]:
+        """Grow the trees of an update. Returns its groups in the order of the task sampler, whatever the order in which trees finish.
+
+        `report` is called with each tree as soon as it is finished.
+        """
         tasks = list(self.sample_tasks(update))
         jobs = tree_jobs(tasks, update, self.config.group_size, self.seed)
         finished = self.log.rollouts / f"{update:06d}.jsonl"
@@ -194,7 +203,7 @@ class Trainer:
             sampling = Sampling(temperature=self.config.temperature)
             equipment = self._serving.journaled(journal)
             runtime = equipment.runtime(policy, self.chat, sampling, always_show_budget=self._always_show_budget)
-            trees = await grow_trees(runtime, jobs, 4 * self.config.max_batch)
+            trees = await grow_trees(runtime, jobs, 4 * self.config.max_batch, report)
         if draft.exists():
             draft.replace(finished)
         return group_trees(tasks, trees, self.config.group_size)

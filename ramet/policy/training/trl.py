@@ -30,7 +30,8 @@ from ramet.agents.tree import Branch, Task, Tree
 from ramet.errors import ConfigError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.load import without_dropout
-from ramet.policy.training.update import RewardFunction, compute_reward, grow_trees
+from ramet.policy.training.reward import RewardFunction, compute_reward
+from ramet.policy.training.update import grow_trees
 
 REWARD = "tree_reward"
 """The column in which a tree's reward is passed to the trainer's reward function."""

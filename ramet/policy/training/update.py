@@ -1,16 +1,15 @@
 """One policy update, shared by all trainers: its settings, rewards, advantages, minibatches of rows and loss.
 
 The local trainer and the cluster trainer differ in who samples and who holds the weights; what an update computes is
-defined here, once. torch is imported only by the functions that compute with it: settings and rewards work without it.
+defined here, once; what a tree earns, in `ramet.policy.training.reward`. torch is imported only by the functions that compute
+with it: settings and rewards work without it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from numbers import Real
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -20,8 +19,9 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.growth import seed_of
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.tree import Status, Task, Tree
-from ramet.errors import ConfigError, PolicyError, RametError, RewardError, first_line
+from ramet.errors import ConfigError, PolicyError
 from ramet.policy.training.advantages import ESTIMATORS, REPAIRS, ScoredTree, selfcest
+from ramet.policy.training.reward import Reward, RewardConfig, RewardFunction
 from ramet.schema import Section
 
 if TYPE_CHECKING:
@@ -103,21 +103,10 @@ def learning_rate(config: TrainConfig, update: int) -> float:
     return config.learning_rate * (1 - config.lr_decay * (update - config.warmup) / max(config.updates - config.warmup, 1))
 
 
-@dataclass(frozen=True, slots=True)
-class Reward:
-    """What a tree earned: its score in [0, 1], its penalties by name, and the reward computed from both."""
-
-    score: float
-    penalties: Mapping[str, float]
-    reward: float
-
-
 MAX_REGROWTHS = 3
 """How many more times a tree is grown after the backend failed one of its branches."""
 TaskSampler = Callable[[int], Sequence[tuple[Task, Budget]]]
 """Given the number of an update, returns its tasks, each with the budget of its trees. Must be a function of that number alone."""
-RewardFunction = Callable[[Task, Tree], Reward]
-"""Grades a finished tree of a task."""
 Metrics = dict[str, float | int]
 Group = tuple[Task, list[Tree]]
 """A task and its `group_size` trees."""
@@ -128,11 +117,13 @@ class LearningProblem:
     """What a run trains for: the tasks of its updates and the reward of a tree.
 
     fingerprint  differs where the data or settings that the two functions read differ; their own code is compared besides
+    rewarding    how the reward function is called; its `function` is not read
     """
 
     sample_tasks: TaskSampler
     reward_function: RewardFunction
     fingerprint: str = ""
+    rewarding: RewardConfig = field(default_factory=RewardConfig)
 
 
 def tree_jobs(tasks: Sequence[tuple[Task, Budget]], update: int, group_size: int, seed: int) -> list[Job]:
@@ -149,10 +140,20 @@ def group_trees(tasks: Sequence[tuple[Task, Budget]], trees: Mapping[tuple[objec
     return [(task, [trees[g, n] for n in range(group_size)]) for g, (task, _) in enumerate(tasks)]
 
 
-async def grow_trees(runtime: Runtime, jobs: Sequence[Job], in_flight: int) -> dict[tuple[object, ...], Tree]:
-    """Grow the trees, at most `in_flight` at a time; returns them by the key of their job. Raises as `require_complete`."""
+async def grow_trees(
+    runtime: Runtime, jobs: Sequence[Job], in_flight: int, report: Callable[[Job, Tree], object] | None = None
+) -> dict[tuple[object, ...], Tree]:
+    """Grow the trees, at most `in_flight` at a time; returns them by the key of their job. Raises as `require_complete`.
+
+    `report` is called with each tree as soon as it is finished.
+    """
+    trees: dict[tuple[object, ...], Tree] = {}
     async with runtime.run_many(jobs, in_flight, MAX_REGROWTHS) as finished:
-        return {job.key: require_complete(tree) async for job, tree in finished}
+        async for job, tree in finished:
+            trees[job.key] = require_complete(tree)
+            if report is not None:
+                report(job, tree)
+    return trees
 
 
 def require_complete(tree: Tree) -> Tree:
@@ -161,26 +162,6 @@ def require_complete(tree: Tree) -> Tree:
         attempts = f"{tree.regrown + 1} times, the last with"
         raise PolicyError(f"task {tree.task_id} failed {attempts}: {tree.failed}; fix the backend, and run again to resume")
     return tree
-
-
-def compute_reward(reward_function: RewardFunction, task: Task, tree: Tree) -> Reward:
-    """The reward of a tree, checked.
-
-    Raises `RewardError` if the function raises anything but a `RametError`, or returns anything but a `Reward` of finite numbers.
-    """
-    try:
-        reward = reward_function(task, tree)
-    except RametError:
-        raise
-    except Exception as error:
-        cause = f"{type(error).__name__}: {first_line(error)}"
-        raise RewardError(f"the reward of task {task.id} raised {cause}; fix the reward function") from error
-    if not isinstance(reward, Reward):
-        raise RewardError(f"the reward of task {task.id} is a {type(reward).__name__}, not a Reward; fix the reward function")
-    for name, value in {"reward": reward.reward, "score": reward.score, **reward.penalties}.items():
-        if not isinstance(value, Real) or not math.isfinite(value):
-            raise RewardError(f"the {name} of task {task.id} is {value!r}, which is not a finite number; fix the reward function")
-    return reward
 
 
 def compute_advantages(
@@ -315,6 +296,8 @@ def rollout_metrics(
     }
     for name in sorted({name for reward in tree_rewards for name in reward.penalties}):
         metrics[f"penalty_{name}"] = sum(reward.penalties.get(name, 0.0) for reward in tree_rewards) / count
+    for name in sorted({name for reward in tree_rewards for name in reward.parts}):
+        metrics[f"part_{name}"] = sum(reward.parts.get(name, 0.0) for reward in tree_rewards) / count
     for status in Status:
         metrics[f"status_{status.value.replace(' ', '_')}"] = sum(tree.root.status is status for tree in trees) / count
     metrics["regrown"] = sum(tree.regrown for tree in trees)

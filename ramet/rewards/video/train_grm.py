@@ -22,9 +22,10 @@ from ramet.agents.journal import fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.errors import RewardError, TaskError
 from ramet.policy.engines.vision import VisionPolicy
+from ramet.policy.training.reward import Reward
 from ramet.policy.training.sft import Example, SFTTraining, fine_tune
 from ramet.policy.training.trainer import Learner, Trainer
-from ramet.policy.training.update import LearningProblem, Reward, TrainConfig
+from ramet.policy.training.update import LearningProblem, TrainConfig
 from ramet.rewards.video.generative import VideoGRM, pairwise_message
 from ramet.rewards.video.judge import AnswerPair, PairwiseJudge, PairwisePrompt, compare, parse_choice
 from ramet.rewards.video.pairs import PreferencePair, readable

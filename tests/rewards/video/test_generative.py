@@ -14,9 +14,10 @@ from ramet.agents.tree import Branch, Status, StopReason, Tree, Turn, price
 from ramet.benchmarks.evaluation.video_reward import BenchmarkProtocol, results, run_bench
 from ramet.errors import CheckpointError, RewardError, TaskError
 from ramet.policy.engines.vision import VideoSettings
+from ramet.policy.training.reward import Reward
 from ramet.policy.training.sft import SFTTraining
 from ramet.policy.training.trainer import run_trainer
-from ramet.policy.training.update import Reward, TrainConfig
+from ramet.policy.training.update import TrainConfig
 from ramet.rewards.video import generative
 from ramet.rewards.video.answerers import ModelAnswerer
 from ramet.rewards.video.discriminative import VideoAnswer
