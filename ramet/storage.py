@@ -29,6 +29,8 @@ LOCK = ".lock"
 """The lock file of a run folder."""
 CONFIG = "config.toml"
 """The settings file of a run folder."""
+Record = dict[str, Any]
+"""One flat record of results; `write_json` writes a list of them."""
 _LOCKS: dict[Path, IO[str]] = {}
 _MADE: list[Path] = []
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)

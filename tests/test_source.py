@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -160,3 +161,22 @@ def test_no_room_holds_more_than_a_fifth_of_the_lines():
             lines[room] += len(path.read_text(encoding="utf-8").splitlines())
     largest = max(lines, key=lines.__getitem__)
     assert lines[largest] <= sum(lines.values()) / 5, (largest, lines)
+
+
+def types_of(path: Path) -> Iterator[str]:
+    """The public classes and type aliases of a module, which are what is written in CamelCase."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        names = [node.name] if isinstance(node, ast.ClassDef) else []
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+        yield from (name for name in names if name[0].isupper() and not name.isupper())
+
+
+def test_no_two_public_types_share_a_name():
+    modules = defaultdict(list)
+    for path in FILES:
+        for name in types_of(path):
+            modules[name].append(module_of(path))
+    shared = {name: places for name, places in modules.items() if len(places) > 1}
+    assert len(modules) > 200 and not shared, shared

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 from ramet.errors import TaskError
 
-Role = Literal["system", "user", "assistant", "tool"]
+MessageRole = Literal["system", "user", "assistant", "tool"]
 
 
 class StopReason(str, Enum):
@@ -78,13 +78,13 @@ class Message:
     Raises `TaskError` for an unknown role, or content that is not text.
     """
 
-    role: Role
+    role: MessageRole
     content: str
     media: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(Role):
-            raise TaskError(f"no role {self.role!r}; choose one of {', '.join(get_args(Role))}")
+        if self.role not in get_args(MessageRole):
+            raise TaskError(f"no role {self.role!r}; choose one of {', '.join(get_args(MessageRole))}")
         if not isinstance(self.content, str):
             raise TaskError(f"the content of a message is text, not {type(self.content).__name__}; videos go into media")
 

@@ -83,7 +83,7 @@ def written(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Setting:
+class ReferenceEntry:
     """One line of the reference. `kinds` holds the environments that the setting belongs to; it is empty outside `[env]`."""
 
     name: str
@@ -93,14 +93,14 @@ class Setting:
     meaning: str
 
 
-def sections() -> Iterator[tuple[str, str, list[Setting]]]:
+def sections() -> Iterator[tuple[str, str, list[ReferenceEntry]]]:
     """(title, description, settings) of every section, in the order of a file."""
     schemas = Settings(RunConfig)
     for name, schema in schemas.sections():
         kinds = _kinds(schema["properties"]["kind"]) if name == "env" else ()
         title = f"[{name}] kind = {', '.join(kinds)}" if kinds else f"[{name}]" if name else "At the top"
         rows = [
-            Setting(
+            ReferenceEntry(
                 f"{name}.{key}" if name else key, kinds, takes(below),
                 "required" if key in schema.get("required", ()) else written(below.get("default")) or _absent(name),
                 " ".join(below.get("description", "").split()),

@@ -17,7 +17,7 @@ from ramet.display.report import STYLE, table
 from ramet.errors import TaskError
 from ramet.media.frames import read_frames
 from ramet.rewards.video.pairs import PreferencePair, segments_of
-from ramet.storage import write_text
+from ramet.storage import Record, write_text
 from ramet.terminal import Table, show
 
 TITLES = {
@@ -27,7 +27,6 @@ TITLES = {
     "reversed": "frames reversed",
     "shuffled": "frames shuffled",
 }
-Record = dict[str, Any]
 
 
 @picture

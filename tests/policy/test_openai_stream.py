@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from ramet.errors import EventTooLong
 from ramet.policy.engines.openai import stream
-from ramet.policy.engines.openai.stream import Event, EventReader
+from ramet.policy.engines.openai.stream import EventReader, ServerSentEvent
 
 
 def events(body: bytes, size: int = 0) -> list[tuple[str, str]]:
     reader = EventReader()
     blocks = [body[i : i + size] for i in range(0, len(body), size)] if size else [body]
-    found: list[Event] = [event for block in blocks for event in reader.feed(block)] + reader.close()
+    found: list[ServerSentEvent] = [event for block in blocks for event in reader.feed(block)] + reader.close()
     return [(event.kind, event.text) for event in found]
 
 

@@ -23,10 +23,10 @@ from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.rewards.video.judge import AnswerPair, Order, Vote, compare, majority, verdict_of
 from ramet.rewards.video.pairs import PreferencePair, VideoInput
+from ramet.storage import Record
 
 CONDITIONS = ("right", "wrong", "none", "reversed", "shuffled")
 """The pair's own video, another pair's, none; its frames backwards, or in any order."""
-Record = dict[str, Any]
 RESAMPLES = 2000
 
 

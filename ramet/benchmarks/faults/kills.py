@@ -26,30 +26,31 @@ from ramet.errors import InvariantViolation, RametError
 from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Table, show
 
-Work = dict[tuple[Any, ...], Any]
+RunResults = dict[tuple[Any, ...], Any]
+"""What a run has produced, by what identifies each result."""
 
 
-def eval_work(folder: Path) -> tuple[Work, int]:
+def eval_work(folder: Path) -> tuple[RunResults, int]:
     """Outcomes by what was measured, and how many records repeat one."""
     records = read_records(folder / "journal.jsonl")
-    work: Work = {
+    work: RunResults = {
         (r["policy"], r["split"], r["budget"], r["task"]): {n: v for n, v in r["outcome"].items() if n != "seconds"} for r in records
     }
     return work, len(records) - len(work)
 
 
-def train_work(folder: Path) -> tuple[Work, int]:
+def train_work(folder: Path) -> tuple[RunResults, int]:
     """Metrics by update and the final evaluation's points, and how many updates stand there twice."""
     lines = [json.loads(line) for line in read_text(folder / "metrics.jsonl").splitlines()]
     repeated = sum(count - 1 for count in Counter(line["update"] for line in lines).values())
-    work: Work = {("update", line["update"]): {n: v for n, v in line.items() if not n.startswith("seconds")} for line in lines}
+    work: RunResults = {("update", line["update"]): {n: v for n, v in line.items() if not n.startswith("seconds")} for line in lines}
     for record in json.loads(read_text(folder / "evaluation.json")):
         if record["record"] == "point":
             work["point", record["split"], record["budget"]] = {n: v for n, v in record.items() if n != "seconds"}
     return work, repeated
 
 
-READ: dict[str, Callable[[Path], tuple[Work, int]]] = {"eval": eval_work, "train": train_work}
+READ: dict[str, Callable[[Path], tuple[RunResults, int]]] = {"eval": eval_work, "train": train_work}
 Command = Callable[[Path], None]
 """Runs in a folder, from its start or from where it was killed, to its end."""
 

@@ -14,7 +14,7 @@ from fractions import Fraction
 from ramet.rewards.algebra.forms import as_finished
 from ramet.rewards.algebra.trees import (
     CONSTANTS,
-    Group,
+    Compound,
     Node,
     Num,
     Op,
@@ -45,17 +45,17 @@ def same(gold: Node, answer: Node) -> bool:
     if isinstance(gold, Relation) or isinstance(answer, Relation):
         return _same_relations(gold, answer)
     amount, answer_amount = _amount(gold)[0], _amount(answer)[0]
-    if isinstance(amount, Group) or isinstance(answer_amount, Group):
+    if isinstance(amount, Compound) or isinstance(answer_amount, Compound):
         return _units_agree(_amount(gold)[1], _amount(answer)[1]) and _same_groups(amount, answer_amount)
     return _same_quantities(gold, answer)
 
 
 def _single(node: Node) -> Node:
     """Without the brackets of a list or set of one."""
-    while isinstance(node, Group) and node.kind in ("list", "{}", "union") and len(node.items) == 1:
+    while isinstance(node, Compound) and node.kind in ("list", "{}", "union") and len(node.items) == 1:
         node = node.items[0]
-    if isinstance(node, Group) and node.kind in ("list", "{}"):
-        return Group(node.kind, _values(node.items))
+    if isinstance(node, Compound) and node.kind in ("list", "{}"):
+        return Compound(node.kind, _values(node.items))
     return node
 
 
@@ -80,7 +80,7 @@ def _same_times(gold: Node, answer: Node) -> bool:
 
 def _hours(node: Node) -> tuple[int, int] | None:
     """Hours and minutes of what may be a time of day, such as `6:30`."""
-    if isinstance(node, Group) and node.kind == "ratio" and len(node.items) == 2:
+    if isinstance(node, Compound) and node.kind == "ratio" and len(node.items) == 2:
         hours, minutes = (integer_of(item) for item in node.items)
         if hours is not None and minutes is not None and 0 <= hours < 24 and 0 <= minutes < 60:
             return int(hours), int(minutes)
@@ -92,7 +92,7 @@ def _hours(node: Node) -> tuple[int, int] | None:
 
 def _is_name(node: Node) -> bool:
     """What may stand before `=` without being part of the answer: `x`, `f(x)`, `f^{-1}(x)`, `(p, q)`, `|AB|`, `AB:CD`, words."""
-    if isinstance(node, Group):
+    if isinstance(node, Compound):
         return node.kind in ("()", "ratio") and all(map(_is_name, node.items))
     if isinstance(node, Op) and node.name == "mul":
         return isinstance(_base(node.args[0]), Sym) and all(_is_name(a) or _is_integer(a) for a in node.args[1:])
@@ -120,7 +120,7 @@ def _stated(relation: Relation, of_answer: bool = True) -> tuple[Node | None, No
         name, values = values[0], values[1:]  # `a + b = 5`
     if len(values) == 1:
         return None if isinstance(name, Sym) and name.name in symbols_of(values[0]) else (name, values[0])
-    if any(isinstance(_amount(v)[0], (Group, Relation, Text)) or symbols_of(v) for v in values):
+    if any(isinstance(_amount(v)[0], (Compound, Relation, Text)) or symbols_of(v) for v in values):
         return None
     pairs = zip(relation.operators[-len(values) + 1 :], values, values[1:], strict=False)
     if not all(equal_values(a, b, error=None if operator == "=" else 0.01) for operator, a, b in pairs):
@@ -153,7 +153,7 @@ def _same_relations(gold: Node, answer: Node) -> bool:
         rounded = relation.operators[-1] == "~" and same(relation.parts[-1], other)
         return rounded or (same(stated[1], answer) if relation is gold else same(gold, stated[1]))
     interval = _interval(relation)
-    return interval is not None and isinstance(other, Group) and other.kind not in ("list", "ratio") and same(interval, other)
+    return interval is not None and isinstance(other, Compound) and other.kind not in ("list", "ratio") and same(interval, other)
 
 
 def _same_equations(gold: Relation, answer: Relation) -> bool:
@@ -177,11 +177,11 @@ def _interval(relation: Relation) -> Node | None:
     unknown = [_is_name(p) for p in parts]
     opening, closing = "(" if operators[0] == "<" else "[", ")" if operators[-1] == "<" else "]"
     if unknown == [False, True, False]:
-        return Group(opening + closing, (parts[0], parts[2]))
+        return Compound(opening + closing, (parts[0], parts[2]))
     if unknown == [True, False]:
-        return Group("(" + closing, (Op("neg", (infinity,)), parts[1]))
+        return Compound("(" + closing, (Op("neg", (infinity,)), parts[1]))
     if unknown == [False, True]:
-        return Group(opening + ")", (parts[0], infinity))
+        return Compound(opening + ")", (parts[0], infinity))
     return None
 
 
@@ -194,11 +194,11 @@ def _numbers(node: Node) -> bool:
 
 def _same_groups(gold: Node, answer: Node) -> bool:
     gold, answer = _as_union(gold), _as_union(answer)
-    if isinstance(gold, Group) and isinstance(answer, Group) and {gold.kind, answer.kind} == {"()", "list"}:
+    if isinstance(gold, Compound) and isinstance(answer, Compound) and {gold.kind, answer.kind} == {"()", "list"}:
         gold, answer = _as_point(gold), _as_point(answer)
-    if not isinstance(gold, Group) or not isinstance(answer, Group):
-        group, other = (gold, answer) if isinstance(gold, Group) else (answer, gold)
-        assert isinstance(group, Group)
+    if not isinstance(gold, Compound) or not isinstance(answer, Compound):
+        group, other = (gold, answer) if isinstance(gold, Compound) else (answer, gold)
+        assert isinstance(group, Compound)
         if group.kind == "ratio" and len(group.items) == 2:
             quotient = Op("div", group.items)
             number = number_of(other)
@@ -219,25 +219,25 @@ def _same_groups(gold: Node, answer: Node) -> bool:
 
 
 _REALS = Sym("\\mathbbR")
-_ALL = Group("()", (Op("neg", (Sym("\\infty"),)), Sym("\\infty")))
+_ALL = Compound("()", (Op("neg", (Sym("\\infty"),)), Sym("\\infty")))
 
 
 def _as_union(node: Node) -> Node:
     """Inequalities of one unknown, one `or` the other, are a union of intervals."""
-    if isinstance(node, Group) and node.kind in ("list", "union") and any(isinstance(i, Relation) for i in node.items):
+    if isinstance(node, Compound) and node.kind in ("list", "union") and any(isinstance(i, Relation) for i in node.items):
         intervals = [_interval(i) if isinstance(i, Relation) else i for i in node.items]
         if all(i is not None for i in intervals):
-            return Group("union", tuple(i for i in intervals if i is not None))
+            return Compound("union", tuple(i for i in intervals if i is not None))
     return node
 
 
-def _as_point(node: Group) -> Group:
+def _as_point(node: Compound) -> Compound:
     """Of `y = 2, x = 1` the point (1, 2)."""
     values = [_stated(item) if isinstance(item, Relation) else None for item in node.items]
     named = {f[0].name: f[1] for f in values if f is not None and isinstance(f[0], Sym)}
     if node.kind != "list" or len(named) != len(node.items):
         return node
-    return Group("()", tuple(named[name] for name in sorted(named)))
+    return Compound("()", tuple(named[name] for name in sorted(named)))
 
 
 def _same_sets(gold: Sequence[Node], answer: Sequence[Node]) -> bool:

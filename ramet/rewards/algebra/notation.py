@@ -21,7 +21,7 @@ from fractions import Fraction
 from ramet.errors import NotationError, UnknownNotation
 from ramet.rewards.algebra.lexing import WORD_COMMANDS, Token, cleaned, plain_words, tokens_of
 from ramet.rewards.algebra.parser import DEEPEST, Parser
-from ramet.rewards.algebra.trees import Group, Node, Num, Sym, Text, depth_of
+from ramet.rewards.algebra.trees import Compound, Node, Num, Sym, Text, depth_of
 from ramet.rewards.algebra.units import NUMBERS
 
 AS_WRITTEN = "as written "
@@ -96,13 +96,13 @@ def _parsed(text: str) -> Node:
         if not signs:
             return Parser(tokens).whole()
         both = [Parser([_signed(t, swap) for t in tokens]).whole() for swap in (False, True)]
-        return Group("list", tuple(item for node in both for item in _items(node)))
+        return Compound("list", tuple(item for node in both for item in _items(node)))
     except UnknownNotation:
         return Text(AS_WRITTEN + "".join(t.text for t in tokens))
 
 
 def _items(node: Node) -> tuple[Node, ...]:
-    return node.items if isinstance(node, Group) and node.kind == "list" else (node,)
+    return node.items if isinstance(node, Compound) and node.kind == "list" else (node,)
 
 
 def _signed(token: Token, swap: bool) -> Token:

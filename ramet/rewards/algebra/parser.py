@@ -11,7 +11,7 @@ from fractions import Fraction
 
 from ramet.errors import NotationError, UnknownNotation
 from ramet.rewards.algebra.lexing import FUNCTIONS, Token, plain_words
-from ramet.rewards.algebra.trees import Group, Node, Num, Op, Quantity, Relation, Sym, Text, written
+from ramet.rewards.algebra.trees import Compound, Node, Num, Op, Quantity, Relation, Sym, Text, written
 from ramet.rewards.algebra.units import CURRENCIES, MULTIPLES, NUMBER_WORDS, NUMBERS, unit_name
 
 DEEPEST = 60
@@ -67,7 +67,7 @@ class Parser:
         items = self.sequence()
         if self.at < len(self.tokens):
             raise UnknownNotation
-        return items[0] if len(items) == 1 else Group("list", tuple(items))
+        return items[0] if len(items) == 1 else Compound("list", tuple(items))
 
     def sequence(self) -> list[Node]:
         """Items between commas."""
@@ -99,7 +99,7 @@ class Parser:
         while self.next == ":":
             self.take()
             parts.append(self.union())
-        return parts[0] if len(parts) == 1 else Group("ratio", tuple(parts))
+        return parts[0] if len(parts) == 1 else Compound("ratio", tuple(parts))
 
     def union(self) -> Node:
         """Sums between set operators, all of one kind."""
@@ -107,7 +107,7 @@ class Parser:
         while self.next in ("\\cup", "\\cap", "\\setminus") and operator in ("", self.next):
             operator = self.take()
             operands.append(self.sum())
-        return operands[0] if not operator else Group({"\\cup": "union"}.get(operator, operator), tuple(operands))
+        return operands[0] if not operator else Compound({"\\cup": "union"}.get(operator, operator), tuple(operands))
 
     def sum(self) -> Node:
         """Terms between signs."""
@@ -259,13 +259,13 @@ class Parser:
             return self.bracketed(token)
         if token == "{":
             items = self.sequence()
-            inner = self.choose(items[0]) if len(items) == 1 else Group("{}", tuple(items))
+            inner = self.choose(items[0]) if len(items) == 1 else Compound("{}", tuple(items))
             self.take("}")
             return inner
         if token == "\\{":
             items = [] if self.next == "\\}" else self.sequence()
             self.take("\\}")
-            return Group("{}", tuple(items)) if items else Sym("\\emptyset")
+            return Compound("{}", tuple(items)) if items else Sym("\\emptyset")
         if token == "|":
             self.bars += 1
             inner = self.sum()
@@ -338,9 +338,9 @@ class Parser:
             raise UnknownNotation
         if len(items) == 1 and opening + closing in ("()", "[]"):
             return items[0]
-        if opening == "[" and closing == "]" and all(isinstance(i, Group) and i.kind == "[]" for i in items):
-            return Group("matrix", tuple(Group("row", i.items) for i in items if isinstance(i, Group)))
-        return Group(opening + closing, tuple(items))
+        if opening == "[" and closing == "]" and all(isinstance(i, Compound) and i.kind == "[]" for i in items):
+            return Compound("matrix", tuple(Compound("row", i.items) for i in items if isinstance(i, Compound)))
+        return Compound(opening + closing, tuple(items))
 
     def matrix(self, begin: str) -> Node:
         """The rows of an environment whose beginning is consumed: a matrix, a determinant, or cases."""
@@ -356,8 +356,8 @@ class Parser:
                 rows[-1].append(self.relation())
         self.take()
         kinds = {"vmatrix": "determinant", "cases": "cases"}
-        made = tuple(Group("row", tuple(row)) for row in rows if row)
-        return Group(kinds.get(kind, "matrix"), made)
+        made = tuple(Compound("row", tuple(row)) for row in rows if row)
+        return Compound(kinds.get(kind, "matrix"), made)
 
     def command(self, token: str) -> Node:
         """The expression that a LaTeX command, which is consumed, begins."""
@@ -410,7 +410,7 @@ class Parser:
         items = self.sequence()
         self.take(closing)
         if opening == "\\langle":
-            return Group("()", tuple(items))
+            return Compound("()", tuple(items))
         if len(items) != 1:
             raise UnknownNotation
         return Op({"\\lfloor": "floor", "\\lceil": "ceil"}[opening], (items[0],))

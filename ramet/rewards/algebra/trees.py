@@ -33,7 +33,7 @@ class Op:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Compound:
     """Items between brackets: `kind` is the two brackets, `list` without any, `union`, `ratio`, or a matrix (its items are rows)."""
 
     kind: str
@@ -63,7 +63,7 @@ class Text:
     words: str
 
 
-Node = Num | Sym | Op | Group | Relation | Quantity | Text
+Node = Num | Sym | Op | Compound | Relation | Quantity | Text
 
 
 def number_of(node: Node) -> Num | None:
@@ -117,7 +117,7 @@ def inside(node: Node) -> tuple[Node, ...]:
     """What a node is made of."""
     if isinstance(node, Op):
         return node.args
-    if isinstance(node, Group):
+    if isinstance(node, Compound):
         return node.items
     if isinstance(node, Relation):
         return node.parts

@@ -21,7 +21,7 @@ _KNOWN = ("role", "content", "refusal", "function_call", "tool_calls", "reasonin
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class ServerUsage:
     """The server's own token counts, None where it gives none: tokens generated, and prompt tokens that were cached."""
 
     generated: int | None = None
@@ -48,7 +48,7 @@ class Chunk:
     tokens: list[tuple[str, Any]] = field(default_factory=list)
     ids: list[int] | None = None
     calls: list[tuple[int, str, str, str]] = field(default_factory=list)
-    usage: Usage | None = None
+    usage: ServerUsage | None = None
     finish: str | None = None
     unread: list[str] = field(default_factory=list)
 
@@ -188,8 +188,8 @@ def _inside(holder: Mapping[str, Any], names: Sequence[str], key: str) -> Any:
     return next((inner[key] for name in names if isinstance(inner := holder.get(name), dict) and key in inner), None)
 
 
-def _usage(holder: Mapping[str, Any]) -> Usage | None:
-    """Usage in the forms of OpenAI, Anthropic, DeepSeek, Groq and llama.cpp; None if there is none.
+def _usage(holder: Mapping[str, Any]) -> ServerUsage | None:
+    """Token counts in the forms of OpenAI, Anthropic, DeepSeek, Groq and llama.cpp; None if there is none.
 
     Some servers do not count reasoning among the completion's tokens: then the total, or the details, give the tokens generated.
     """
@@ -198,8 +198,8 @@ def _usage(holder: Mapping[str, Any]) -> Usage | None:
     if not isinstance(usage, dict):
         if not isinstance(timings, dict):
             return None
-        counts = Usage(_count(timings.get("predicted_n")), _count(timings.get("cache_n")))
-        return counts if counts != Usage() else None
+        counts = ServerUsage(_count(timings.get("predicted_n")), _count(timings.get("cache_n")))
+        return counts if counts != ServerUsage() else None
     completion = _count(usage.get("completion_tokens"), usage.get("output_tokens"))
     prompt = _count(usage.get("prompt_tokens"), usage.get("input_tokens"))
     total = _count(usage.get("total_tokens"))
@@ -215,5 +215,5 @@ def _usage(holder: Mapping[str, Any]) -> Usage | None:
         generated = (completion or 0) + reasoning
     if total is not None and prompt is not None and total - prompt - (completion or 0) not in (0, cached):
         generated = max(generated or 0, total - prompt)
-    counts = Usage(generated, cached)
-    return counts if counts != Usage() else None
+    counts = ServerUsage(generated, cached)
+    return counts if counts != ServerUsage() else None

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError
-from ramet.policy.engines.openai.stream import Event
+from ramet.policy.engines.openai.stream import ServerSentEvent
 
 LONGEST_WAIT = 600.0
 """The longest Retry-After, in seconds, that is respected; a longer one is ignored."""
@@ -130,7 +130,7 @@ def error_message(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def error_in(event: Event) -> Any:
+def error_in(event: ServerSentEvent) -> Any:
     """The error that an event reports; None if it reports none. `"error": null` and empty objects are no error."""
     value = event.value
     if value is None:

@@ -20,11 +20,11 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest
 from ramet.agents.tasks import Slots
 from ramet.agents.tree import StopReason
 from ramet.errors import EventTooLong, PolicyError, RefusedRequest, TransientPolicyError, first_line
-from ramet.policy.engines.openai.chunk import Chunk, Usage, parse_chunk, stop_of
+from ramet.policy.engines.openai.chunk import Chunk, ServerUsage, parse_chunk, stop_of
 from ramet.policy.engines.openai.client import Address, connected, resolved
 from ramet.policy.engines.openai.faults import Masker, error_in, error_text, failure, is_page, is_transient, one_line, wait_of
 from ramet.policy.engines.openai.fields import Fields, names_field
-from ramet.policy.engines.openai.stream import MAX_CHARACTERS, Event, EventReader
+from ramet.policy.engines.openai.stream import MAX_CHARACTERS, EventReader, ServerSentEvent
 
 log = logging.getLogger(__name__)
 
@@ -313,11 +313,11 @@ class Server(ABC):
             return PolicyError(f"{self._url} answers {status}: it redirects to {target}; give that address{note}")
         return failure(self._url, text, parsed(text), status, wait_of(reply.headers), self._mask, note)
 
-    def reported(self, event: Event, value: Any, note: str) -> PolicyError:
+    def reported(self, event: ServerSentEvent, value: Any, note: str) -> PolicyError:
         """The error to raise for an error inside a stream."""
         return failure(self._url, event.text, value, None, None, self._mask, note)
 
-    def no_stream(self, event: Event, status: int, note: str) -> PolicyError:
+    def no_stream(self, event: ServerSentEvent, status: int, note: str) -> PolicyError:
         """The error to raise for a body that is neither a stream nor an answer."""
         message = one_line(self._mask(error_text(event.text)))
         quoted = message if is_page(event.text) else repr(message)
@@ -338,7 +338,7 @@ class Server(ABC):
         """A new accumulator for the answer to a request."""
 
 
-def note_prompt(usage: Usage | None, prompt: int, partial: Partial) -> None:
+def note_prompt(usage: ServerUsage | None, prompt: int, partial: Partial) -> None:
     """Note how many of `prompt` prompt tokens were cached and how many computed; all were computed if the server does not say."""
     if usage is not None and usage.cached is not None:
         partial.cached = min(max(usage.cached, partial.cached), prompt)
@@ -460,7 +460,7 @@ class Exchange:
         except EventTooLong as error:
             self._end(PolicyError(f"{self._server._url} sends {error}{self._kind}"))
 
-    def _take(self, event: Event) -> None:
+    def _take(self, event: ServerSentEvent) -> None:
         server = self._server
         if event.done:
             # Without a finish reason, a sample of max_tokens tokens was cut.

@@ -21,7 +21,7 @@ _BREAK = re.compile("\r\n|\n|\r")
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ServerSentEvent:
     """One event of a stream.
 
     text   its data
@@ -53,25 +53,25 @@ class EventReader:
         self._after_return = False
         self._begun = False
 
-    def feed(self, block: bytes) -> list[Event]:
+    def feed(self, block: bytes) -> list[ServerSentEvent]:
         """The events that this block completes. Raises `EventTooLong`."""
         return self._read(self._decoder.decode(block))
 
-    def close(self) -> list[Event]:
+    def close(self) -> list[ServerSentEvent]:
         """The events that are complete with the end of the body."""
         events = self._read(self._decoder.decode(b"", True) + "\n")
         if self._body:
             return [*events, _event("\n".join(self._body), "body")]
         return events + self._dispatch()
 
-    def _read(self, text: str) -> list[Event]:
+    def _read(self, text: str) -> list[ServerSentEvent]:
         if self._after_return and text:
             text = text.removeprefix("\n")
             self._after_return = False
         self._after_return = self._after_return or text.endswith("\r")
         first, *rest = _BREAK.split(text)
         self._hold(self._line, first)
-        events: list[Event] = []
+        events: list[ServerSentEvent] = []
         for following in rest:
             line = "".join(self._line)
             self._length -= len(line) + len(self._line)
@@ -86,7 +86,7 @@ class EventReader:
         if self._length > MAX_CHARACTERS:
             raise EventTooLong(f"an event of more than {MAX_CHARACTERS} characters")
 
-    def _take(self, line: str) -> list[Event]:
+    def _take(self, line: str) -> list[ServerSentEvent]:
         if self._body:
             self._hold(self._body, line)
             return []
@@ -113,7 +113,7 @@ class EventReader:
                 self._hold(self._body, line)
         return []
 
-    def _dispatch(self) -> list[Event]:
+    def _dispatch(self) -> list[ServerSentEvent]:
         lines, kind = self._data, self._kind
         self._data, self._kind = [], "message"
         self._length -= sum(map(len, lines)) + len(lines)
@@ -124,11 +124,11 @@ class EventReader:
         return [_event(text, kind)]
 
 
-def _event(text: str, kind: str) -> Event:
+def _event(text: str, kind: str) -> ServerSentEvent:
     value = None
     if text.lstrip()[:1] == "{":
         try:
             value = json.loads(text)
         except (ValueError, RecursionError):
             value = None
-    return Event(text, kind, value if isinstance(value, dict) else None)
+    return ServerSentEvent(text, kind, value if isinstance(value, dict) else None)
