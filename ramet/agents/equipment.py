@@ -7,7 +7,7 @@ interrupted run must find again what was sampled and called.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,18 +19,22 @@ from ramet.agents.program import Program
 from ramet.agents.resume import JournaledPolicy, JournaledTools
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Policy, Sampling
-from ramet.agents.tools import Tool, ToolCaller, call_tool
+from ramet.agents.tools import Tool, ToolCaller, Tools, call_tool
 
 
 @dataclass(frozen=True, slots=True)
 class Equipment:
-    """The options of `Runtime` that are a run's own; see there."""
+    """The options of `Runtime` that are a run's own; see there.
+
+    sources  of more tools, which are there while the equipment serves: `ramet.tools.mcp.mcp_tools` of a server
+    """
 
     tools: Sequence[Tool] = ()
     tools_at: Literal["everywhere", "clones", "root"] = "everywhere"
     roles: Mapping[str, Role] = field(default_factory=dict)
     program: Program | None = None
     caller: ToolCaller = call_tool
+    sources: Sequence[Callable[[], AbstractAsyncContextManager[Sequence[Tool]]]] = ()
 
     def runtime(self, policy: Policy, chat: ChatFormat, sampling: Sampling | None = None, **options: Any) -> Runtime:
         """A runtime with this equipment, which counts prompt tokens as if every tree began with an empty cache (`FreshCache`).
@@ -44,13 +48,20 @@ class Equipment:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Equipment]:
-        """A block in which the policies of the roles serve; gives the equipment to grow trees with there."""
+        """A block in which the policies of the roles and the sources of tools serve; gives the equipment to grow trees with there.
+
+        Raises `ConfigError` for a source that gives no tools, or one that is called like another.
+        """
         async with AsyncExitStack() as stack:
             policies: dict[int, Any] = {id(role.policy): role.policy for role in self.roles.values()}
             for policy in policies.values():
                 if hasattr(policy, "__aenter__"):
                     await stack.enter_async_context(policy)
-            yield self
+            tools = [*self.tools]
+            for source in self.sources:
+                tools += await stack.enter_async_context(source())
+            Tools(tools, self.tools_at)
+            yield replace(self, tools=tools, sources=())
 
     def journaled(self, journal: Journal) -> Equipment:
         """With everything that tools return and the policies of roles sample kept in `journal`, and taken from there."""

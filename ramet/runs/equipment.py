@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ramet.agents.chat import ChatFormat
@@ -12,15 +14,24 @@ from ramet.agents.equipment import Equipment
 from ramet.agents.growth import Role
 from ramet.agents.program import Program
 from ramet.agents.tools import Tool, Tools, budget, read, tool
-from ramet.errors import ConfigError, RametError
+from ramet.errors import ConfigError, RametError, require
 from ramet.imports import load_object
 from ramet.policy.models.catalogue import find
 from ramet.runs.settings import AttentionConfig, RoleConfig, RunConfig
+from ramet.tools.calculator import calculator
 
-BUILT_IN = {"read": read, "budget": budget}
+
+def _python() -> Tool:
+    require("pydantic_monty", "the tool python")
+    from ramet.tools.python import python_tool
+
+    return python_tool()
+
+
+BUILT_IN: dict[str, Callable[[], Tool]] = {
+    "read": lambda: read, "budget": lambda: budget, "calculator": lambda: calculator, "python": _python,
+}  # fmt: skip
 """Tools that have a name of their own in settings."""
-
-
 OpenEngine = Callable[[RunConfig, str], tuple[Any, ChatFormat, Any]]
 """See `ramet.runs.build.open_engine`."""
 
@@ -46,7 +57,17 @@ def named_equipment(config: RunConfig) -> Equipment:
     """The same without the models of roles, which are looked for and not opened: what is wrong is said before a run makes anything."""
     tools = load_tools(config.tools, "tools", config.tools_at)
     roles = {name: _role(name, role) for name, role in config.roles.items()}
-    return Equipment(tools, config.tools_at, roles, load_program(config.program) if config.program else None)
+    program = load_program(config.program) if config.program else None
+    return Equipment(tools, config.tools_at, roles, program, sources=_sources(config.mcp))
+
+
+def _sources(servers: Sequence[str]) -> list[Callable[[], AbstractAsyncContextManager[list[Tool]]]]:
+    if not servers:
+        return []
+    require("mcp", "the setting mcp")
+    from ramet.tools.mcp import mcp_tools
+
+    return [partial(mcp_tools, server) for server in servers]
 
 
 def load_tools(paths: Sequence[str], key: str, at: str = "everywhere") -> list[Tool]:
@@ -61,7 +82,7 @@ def load_tools(paths: Sequence[str], key: str, at: str = "everywhere") -> list[T
 
 def _tool(path: str, key: str) -> Tool:
     if path in BUILT_IN:
-        return BUILT_IN[path]
+        return BUILT_IN[path]()
     if ":" not in path:
         raise ConfigError(f"{key}: {path!r} is neither of the form package.module:function nor one of {', '.join(BUILT_IN)}")
     value = load_object(path, key)

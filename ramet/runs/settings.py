@@ -135,11 +135,11 @@ _SECRET = re.compile(r"key|token|secret|password|passwd|^pwd$|^sig|auth", re.IGN
 """Parameters of an address that are nobody else's business."""
 
 
-def _check_address(url: str) -> None:
+def _check_address(url: str, key: str = "url", instead: str = "; put the key into OPENAI_API_KEY") -> None:
     """Raise `ValueError` for an address with a secret, for it is written down."""
     address = urlsplit(url)
     if address.username or address.password or any(_SECRET.search(name) for name, _ in parse_qsl(address.query)):
-        raise ValueError("url holds a key or a user, and is written to the run folder; put the key into OPENAI_API_KEY")
+        raise ValueError(f"{key} holds a key or a user, and is written to the run folder{instead}")
 
 
 class RunConfig(Section):
@@ -175,8 +175,11 @@ class RunConfig(Section):
     """Who is told in the prompt what may be spent: all branches, or only holders of the tool, where small models take the line for part
     of the question. Methods are then compared fairly only with others that hold the tool."""
     tools: tuple[str, ...] = ()
-    """What branches may call beside `spawn_clone`: functions by import path, such as ["package.module:function"], or read and budget,
-    which are built in."""
+    """What branches may call beside `spawn_clone`: functions by import path, such as ["package.module:function"], or what is built in:
+    read (documents of the task), budget (what is left), calculator, python (in a sandbox)."""
+    mcp: tuple[str, ...] = ()
+    """MCP servers whose tools they may call too: commands, which run for as long as the run, or URLs. They are written down: no place
+    for a key."""
     tools_at: Literal["everywhere", "clones", "root"] = "everywhere"
     """Which branches hold them: all, all but the root, or the root alone."""
     program: str = ""
@@ -193,6 +196,8 @@ class RunConfig(Section):
         if bool(self.url) != (self.backend in ("completions", "chat")):
             raise ValueError("url and a backend that is a server (completions, chat) go together")
         _check_address(self.url)
+        for server in self.mcp:
+            _check_address(server, "mcp", "; give a command that reads the key from where it is kept")
         if self.attention.method != "dense" and self.backend != "transformers":
             raise ValueError(f"attention.method {self.attention.method} goes with the backend transformers")
         if self.attention.method != "dense" and self.device == "cuda":
@@ -218,7 +223,9 @@ class RunConfig(Section):
         return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 
 
-_LATER: dict[str, Any] = {"tools": [], "tools_at": "everywhere", "program": "", "roles": {}, "reward": {"function": "", "weights": {}}}
+_LATER: dict[str, Any] = {
+    "tools": [], "tools_at": "everywhere", "mcp": [], "program": "", "roles": {}, "reward": {"function": "", "weights": {}},
+}  # fmt: skip
 """Settings that runs of before did not have: at these values they are the same runs."""
 
 

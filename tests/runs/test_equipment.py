@@ -17,7 +17,7 @@ from ramet.cli.main import app
 from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import BASE
 from ramet.runs.build import open_engine
-from ramet.runs.equipment import equipment_of, named_equipment
+from ramet.runs.equipment import equipment_of, load_tools, named_equipment
 from ramet.runs.settings import RunConfig, load
 
 PACKAGE = '''
@@ -47,6 +47,11 @@ async def half(branch):
     keys = list(branch.task.documents)
     await branch.spawn([{"objective": "sum", "context_keys": keys[: len(keys) // 2 or 1], "role": "adder"}], free=True)
     await branch.finish()
+
+
+async def served(branch):
+    result = await branch.call("add", a=40, b=2)
+    branch.answer(result.text)
 
 
 def not_async(branch):
@@ -177,7 +182,8 @@ def test_the_frontier_measures_the_program_beside_the_methods(here: Path) -> Non
     ("setting", "said"),
     [
         ('tools=["someones.package:plane"]', "tools: someones.package has no plane; did you mean plain?"),
-        ('tools=["search"]', "tools: 'search' is neither of the form package.module:function nor one of read, budget"),
+        ('tools=["serch"]', "tools: 'serch' is neither of the form package.module:function nor one of read, budget, calculator, python"),
+        ('mcp=["http://h/mcp?api_key=hunter22"]', "mcp holds a key or a user, and is written to the run folder"),
         ('tools=["someones.package:Holder"]', "tools: someones.package:Holder is neither a tool nor a function"),
         ('tools=["someones.package:number"]', "tools: someones.package:number is neither a tool nor a function"),
         ('tools=["someones.package:undocumented"]', "tools: tool undocumented has no docstring"),
@@ -200,6 +206,25 @@ def test_what_cannot_be_used_is_one_line_that_names_the_key_and_makes_no_folder(
             ramet(command, "--config", "run.toml", "--set", setting)
         assert said in str(caught.value) and "\n" not in str(caught.value)
     assert not (here / "runs").exists()
+
+
+def test_the_tools_of_a_server_are_there_while_a_command_runs_and_are_journalled(here: Path) -> None:
+    server = f"{sys.executable} {Path(__file__).parents[1] / 'tools' / 'mcp_server.py'} stdio"
+    words = ["eval", "--config", "run.toml", "--set", "program=someones.package:served", "--set", f"mcp=[{json.dumps(server)}]"]
+    ramet(*words, "--set", "eval.tasks=1", "--json", "e.json")
+    assert all(r["generated"] and r["clones"] == 0 for r in json.loads((here / "e.json").read_text()) if r["record"] == "point")
+    for mcp, said in (("false", "MCP server 'false' "), ("nowhere-at-all", "nowhere-at-all")):
+        with pytest.raises(ConfigError, match=said) as caught:
+            ramet(*words, "--set", f"mcp=['{mcp}']", "--name", mcp)
+        assert "\n" not in str(caught.value)
+    twice = "two tools are called add"
+    with pytest.raises(ConfigError, match=twice):
+        ramet(*words, "--set", f"mcp=[{json.dumps(server)}, {json.dumps(server)}]", "--name", "twice")
+
+
+def test_what_is_built_in_has_a_name() -> None:
+    names = ["read", "budget", "calculator", "python"]
+    assert [tool.name for tool in load_tools(names, "tools")] == names
 
 
 def test_roles_with_one_model_share_one_engine_and_others_are_the_run_s_own(here: Path) -> None:
