@@ -6,7 +6,7 @@ torch, and neither do the names that need none.
 
 from __future__ import annotations
 
-import ast
+import dis
 import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from ramet.version import __version__
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    # One line a name. `_exported` reads it, so that what type checkers see is what there is.
+    # One line a name. `_exported` reads them, so that type checkers and `__getattr__` have one list.
     from ramet.agents.budget import Budget as Budget
     from ramet.agents.chat import ChatFormat as ChatFormat
     from ramet.agents.chat import ChatMLFormat as ChatMLFormat
@@ -81,11 +81,15 @@ if TYPE_CHECKING:
 
 
 def _exported() -> dict[str, str]:
-    """The module of each name that is imported above."""
+    """The module of each name that is imported above, from this module's code, which an install without sources has too."""
     assert __spec__ is not None
-    source = __spec__.loader.get_source(__name__)  # type: ignore[union-attr]
-    imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
-    return {alias.name: str(node.module) for node in imports for alias in node.names if alias.name == alias.asname}
+    modules, module = {}, ""
+    for step in dis.get_instructions(__spec__.loader.get_code(__name__)):  # type: ignore[union-attr]
+        if step.opname == "IMPORT_NAME":
+            module = step.argval
+        elif step.opname == "IMPORT_FROM" and step.argval not in globals():
+            modules[step.argval] = module
+    return modules
 
 
 _EXPORTS = _exported()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import compileall
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +31,19 @@ assert not heavy, heavy
 def test_every_name_that_is_exported_is_there(name):
     assert getattr(ramet, name) is getattr(ramet, name) is not None
     assert name in dir(ramet)
+
+
+def test_an_install_of_compiled_files_alone_has_every_name(tmp_path):
+    source = Path(ramet.__file__).parent
+    package = shutil.copytree(source, tmp_path / "ramet", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    assert compileall.compile_dir(package, quiet=1, legacy=True)
+    for path in package.rglob("*.py"):
+        path.unlink()
+    program = "import ramet; from ramet import Runtime; print(ramet.__file__, *ramet.__all__)"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", timeout=60, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(package / "__init__.pyc"), *ramet.__all__]
 
 
 def test_the_names_are_those_of_the_modules_that_define_them():
