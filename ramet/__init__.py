@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from ramet.policy.engines.hf import HFPolicy as HFPolicy
     from ramet.policy.engines.openai import ChatPolicy as ChatPolicy
     from ramet.policy.engines.openai import CompletionsPolicy as CompletionsPolicy
+    from ramet.policy.engines.openai import ResponsesPolicy as ResponsesPolicy
     from ramet.policy.engines.openai import WireFormat as WireFormat
     from ramet.policy.engines.vllm import VLLMPolicy as VLLMPolicy
     from ramet.policy.models.load import load_model as load_model

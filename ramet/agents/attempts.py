@@ -16,7 +16,7 @@ from ramet.agents import drain
 from ramet.agents.budget import Grant, Ledger
 from ramet.agents.events import TokensSampled, TurnSampled
 from ramet.agents.growth import Growth, Setting, seed_of
-from ramet.agents.sampling import Middleware, Partial, Policy, PolicyWrapper, Sample, SampleFunction, SampleRequest
+from ramet.agents.sampling import Middleware, Partial, Policy, PolicyWrapper, Sample, SampleFunction, SampleRequest, attempts_of
 from ramet.agents.tree import StopReason, Turn
 from ramet.errors import Interrupted, PolicyError, RametError, TransientPolicyError, first_line
 
@@ -69,7 +69,7 @@ async def sample_turn(setting: Setting, growth: Growth, room: int, final: bool) 
             failures += 1
             left = growth.ledger.sampleable(final)
             max_tokens = room if left is None else min(room, left)
-            if failures >= setting.attempts or max_tokens <= 0:
+            if failures >= (setting.attempts or attempts_of(setting.policy)) or max_tokens <= 0:
                 raise
             await drain.pause(_pause(error, failures, seed))
             request = replace(request, max_tokens=max_tokens)

@@ -158,7 +158,7 @@ class Setting:
     group: str
     max_turn_tokens: int
     result_characters: int
-    attempts: int
+    attempts: int | None
     clone_system: str
     watched: bool = False
     always_show_budget: bool = True

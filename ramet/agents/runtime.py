@@ -53,7 +53,8 @@ class Runtime:
     concurrency        largest number of samples in flight, over all trees
     max_turn_tokens    longest turn, in tokens, if nothing else limits it
     result_characters  longest tool message, in characters, over all results of a call
-    attempts           how often a sample is attempted if it fails transiently
+    attempts           how often a sample is attempted if it fails transiently; by default as the policy has it (24 times at a server,
+                       which is three minutes or more, otherwise 4)
     clone_system       system message of every clone; none if empty
     always_show_budget state in every prompt what may be spent, not only in those of branches that hold a tool; small models mistake the
                        line for part of the question. Tool messages always state it
@@ -73,7 +74,7 @@ class Runtime:
     concurrency: int = 256
     max_turn_tokens: int = 4096
     result_characters: int = 4096
-    attempts: int = 4
+    attempts: int | None = None
     clone_system: str = CLONE_SYSTEM
     always_show_budget: bool = True
     watch: Callable[[Growth], None] | None = None
@@ -91,8 +92,8 @@ class Runtime:
     def __post_init__(self) -> None:
         self._tools = Tools(self.tools, self.tools_at)
         for name in ("concurrency", "max_turn_tokens", "result_characters", "attempts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ConfigError(f"{name} is {number}; give at least 1")
 
     async def run(
         self,

@@ -128,6 +128,15 @@ what was sampled.
 """
 
 
+ATTEMPTS = 4
+"""How often a sample is attempted that fails transiently, unless the policy says otherwise."""
+
+
+def attempts_of(policy: Policy) -> int:
+    """How often a sample from this policy is attempted if it fails transiently: its `attempts`, if it has one."""
+    return int(getattr(policy, "attempts", ATTEMPTS))
+
+
 class PolicyWrapper:
     """A policy that forwards everything to another one. Subclasses override what they change."""
 
@@ -138,6 +147,11 @@ class PolicyWrapper:
     def version(self) -> int:
         """The wrapped policy's weight version."""
         return self._policy.version
+
+    @property
+    def attempts(self) -> int:
+        """As often as the wrapped policy is attempted."""
+        return attempts_of(self._policy)
 
     @property
     def context(self) -> int | None:

@@ -125,7 +125,7 @@ def run(
     ] = None,
     url: Annotated[str, typer.Option(help="Address of an OpenAI-compatible server that samples, such as http://127.0.0.1:8000/v1.")] = "",
     backend: Annotated[
-        str | None, typer.Option(help="Of --url: chat, the default, or completions, of token ids, for which --policy has the tokenizer.")
+        str | None, typer.Option(help="Of --url: chat (default), responses, or completions, of token ids, whose tokenizer --policy has.")
     ] = None,
     budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
     depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,

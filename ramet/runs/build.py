@@ -23,7 +23,7 @@ from ramet.env.instructions import instructed
 from ramet.env.questions import Questions
 from ramet.env.settings import words
 from ramet.errors import ConfigError, require
-from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, ResponsesPolicy, WireFormat
 from ramet.policy.models.catalogue import find, weights_id
 from ramet.policy.openrlhf.settings import FREE
 from ramet.policy.training.reward import Reward, RewardConfig, to_reward
@@ -56,9 +56,10 @@ def open_engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat, 
 
     `model` is a directory or a name; for a chat server, the server's name for it ("" for its first).
     """
-    if config.backend == "chat":
+    if config.named_by_server:
         wire = WireFormat()
-        return ChatPolicy(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
+        kind = ResponsesPolicy if config.backend == "responses" else ChatPolicy
+        return kind(config.url, wire, config.server.model or str(model) or None, **_spoken_to(config.server)), wire, words
     if config.backend == "vllm":
         require("vllm", "the backend vllm")
     from ramet.policy.models.tokenizer import load_tokenizer
@@ -85,7 +86,7 @@ def _spoken_to(server: ServerConfig) -> dict[str, Any]:
     """The keyword arguments of a server's policy."""
     return {
         "concurrency": server.concurrency, "seconds": server.timeout, "wait": server.startup_timeout, "names": server.names,
-        "extra": server.extra_body, "fold_system": server.fold_system,
+        "extra": server.extra_body, "headers": server.headers, "fold_system": server.fold_system,
     }  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def score_name(config: RunConfig) -> str:
 
 def engine_id(config: RunConfig, model: str | Path) -> str:
     """The identity of an engine in a journal: its weights, or the name that a chat server has for them."""
-    return f"chat {config.server.model or model}" if config.backend == "chat" else weights_id(find(str(model)))
+    return f"{config.backend} {config.server.model or model}" if config.named_by_server else weights_id(find(str(model)))
 
 
 def learning_problem(config: RunConfig, count: Callable[[str], int], spawn: bool = True) -> LearningProblem:

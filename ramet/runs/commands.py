@@ -129,7 +129,6 @@ def run_workloads(
     env = config.env.build(count)
     # Each task in flight holds a context; a server may be restarted meanwhile.
     in_flight = 64 if not config.env.language else 8 if config.backend == "transformers" else 32
-    attempts = 24 if config.url else 4
 
     async def main() -> list[Measured]:
         measured: list[Measured] = []
@@ -143,7 +142,7 @@ def run_workloads(
                     Journal(beside, journal.identity) as samples,
                 ):
                     policy = JournaledPolicy(engine, samples)
-                    backend = Backend(policy, chat, in_flight, attempts, config.tell_budget == "all", serving.journaled(samples))
+                    backend = Backend(policy, chat, in_flight, config.tell_budget == "all", serving.journaled(samples))
                     try:
                         measured += await measure(entry, env, workload, backend, journal, report)
                     except PolicyError:
@@ -250,7 +249,7 @@ def eval_command(policy: str, config: RunConfig, directory: Path, spawn: bool, o
     named_equipment(config)
     data = data_records(config)
     claim_folder(directory, config)
-    path: str | Path = policy if config.backend == "chat" else resolve(policy)
+    path: str | Path = policy if config.named_by_server else resolve(policy)
     base = isinstance(path, str) or not (path / TRAINER).exists()
     name = ("base" if spawn else "base_serial") if base else ("trained" if spawn else "solo")
     with Journal(

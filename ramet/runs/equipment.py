@@ -17,7 +17,7 @@ from ramet.agents.tools import Tool, Tools, budget, read, tool
 from ramet.errors import ConfigError, RametError, require
 from ramet.imports import load_object
 from ramet.policy.models.catalogue import find
-from ramet.runs.settings import AttentionConfig, RoleConfig, RunConfig
+from ramet.runs.settings import NAMING, AttentionConfig, RoleConfig, RunConfig
 from ramet.tools.calculator import calculator
 
 
@@ -111,7 +111,7 @@ def load_program(path: str, key: str = "program") -> Program:
 
 
 def _role(name: str, role: RoleConfig) -> Role:
-    if role.model and role.backend != "chat":
+    if role.model and role.backend not in NAMING:
         try:
             find(role.model)
         except RametError as error:

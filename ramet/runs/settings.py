@@ -75,7 +75,7 @@ class ServerConfig(Section):
     """How the server at `url` is spoken to. A run may go on at another address, with other limits on requests and waiting."""
 
     model: str = ""
-    """Its name for what it serves; by default the policy's name (chat), or its only model (completions)."""
+    """Its name for what it serves; by default the policy's name (chat, responses), or its only model (completions)."""
     concurrency: _Tokens = 64
     """Requests at a time; 1 for servers that drop a stream when another request comes."""
     timeout: Annotated[float, Field(gt=0)] = 300.0
@@ -86,11 +86,22 @@ class ServerConfig(Section):
     """Its names for fields that it calls otherwise, such as { max_tokens = "max_completion_tokens" }; "" leaves a field out."""
     extra_body: dict[str, Any] = Field(default={})
     """Fields to send besides, such as { reasoning_effort = "low" }."""
+    headers: dict[str, str] = Field(default={})
+    """Headers to send besides; of what is nobody else's business only the name of an environment variable, { api-key = "$AZURE_KEY" }."""
     fold_system: bool = False
     """The system message goes into the first message of the user."""
 
+    @model_validator(mode="after")
+    def _no_secret(self) -> ServerConfig:
+        if exposed := [name for name, value in self.headers.items() if _SECRET.search(name) and not value.startswith("$")]:
+            raise ValueError(f"headers.{exposed[0]} is written to the run folder; give the name of an environment variable, $NAME")
+        return self
 
-_Backend = Literal["transformers", "vllm", "completions", "chat"]
+
+_Backend = Literal["transformers", "vllm", "completions", "chat", "responses"]
+NAMING = ("chat", "responses")
+"""Backends that know a model by the name that a server has for it; nothing of it is here."""
+_SERVERS = ("completions", *NAMING)
 _Chat = Literal["auto", "nano", "chatml", "template"]
 
 
@@ -98,7 +109,7 @@ class RoleConfig(Section):
     """A role that a call of `spawn_clone` may give to a clone. What is left out is as for a clone of the model."""
 
     model: str = ""
-    """A model of its own, as in `model`; of a chat server, its name for it."""
+    """A model of its own, as in `model`; of a server (chat, responses), its name for it."""
     backend: _Backend = "transformers"
     """What samples its model."""
     url: str = ""
@@ -121,8 +132,8 @@ class RoleConfig(Section):
 
     @model_validator(mode="after")
     def _whole(self) -> RoleConfig:
-        if bool(self.url) != (self.backend in ("completions", "chat")):
-            raise ValueError("url and a backend that is a server (completions, chat) go together")
+        if bool(self.url) != (self.backend in _SERVERS):
+            raise ValueError(f"url and a backend that is a server ({', '.join(_SERVERS)}) go together")
         if (self.backend != "transformers" and not self.own) or (self.backend == "completions" and not self.model):
             raise ValueError(f"the backend {self.backend} needs a model")
         if self.own and self.trainable:
@@ -148,7 +159,7 @@ class RunConfig(Section):
     model: str
     """"nano" (shipped), "smollm2-135m" (`ramet models get`), a model directory, or hf:owner/name."""
     backend: _Backend = "transformers"
-    """What samples: transformers, vllm (an engine in this process), completions or chat (a server at `url`)."""
+    """What samples: transformers, vllm (an engine in this process), completions, chat or responses (a server at `url`)."""
     url: str = ""
     """Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1. It is written down: no place for a key."""
     server: ServerConfig = ServerConfig()
@@ -193,8 +204,8 @@ class RunConfig(Section):
         for name in ("generated", "prefilled", "critical_path", "branch_generated", "turns", "context", "seconds"):
             if getattr(self.budget, name) == 0:
                 raise ValueError(f"budget.{name} is 0: nothing could be answered; give it more or leave it out")
-        if bool(self.url) != (self.backend in ("completions", "chat")):
-            raise ValueError("url and a backend that is a server (completions, chat) go together")
+        if bool(self.url) != (self.backend in _SERVERS):
+            raise ValueError(f"url and a backend that is a server ({', '.join(_SERVERS)}) go together")
         _check_address(self.url)
         for server in self.mcp:
             _check_address(server, "mcp", "; give a command that reads the key from where it is kept")
@@ -205,6 +216,11 @@ class RunConfig(Section):
         if self.budget.generated is not None and self.budgets:
             raise ValueError("budget.generated and budgets both limit generated tokens; set budgets to [] to use the first")
         return self
+
+    @property
+    def named_by_server(self) -> bool:
+        """Whether the policy is the name that a server has for a model."""
+        return self.backend in NAMING
 
     def identity(self) -> dict[str, Any]:
         """What tells runs apart: all settings but where servers are, and how many calls there are at a time and how long they may take.
@@ -218,7 +234,7 @@ class RunConfig(Section):
         named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program, self.reward.function]
         if code := [provenance(path) for path in named if ":" in path]:
             settings["code"] = code
-        if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend != "chat"}:
+        if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend not in NAMING}:
             settings["weights"] = weights
         return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
 

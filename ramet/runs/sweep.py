@@ -139,7 +139,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     if (plan.trained or plan.solo) and config.url:
         raise ConfigError("a server samples with the weights that it has loaded; measure trained ones with another --set backend")
     config.env.check_measurable()
-    model: str | Path = policy if config.backend == "chat" else resolve(policy)
+    model: str | Path = policy if config.named_by_server else resolve(policy)
     env = config.env.build()
     score = methods.likelihood if plan.reward_model is None else preference(plan.reward_model)
     entries(plan.methods, config, env, plan.depths, plan.widths, score)  # says what cannot be, before anything is made

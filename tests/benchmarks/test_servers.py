@@ -40,11 +40,16 @@ def test_a_run_goes_on_at_another_address_and_more_patiently(tmp_path):
             measure(tmp_path, f"url={url}", "server.model=other")
 
 
-def test_the_settings_of_a_server_reach_it(tmp_path):
+def test_the_settings_of_a_server_reach_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TEAM_KEY", "hunter22")
     with serve(GOOD) as (url, asked):
         renamed = "server.names={max_tokens='max_completion_tokens', seed=''}"
-        names = (renamed, "server.extra_body={effort='low'}", "server.fold_system=true")
+        names = (renamed, "server.extra_body={effort='low'}", "server.fold_system=true", "server.headers={x-team='red', x-key='$TEAM_KEY'}")
         measure(tmp_path, f"url={url}", *names)
+    assert all((body["headers"]["x-team"], body["headers"]["x-key"]) == ("red", "hunter22") for body in asked)
+    assert not any("hunter22" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(ConfigError, match=r"headers\.x-key is written to the run folder"):
+        measure(tmp_path, f"url={url}", "server.headers={x-key='hunter22'}")
     assert asked and all("seed" not in body and "max_tokens" not in body and body["effort"] == "low" for body in asked)
     assert all(message["role"] != "system" for body in asked for message in body["messages"])
 
@@ -76,6 +81,13 @@ def test_a_chat_server_answers_any_question_and_is_graded_on_sums(tmp_path):
         assert "answer 42 bill" in again and len(asked) == 1, "the sample is taken from the journal"
         assert "answer 42 (right)" in run("--url", url, "40+2", "--policy", "other", "--depth", "0") and asked[1]["model"] == "other"
         assert "answer 42 (wrong: it is 43)" in run("--url", url, "40+3")
+
+
+def test_a_server_with_the_responses_endpoint_answers_any_question():
+    text = {"type": "response.output_text.delta", "delta": "Answer: 42"}
+    with serve(stream(text, {"type": "response.completed", "response": {"status": "completed"}})) as (url, asked):
+        assert "answer 42 bill" in run("--url", url, "--backend", "responses", "What is six times seven?")
+    assert asked[0]["path"] == "/v1/responses" and "six times seven" in asked[0]["input"][-1]["content"]
 
 
 def test_a_completions_server_takes_the_nano_model_s_tokens():

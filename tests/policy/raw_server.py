@@ -36,7 +36,7 @@ def serve(
                 if method == "GET":
                     connection.sendall(models if isinstance(models, bytes) else reply(json.dumps(models).encode()))
                 else:
-                    asked.append({**json.loads(body), "path": path})
+                    asked.append({**json.loads(body), "path": path, "headers": headers})
                     if isinstance(answer, bytes):
                         connection.sendall(answer)
                     else:

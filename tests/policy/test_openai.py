@@ -15,7 +15,7 @@ import pytest
 
 from ramet.agents.budget import Budget
 from ramet.agents.runtime import Runtime
-from ramet.agents.sampling import Partial, SampleRequest, Sampling
+from ramet.agents.sampling import Partial, PolicyWrapper, SampleRequest, Sampling
 from ramet.agents.tree import Message, Status, StopReason, Task
 from ramet.errors import PolicyError, RefusedRequest, TransientPolicyError
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat, retry_after
@@ -273,6 +273,30 @@ async def test_a_tree_through_a_chat_server_is_priced_in_the_server_s_tokens_and
     assert tree.usage.prefilled == sum(len(branch.prompt) for branch in tree.branches) + len(tree.root.ids) - len(
         tree.root.turns[-1].sampled
     )
+
+
+@pytest.mark.parametrize("attempts, failing, status", [(None, 20, Status.ANSWERED), (None, 24, Status.FAILED), (3, 3, Status.FAILED)])
+async def test_a_server_that_is_away_is_waited_for_by_the_library_as_by_the_commands(attempts, failing, status, monkeypatch):
+    waited: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr("ramet.agents.drain.pause", pause)
+
+    def answer(body: dict[str, Any], handler: BaseHTTPRequestHandler) -> None:
+        if len(asked) <= failing:
+            send(handler, 503, b"{}")
+        else:
+            stream(handler, {"choices": [{"delta": {"content": "Answer: 7"}, "finish_reason": "stop"}]})
+
+    wire = WireFormat()
+    with server(answer) as (url, asked):
+        async with ChatPolicy(url, wire) as policy:
+            runtime = Runtime(PolicyWrapper(policy), wire, attempts=attempts)
+            tree = await runtime.run(Task("t", (Message("user", "hi"),)), Budget(generated=50, depth=0))
+    assert tree.root.status is status and len(waited) == (attempts or min(failing + 1, 24)) - 1
+    assert attempts or sum(waited) > 60
 
 
 async def test_text_that_the_server_gives_without_tokens_is_kept_and_charged():

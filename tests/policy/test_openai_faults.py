@@ -208,6 +208,38 @@ async def test_fields_can_be_named_left_out_and_added():
         ChatPolicy("http://h/v1", WIRE, names={"maxtokens": "max_new_tokens"})
 
 
+async def test_headers_are_sent_and_what_the_environment_holds_is_never_said(monkeypatch):
+    monkeypatch.setenv("GATEWAY", f"{KEY}\n")
+    seen: list[str] = []
+
+    def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
+        seen.append(asked[-1]["headers"]["x-key"])
+        connection.sendall(failed("403 Forbidden", f"{KEY} may not") if len(seen) > 1 else GOOD)
+
+    headers = {"X-Key": "$GATEWAY", "x-team": "red", "authorization": "Basic eA=="}
+    with serve(answer) as (url, asked):
+        assert await ask(url, headers=headers) == "Answer: 42"
+        with pytest.raises(PolicyError, match="403") as caught:
+            await ask(url, headers=headers)
+    assert seen == [KEY, KEY] and leaked(str(caught.value)) < 8
+    assert (asked[0]["headers"]["x-team"], asked[0]["headers"]["authorization"]) == ("red", "Basic eA==")
+    bad = {"no such": "x", "Content-Length": "7", "x": "a\r\nb", "y": "$NOT_THERE", "": "x", "z": "\u00e9"}
+    for name, value in bad.items():
+        with pytest.raises(PolicyError, match="header"):
+            await ask(url, headers={name: value})
+
+
+async def test_no_additional_field_replaces_what_each_request_sets():
+    for name in ("max_tokens", "max_completion_tokens", "messages", "model", "n", "tools", "limit"):
+        with pytest.raises(PolicyError, match=f"{name} cannot be an additional field"):
+            ChatPolicy("http://h/v1", WIRE, names={"max_tokens": "limit"}, extra={name: 1})
+    whole = reply(json.dumps({"choices": [{"message": {"content": "Answer: 42"}, "finish_reason": "stop"}]}).encode())
+    for options in ({"extra": {"stream": False}}, {"names": {"stream": ""}}):
+        with serve(whole) as (url, asked):
+            assert await ask(url, **options) == "Answer: 42"
+        assert not asked[0].get("stream") and "stream_options" not in asked[0]
+
+
 async def test_a_server_that_does_not_stream_is_asked_not_to():
     def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
         whole = json.dumps({"choices": [{"message": {"content": "Answer: 42"}, "finish_reason": "stop"}]}, indent=1).encode()

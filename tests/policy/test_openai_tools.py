@@ -173,6 +173,13 @@ def test_a_turn_that_a_program_writes_is_called_as_a_model_calls():
     assert WIRE.parse(WIRE.turn("", "no call")).calls == ("no call",)
 
 
+def test_a_context_reads_in_order():
+    ids = [*WIRE.render([Message("user", "hi")], [SPAWN_SCHEMA]), *WIRE.turn("Now.", '{"name":"double","arguments":{"number":1}}')]
+    text = WIRE.text([*ids, *WIRE.after_turn("two", closed=True), WIRE.piece("Answer: 2")])
+    places = [text.index(part) for part in ("You have one tool", "hi", "Now.", '{"name": "double"', "two", "Answer: 2")]
+    assert places == sorted(places)
+
+
 def test_a_call_that_nothing_answers_is_text():
     """Such as one in the last turn of a branch that is asked on."""
     ids = [*WIRE.render([Message("user", "hi")], [SPAWN_SCHEMA]), *WIRE.pieces("", 3, [NativeCall("a", "double", "{}")]), WIRE.END]

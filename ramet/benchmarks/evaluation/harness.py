@@ -72,7 +72,6 @@ class Backend:
     policy: Policy
     chat: ChatFormat
     in_flight: int = 64
-    attempts: int = 4
     always_show_budget: bool = True
     equipment: Equipment = field(default_factory=Equipment)
 
@@ -132,7 +131,7 @@ async def measure(
         report(len(wanted) - len(todo))
     equipment = backend.equipment if entry.programmed else replace(backend.equipment, program=None)
     runtime = equipment.runtime(
-        backend.policy, backend.chat, entry.sampling, attempts=backend.attempts, always_show_budget=backend.always_show_budget
+        backend.policy, backend.chat, entry.sampling, always_show_budget=backend.always_show_budget
     )
     judge = workload.judge or Judge(reward_function(env), RewardConfig())
 

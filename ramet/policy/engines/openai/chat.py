@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
@@ -21,8 +22,8 @@ class ChatPolicy(Server):
     """
 
     path = "chat/completions"
-    optional = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options", "stream", "tools")
-    guessed = GUESSED
+    optional: tuple[str, ...] = ("max_tokens", "temperature", "top_p", "top_k", "seed", "logprobs", "stream_options", "stream", "tools")
+    guessed: Mapping[str, Any] = GUESSED
 
     def __init__(self, url: str, chat: WireFormat, model: str | None = None, **options: Any) -> None:
         super().__init__(url, model, **options)
@@ -30,15 +31,20 @@ class ChatPolicy(Server):
 
     def _body(self, request: SampleRequest) -> dict[str, Any]:
         sampling = request.sampling
+        messages, tools = self._conversation(request)
         extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
-        tools = self._chat.tools(request.prompt) if self._fields.has("tools") else []
         if tools:
             extra["tools"] = tools
         return {
-            "messages": self._chat.messages(request.prompt, self._fields.fold_system, bool(tools)), "max_tokens": request.max_tokens,
+            "messages": messages, "max_tokens": request.max_tokens,
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": request.seed % 2**31, "logprobs": True,
             "stream_options": {"include_usage": True}, **extra,
         }  # fmt: skip
+
+    def _conversation(self, request: SampleRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The messages of a request, and the tools to be sent beside them; none where the messages describe them."""
+        tools = self._chat.tools(request.prompt) if self._fields.has("tools") else []
+        return self._chat.messages(request.prompt, self._fields.fold_system, bool(tools)), tools
 
     def accumulator(self, request: SampleRequest, partial: Partial) -> TextAccumulator:
         """An accumulator of text."""

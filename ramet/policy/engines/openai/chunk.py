@@ -74,7 +74,7 @@ def parse_chunk(event: Mapping[str, Any]) -> Chunk:
         if str(choice.get("index") or 0) == "0":
             _choice(choice, chunk)
     if chunk.usage is None:
-        chunk.usage = _usage(event)
+        chunk.usage = usage_of(event)
     if "choices" not in event and chunk.usage is None:
         chunk.unread = [name for name, value in event.items() if value]
     return chunk
@@ -94,10 +94,10 @@ def _choice(choice: Mapping[str, Any], chunk: Chunk) -> None:
     function_call = holder.get("function_call")
     native_calls = [*(holder.get("tool_calls") or ()), *([{"function": function_call}] if function_call else [])]
     chunk.calls = [_call(call, place) for place, call in enumerate(native_calls)]
-    chunk.tokens = _tokens(choice.get("logprobs"))
+    chunk.tokens = listed_tokens(choice.get("logprobs"))
     ids = choice.get("token_ids")
     chunk.ids = None if ids is None else [_id(i) for i in ids]
-    chunk.usage = _usage(choice)
+    chunk.usage = usage_of(choice)
     finish = choice.get("finish_reason")
     chunk.finish = None if finish in (None, False, "", "null", "None") else str(finish)
     chunk.unread = [name for name, value in holder.items() if value and name not in _KNOWN]
@@ -152,7 +152,7 @@ def _id(value: Any) -> int:
     return value
 
 
-def _tokens(logprobs: Any) -> list[tuple[str, Any]]:
+def listed_tokens(logprobs: Any) -> list[tuple[str, Any]]:
     """(text, log-probability) of each token, in the form of chat, of completions, or as a plain list."""
     listed = logprobs
     if isinstance(logprobs, dict):
@@ -188,7 +188,7 @@ def _inside(holder: Mapping[str, Any], names: Sequence[str], key: str) -> Any:
     return next((inner[key] for name in names if isinstance(inner := holder.get(name), dict) and key in inner), None)
 
 
-def _usage(holder: Mapping[str, Any]) -> ServerUsage | None:
+def usage_of(holder: Mapping[str, Any]) -> ServerUsage | None:
     """Token counts in the forms of OpenAI, Anthropic, DeepSeek, Groq and llama.cpp; None if there is none.
 
     Some servers do not count reasoning among the completion's tokens: then the total, or the details, give the tokens generated.

@@ -142,6 +142,9 @@ def error_in(event: ServerSentEvent) -> Any:
         return value
     if event.kind == "error" or value.get("object") == "error" or value.get("type") == "error":
         return value
+    response = value.get("response")
+    if isinstance(response, dict) and response.get("error"):
+        return response
     for choice in value["choices"] if isinstance(value.get("choices"), list) else ():
         if isinstance(choice, dict) and choice.get("error"):
             return choice

@@ -84,11 +84,15 @@ class Server(ABC):
     """
 
     trainable = False
+    attempts = 24
+    """So that one that is restarted has three minutes or more."""
     path: str
     optional: tuple[str, ...] = ()
     """Fields that may be renamed, or left out if the server refuses them."""
     guessed: Mapping[str, Any] = {}
     """Additional fields for a server of unknown kind, to keep its own defaults out of sampling."""
+    neutral: Mapping[str, Mapping[str, Any]] = NEUTRAL
+    """The same for servers of a known kind, by `owned_by`."""
 
     def __init__(
         self, url: str, model: str | None = None, *, concurrency: int = 64, seconds: float = 300.0, context: int | None = None,
@@ -186,7 +190,7 @@ class Server(ABC):
         self.model = self.model or self._chosen()
         entry = listed.get(self.model, {})
         owner = str(entry.get("owned_by") or next(iter(listed.values())).get("owned_by"))
-        self._neutral = NEUTRAL.get(owner, self.guessed)
+        self._neutral = self.neutral.get(owner, self.guessed)
         length = entry.get("max_model_len")
         self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
 

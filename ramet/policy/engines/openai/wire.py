@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 from ramet.agents.calls import ParsedTurn, Schemas, parse_spelled, tool_preamble
@@ -169,8 +170,9 @@ class WireFormat:
         return replace(parsed, calls=(*(call.json() for call in said.calls), *parsed.calls))
 
     def text(self, ids: Sequence[int]) -> str:
-        """As `ChatFormat.text`: the text of the pieces, calls in Hermes tags; ids of roles are left out."""
-        return self._read(ids).spelled
+        """As `ChatFormat.text`: the text of the pieces, tools described and calls in Hermes tags; ids of roles are left out."""
+        starts = [0, *(at for at, i in enumerate(ids) if i < self.END), len(ids)]
+        return "".join(self._read(ids[start:end]).spelled for start, end in pairwise(starts))
 
     def tools(self, prompt: Sequence[int]) -> list[dict[str, Any]]:
         """The schemas of the tools that a prompt offers."""
