@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from ramet.agents.chat import ChatFormat as ChatFormat
     from ramet.agents.chat import ChatMLFormat as ChatMLFormat
     from ramet.agents.chat import chat_format as chat_format
+    from ramet.agents.events import BranchEnded as BranchEnded
+    from ramet.agents.events import BranchStarted as BranchStarted
+    from ramet.agents.events import CallEnded as CallEnded
+    from ramet.agents.events import CallMade as CallMade
+    from ramet.agents.events import TokensSampled as TokensSampled
+    from ramet.agents.events import TreeEnded as TreeEnded
+    from ramet.agents.events import TurnSampled as TurnSampled
     from ramet.agents.growth import Role as Role
     from ramet.agents.program import ProgramBranch as ProgramBranch
     from ramet.agents.protocol import CloneResult as CloneResult
@@ -75,6 +82,7 @@ if TYPE_CHECKING:
     from ramet.policy.training.update import LearningProblem as LearningProblem
     from ramet.policy.training.update import TaskSampler as TaskSampler
     from ramet.policy.training.update import TrainConfig as TrainConfig
+    from ramet.runs.agent import Agent as Agent
     from ramet.tools.calculator import calculator as calculator
     from ramet.tools.mcp import mcp_tools as mcp_tools
     from ramet.tools.python import python_tool as python_tool

@@ -20,6 +20,11 @@ DELEGATE_PARTS = (
     "You may hand parts of this to clones of yourself with the tool: give each an objective that says all it needs. Think step by step, "
     "briefly. Then give the answer, as short as it can be, in one line: `Answer: ...`."
 )
+DOCUMENTS = (
+    "You may read documents into your own context with the tool read, or hand parts of this to clones of yourself with spawn_clone: give "
+    "each an objective, and the documents that it needs by their keys as context_keys. Think step by step, briefly. Then give the answer, "
+    "as short as it can be, in one line: `Answer: ...`."
+)
 
 
 def instructed(task: Task, instruction: str) -> Task:
