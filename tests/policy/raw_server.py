@@ -33,7 +33,10 @@ def serve(
                     name, _, value = line.decode("latin1").partition(":")
                     headers[name.lower()] = value.strip()
                 body = lines.read(int(headers.get("content-length", 0)))
-                if method == "GET":
+                if method == "GET" and callable(models):
+                    for part in models({}):
+                        connection.sendall(part)
+                elif method == "GET":
                     connection.sendall(models if isinstance(models, bytes) else reply(json.dumps(models).encode()))
                 else:
                     asked.append({**json.loads(body), "path": path, "headers": headers})

@@ -192,7 +192,7 @@ class Server(ABC):
         owner = str(entry.get("owned_by") or next(iter(listed.values())).get("owned_by"))
         self._neutral = self.neutral.get(owner, self.guessed)
         length = entry.get("max_model_len")
-        self._context = self._context or (length if isinstance(length, int) and length > 0 else None)
+        self._context = self._context or (length if type(length) is int and length > 0 else None)
 
     async def _whole(self, method: str, path: str, seconds: float, body: Any = None) -> httpx.Response | None:
         """A reply that is not streamed, of at most `MAX_CHARACTERS` bytes; None if it is not whole within these seconds."""
