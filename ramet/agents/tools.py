@@ -17,6 +17,7 @@ import json
 import math
 import re
 import typing
+import warnings
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,9 @@ from typing import Any, Protocol, overload
 
 import anyio
 import anyio.to_thread
-from pydantic import BaseModel, ConfigDict, Field, PydanticUserError, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.json_schema import PydanticJsonSchemaWarning
+from pydantic_core import to_json
 
 from ramet.agents.budget import Ledger
 from ramet.agents.context import ContextStore
@@ -100,8 +103,9 @@ def tool(
 def tool(function: Callable[..., Any] | None = None, /, *, name: str = "", **options: Any) -> Any:
     """Make a `Tool` of a function: `@tool`, or `@tool(cost=2, timeout=10)`; the options are those of `Tool`.
 
-    A function that is not async runs in a worker thread, which goes on, ignored, when its time is up. Raises `ConfigError`
-    for a function that cannot be a tool: a parameter without an annotation, one that no JSON can fill, or no docstring.
+    A function that is not async runs in a worker thread, which goes on, ignored, when its time is up. What a `functools.partial` has
+    bound is not the model's to give. Raises `ConfigError` for what cannot be a tool: a parameter without an annotation, one that no
+    JSON can fill, no docstring, a function that yields.
     """
     if function is None:
         return partial(_tool, name=name, **options)
@@ -109,35 +113,64 @@ def tool(function: Callable[..., Any] | None = None, /, *, name: str = "", **opt
 
 
 def _tool(function: Callable[..., Any], name: str, **options: Any) -> Tool:
-    name = name or getattr(function, "__name__", type(function).__name__)
-    description = inspect.cleandoc(inspect.getdoc(function) or "")
+    inner, bound = _unbound(function)
+    name = name or getattr(inner, "__name__", type(inner).__name__)
+    description = inspect.cleandoc(inspect.getdoc(inner) or "")
     if not description:
         raise ConfigError(f"tool {name} has no docstring; write there what the tool does, for the model reads it")
     try:
-        hints = typing.get_type_hints(function if inspect.isroutine(function) else type(function).__call__, include_extras=True)
+        hints = typing.get_type_hints(inner if inspect.isroutine(inner) else type(inner).__call__, include_extras=True)
+        parameters = [each for each in inspect.signature(function).parameters.values() if each.name not in bound]
     except NameError as error:
         raise ConfigError(f"tool {name}: {error.name} in its annotations is not defined where it stands") from None
+    except Exception as error:  # an annotation may be any expression
+        raise ConfigError(f"tool {name}: its signature cannot be read: {first_line(error)}") from None
     branch, fields = "", {}
-    for number, parameter in enumerate(inspect.signature(function).parameters.values()):
+    for number, parameter in enumerate(parameters):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ConfigError(f"tool {name}: {parameter} cannot be given by name; give it named parameters only")
         if parameter.name not in hints:
             raise ConfigError(f"tool {name}: parameter {parameter.name} has no annotation, from which its schema would come")
+        if hints[parameter.name] is BranchView and branch:
+            raise ConfigError(f"tool {name}: both {branch} and {parameter.name} are the branch that calls; there is one")
         if hints[parameter.name] is BranchView:
             branch = parameter.name
         else:
             default = ... if parameter.default is parameter.empty else parameter.default
             # By alias: pydantic does not take every name (`copy`, `_x`) for a field.
             fields[f"argument_{number}"] = (hints[parameter.name], Field(default, alias=parameter.name))
+    arguments, schema = _schema(name, fields)
+    return Tool(name, description, schema, _awaitable(function), arguments, branch, **options)
+
+
+def _unbound(function: Any) -> tuple[Any, frozenset[str]]:
+    """What a `functools.partial` is of, and the names that it has bound. Raises `ConfigError` for what is not a function."""
+    inner: Any = function
+    bound = frozenset[str]()
+    while isinstance(inner, partial):
+        inner, bound = inner.func, bound | inner.keywords.keys()
+    if isinstance(inner, Tool):
+        raise ConfigError(f"tool {inner.name} is a tool already")
+    if not callable(inner) or isinstance(inner, type):
+        raise ConfigError(f"{str(inner)[:80]!r} is not a function, of which a tool could be made")
+    if any(yields(each) for yields in (inspect.isgeneratorfunction, inspect.isasyncgenfunction) for each in (inner, inner.__call__)):
+        raise ConfigError(f"{getattr(inner, '__name__', type(inner).__name__)} yields, which a tool cannot; return a list")
+    return inner, bound
+
+
+def _schema(name: str, fields: Mapping[str, Any]) -> tuple[type[BaseModel], dict[str, Any]]:
+    """A model of a tool's arguments, and its JSON schema."""
     try:
-        arguments = create_model(f"{name}_arguments", __config__=ConfigDict(extra="forbid"), **fields)  # type: ignore[call-overload]
-        parameters = arguments.model_json_schema()
-    except (PydanticUserError, NameError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PydanticJsonSchemaWarning)  # of a default that is no JSON
+            arguments = create_model(f"{name}_arguments", __config__=ConfigDict(extra="forbid"), **fields)
+            schema = arguments.model_json_schema()
+    except Exception as error:  # an annotation may be of any type, and bring any code
         raise ConfigError(f"tool {name}: no JSON schema can be made of its parameters: {first_line(error)}") from None
-    parameters.pop("title", None)
-    for described in parameters.get("properties", {}).values():
+    schema.pop("title", None)
+    for described in schema.get("properties", {}).values():
         described.pop("title", None)
-    return Tool(name, description, parameters, _awaitable(function), arguments, branch, **options)
+    return arguments, schema
 
 
 def _awaitable(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
@@ -145,7 +178,8 @@ def _awaitable(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
         return function
 
     async def in_thread(**arguments: Any) -> Any:
-        return await anyio.to_thread.run_sync(partial(function, **arguments), abandon_on_cancel=True)
+        value = await anyio.to_thread.run_sync(partial(function, **arguments), abandon_on_cancel=True)
+        return await value if inspect.isawaitable(value) else value
 
     return in_thread
 
@@ -189,6 +223,8 @@ async def _result(tool: Tool, text: str, view: BranchView) -> ToolResult:
             given = {str(info.alias): getattr(model, name) for name, info in type(model).model_fields.items()}
     except ValidationError as error:
         return ToolResult(ToolStatus.INVALID, explain(error))
+    except (ValueError, RecursionError) as error:
+        return ToolResult(ToolStatus.INVALID, f"call is not valid JSON: {first_line(error)}")
     if tool.branch:
         given = {**given, tool.branch: view}
     try:
@@ -200,16 +236,13 @@ async def _result(tool: Tool, text: str, view: BranchView) -> ToolResult:
     return replace(result, text=elide(result.text, tool.max_characters).encode(errors="replace").decode())
 
 
-_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
-
-
 def as_text(value: Any) -> str:
     """A tool's value as the model reads it: text as it is, nothing as nothing, all else as JSON. Raises for what is no JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, Iterator):
         raise TypeError(f"a {type(value).__name__} is not a value, and may have no end; return a list")
-    return "" if value is None else _ANYTHING.dump_json(value).decode()
+    return "" if value is None else to_json(value).decode()
 
 
 @tool(cost=0, timeout=10.0)

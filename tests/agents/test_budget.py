@@ -21,6 +21,8 @@ budgets = st.builds(
     clones=st.none() | st.integers(0, 6),
     branch_generated=limits,
     turns=st.none() | st.integers(0, 5),
+    tool_calls=st.none() | st.integers(0, 8),
+    tool_seconds=st.none() | st.integers(0, 20).map(lambda tenths: tenths / 10),
     answer_reserve=st.integers(0, 6),
 )
 
@@ -33,7 +35,7 @@ def grow(data: st.DataObject, root: Ledger, ledger: Ledger, depth: int, log: dic
     """Random life of one branch: samples, cancelled samples, forks, crashes. Returns its true critical path."""
     path = 0
     for _ in range(data.draw(st.integers(0, 3))):
-        what = data.draw(st.sampled_from(["sample", "unsettled", "fork", "crash"]))
+        what = data.draw(st.sampled_from(["sample", "unsettled", "call", "lost call", "fork", "crash"]))
         if what in ("sample", "unsettled"):
             try:
                 grant = ledger.reserve(data.draw(st.integers(0, 25)), data.draw(st.integers(0, 25)))
@@ -47,6 +49,22 @@ def grow(data: st.DataObject, root: Ledger, ledger: Ledger, depth: int, log: dic
                     grant.settle(used, 0)
                     path += used
                     log["generated"] += used
+            root.check()
+        elif what in ("call", "lost call"):
+            cost, longest = data.draw(st.integers(0, 4)), data.draw(st.integers(1, 2000))
+            try:
+                call = ledger.reserve_call(cost, longest)
+            except BudgetExhausted:
+                root.check()
+                continue
+            root.check()
+            with contextlib.suppress(Crash), call:
+                if what == "lost call":
+                    raise Crash
+                charged = call.settle_call(data.draw(st.floats(0, 4)))
+                log["tool_calls"] += cost
+                log["tool_milliseconds"] += round(1000 * charged)
+                assert charged <= longest / 1000
             root.check()
         elif what == "fork" and depth:
             wants = data.draw(st.lists(st.none() | st.integers(1, 30), min_size=1, max_size=3))
@@ -86,7 +104,7 @@ def _surviving(data, root, child, depth, log) -> int:
 @given(budgets, st.data())
 def test_conservation_over_random_trees(budget: Budget, data: st.DataObject):
     ledger = Ledger.for_root(budget)
-    log = {"generated": 0, "clones": 0}
+    log = {"generated": 0, "clones": 0, "tool_calls": 0, "tool_milliseconds": 0}
     path = grow(data, ledger, ledger, 2, log)
     ledger.check()
     for currency in CURRENCIES:
@@ -95,7 +113,7 @@ def test_conservation_over_random_trees(budget: Budget, data: st.DataObject):
         assert limit is None or ledger.spent(currency) <= limit
     # What was used was charged, once: nothing lost on any way out, nothing counted twice.
     assert ledger.spent("generated") == ledger.total("generated") == log["generated"]
-    assert ledger.spent("clones") == log["clones"]
+    assert all(ledger.spent(currency) == log[currency] for currency in ("clones", "tool_calls", "tool_milliseconds"))
     assert ledger.spent("critical_path") == path
 
 
