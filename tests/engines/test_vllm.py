@@ -23,11 +23,11 @@ from ramet.agents.budget import Budget
 from ramet.agents.journal import read_records
 from ramet.agents.runtime import Job, Runtime
 from ramet.agents.sampling import Partial, SampleRequest, Sampling
-from ramet.agents.tree import Tree
+from ramet.agents.tree import Message, Tree
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import PolicyError
 from ramet.policy.engines.hf import HFPolicy
-from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, WireFormat
+from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, ResponsesPolicy, WireFormat
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.load import load_model
 from tests.cancelling import cancelled
@@ -150,12 +150,29 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+NANO = """\
+{{- '<|begin|>' }}{%- if tools %}{{- '<|tools|>' }}{%- endif %}
+{%- for m in messages if m.role != 'system' %}
+{{- '<|' + m.role + '|>' + (m.content or '') }}
+{%- for call in m.tool_calls or [] %}
+{%- set written = {'name': call.function.name, 'arguments': call.function.arguments} | tojson(separators=(',', ':')) %}
+{{- '<tool_call>' + written + '</tool_call>' }}
+{%- endfor %}
+{{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}
+"""
+"""The format of the shipped model as a chat template."""
+NATIVE = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+"""What makes vLLM take tools."""
+
+
 @contextmanager
-def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
+def serving(port: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """A vLLM server of the shipped model; killed with everything that it started."""
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(BASE), "--served-model-name", "nano",
-        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details",
+        "--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--enable-prompt-tokens-details", *options,
     ]  # fmt: skip
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -200,7 +217,7 @@ def outcomes(folder: Path) -> dict[tuple[Any, ...], Any]:
     return found
 
 
-def test_a_server(base, expected, tmp_path: Path) -> None:
+def test_a_server(base, expected, tmp_path: Path, caplog) -> None:
     """The same trees through a server; an evaluation through it is that by transformers, though it is killed and started again."""
     _, _, chat = base
     port = free_port()
@@ -221,6 +238,20 @@ def test_a_server(base, expected, tmp_path: Path) -> None:
             with pytest.raises(PolicyError, match="chat template"):
                 await policy.sample(SampleRequest((1, wire.piece("3+4"), wire.END, 2), 4, wire.stop_ids), Partial())
 
+    async def with_messages(caplog: Any) -> None:
+        """Through either endpoint the trees are those of the tokens; calls and results go as such, and nothing is refused."""
+        wire = WireFormat()
+        for kind in (ChatPolicy, ResponsesPolicy):
+            async with kind(url, wire) as policy:
+                trees = await grown(policy, wire)
+                partial = await cancelled(policy, SampleRequest(tuple(wire.render([Message("user", "3+4")], ())), 700, wire.stop_ids))
+                assert len(partial.ids) == len(partial.logprobs)
+            for name, tree in trees.items():
+                same = expected[name]
+                assert (tree.answer, tree.usage.clones, tree.usage.generated) == (same.answer, same.usage.clones, same.usage.generated)
+            assert sum(tree.usage.clones for tree in trees.values()) > 0
+        assert not caplog.messages
+
     plain = evaluation(tmp_path / "plain", None)
     assert plain.wait(300) == 0, plain.stdout.read()
     with serving(port):
@@ -231,7 +262,10 @@ def test_a_server(base, expected, tmp_path: Path) -> None:
             assert run.poll() is None, run.stdout.read()
             time.sleep(0.02)
     assert run.poll() is None, "the evaluation waits for the server to come back"
-    with serving(port):
+    (tmp_path / "nano.jinja").write_text(NANO)
+    with serving(port, "--chat-template", str(tmp_path / "nano.jinja"), *NATIVE):
+        caplog.clear()
+        anyio.run(with_messages, caplog)
         assert run.wait(300) == 0, run.stdout.read()
     assert outcomes(tmp_path / "server") == outcomes(tmp_path / "plain")
     kept = json.loads((tmp_path / "server" / "e" / "results.json").read_text())

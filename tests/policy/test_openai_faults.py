@@ -181,6 +181,7 @@ REFUSALS = [
     lambda name: failed("400 Bad Request", f"Unsupported parameter: '{name}'", param=name, code="unsupported_parameter"),
     lambda name: failed("400 Bad Request", f"Unknown field {name}"),
     lambda name: reply(json.dumps({"detail": [{"loc": ["body", name], "msg": "Extra inputs are not permitted"}]}).encode(), "422 No"),
+    lambda name: failed("403 Forbidden", f"You are not allowed to request {name} from this model"),
     lambda name: stream({"error": {"message": f"{name}: not supported by this model", "code": 400}}),
 ]  # fmt: skip
 

@@ -132,7 +132,7 @@ async def test_a_tree_is_resumed_from_its_journal_exactly(kept: int, tmp_path: P
     assert again.answer == "42" and len(asked) + kept in (3, 4), "what the journal has is not asked for again"
 
 
-ODD = ["", "call_0", "spawn_clone", "</tool_call>", "\ud800", '"', "{}", "[1]", '{"a": 1}', "x" * 900]
+ODD = ["", "call_0", "spawn_clone", "</tool_call>", "\ud800", '"', "{}", "[1]", '{"a": 1}', '{"a": NaN}', '{"a": "\\ud800"}', "x" * 900]
 odd = st.text(max_size=8) | st.sampled_from(ODD)
 calls = st.lists(st.builds(NativeCall, odd, odd, odd), max_size=4)
 
@@ -156,7 +156,9 @@ def test_whatever_a_server_calls_the_conversation_stays_one_that_servers_take(te
             continue
         assert not waiting, "a call without an answer"
         waiting = [call["id"] for call in message.get("tool_calls", ())]
-        assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in message.get("tool_calls", ()))
+        for call in message.get("tool_calls", ()):
+            arguments = json.loads(call["function"]["arguments"], parse_constant=pytest.fail)
+            assert isinstance(arguments, dict) and json.dumps(arguments, ensure_ascii=False).encode()
         assert len(seen | {*waiting}) == len(seen) + len(waiting) and native >= bool(waiting)
         seen |= {*waiting}
     assert not waiting

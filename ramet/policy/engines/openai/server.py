@@ -365,13 +365,14 @@ class Exchange:
         self._kind = ""
         self._unread: dict[str, None] = {}
         self._error: PolicyError | None = None
+        self._sent: Mapping[str, Any] = {}
         self.status: int | None = None
         self.refused, self.param = "", None
         """The message of a refusal before anything was sampled, and the field that it names."""
 
     async def run(self, body: Mapping[str, Any]) -> StopReason:
         """Send the body and read the answer. However this ends, the partial sample contains what has arrived. Raises `PolicyError`."""
-        server = self._server
+        server, self._sent = self._server, body
         failed: Exception | None = None
         self._set_deadline(server._seconds)
         with self._scope:
@@ -448,7 +449,7 @@ class Exchange:
     def _refuse(self, reply: httpx.Response, page: bytes) -> None:
         text = page.decode("utf-8", "replace")
         self._error = self._server.refusal(reply, text)
-        if reply.status_code in REJECTED:
+        if reply.status_code in REJECTED or (reply.status_code == 403 and names_field(error_text(text), None, self._sent)):
             self._note_refusal(text, parsed(text))
 
     def _note_refusal(self, text: str, value: Any) -> None:

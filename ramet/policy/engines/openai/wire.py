@@ -39,11 +39,13 @@ class NativeCall:
 
     @property
     def sound(self) -> bool:
-        """Whether a server will take the call back as one of its own."""
+        """Whether any server will take the call back as one of its own: its arguments are an object in strict JSON, of whole characters."""
         try:
-            return bool(_NAME.fullmatch(self.name)) and isinstance(json.loads(self.arguments.strip() or "{}"), dict)
+            arguments = json.loads(self.arguments.strip() or "{}")
+            json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError):
             return False
+        return isinstance(arguments, dict) and bool(_NAME.fullmatch(self.name))
 
 
 @dataclass(frozen=True, slots=True)
