@@ -17,17 +17,17 @@ from typing import Any
 
 from ramet.agents import drain
 from ramet.display import progress
-from ramet.errors import ConfigError, PartLost, RunLost, require
+from ramet.errors import ConfigError, PartLost, RunLost, first_line, require
 from ramet.policy.models.checkpoint import checkpoint_path, latest_checkpoint
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import STOP, flags
 from ramet.policy.openrlhf.placement import GIB, ModelDimensions, check_fits, place
 from ramet.policy.openrlhf.settings import FREE, ClusterConfig
 from ramet.runs.build import read_metrics, score_name
-from ramet.runs.cluster_process import LOG, OUTCOME, longest, read_outcome, run_spec
+from ramet.runs.cluster_process import LOG, NOTICE, OUTCOME, longest, read_outcome, run_spec, wait_for
 from ramet.runs.commands import claim_folder
 from ramet.runs.settings import RunConfig, held, write
-from ramet.storage import meta, write_json
+from ramet.storage import meta, read_text, write_json
 from ramet.terminal import Table, show
 
 logger = logging.getLogger(__name__)
@@ -165,17 +165,18 @@ _Watched = tuple[Callable[[], bool], Callable[[], str]]
 
 def _attempt(config: RunConfig, directory: Path, spawn: bool) -> None:
     """Run the cluster process once. Raises the error that ended it, `PartLost` where it has left none."""
-    (directory / OUTCOME).unlink(missing_ok=True)
+    for path in (OUTCOME, NOTICE):
+        (directory / path).unlink(missing_ok=True)
     last = latest_checkpoint(directory / "checkpoints")
     done = int(last.name.removeprefix("step-")) if last else 0
     command = [sys.executable, "-m", "ramet.runs.cluster_process", str(directory.resolve()), *([] if spawn else ["--no-spawn"])]
     start = _submitted if config.openrlhf.address else _started
     shown_progress = progress.training("openrlhf", config.train.updates, done, score_name(config))
     with shown_progress as report, start(config, directory, command) as (running, why):
-        shown, stopping = done, False
+        shown, notice, stopping = done, "", False
         while running():
             time.sleep(0.5)
-            shown = _report(directory, shown, report)
+            shown, notice = _report(directory, shown, report), _show_notice(directory, notice)
             if drain.requested() and not stopping:
                 stopping = True
                 (directory / STOP).touch()
@@ -194,6 +195,14 @@ def _report(directory: Path, shown: int, report: Callable[[dict[str, Any]], None
             report(entry)
             shown = entry["update"] + 1
     return shown
+
+
+def _show_notice(directory: Path, shown: str) -> str:
+    """Show what the cluster process waits for, unless that has been `shown`. Returns it."""
+    notice = read_text(directory / NOTICE).strip() if (directory / NOTICE).exists() else ""
+    if notice and notice != shown:
+        logger.info(notice)
+    return notice
 
 
 @contextmanager
@@ -218,6 +227,23 @@ def _started(config: RunConfig, directory: Path, command: list[str]) -> Iterator
                 process.wait()
 
 
+def _submit(client: Any, entrypoint: str, address: str) -> str:
+    """Submit a job to a Ray job server; its id. A server that has just started refuses jobs until it has an agent for them, so one that
+    refuses is asked again for a while. Raises `ConfigError` if it still refuses then."""
+    submissions: list[str] = []
+
+    def refusal() -> str:
+        try:
+            submissions.append(client.submit_job(entrypoint=entrypoint))
+        except RuntimeError as error:
+            return f"the Ray job server at {address} refuses the run ({first_line(error)})"
+        return ""
+
+    if lack := wait_for(refusal, "it to take jobs", logger.info):
+        raise ConfigError(f"{lack}; see what its nodes do: ray status")
+    return submissions[0]
+
+
 @contextmanager
 def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterator[_Watched]:
     """The cluster process on an existing cluster, as a job of Ray's. The run folder must be one that its nodes see."""
@@ -227,7 +253,7 @@ def _submitted(config: RunConfig, directory: Path, command: list[str]) -> Iterat
         raise ConfigError("submitting to a cluster needs Ray here: pip install 'ray[default]==2.55.0'") from error
     try:
         client = JobSubmissionClient(config.openrlhf.address)
-        submission = client.submit_job(entrypoint=shlex.join(["python", *command[1:]]))
+        submission = _submit(client, shlex.join(["python", *command[1:]]), config.openrlhf.address)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(
             f"no Ray job server answers at {config.openrlhf.address} ({error}): start Ray there, or leave openrlhf.address out"

@@ -11,14 +11,27 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ramet import terminal
+from ramet.agents import drain
 from ramet.agents.equipment import Equipment
-from ramet.errors import CheckpointError, ConfigError, PartLost, PolicyError, RametError, StorageError, first_line, from_record, to_record
+from ramet.errors import (
+    CheckpointError,
+    ConfigError,
+    Drained,
+    PartLost,
+    PolicyError,
+    RametError,
+    StorageError,
+    first_line,
+    from_record,
+    to_record,
+)
 from ramet.imports import search
 from ramet.policy.models.catalogue import find
 from ramet.policy.openrlhf.flags import flags, needs
@@ -32,7 +45,12 @@ from ramet.storage import lock, read_text, write_text
 logger = logging.getLogger("ramet.runs.cluster_process")
 LOG = "openrlhf.log"
 OUTCOME = Path("openrlhf") / "outcome.json"
+NOTICE = Path("openrlhf") / "notice.txt"
+"""What the process waits for, in a line that `ramet train` shows: on another machine's job server its own log is out of sight."""
 GUARD_SECONDS = 5.0
+WAIT_SECONDS = 60.0
+"""How long nodes may take to join a cluster, and its job server to take jobs, after Ray has been started."""
+POLL_SECONDS = 1.0
 
 
 def run_spec(config: RunConfig, directory: Path, spawn: bool, fingerprint: str = "") -> RunSpec:
@@ -75,8 +93,27 @@ def longest(config: RunConfig, model: Path) -> int:
     return min(config.budget.context or most, most)
 
 
+def wait_for(missing: Callable[[], str], expected: str, announce: Callable[[str], None]) -> str:
+    """Call `missing` until it returns "" or `WAIT_SECONDS` have passed. Returns what it returned last. Raises `Drained`.
+
+    What is waited for is announced once, in a line that ends with what is `expected` to come.
+    """
+    stop, announced = time.monotonic() + WAIT_SECONDS, False
+    while (lack := missing()) and time.monotonic() < stop:
+        if drain.requested():
+            raise Drained
+        if not announced:
+            announce(f"{lack}: waiting up to {WAIT_SECONDS:g} seconds for {expected}")
+            announced = True
+        time.sleep(POLL_SECONDS)
+    return lack
+
+
 def start_ray(spec: RunSpec) -> None:
-    """Connect to the cluster that this process stands in, or start one on this machine. Raises `ConfigError` if it is too small."""
+    """Connect to the cluster that this process stands in, or start one on this machine.
+
+    A cluster that is too small is given time for more nodes to join; then it raises `ConfigError`.
+    """
     import ray
 
     from ramet.policy.openrlhf import cpu
@@ -94,10 +131,17 @@ def start_ray(spec: RunSpec) -> None:
     if alone:
         own |= {"address": "local", "include_dashboard": False}
     ray.init(runtime_env={"env_vars": variables}, **own)
-    if short := _short(spec):
+    announce = functools.partial(_announce, spec.directory)
+    if short := wait_for(functools.partial(_short, spec), "more nodes to join", announce):
         raise ConfigError(f"{short}; start Ray on more nodes, or lower openrlhf.trainers and openrlhf.engines")
     if short := _short(spec, free=True):
-        logger.info(f"{short} and free: waiting until others give theirs back")
+        announce(f"{short} and free: waiting until others give theirs back")
+
+
+def _announce(directory: Path, line: str) -> None:
+    """Say in the log, and to `ramet train`, what is waited for."""
+    logger.info(line)
+    write_text(directory / NOTICE, line + "\n")
 
 
 def _short(spec: RunSpec, free: bool = False) -> str:

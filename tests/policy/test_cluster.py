@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ramet.agents import drain
 from ramet.errors import BudgetExhausted, CheckpointError, ConfigError, Drained, EngineLost, PartLost, RewardError, RunLost, TaskError
 from ramet.policy.openrlhf import supported
 from ramet.policy.openrlhf.flags import flags, needs
@@ -50,6 +53,39 @@ def test_a_run_with_other_tasks_or_rewards_is_another_run(tmp_path):
     assert identified == run.identified(LearningProblem(draw, judge(1.0))).fingerprint != run.fingerprint
     others = [LearningProblem(draw, judge(2.0)), LearningProblem(lambda update: [], judge(1.0))]
     assert len({identified, *(run.identified(problem).fingerprint for problem in others)}) == 3
+
+
+def test_what_has_not_come_up_yet_is_waited_for_with_one_line(monkeypatch):
+    monkeypatch.setattr(cluster_process, "POLL_SECONDS", 0)
+    lines: list[str] = []
+    lacks = iter(["1 GPUs where 2 are needed", "1 GPUs where 2 are needed", "", "not asked again"])
+    assert cluster_process.wait_for(lambda: next(lacks), "more nodes to join", lines.append) == ""
+    assert lines == ["1 GPUs where 2 are needed: waiting up to 60 seconds for more nodes to join"]
+    assert next(lacks) == "not asked again"
+
+
+def test_the_wait_ends_with_its_time_or_when_the_run_is_to_stop(monkeypatch):
+    monkeypatch.setattr(cluster_process, "POLL_SECONDS", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(cluster_process, "WAIT_SECONDS", 0)
+        assert cluster_process.wait_for(lambda: "too small", "more nodes", print) == "too small"
+
+    def stopped() -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "too small"
+
+    with drain.draining(print), pytest.raises(Drained):
+        cluster_process.wait_for(stopped, "more nodes", print)
+
+
+def test_what_the_process_on_the_cluster_waits_for_is_shown_where_the_run_was_started(tmp_path, caplog):
+    caplog.set_level("INFO", "ramet.runs.cluster")
+    assert cluster._show_notice(tmp_path, "") == ""
+    (tmp_path / "openrlhf").mkdir()
+    cluster_process._announce(tmp_path, "waiting for nodes")
+    shown = cluster._show_notice(tmp_path, "")
+    assert cluster._show_notice(tmp_path, shown) == "waiting for nodes"
+    assert [record.getMessage() for record in caplog.records if record.name == "ramet.runs.cluster"] == ["waiting for nodes"]
 
 
 def test_one_configuration_becomes_flags(tmp_path):
