@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from ramet.agents.tools import budget as budget
     from ramet.agents.tools import read as read
     from ramet.agents.tools import tool as tool
+    from ramet.agents.transcripts import Transcript as Transcript
+    from ramet.agents.transcripts import Transcripts as Transcripts
     from ramet.agents.tree import Branch as Branch
     from ramet.agents.tree import Message as Message
     from ramet.agents.tree import Segment as Segment

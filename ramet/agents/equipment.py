@@ -68,6 +68,10 @@ class Equipment:
         roles = self._roles(lambda policy: JournaledPolicy(policy, journal))
         return replace(self, roles=roles, caller=JournaledTools(journal))
 
+    def chats(self) -> dict[str, ChatFormat]:
+        """The formats of the roles that have another one than the model."""
+        return {name: role.chat for name, role in self.roles.items() if role.chat is not None}
+
     def _roles(self, wrapped: Callable[[Policy], Policy]) -> dict[str, Role]:
         """The roles, with the policies wrapped that they have of their own: once each, also where roles share one."""
         own = {id(role.policy): wrapped(role.policy) for role in self.roles.values() if role.policy is not None}

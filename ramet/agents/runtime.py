@@ -59,6 +59,7 @@ class Runtime:
     always_show_budget state in every prompt what may be spent, not only in those of branches that hold a tool; small models mistake the
                        line for part of the question. Tool messages always state it
     watch              called with each root as it starts to grow, to display its tree or to cancel single branches
+    on_end             called with each tree that has ended, failed ones and those that are grown anew included
     tools              what branches may call beside `spawn_clone`; `tools_at`: which branches hold them
     caller             makes the calls of tools; a journal puts itself there (`ramet.agents.resume.JournaledTools`)
     roles              who clones may be instead of clones of the model, by the name that a call gives
@@ -78,6 +79,7 @@ class Runtime:
     clone_system: str = CLONE_SYSTEM
     always_show_budget: bool = True
     watch: Callable[[Growth], None] | None = None
+    on_end: Callable[[Tree], None] | None = None
     tools: Sequence[Tool] = ()
     tools_at: Literal["everywhere", "clones", "root"] = "everywhere"
     caller: ToolCaller = call_tool
@@ -200,7 +202,10 @@ class Runtime:
             if self.on_cancel is not None:
                 self.on_cancel(tree(Status.CANCELLED))
             raise
-        return tree(Status.TIMED_OUT)
+        ended = tree(Status.TIMED_OUT)
+        if self.on_end is not None:
+            self.on_end(ended)
+        return ended
 
     async def grow(self, job: Job, regrow: int = 0) -> Tree:
         """Grow the tree of a job. If the backend fails a branch (`Tree.failed`), grow it anew, up to `regrow` times with other seeds."""

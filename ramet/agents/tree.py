@@ -6,17 +6,28 @@ again.
 
 Records are frozen once built. A branch is append-only: its ids are the prompt followed by, for each turn, the sampled ids and then the
 ids that the runtime appended (a tool message, an error, or the notice to answer).
+
+A chain of clones may be deeper than Python's stack: whatever is done with a whole tree (to compare, pickle, store or print it) goes over
+a flat list of its branches.
 """
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from ramet.errors import TaskError
+from ramet.agents.layout import inert, lines_of, short
+from ramet.errors import CheckpointError, TaskError
+from ramet.storage import read_text, write_text
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 MessageRole = Literal["system", "user", "assistant", "tool"]
 
@@ -229,7 +240,7 @@ class Turn:
         return [self.version + sum(start <= place for start in self.updates) for place in range(len(self.sampled))]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Branch:
     """One context: the root's (id "0") or a clone's (id "0.2.1": clone 1 of clone 2 of the root, counted from 0).
 
@@ -256,6 +267,15 @@ class Branch:
     """Were its tokens sampled by the policy that learns?"""
     value: Any = None
     """What the answer says, where it had to be of a type (`Task.answer`)."""
+
+    def __repr__(self) -> str:
+        return f"Branch({self.id}: {self.ending}, {len(self.turns)} turns, {len(self.clones)} clones, {self.generated} tokens)"
+
+    @property
+    def ending(self) -> str:
+        """How it ended, on one line: its status, its answer, and what else there is to say."""
+        answer = [] if self.answer is None else [short(self.answer)]
+        return " ".join([self.status.value, *answer, *([f"({short(self.reason)})"] if self.reason else [])])
 
     @property
     def ids(self) -> list[int]:
@@ -349,7 +369,26 @@ class ToolUsage:
     seconds: float = 0.0
 
 
+class TextView(Protocol):
+    """What makes text of ids: a `ramet.agents.chat.ChatFormat`."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Ids as text for people to read."""
+
+
 @dataclass(frozen=True, slots=True)
+class BranchText:
+    """What a branch read and wrote, as text: its prompt and, for each turn, what was sampled and what was appended."""
+
+    prompt: str
+    turns: tuple[tuple[str, str], ...]
+
+
+FORMAT = 1
+"""The version of a stored tree."""
+
+
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Tree:
     """One finished rollout of a task.
 
@@ -364,10 +403,94 @@ class Tree:
     error: str = ""
     regrown: int = 0
 
+    def __repr__(self) -> str:
+        failed = f", failed: {short(self.failed)}" if self.failed else ""
+        return f"Tree({short(self.task_id)}: {self.root.ending}, {len(self.branches)} branches, {self.usage.generated} tokens{failed})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tree) and self._others() == other._others() and self.root.flat() == other.root.flat()
+
+    def __hash__(self) -> int:
+        return hash((self.task_id, self.seed, self.usage))
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # Flat, because a chain of clones may be deeper than pickle can recurse.
-        others = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "root"}
-        return _unpickled, (self.root.flat(), others)
+        return _unpickled, (self.root.flat(), self._others())
+
+    def _others(self) -> dict[str, Any]:
+        """All fields but the root."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "root"}
+
+    def record(self) -> dict[str, Any]:
+        """The tree as JSON takes it: every field, the root without its clones, and the clones as a flat list (`Branch.flat`).
+
+        `of` gives the same tree back, except that values of other types come back as JSON has them, and halves of a surrogate pair that
+        stand side by side as the character that they spell.
+        """
+        flat = self.root.flat()
+        trees, branches = _adapters()
+        (whole,) = trees.dump_python([replace(self, root=replace(flat[0][1], value=None))], mode="json")
+        clones = branches.dump_python([(turn, replace(branch, value=None)) for turn, branch in flat[1:]], mode="json")
+        for dumped, (_, branch) in zip([whole["root"], *(clone for _, clone in clones)], flat, strict=True):
+            dumped["value"] = plain(branch.value)
+        return {"version": FORMAT, "tree": whole, "clones": clones}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Tree:
+        """The tree of a `record`, or of an older one with its clones nested inside their parents.
+
+        Raises `CheckpointError` for what is not a tree, and for one of a version that this one does not read.
+        """
+        from pydantic import ValidationError
+
+        trees, branches = _adapters()
+        if record.get("version", FORMAT) != FORMAT:
+            found = short(str(record["version"]))
+            raise CheckpointError(f"a tree of version {found}, where this ramet reads version {FORMAT}: use the ramet that wrote it")
+        try:
+            if "tree" not in record:
+                return trees.validate_python([record])[0]
+            (tree,), clones = trees.validate_python([record["tree"]]), branches.validate_python(record.get("clones"))
+        except ValidationError as error:
+            problem = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, problem["loc"][1:])) or "tree"
+            raise CheckpointError(f"not a tree that this ramet can read: {where}: {problem['msg']}") from error
+        whole = replace(tree, root=Branch.assembled([(0, tree.root), *clones]))
+        if len(whole.branches) != len(clones) + 1:
+            raise CheckpointError("not a tree that this ramet can read: a clone has no parent")
+        return whole
+
+    def save(self, path: Path | str) -> None:
+        """Write the tree to a JSON file, whole or not at all. Raises `StorageError`."""
+        write_text(Path(path), json.dumps(self.record()) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tree:
+        """The tree of a file that `save` wrote. Raises `CheckpointError`, in one line, for a file that is missing or is something else."""
+        try:
+            record = json.loads(read_text(Path(path)))
+        except OSError as error:
+            raise CheckpointError(f"cannot read tree {path}: {error.strerror or error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not a tree that was saved: it is not JSON") from error
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path} is not a tree that was saved")
+        try:
+            return cls.of(record)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def texts(self, chat: TextView, roles: Mapping[str, TextView] | None = None) -> list[BranchText]:
+        """What each of `branches` read and wrote. `roles`: the formats of roles whose model has another tokenizer."""
+
+        def of(branch: Branch) -> BranchText:
+            view = (roles or {}).get(branch.role, chat)
+            return BranchText(view.text(branch.prompt), tuple((view.text(turn.sampled), view.text(turn.appended)) for turn in branch.turns))
+
+        return [of(branch) for branch in self.branches]
+
+    def text(self, chat: TextView, roles: Mapping[str, TextView] | None = None) -> str:
+        """The whole tree for people to read: see `written`."""
+        return written(self, self.texts(chat, roles))
 
     @property
     def answer(self) -> str | None:
@@ -409,6 +532,53 @@ class Tree:
             return ""
         limit = "seconds" if self.root.status is Status.TIMED_OUT else self.root.reason or "generated"
         return f"a prompt of {len(self.root.prompt)} tokens leaves nothing of {limit if ' ' in limit else f'budget.{limit}'}"
+
+
+def plain(value: Any) -> Any:
+    """A user's value as JSON takes it; its `repr` where there is no such form."""
+    from pydantic_core import to_jsonable_python
+
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        pass
+    try:
+        return json.loads(json.dumps(to_jsonable_python(value, serialize_unknown=True)))
+    except (TypeError, ValueError, RecursionError):
+        return repr(value)
+
+
+@functools.cache
+def _adapters() -> tuple[TypeAdapter[list[Tree]], TypeAdapter[list[tuple[int, Branch]]]]:
+    """What converts trees and flat branches. Lists, because they alone pass the rule that unknown fields are errors on to a dataclass."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    strict = ConfigDict(extra="forbid")
+    return TypeAdapter(list[Tree], config=strict), TypeAdapter(list[tuple[int, Branch]], config=strict)
+
+
+def written(tree: Tree, texts: Sequence[BranchText]) -> str:
+    """A tree for people to read: branch after branch in call order, each with what it read and wrote, line by line behind a margin.
+
+    What models and documents say can neither pass for another part of it nor act on a terminal: control characters are spelled out.
+    """
+    lines = [inert(repr(tree))]
+    for branch, text in zip(tree.branches, texts, strict=True):
+        role = f" as {branch.role}" if branch.role else ""
+        lines += ["", inert(f"{branch.id}{role}: {branch.ending}, {branch.generated} tokens")]
+        if branch.objective:
+            lines += lines_of("objective", branch.objective)
+        lines += lines_of("prompt", text.prompt)
+        for turn, (sampled, appended) in zip(branch.turns, text.turns, strict=True):
+            if turn.sampled:
+                lines += lines_of("program" if turn.written else "model", sampled)
+            for call in turn.calls:
+                lines += lines_of("call", f"{call.name} {call.arguments} -> {call.result.status.value}, {call.seconds:.3g} seconds")
+            if turn.stop in (StopReason.CANCELLED, StopReason.FAILED):
+                lines += lines_of("stopped", turn.stop.value)
+            if turn.appended:
+                lines += lines_of("runtime", appended)
+    return "\n".join(lines)
 
 
 def _unpickled(flat: list[tuple[int, Branch]], others: dict[str, Any]) -> Tree:

@@ -205,7 +205,7 @@ def make_trainer(config: RunConfig, directory: Path, spawn: bool = True) -> Trai
     engine = engine_of(config, model, tokenizer, chat)
     learner = Learner(engine, tokenizer, chat, config.tell_budget == "all", equipment_of(config, open_engine))
     problem = replace(learning_problem(config, token_count(tokenizer), spawn), fingerprint=run_fingerprint(config, spawn))
-    return Trainer(learner, problem, config.train, directory, config.seed)
+    return Trainer(learner, problem, config.train, directory, config.seed, config.transcript_bytes)
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def run_spec(config: RunConfig, directory: Path, spawn: bool, fingerprint: str =
     return RunSpec(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
         fingerprint, config.tell_budget == "all", functools.partial(_problem, config, spawn),
-        functools.partial(_equipment, config, os.getcwd()),
+        functools.partial(_equipment, config, os.getcwd()), config.transcript_bytes,
     )  # fmt: skip
 
 

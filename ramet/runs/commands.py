@@ -14,8 +14,20 @@ from ramet.agents import drain
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.sampling import Sampling
+from ramet.agents.transcripts import TREES, Transcripts
 from ramet.benchmarks.evaluation import baselines, methods
-from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, by_size, failures, grouped, measure, point
+from ramet.benchmarks.evaluation.harness import (
+    Backend,
+    Measured,
+    MethodEntry,
+    Workload,
+    by_size,
+    failures,
+    forget_unfinished,
+    grouped,
+    measure,
+    point,
+)
 from ramet.display import progress
 from ramet.display.plots import LABELS
 from ramet.env.environment import Environment
@@ -121,14 +133,16 @@ def run_workloads(
 ) -> list[Measured]:
     """Measure each method that `plan` names on its workload, all with one model.
 
-    Outcomes go to `journal`. Until those of a method on a split are all known, the samples of its trees are kept
-    beside it, in a file of their own.
+    Outcomes go to `journal`, and all trees to the transcripts beside it. Until those of a method on a split are all known, the samples of
+    its trees are kept beside it, in a file of their own.
     """
     equipment = equipment_of(config, open_engine)
     engine, chat, count = open_engine(config, model)
     env = config.env.build(count)
     # Each task in flight holds a context; a server may be restarted meanwhile.
     in_flight = 64 if not config.env.language else 8 if config.backend == "transformers" else 32
+    transcripts = Transcripts(journal.path.with_name(TREES), config.transcript_bytes)
+    forget_unfinished(transcripts, journal)
 
     async def main() -> list[Measured]:
         measured: list[Measured] = []
@@ -144,7 +158,7 @@ def run_workloads(
                     policy = JournaledPolicy(engine, samples)
                     backend = Backend(policy, chat, in_flight, config.tell_budget == "all", serving.journaled(samples))
                     try:
-                        measured += await measure(entry, env, workload, backend, journal, report)
+                        measured += await measure(entry, env, workload, backend, journal, report, transcripts)
                     except PolicyError:
                         policy.give_up()
                         raise

@@ -22,6 +22,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ramet.agents.budget import Budget
+from ramet.agents.transcripts import LIMIT
 from ramet.env.registry import AnyEnv
 from ramet.errors import ConfigError
 from ramet.imports import provenance
@@ -198,6 +199,8 @@ class RunConfig(Section):
     roles: dict[str, RoleConfig] = Field(default={})
     """Who clones may be, by the name that a call gives: a section [roles.NAME] for each."""
     eval: EvalConfig = EvalConfig()
+    transcript_mib: Annotated[int, Field(ge=0)] = LIMIT // 2**20
+    """MiB of trees that the run keeps in `trees.jsonl.gz`, for `ramet show`; 0: none. A run may go on with another limit."""
 
     @model_validator(mode="after")
     def _some_budget(self) -> RunConfig:
@@ -223,13 +226,16 @@ class RunConfig(Section):
         return self.backend in NAMING
 
     def identity(self) -> dict[str, Any]:
-        """What tells runs apart: all settings but where servers are, and how many calls there are at a time and how long they may take.
+        """What tells runs apart: all settings but where servers are, how many calls there are at a time, how long they may take, and
+        how much is kept.
 
         Of rewards, tools, programs and roles, where there are any, their code and weights too: a run with a tool that has changed is
         another.
         """
-        free: dict[str, Any] = {"url": True, "server": {"concurrency", "timeout", "startup_timeout"}, "reward": {"concurrency", "timeout"}}
-        free["roles"] = {name: {"url"} for name in self.roles}
+        free: dict[str, Any] = {
+            "url": True, "server": {"concurrency", "timeout", "startup_timeout"}, "reward": {"concurrency", "timeout"},
+            "roles": {name: {"url"} for name in self.roles}, "transcript_mib": True,
+        }  # fmt: skip
         settings = self.model_dump(mode="json", exclude=free)
         named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program, self.reward.function]
         if code := [provenance(path) for path in named if ":" in path]:
@@ -237,6 +243,11 @@ class RunConfig(Section):
         if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend not in NAMING}:
             settings["weights"] = weights
         return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+
+    @property
+    def transcript_bytes(self) -> int:
+        """`transcript_mib` in bytes."""
+        return self.transcript_mib * 2**20
 
 
 _LATER: dict[str, Any] = {

@@ -19,9 +19,20 @@ from ramet.agents.journal import Journal
 from ramet.agents.prefixes import Prefixes
 from ramet.agents.sampling import Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
+from ramet.agents.transcripts import TREES, Transcripts, read
 from ramet.agents.tree import Message, Task
 from ramet.benchmarks.evaluation import baselines
-from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, failures, grouped, measure, point
+from ramet.benchmarks.evaluation.harness import (
+    Backend,
+    Measured,
+    MethodEntry,
+    Workload,
+    failures,
+    forget_unfinished,
+    grouped,
+    measure,
+    point,
+)
 from ramet.errors import Drained, PolicyError, RefusedRequest, TaskError, TransientPolicyError
 
 
@@ -41,13 +52,22 @@ class Env:
         return 1
 
 
-def run(policy: ScriptedPolicy, path: Path, budgets: tuple[int, ...] = (60,), in_flight: int = 2) -> list[Measured]:
-    env, entry = Env(), MethodEntry("base", baselines.tree, Sampling(), 0)
+def run(
+    policy: ScriptedPolicy,
+    path: Path,
+    budgets: tuple[int, ...] = (60,),
+    in_flight: int = 2,
+    method: baselines.BudgetedMethod = baselines.tree,
+) -> list[Measured]:
+    env, entry = Env(), MethodEntry("base", method, Sampling(), 0)
+    transcripts = Transcripts(path.with_name(TREES))
 
     async def main() -> list[Measured]:
         with Journal(path, "job") as journal:
             workload = Workload("iid", env.tasks("iid", 6, 0), budgets, Budget(), 0)
-            return await measure(entry, env, workload, Backend(policy, PlainFormat(), in_flight, always_show_budget=False), journal)
+            forget_unfinished(transcripts, journal)
+            backend = Backend(policy, PlainFormat(), in_flight, always_show_budget=False)
+            return await measure(entry, env, workload, backend, journal, transcripts=transcripts)
 
     return anyio.run(main)
 
@@ -73,6 +93,49 @@ def test_a_task_that_the_backend_refuses_is_recorded_and_the_rest_is_measured(tm
     # The next run goes on past it, without asking again.
     policy = ScriptedPolicy(saying())
     assert run(policy, tmp_path / "j", (60, 90)) == found and not policy.requests
+
+
+def places(path: Path) -> list[tuple]:
+    return sorted((k.place["budget"], k.task, k.place["number"], k.reward.get("score"), k.error) for k in read(path.with_name(TREES)))
+
+
+def test_the_trees_of_every_outcome_are_kept_with_its_score_or_its_error(tmp_path):
+    run(ScriptedPolicy(saying({"2": RefusedRequest("too long")})), tmp_path / "j", method=baselines.best_of_n(str.strip))
+    kept = places(tmp_path / "j")
+    assert [(task, score, error) for _, task, number, score, error in kept if number == 0] == [
+        (f"t{i}", None if i == 2 else 1.0, "task t2: too long" if i == 2 else "") for i in range(6)
+    ]
+    # Attempts until one no longer fits, each a tree.
+    assert [number for _, task, number, _, _ in kept if task == "t0"] == list(range(6))
+    (first,) = (k for k in read(tmp_path / TREES) if k.task == "t0" and k.place["number"] == 0)
+    assert first.place == {"policy": "base", "split": "iid", "budget": 60, "task": "t0", "repeat": 0, "number": 0}
+    assert first.reference == "0" and first.texts[0].turns == (("Answer: 0$", ""),)
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+def test_a_kill_between_an_outcomes_trees_and_its_record_leaves_each_tree_once(tmp_path, monkeypatch, at):
+    run(ScriptedPolicy(saying()), tmp_path / "whole" / "j")
+    append, calls = Journal.append, itertools.count(1)
+
+    def killed(journal: Journal, record: dict, keep: bool = True) -> None:
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        append(journal, record, keep)
+
+    with monkeypatch.context() as patched, pytest.raises(BaseException):  # noqa: B017
+        patched.setattr(Journal, "append", killed)
+        run(ScriptedPolicy(saying()), tmp_path / "cut" / "j")
+    assert len(places(tmp_path / "cut" / "j")) >= at
+    run(ScriptedPolicy(saying()), tmp_path / "cut" / "j")
+    assert places(tmp_path / "cut" / "j") == places(tmp_path / "whole" / "j")
+
+
+def test_a_tree_that_ends_a_run_is_kept_until_the_run_goes_on(tmp_path):
+    with pytest.raises(PolicyError):
+        run(ScriptedPolicy(saying({"3": PolicyError("503")})), tmp_path / "j", in_flight=1)
+    assert places(tmp_path / "j")[-1][1:] == ("t3", 0, None, "task t3 failed: 503")
+    run(ScriptedPolicy(saying()), tmp_path / "j")
+    assert places(tmp_path / "j") == [(60, f"t{i}", 0, 1.0, "") for i in range(6)]
 
 
 def test_what_one_policy_could_not_do_is_left_out_for_all(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from ramet.policy.openrlhf.flags import flags
 from ramet.policy.openrlhf.settings import ClusterConfig, RunSpec
 from ramet.policy.training.reward import Reward
 from ramet.policy.training.rows import TrainingRow
-from ramet.policy.training.runlog import StoredTree
 from ramet.policy.training.trainer import Learner, Trainer
 from ramet.policy.training.update import Group, LearningProblem, TrainConfig, compute_advantages, minibatches
 
@@ -55,7 +55,7 @@ def groups() -> list[Group]:
                 return {job.key: tree async for job, tree in trees}
 
     grown = anyio.run(main)
-    stored = {key: StoredTree.validate_json(StoredTree.dump_json(tree).decode()) for key, tree in grown.items()}
+    stored = {key: Tree.of(json.loads(json.dumps(tree.record()))) for key, tree in grown.items()}
     assert stored == grown, "a journal gives back what it was given, to the last bit"
     assert any(tree.spawned for tree in stored.values())
     return [(task, [stored[g, n] for n in range(TRAIN.group_size)]) for g, task in enumerate(tasks)]

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import random
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
+from ramet.agents.transcripts import TREES, read
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
@@ -26,6 +28,7 @@ from ramet.policy.models.load import load_model, without_dropout
 from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
 from ramet.policy.training.reward import Reward, RewardFunction
+from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.trainer import Learner, Trainer, run_trainer
 from ramet.policy.training.update import LearningProblem, TrainConfig, learning_rate
 from ramet.rewards.penalty import Prices, saturating, scored, selfcest_penalties
@@ -78,6 +81,14 @@ class Killed(BaseException):
     pass
 
 
+def grown(directory: Path) -> list[tuple]:
+    """What was kept of a run's trees, in order, but for what the clock said."""
+    return [
+        (k.place, k.reward, k.texts, [branch.logprobs for branch in k.tree.branches], replace(k.tree.usage, seconds=0.0))
+        for k in read(directory / TREES)
+    ]
+
+
 def killing(at: int):
     def kill(metrics) -> None:
         if metrics["update"] == at:
@@ -99,6 +110,25 @@ def test_a_killed_run_continues_the_same_curve(random_model, nano_tokenizer, tmp
     run_trainer(resumed)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     assert all(map(torch.equal, weights(resumed), weights(whole)))
+    assert grown(tmp_path / "cut") == grown(tmp_path / "whole")
+
+
+def test_a_run_keeps_every_tree_with_its_reward_and_its_text_unless_it_is_told_otherwise(random_model, nano_tokenizer, tmp_path):
+    run = trainer(random_model, nano_tokenizer, tmp_path)
+    run_trainer(run)
+    kept = list(read(tmp_path / TREES))
+    places = [(k.place["update"], k.place["group"], k.place["number"]) for k in kept]
+    assert places == [(u, g, n) for u in range(CONFIG.updates) for g in range(CONFIG.tasks) for n in range(CONFIG.group_size)]
+    tasks = [task for update in range(CONFIG.updates) for task, _ in draw(update) for _ in range(CONFIG.group_size)]
+    assert [(k.task, k.reference) for k in kept] == [(task.id, task.reference) for task in tasks]
+    assert all(k.reward == asdict(judge(task, k.tree)) for k, task in zip(kept, tasks, strict=True))
+    assert all(list(k.texts) == k.tree.texts(run.chat) for k in kept)
+    rewards = [k.reward["reward"] for k in kept if k.place["update"] == 0]
+    assert curve(tmp_path)[0]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    other = trainer(random_model, nano_tokenizer, tmp_path / "none", CONFIG.model_copy(update={"updates": 1}))
+    other.log = RunLog(tmp_path / "none", transcripts=0)
+    run_trainer(other)
+    assert not (tmp_path / "none" / TREES).exists()
 
 
 def test_optimiser_steps_are_fixed_and_metrics_complete(random_model, nano_tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from ramet.agents.simulation import simulate
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.errors import PolicyError
 from ramet.policy.training.reward import Reward
-from ramet.policy.training.runlog import StoredTree
 from ramet.policy.training.update import MAX_REGROWTHS, Group, group_trees, grow_trees, rollout_metrics, tree_jobs
 
 DRAWN = [(Task(f"t{i}", (Message("user", f"go {i}"),)), Budget()) for i in range(2)]
@@ -68,7 +68,7 @@ def test_a_tree_whose_clone_the_backend_failed_is_grown_anew_and_counted(tmp_pat
     ids = [[[branch.ids for branch in tree.branches] for tree in of] for _, of in calm]
     assert all([b.ids for b in t.branches] == ids[g][n] for g, (_, of) in enumerate(groups) for n, t in enumerate(of) if not t.regrown)
     # Read again, stored or from the samples, they are the same.
-    assert [StoredTree.validate_json(StoredTree.dump_json(tree)) for tree in grown] == grown
+    assert [Tree.of(json.loads(json.dumps(tree.record()))) for tree in grown] == grown
     again, policy = trees(0, tmp_path / "broken")
     assert not policy.requests and [[(t.seed, t.regrown, t.root.ids) for t in of] for _, of in again] == [
         [(t.seed, t.regrown, t.root.ids) for t in of] for _, of in groups
@@ -85,7 +85,7 @@ def test_a_chain_of_clones_may_be_as_deep_as_its_budget(tmp_path):
 
     tree = simulate(main, 0)
     assert max(branch.depth for branch in tree.branches) == 400 and tree.usage.critical_path == tree.usage.generated
-    for again in (StoredTree.validate_json(StoredTree.dump_json(tree)), pickle.loads(pickle.dumps(tree))):
+    for again in (Tree.of(json.loads(json.dumps(tree.record()))), pickle.loads(pickle.dumps(tree))):
         assert [b.ids for b in again.branches] == [b.ids for b in tree.branches] and again.usage == tree.usage
         assert [len(b.clones) for b in again.branches] == [len(b.clones) for b in tree.branches]
 
@@ -93,7 +93,7 @@ def test_a_chain_of_clones_may_be_as_deep_as_its_budget(tmp_path):
 def test_trees_that_were_stored_with_clones_inside_their_parents_can_be_read(tmp_path):
     grown = [tree for _, of in trees(0, tmp_path / "j")[0] for tree in of]
     nested = TypeAdapter(Tree)
-    assert [StoredTree.validate_json(nested.dump_json(tree)) for tree in grown] == grown
+    assert [Tree.of(json.loads(nested.dump_json(tree))) for tree in grown] == grown
     assert [pickle.loads(pickle.dumps(tree)) for tree in grown] == grown
 
 

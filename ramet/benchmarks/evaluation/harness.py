@@ -7,6 +7,7 @@ stopped. Seeds are functions of the task, the method and the sweep's seed, never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -21,13 +22,14 @@ from ramet.agents.journal import Journal
 from ramet.agents.prefixes import fresh_cache
 from ramet.agents.sampling import Policy, Sampling
 from ramet.agents.tasks import task_group
-from ramet.agents.tree import Task
+from ramet.agents.transcripts import Transcript, Transcripts, TreePlace
+from ramet.agents.tree import Task, Tree
 from ramet.benchmarks.evaluation.baselines import BudgetedMethod, Outcome
 from ramet.benchmarks.evaluation.statistics import accuracy_interval
 from ramet.env.environment import Environment
 from ramet.env.grading import answered, reward_function
-from ramet.errors import Drained, RefusedRequest, TaskError
-from ramet.policy.training.reward import Judge, RewardConfig
+from ramet.errors import Drained, PolicyError, RefusedRequest, RewardError, TaskError
+from ramet.policy.training.reward import Judge, Reward, RewardConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,10 @@ class Measured:
         return cls(method=values.pop("policy"), outcome=Outcome(**values.pop("outcome")), **values)
 
 
+_OUTCOME = ("policy", "split", "budget", "task", "repeat")
+"""What tells outcomes apart, in the places of transcripts."""
+_GROWN: ContextVar[list[Tree]] = ContextVar("grown")
+"""The trees of the outcome that is being produced."""
 FAILED = Outcome(None, 0, 0, 0, False, 0, "failed")
 
 
@@ -113,8 +119,11 @@ async def measure(
     backend: Backend,
     journal: Journal,
     report: Callable[[int], None] | None = None,
+    transcripts: Transcripts | None = None,
 ) -> list[Measured]:
     """All outcomes of one method on a workload. Those that are in the journal already are not computed again.
+
+    The trees of an outcome are added to `transcripts` just before it is journalled; see `forget_unfinished`.
 
     A task that the backend refuses (`RefusedRequest`: a prompt that is too long) is recorded as failed, with the reason, and the
     others are measured; if it refuses all of them, that is raised and nothing is recorded.
@@ -131,9 +140,21 @@ async def measure(
         report(len(wanted) - len(todo))
     equipment = backend.equipment if entry.programmed else replace(backend.equipment, program=None)
     runtime = equipment.runtime(
-        backend.policy, backend.chat, entry.sampling, always_show_budget=backend.always_show_budget
-    )
+        backend.policy, backend.chat, entry.sampling, always_show_budget=backend.always_show_budget,
+        on_end=lambda tree: _GROWN.get().append(tree),
+    )  # fmt: skip
     judge = workload.judge or Judge(reward_function(env), RewardConfig())
+
+    def keep(budget: int, task: Task, repeat: int, trees: Sequence[Tree], reward: Reward | None, error: str = "") -> None:
+        if transcripts is not None:
+            place = {"policy": entry.name, "split": split, "budget": budget, "task": task.id, "repeat": repeat}
+            parts, chats = {} if reward is None else asdict(reward), equipment.chats()
+            transcripts.append(
+                [
+                    Transcript({**place, "number": n}, task.id, tree, tuple(tree.texts(backend.chat, chats)), task.reference, parts, error)
+                    for n, tree in enumerate(trees)
+                ]
+            )
 
     async def worker() -> None:
         for budget, task, repeat in missing:
@@ -143,33 +164,44 @@ async def measure(
             limits = workload.limits.model_copy(update={"generated": budget, "depth": entry.depth, **width})
             place = f"{entry.name}/{task.id}" if repeat == 0 else f"{entry.name}/{task.id}/{repeat}"
             started = anyio.current_time()
+            trees: list[Tree] = []
+            _GROWN.set(trees)
             try:
                 with fresh_cache():
                     outcome = await entry.method(runtime, task, limits, seed_of(seed, place, budget))
             except RefusedRequest as error:
-                refused[budget, task.id, repeat] = error
+                refused[budget, task.id, repeat] = (error, task, trees)
                 continue
+            except PolicyError as error:
+                keep(budget, task, repeat, trees, None, str(error))
+                raise
             except Drained:
                 return  # what it waits for may take long; it is grown again
             graded = outcome.tree or answered(task, outcome.answer)
             outcome = replace(outcome, seconds=anyio.current_time() - started, tree=None)
-            with anyio.CancelScope(shield=True):  # what was paid for is kept
-                score = (await judge(task, graded)).score
-            measured = Measured(entry.name, split, budget, task.id, env.size(task), score, outcome, repeat)
+            try:
+                with anyio.CancelScope(shield=True):  # what was paid for is kept
+                    reward = await judge(task, graded)
+            except RewardError as error:
+                keep(budget, task, repeat, trees, None, str(error))
+                raise
+            measured = Measured(entry.name, split, budget, task.id, env.size(task), reward.score, outcome, repeat)
+            keep(budget, task, repeat, trees, reward)
             journal.append(measured.record())
             done[budget, task.id, repeat] = measured
             if report is not None:
                 report(1)
 
-    refused: dict[tuple[int, str, int], RefusedRequest] = {}
+    refused: dict[tuple[int, str, int], tuple[RefusedRequest, Task, list[Tree]]] = {}
     async with task_group() as group:
         for _ in range(backend.in_flight):
             group.start_soon(worker)
     if refused and not any(not m.failed for m in done.values()):
-        raise next(iter(refused.values()))
+        raise next(iter(refused.values()))[0]
     sizes = {task.id: env.size(task) for task in workload.tasks}
-    for (budget, name, repeat), error in refused.items():
+    for (budget, name, repeat), (error, task, trees) in refused.items():
         failed = Measured(entry.name, split, budget, name, sizes[name], 0.0, FAILED, repeat, str(error))
+        keep(budget, task, repeat, trees, None, str(error))
         journal.append(failed.record())
         done[budget, name, repeat] = failed
         if report is not None:
@@ -177,6 +209,16 @@ async def measure(
     if any((b, t.id, r) not in done for b, t, r in todo):
         raise Drained
     return [done[budget, task.id, repeat] for budget, task, repeat in wanted]
+
+
+def forget_unfinished(transcripts: Transcripts, journal: Iterable[Mapping[str, Any]]) -> None:
+    """Drop the trees of outcomes that the journal does not have: a resumed run grows them again."""
+    done = {tuple(getattr(m, name) for name in ("method", *_OUTCOME[1:])) for m in map(Measured.of, journal)}
+
+    def wanted(place: TreePlace) -> bool:
+        return "split" not in place or tuple(place[name] for name in _OUTCOME) in done
+
+    transcripts.forget(wanted)
 
 
 def point(measured: Sequence[Measured]) -> dict[str, object]:

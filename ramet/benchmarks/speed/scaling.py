@@ -10,6 +10,7 @@ there is a time a piece, and a time a piece and engine (`TransferCost`), measure
 
 from __future__ import annotations
 
+import json
 import pickle
 import socket
 import tempfile
@@ -28,7 +29,6 @@ from ramet.benchmarks.speed.cluster_sim import EngineHardware
 from ramet.policy.openrlhf.cpu import Gloo
 from ramet.policy.openrlhf.weights import Named, buckets, receive, send
 from ramet.policy.training.rows import rows_of
-from ramet.policy.training.runlog import StoredTree
 from ramet.storage import meta, write_json
 from ramet.terminal import Table, show
 
@@ -129,7 +129,7 @@ def measure_tree(assumed: Assumptions, seed: int) -> TreeCosts:
     with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "journal.jsonl", "job") as journal:
 
         def write(tree: Tree) -> None:
-            journal.append({"group": 0, "number": 0, "tree": StoredTree.dump_json(tree).decode()}, keep=False)
+            journal.append({"group": 0, "number": 0, "tree": json.dumps(tree.record())}, keep=False)
 
         journal_seconds = _median(write, trees)
         size = journal.path.stat().st_size // TREES

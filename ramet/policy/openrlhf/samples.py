@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +17,6 @@ from ramet.agents.tree import Task, Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import RunSpec
 from ramet.policy.training.reward import Judge, Reward
-from ramet.policy.training.runlog import StoredTree
 from ramet.policy.training.update import Group, LearningProblem, group_trees, tree_jobs
 
 
@@ -55,7 +55,7 @@ class TreeSamples(SamplesGenerator):
         begun = _Update(tasks, Journal(path, fingerprint(self.spec.fingerprint, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
-            self._keep(begun, (record["group"], record["number"]), StoredTree.validate_json(record["tree"]))
+            self._keep(begun, (record["group"], record["number"]), Tree.of(json.loads(record["tree"])))
         begun.journal.records.clear()
         loads = [(load, engine) for engine, load in enumerate(self._loads)]
         heapq.heapify(loads)
@@ -105,7 +105,7 @@ class TreeSamples(SamplesGenerator):
             update, key, engine = self._pending.pop(ref)
             self._loads[engine] -= 1
             begun = self._begun[update]
-            begun.journal.append({"group": key[0], "number": key[1], "tree": StoredTree.dump_json(tree).decode()}, keep=False)
+            begun.journal.append({"group": key[0], "number": key[1], "tree": json.dumps(tree.record())}, keep=False)
             self._keep(begun, key, tree)
 
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:

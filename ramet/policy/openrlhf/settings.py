@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ramet.agents.equipment import Equipment
 from ramet.agents.journal import fingerprint
+from ramet.agents.transcripts import LIMIT
 from ramet.errors import PartLost
 from ramet.policy.training.identity import identity
 from ramet.policy.training.update import LearningProblem, TrainConfig
@@ -106,6 +107,7 @@ class RunSpec:
     always_show_budget  as in `ramet.agents.runtime.Runtime`
     build_problem       called with a function that counts the tokens of a text; returns the learning problem
     build_equipment     called where trees grow; returns what they have beside the policy
+    transcripts         bytes of trees to keep in the run folder
     """
 
     train: TrainConfig
@@ -119,6 +121,7 @@ class RunSpec:
     always_show_budget: bool
     build_problem: Callable[[Callable[[str], int]], LearningProblem]
     build_equipment: Callable[[], Equipment] = Equipment
+    transcripts: int = LIMIT
 
     def identified(self, problem: LearningProblem) -> RunSpec:
         """A copy whose fingerprint also covers the problem that was built: the code of its task sampler and reward function."""

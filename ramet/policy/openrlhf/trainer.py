@@ -58,7 +58,7 @@ class TreeTrainer(BasePPOTrainer):
         cpu.activate()
         super().__init__(strategy, actor_model_group, critic_model_group, reward_model_group, reference_model_group, vllm_engines, None)
         self.samples_generator: Any = None
-        self.log = RunLog(self.spec.directory)
+        self.log = RunLog(self.spec.directory, self.spec.transcripts)
         self._recomputed = 0
         self._limit_reached = ""
 
@@ -68,6 +68,8 @@ class TreeTrainer(BasePPOTrainer):
         tokenizer, self.chat = load_tokenizer(spec.model, spec.chat)
         groups = (self.actor_model_group, self.critic_model_group, None, None)
         self.tokenizer = tokenizer
+        chats = spec.build_equipment().chats()
+        self.log.texts = lambda tree: tree.texts(self.chat, chats)
         self.experience_maker = TreeExperience(spec.cluster, spec.train.batch_tokens, *groups, self.kl_ctl, self.strategy, tokenizer)
         problem = spec.build_problem(lambda text: len(tokenizer.encode(text, add_special_tokens=False)))
         self.spec = spec = spec.identified(problem)
@@ -113,6 +115,7 @@ class TreeTrainer(BasePPOTrainer):
             ]
         else:
             advantages = compute_advantages(groups, rewards, train.estimator, self.chat, train.clone_scale)
+        self.log.keep(update, groups, rewards)
         metrics = rollout_metrics(update, groups, rewards, advantages)
         steps = minibatches(groups, advantages, train)
         versions = [v for rows in steps for row in rows for v in row.versions if v >= 0]

@@ -1,57 +1,43 @@
-"""What a training run writes to its folder: metrics as JSON lines and TensorBoard events, and samples that no checkpoint covers yet."""
+"""What a training run writes to its folder: metrics as JSON lines and TensorBoard events, its trees, and samples that no checkpoint
+covers yet.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from pydantic import TypeAdapter
-
-from ramet.agents.tree import Branch, Tree
+from ramet.agents.transcripts import LIMIT, TREES, Transcript, Transcripts
+from ramet.agents.tree import BranchText, Tree
 from ramet.errors import StorageError
-from ramet.policy.training.update import Metrics
-
-_TREE, _CLONES = TypeAdapter(Tree), TypeAdapter(list[tuple[int, Branch]])
-
-
-class StoredTree:
-    """The exact JSON form of a tree of any depth: the tree with its root alone, and its clones as a flat list (`Branch.flat`)."""
-
-    @staticmethod
-    def dump_json(tree: Tree) -> bytes:
-        """The tree as one JSON object."""
-        flat = tree.root.flat()
-        without_clones = _TREE.dump_json(replace(tree, root=flat[0][1]))
-        return b'{"tree":%b,"clones":%b}' % (without_clones, _CLONES.dump_json(flat[1:]))
-
-    @staticmethod
-    def validate_json(text: str | bytes) -> Tree:
-        """The tree of such an object, also of an older one with clones nested inside their parents."""
-        data = json.loads(text)
-        if "tree" not in data:
-            return _TREE.validate_python(data)
-        tree = _TREE.validate_python(data["tree"])
-        return replace(tree, root=Branch.assembled([(0, tree.root), *_CLONES.validate_python(data["clones"])]))
+from ramet.policy.training.reward import Reward
+from ramet.policy.training.update import Group, Metrics
 
 
 class RunLog:
     """The log of a run in `directory`. Enter it to write.
 
-    rollouts  the folder of the samples of every update since the last checkpoint: a resumed run reads them instead of sampling again
+    rollouts     the folder of the samples of every update since the last checkpoint: a resumed run reads them instead of sampling again
+    transcripts  bytes of trees to keep
+    texts        what the branches of a tree read and wrote; whoever grows trees says how
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, transcripts: int = LIMIT) -> None:
         self.directory, self.rollouts = directory, directory / "rollouts"
+        self.texts: Callable[[Tree], Sequence[BranchText]] = lambda tree: ()
+        self._trees = Transcripts(directory / TREES, transcripts)
         self._metrics = directory / "metrics.jsonl"
         self._start = 0
         self._events: Any = None
 
     def resume(self, start: int) -> None:
-        """Continue at update `start`: drop the metrics of that update and later ones."""
+        """Continue at update `start`: drop the metrics and the trees of that update and later ones."""
         self._start = start
+        self._trees.forget(lambda place: place.get("update", -1) < start)
         if self._metrics.exists():
             draft = self._metrics.with_name("metrics.draft")
             _write(draft, "".join(json.dumps(entry) + "\n" for entry in self.read() if entry["update"] < start), "w")
@@ -89,6 +75,23 @@ class RunLog:
         _write(self._metrics, json.dumps(metrics) + "\n", "a")
         for name, value in metrics.items():
             self._events.add_scalar(name, value, metrics["update"])
+
+
+    def keep(self, update: int, groups: Sequence[Group], rewards: Sequence[Sequence[Reward]] | None, error: str = "") -> None:
+        """Add the trees of an update to the run's transcripts.
+
+        Their rewards are indexed by group and tree; they are None where they could not be had, because of an `error`.
+        """
+        self._trees.append(
+            [
+                Transcript(
+                    {"update": update, "group": group, "number": number}, task.id, tree, tuple(self.texts(tree)), task.reference,
+                    {} if rewards is None else asdict(rewards[group][number]), error,
+                )
+                for group, (task, trees) in enumerate(groups)
+                for number, tree in enumerate(trees)
+            ]
+        )  # fmt: skip
 
 
 def _write(path: Path, text: str, mode: Literal["a", "w"]) -> None:

@@ -31,8 +31,9 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy
 from ramet.agents.runtime import Job
 from ramet.agents.sampling import Sampling
+from ramet.agents.transcripts import LIMIT
 from ramet.agents.tree import Tree
-from ramet.errors import ConfigError, Drained, PolicyError
+from ramet.errors import ConfigError, Drained, PolicyError, RametError
 from ramet.policy.engines.hf import HFPolicy
 from ramet.policy.models.checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, save_checkpoint
 from ramet.policy.models.lora import adapt
@@ -80,7 +81,8 @@ class Learner:
 
 
 class Trainer:
-    """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/` and TensorBoard events.
+    """Trains one model in place. `directory` receives `metrics.jsonl`, `checkpoints/`, TensorBoard events, and the trees of all updates
+    as `trees.jsonl.gz`, up to `transcripts` bytes of them.
 
     A bfloat16 model samples and computes gradients in bfloat16; its optimiser steps and its checkpoints are float32, and so is the
     model itself after the last update. A checkpoint is resumed only by a trainer with the same seed, configuration and problem:
@@ -88,7 +90,9 @@ class Trainer:
     fingerprint.
     """
 
-    def __init__(self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0):
+    def __init__(
+        self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0, transcripts: int = LIMIT
+    ):
         self.sample_tasks, self.reward_function, self._rewarding = problem.sample_tasks, problem.reward_function, problem.rewarding
         self._identity = {
             "seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint, "tasks": identity(self.sample_tasks),
@@ -111,7 +115,8 @@ class Trainer:
         decays.append({"params": [w for w in self._weights if w.ndim <= 1], "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(decays, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
         self.start = 0
-        self.log = RunLog(directory)
+        self.log = RunLog(directory, transcripts)
+        self.log.texts = lambda tree: tree.texts(self.chat, self._equipment.chats())
         self._limit_reached = ""
 
     @property
@@ -178,7 +183,12 @@ class Trainer:
         self._limit_reached = next(iter(limits_reached(groups)), "")
         sampled = time.perf_counter()
         # Only now, when the samples are complete in the journal, may a reward that failed end the run.
-        rewards = [[await settled(judged[g, n]) for n in range(len(trees))] for g, (_, trees) in enumerate(groups)]
+        try:
+            rewards = [[await settled(judged[g, n]) for n in range(len(trees))] for g, (_, trees) in enumerate(groups)]
+        except RametError as error:
+            self.log.keep(update, groups, None, str(error))
+            raise
+        self.log.keep(update, groups, rewards)
         advantages = compute_advantages(groups, rewards, self.config.estimator, self.chat, self.config.clone_scale)
         metrics = rollout_metrics(update, groups, rewards, advantages)
         metrics |= self._optimise(update, minibatches(groups, advantages, self.config))
