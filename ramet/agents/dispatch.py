@@ -82,7 +82,7 @@ async def run_calls(
         if isinstance(call, SpawnClone):
             try:
                 requests, unknown = call.requests(setting.store)
-                _known_roles(setting, requests)
+                check_roles(setting, requests)
             except CallError as wrong:
                 error = wrong
         if error is None and not isinstance(call, CallError) and (why := await _disapproved(setting, growth, call)):
@@ -117,7 +117,8 @@ def _refused(growth: Growth, number: int, call: SpawnClone | ToolUse | CallError
     return Reply(call.name, text=result.block())
 
 
-def _known_roles(setting: Setting, requests: Sequence[Objective]) -> None:
+def check_roles(setting: Setting, requests: Sequence[Objective]) -> None:
+    """Raise `CallError` if a request names a role that there is not."""
     unknown = {request.role for request in requests if request.role is not None} - setting.roles.keys()
     if unknown:
         there = f"there are {', '.join(setting.roles)}" if setting.roles else "there are none; leave it out"
@@ -207,19 +208,10 @@ async def spawn_clones(
     results = [CloneResult(Status.REFUSED, reason=reason)] * len(requests)
     if not allowed:
         return results
-    types = {id(request.expects): AnswerType(request.expects) for request in requests if request.expects is not None}
-    setting = shares.setting(setting)
-    settings = {role: setting if role is None else setting.of(role) for role in {request.role for request in requests}}
-    plans = []
-    for request in requests[:allowed]:
-        own, media = settings[request.role], setting.store.media(request.context_keys)
-        messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
-        if own.clone_system:
-            messages.insert(0, Message("system", own.clone_system))
-        plans.append(ClonePlan(own, messages, request.objective, types.get(id(request.expects))))
+    plans = plans_of(shares.setting(setting), requests[:allowed])
     # Afterwards the parent reads its own context again, and results that may be just as long.
     prefilled = 2 * len(growth.ids)
-    with growth.ledger.fork([request.max_tokens for request in requests[:allowed]], prefilled, shares.keep, shares.answer_reserve) as fork:
+    with growth.ledger.fork([plan.max_tokens for plan in plans], prefilled, shares.keep, shares.answer_reserve) as fork:
         frozen = await run_clones(growth, fork, plans, run)
     for i, branch in enumerate(frozen):
         results[i] = CloneResult(branch.status, branch.answer, branch.reason, branch.value)
@@ -234,6 +226,21 @@ class ClonePlan:
     messages: Sequence[Message]
     objective: str = ""
     expects: AnswerType | None = None
+    max_tokens: int | None = None
+
+
+def plans_of(setting: Setting, requests: Sequence[Objective], system: bool = True) -> list[ClonePlan]:
+    """The clones that have these objectives; with `system`, their prompts begin by telling them that they are clones."""
+    types = {id(request.expects): AnswerType(request.expects) for request in requests if request.expects is not None}
+    settings = {role: setting if role is None else setting.of(role) for role in {request.role for request in requests}}
+    plans = []
+    for request in requests:
+        own, media = settings[request.role], setting.store.media(request.context_keys)
+        messages = [Message("user", clone_prompt(setting.store, request.objective, request.context_keys), media)]
+        if system and own.clone_system:
+            messages.insert(0, Message("system", own.clone_system))
+        plans.append(ClonePlan(own, messages, request.objective, types.get(id(request.expects)), request.max_tokens))
+    return plans
 
 
 async def run_clones(growth: Growth, fork: Fork, plans: Sequence[ClonePlan], run: RunBranch, called: bool = True) -> tuple[Branch, ...]:

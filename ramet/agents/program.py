@@ -26,11 +26,11 @@ from pydantic import ValidationError
 
 from ramet.agents.actor import grow, run_branch, stated_answer
 from ramet.agents.attempts import room_left, sample_turn
-from ramet.agents.budget import Fork
+from ramet.agents.budget import Budget, Fork
 from ramet.agents.calls import ParsedTurn
-from ramet.agents.dispatch import ClonePlan, Replies, Shares, make_calls, reply_ids, run_calls, run_clones
+from ramet.agents.dispatch import ClonePlan, Replies, Shares, check_roles, make_calls, plans_of, reply_ids, run_calls, run_clones
 from ramet.agents.growth import Growth, Setting
-from ramet.agents.protocol import CloneResult, Objective, SpawnClone, ToolUse, explain, render_call
+from ramet.agents.protocol import CloneResult, Objective, SpawnClone, ToolUse, explain, render_call, render_results
 from ramet.agents.tree import Branch, Message, Status, StopReason, Task, ToolResult, Turn
 from ramet.errors import AnswerError, BudgetExhausted, CallError, ProgramError, RametError, first_line
 
@@ -56,6 +56,11 @@ class ProgramBranch:
     def left(self) -> Mapping[str, float]:
         """What may still be spent, by currency; what is not named is unlimited."""
         return self._growth.ledger.remaining()
+
+    @property
+    def budget(self) -> Budget:
+        """The limits of the tree."""
+        return self._setting.budget
 
     @property
     def clones(self) -> Sequence[Branch]:
@@ -122,12 +127,7 @@ class ProgramBranch:
         the `keep` generated tokens that stay with this branch, and each keeps `answer_reserve` of its share for its answer; None: both
         as the budget has it. Raises `ProgramError` for what is no call.
         """
-        try:
-            call = SpawnClone.model_validate({"objectives": list(objectives), "context_keys": list(context_keys)})
-            call.requests(self._setting.store)
-        except (ValidationError, CallError) as error:
-            raise ProgramError(f"this cannot be spawned: {explain(error) if isinstance(error, ValidationError) else error}") from error
-        self._may_spawn()
+        call, _ = self._read(objectives, context_keys)
         written = [item if isinstance(item, str) else item.model_dump(exclude_unset=True) for item in call.objectives]
         self._write(text, render_call(written, context_keys), free)
         with self._alone():
@@ -137,34 +137,47 @@ class ProgramBranch:
 
     async def attempts(
         self,
-        prompts: int | Sequence[str | Sequence[Message]] = 1,
+        prompts: int | Sequence[str | Objective | Mapping[str, Any]] | Sequence[Sequence[Message]] = 1,
         *,
         keep: int | None = None,
         answer_reserve: int | None = None,
-        role: str | None = None,
     ) -> list[Branch]:
         """Start contexts that know nothing of this one, side by side, and wait for them; how they ended, in order.
 
-        prompts               what each reads: a text, or messages; or a number of contexts that read the task as this branch does
-        keep, answer_reserve  as for `spawn`; role  as in a call
+        prompts               how many read the task as this branch does; or objectives, as for `spawn`; or messages for each
+        keep, answer_reserve  as for `spawn`
 
-        Nothing becomes part of this branch's context. They are its clones in every account, one level below it.
+        Nothing is written, and nothing becomes part of this branch's context. They are its clones in every account, one level below it.
         """
-        self._may_spawn()
-        if role is not None and role not in self._setting.roles:
-            raise ProgramError(f"no role {role!r}; there are {', '.join(self._setting.roles) or 'none'}")
-        shares = Shares(keep, answer_reserve)
-        setting = shares.setting(self._setting if role is None else self._setting.of(role))
-        if isinstance(prompts, int):
-            plans = [ClonePlan(setting, self.task.messages, expects=self._growth.expects)] * prompts
-        else:
-            plans = [ClonePlan(setting, [Message("user", prompt)] if isinstance(prompt, str) else prompt) for prompt in prompts]
-        if not plans or not all(plan.messages for plan in plans):
-            raise ProgramError("attempts(...) takes a number from 1 up, or prompts with at least a message each")
+        plans = self._plans(prompts, Shares(keep, answer_reserve).setting(self._setting))
         with self._alone(), nullcontext(self._fork) if self._fork is not None else Fork(self._growth.ledger) as fork:
             another = bool(fork.ledgers)
-            fork.add([None] * len(plans), 0, keep, answer_reserve)
+            fork.add([plan.max_tokens for plan in plans], 0, keep, answer_reserve)
             return list(await run_clones(self._growth, fork, plans, run_branch, called=another))
+
+    def _plans(
+        self, prompts: int | Sequence[str | Objective | Mapping[str, Any]] | Sequence[Sequence[Message]], setting: Setting
+    ) -> list[ClonePlan]:
+        if isinstance(prompts, int) and prompts > 0:
+            self._may_spawn()
+            return [ClonePlan(setting, self.task.messages, expects=self._growth.expects)] * prompts
+        if isinstance(prompts, int | str) or not prompts or not all(prompts):
+            raise ProgramError("attempts(...) takes a number from 1 up, or a list of objectives, or of lists of messages")
+        if any(isinstance(prompt, str | Objective | Mapping) for prompt in prompts):
+            return plans_of(setting, self._read(prompts)[1], system=False)
+        self._may_spawn()
+        return [ClonePlan(setting, prompt) for prompt in prompts]  # type: ignore[arg-type]
+
+    def _read(self, objectives: Sequence[Any], context_keys: Sequence[str] = ()) -> tuple[SpawnClone, list[Objective]]:
+        """Objectives as a call, and one for each clone."""
+        try:
+            call = SpawnClone.model_validate({"objectives": list(objectives), "context_keys": list(context_keys)})
+            requests, _ = call.requests(self._setting.store)
+            check_roles(self._setting, requests)
+        except (ValidationError, CallError) as error:
+            raise ProgramError(f"this cannot be spawned: {explain(error) if isinstance(error, ValidationError) else error}") from error
+        self._may_spawn()
+        return call, requests
 
     @contextmanager
     def side_by_side(self) -> Iterator[None]:
@@ -206,6 +219,16 @@ class ProgramBranch:
         else:
             self._growth.end(Status.EMPTY if answer is None else Status.ANSWERED, answer, wrong)
         return answer
+
+    def text_of(self, clone: Branch) -> str:
+        """What a clone said in its last turn, without its thoughts and its calls."""
+        chat = self._setting.of(clone.role).chat if clone.role in self._setting.roles else self._setting.chat
+        return chat.parse(clone.turns[-1].sampled).text if clone.turns else ""
+
+    def listed(self, clones: Sequence[Branch]) -> str:
+        """How clones ended, a line each, as a branch reads it that has called for them."""
+        results = [CloneResult(clone.status, clone.answer, clone.reason) for clone in clones]
+        return render_results(results, "", self._setting.result_characters)
 
     def adopt(self, clone: Branch) -> None:
         """End the branch as a clone has ended: with its status, its answer, its reason. Nothing is written or charged."""

@@ -530,8 +530,9 @@ class Tree:
         """The limit that left no room to sample even one token; "" if something was sampled, or if no limit was the cause."""
         if self.usage.generated or self.root.status not in (Status.OUT_OF_BUDGET, Status.TIMED_OUT):
             return ""
-        limit = "seconds" if self.root.status is Status.TIMED_OUT else self.root.reason or "generated"
-        return f"a prompt of {len(self.root.prompt)} tokens leaves nothing of {limit if ' ' in limit else f'budget.{limit}'}"
+        branch = next(branch for branch in self.branches if not branch.clones)  # where a program started attempts, the first of them
+        limit = "seconds" if self.root.status is Status.TIMED_OUT else branch.reason or "generated"
+        return f"a prompt of {len(branch.prompt)} tokens leaves nothing of {limit if ' ' in limit else f'budget.{limit}'}"
 
 
 def plain(value: Any) -> Any:

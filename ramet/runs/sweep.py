@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ramet.agents import programs
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
 from ramet.benchmarks.evaluation import frontier, methods
@@ -69,7 +70,7 @@ GRIDS = {
     "retrieve": [MethodSetting(n) for n in (1, 2, 3, 5)],
 }
 """From what settings are chosen where there are tasks for it, over all budgets."""
-PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, methods.LEAST]
+PROTOCOL: list[Any] = [{name: asdict(setting) for name, setting in SETTINGS.items()}, programs.LEAST]
 PROTOCOL += [instructions.DIRECT, instructions.COT, instructions.DELEGATE, instructions.DELEGATE_PARTS, instructions.WATCH, methods.NOTE]
 """What outcomes depend on besides the configuration."""
 
@@ -80,7 +81,7 @@ def entries(
     env: Environment,
     depths: Sequence[int] = (),
     widths: Sequence[int] = (),
-    score: methods.SampleScore = methods.likelihood,
+    score: programs.Score = programs.likelihood,
     settings: Mapping[str, MethodSetting] = SETTINGS,
 ) -> list[MethodEntry]:
     """The methods to measure, by name; `delegate` once for each depth and width. Raises `ConfigError` for those that cannot be measured."""
@@ -141,7 +142,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     config.env.check_measurable()
     model: str | Path = policy if config.named_by_server else resolve(policy)
     env = config.env.build()
-    score = methods.likelihood if plan.reward_model is None else preference(plan.reward_model)
+    score = programs.likelihood if plan.reward_model is None else preference(plan.reward_model)
     entries(plan.methods, config, env, plan.depths, plan.widths, score)  # says what cannot be, before anything is made
     named_equipment(config)
     data = data_records(config)
@@ -195,7 +196,7 @@ def tuned(
     env: Environment,
     model: str | Path,
     tasks: int,
-    score: methods.SampleScore,
+    score: programs.Score,
     journal: Journal,
     label: str,
 ) -> dict[str, MethodSetting]:
@@ -229,12 +230,12 @@ def choice_records(weights: str, settings: Mapping[str, MethodSetting]) -> list[
     return [{"record": "choice", "weights": weights, "method": name, **asdict(setting)} for name, setting in settings.items()]
 
 
-def preference(path: Path) -> methods.SampleScore:
-    """The score that a reward model gives the last turn of the root as an answer to the task's last message."""
+def preference(path: Path) -> programs.Score:
+    """The score that a reward model gives the last turn of an attempt as an answer to the task's last message."""
     from ramet.rewards.preference import PreferenceModel
 
     model = PreferenceModel(path)
-    return lambda task, tree, text: model.score(task.messages[-1].content, text)
+    return lambda task, attempt, text: model.score(task.messages[-1].content, text)
 
 
 def metrics_of(config: RunConfig, env: Environment) -> tuple[str, ...]:

@@ -153,11 +153,14 @@ async def test_what_a_program_does_wrong_is_its_error():
     async def none_at_all(branch: ProgramBranch) -> None:
         await branch.attempts(0)
 
+    async def tries(branch: ProgramBranch) -> None:
+        await branch.attempts(2)
+
     async def wordless(branch: ProgramBranch) -> None:
         await branch.attempts([[]])
 
     async def as_nobody(branch: ProgramBranch) -> None:
-        await branch.attempts(role="judge")
+        await branch.attempts([{"objective": "a", "role": "judge"}])
 
     async def two_at_once(branch: ProgramBranch) -> None:
         async with task_group() as group:
@@ -185,7 +188,7 @@ async def test_what_a_program_does_wrong_is_its_error():
         telling: "comes after sample",
         accepting: "comes after sample",
         none_at_all: "a number from 1 up",
-        wordless: "at least a message",
+        wordless: "lists of messages",
         as_nobody: "no role 'judge'; there are none",
         two_at_once: "one thing at a time",
         sampling_beside: "only attempts",
@@ -195,7 +198,7 @@ async def test_what_a_program_does_wrong_is_its_error():
     for program, said in cases.items():
         with pytest.raises(ProgramError, match=said):
             await run(program)
-    for program in (map_reduce, none_at_all):
+    for program in (map_reduce, tries):
         with pytest.raises(ProgramError, match="allows no clones"):
             await run(program, Budget(depth=0))
 

@@ -8,13 +8,14 @@ import anyio
 import pytest
 import torch
 
+from ramet.agents import programs
 from ramet.agents.budget import Budget
 from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
-from ramet.agents.tree import StopReason
+from ramet.agents.tree import Branch, Status, StopReason
 from ramet.benchmarks.evaluation import baselines, harness
-from ramet.benchmarks.evaluation.baselines import Cut, OpenedPolicy, always, best_of_n, map_reduce, tree, vote
+from ramet.benchmarks.evaluation.baselines import Cut, always, best_of_n, map_reduce, tree
 from ramet.benchmarks.evaluation.harness import Backend, Measured, MethodEntry, Workload, by_size, grouped, measure, point
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import ConfigError
@@ -88,8 +89,14 @@ def test_best_of_n_takes_the_most_frequent_and_on_ties_the_earliest(base):
 
 def test_votes_are_of_what_answers_say():
     """`7`, `+7` and `07` are one answer, and outvote `8`, which comes more often than any one spelling."""
-    assert vote(["8", "7", "8", "+7", "07"], ENV.canonical) == "7"
-    assert vote([], ENV.canonical) is None and vote(["7", "8"], ENV.canonical) == "7"
+
+
+    def voted(*answers: str | None) -> str | None:
+        chosen = programs.vote([Branch(f"0.{i}", (), (), Status.ANSWERED, answer) for i, answer in enumerate(answers)], ENV.canonical)
+        return chosen and chosen.answer
+
+    assert voted("8", "7", "8", "+7", "07") == "7"
+    assert voted() is None and voted(None) is None and voted(None, "7", "8") == "7"
 
 
 def test_always_delegating_opens_the_call_and_leaves_the_rest_to_the_model(base):
@@ -103,8 +110,9 @@ def test_always_delegating_opens_the_call_and_leaves_the_rest_to_the_model(base)
             free = [await tree(Runtime(policy, chat), task, budget, seed) for seed, task in enumerate(tasks)]
             made = [await always(Runtime(policy, chat), task, budget, seed) for seed, task in enumerate(tasks)]
             assert 0 < sum(o.spawned for o in free) < 12 and all(o.spawned for o in made)
-            grown = await Runtime(OpenedPolicy(policy, chat.turn("rows: 2", "")[:-2]), chat).run(tasks[0], budget, 1)
+            grown = await Runtime(policy, chat).run(tasks[0], budget, 1, program=programs.always("rows: 2"))
             first = grown.root.turns[0]
+            assert list(first.sampled[: first.written]) == chat.turn("rows: 2", "")[:-2]
             assert chat.text(first.sampled).startswith("rows: 2<tool_call>{") and grown.usage.generated == sum(
                 len(turn.sampled) for branch in grown.branches for turn in branch.turns
             )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from ramet.agents import programs
 from ramet.agents.budget import Budget
 from ramet.agents.journal import Journal
 from ramet.agents.runtime import Runtime
@@ -307,7 +308,7 @@ def test_trained_weights_are_compared_with_votes_over_themselves_and_settings_ar
 def test_the_temperature_of_a_choice_is_the_one_that_is_sampled_at(tmp_path, env, given, said):
     config = RunConfig.model_validate({"model": "nano", "eval": {"temperature": given}, "env": {"kind": "hotpotqa"}})
     with Journal(tmp_path / "j", "job") as journal:
-        settings = tuned([], config, env, BASE, 0, methods.likelihood, journal, "")
+        settings = tuned([], config, env, BASE, 0, programs.likelihood, journal, "")
     assert [setting.temperature for setting in settings.values()] == said
     made = entries(list(settings), config, env, settings=settings)
     assert [entry.sampling.temperature for entry in made] == said

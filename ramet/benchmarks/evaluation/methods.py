@@ -1,6 +1,7 @@
 """Methods for questions in words, each under the same budget object and with the same information.
 
-A task holds the question; a method adds one instruction at the end of its prompt and decides how many contexts work on it.
+A task holds the question; a method adds one instruction at the end of its prompt and decides how many contexts work on it. Those that
+decide more than that are programs (`ramet.agents.programs`).
 
 - `direct`, `cot`: one context that answers at once, or after thinking (chain of thought: Wei et al., arXiv:2201.11903).
 - `self_consistency`, `best_of_n`: several `cot` contexts side by side, which share the budget; the most frequent answer, or the one
@@ -13,35 +14,19 @@ A task holds the question; a method adds one instruction at the end of its promp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from ramet.agents.budget import Budget, fair_shares
-from ramet.agents.context import ContextStore, clone_prompt
-from ramet.agents.growth import seed_of
-from ramet.agents.protocol import CloneResult, render_results
+from ramet.agents import programs
+from ramet.agents.budget import Budget
+from ramet.agents.program import Program, ProgramBranch
+from ramet.agents.programs import LEAST, Score, likelihood
 from ramet.agents.runtime import Runtime
-from ramet.agents.tree import Message, Task, Tree
-from ramet.benchmarks.evaluation.baselines import (
-    BudgetedMethod,
-    Outcome,
-    checked,
-    only_generated,
-    outcome,
-    side_by_side,
-    support_recall,
-    tree,
-    vote,
-)
+from ramet.agents.tree import Branch, Message, Task
+from ramet.benchmarks.evaluation.baselines import BudgetedMethod, Outcome, program_limits, support_recall, tree
 from ramet.env.environment import Environment
 from ramet.env.instructions import COT, DIRECT, instructed
 from ramet.env.multihop import MultihopEnvironment
 from ramet.errors import require
 
-LEAST = 24
-"""Tokens that a context needs to say anything; fewer samples, or larger parts, are made rather than smaller shares."""
 NOTE = "What in these documents helps to answer this question: {question} If nothing does, say so. End with one line: `Answer: ...`."
-SampleScore = Callable[[Task, Tree, str], float]
-"""What a sample is worth, from the task, the tree and the text of its root's last turn."""
 
 
 def instructed_tree(instruction: str) -> BudgetedMethod:
@@ -53,59 +38,23 @@ def instructed_tree(instruction: str) -> BudgetedMethod:
     return method
 
 
-def _limited(budget: Budget, share: int) -> Budget:
-    """The limits of one context with `share` tokens, of which it keeps at most a third for its answer."""
-    return budget.model_copy(update={"generated": share, "depth": 0, "answer_reserve": min(budget.answer_reserve or 0, share // 3)})
+def thoughtful(program: Program) -> BudgetedMethod:
+    """A program whose attempts think."""
 
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        return Outcome.of(await runtime.run(instructed(task, COT), program_limits(budget), seed, program=program))
 
-def _shared(budget: Budget, generated: int, count: int) -> list[Budget]:
-    """`generated` tokens for `count` contexts that run side by side."""
-    return [_limited(budget, share or 0) for share in fair_shares(generated, [None] * count)]
-
-
-async def _samples(runtime: Runtime, task: Task, budget: Budget, seed: int, count: int) -> list[Tree]:
-    """`count` contexts that think, each with its share of the tokens; fewer where the shares would be too small."""
-    generated = only_generated(budget)
-    budgets = _shared(budget, generated, max(1, min(count, generated // LEAST)))
-    return await side_by_side(
-        runtime, [instructed(task, COT)] * len(budgets), budgets, [seed_of(seed, "sample", i) for i in range(len(budgets))]
-    )
-
-
-def _chosen(trees: Sequence[Tree], best: Tree | None) -> Outcome:
-    longest = max(grown.usage.critical_path for grown in trees)
-    return outcome(None if best is None else best.answer, f"{len(trees)} samples", trees, longest, 0)
+    return method
 
 
 def self_consistency(env: Environment, count: int) -> BudgetedMethod:
     """Vote of `count` samples; answers that the environment holds equal count as one; the earliest on ties."""
-
-    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
-        trees = await _samples(runtime, task, budget, seed, count)
-        winner = vote([grown.answer for grown in trees if grown.answer is not None], env.canonical)
-        return _chosen(trees, next((grown for grown in trees if grown.answer == winner is not None), None))
-
-    return method
+    return thoughtful(programs.self_consistency(count, env.canonical))
 
 
-def likelihood(task: Task, grown: Tree, text: str) -> float:
-    """The mean log-probability of the root's tokens."""
-    logprobs = [value for turn in grown.root.turns for value in turn.logprobs]
-    return sum(logprobs) / len(logprobs) if logprobs else float("-inf")
-
-
-def best_of_n(count: int, score: SampleScore = likelihood) -> BudgetedMethod:
+def best_of_n(count: int, score: Score = likelihood) -> BudgetedMethod:
     """The sample of `count` that `score` likes best; the earliest on ties."""
-
-    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
-        trees = await _samples(runtime, task, budget, seed, count)
-
-        def worth(grown: Tree) -> float:
-            return score(task, grown, runtime.chat.parse(grown.root.turns[-1].sampled).text)
-
-        return _chosen(trees, max((grown for grown in trees if grown.answer is not None), key=worth, default=None))
-
-    return method
+    return thoughtful(programs.best_of_n(count, score))
 
 
 def map_reduce(documents: int) -> BudgetedMethod:
@@ -114,23 +63,24 @@ def map_reduce(documents: int) -> BudgetedMethod:
     A third of the tokens is for the context that reads the notes.
     """
 
-    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
-        keys, question, generated = list(task.documents), str(task.meta["question"]), only_generated(budget)
-        mapped = generated - generated // 3
-        count = max(1, min(-(-len(keys) // documents), mapped // LEAST))
+    async def program(branch: ProgramBranch) -> Branch:
+        keys, question = list(branch.task.documents), str(branch.task.meta["question"])
+        generated = branch.budget.generated
+        keep = 0 if generated is None else generated // 3
+        count = -(-len(keys) // documents)
+        count = count if generated is None else max(1, min(count, (generated - keep) // LEAST))
         parts = [keys[len(keys) * i // count : len(keys) * (i + 1) // count] for i in range(count)]
-        store = ContextStore(task.documents)
-        objective = NOTE.format(question=question)
-        tasks = [Task(f"{task.id}/{i}", (Message("user", clone_prompt(store, objective, part)),)) for i, part in enumerate(parts)]
-        budgets = _shared(budget, mapped, count)
-        done = await side_by_side(runtime, tasks, budgets, [seed_of(seed, "map", i) for i in range(len(tasks))])
-        results = [CloneResult(grown.root.status, grown.answer, grown.root.reason) for grown in done]
-        notes = render_results(results, "", runtime.result_characters)
-        left = generated - sum(grown.usage.generated for grown in done)
-        reducing = Task(task.id, (Message("user", f"Notes on documents:\n{notes}\n\nQuestion: {question}\n\n{DIRECT}"),))
-        last = checked(await runtime.run(reducing, _limited(budget, left), seed_of(seed, "reduce", 0)))
-        path = max((grown.usage.critical_path for grown in done), default=0) + last.usage.critical_path
-        return outcome(last.answer, last.root.status.value, [*done, last], path, len(done), support_recall(task, keys))
+        objectives = [{"objective": NOTE.format(question=question), "context_keys": part} for part in parts]
+        read = await branch.attempts(objectives, keep=keep, answer_reserve=programs.reserve(branch, count, keep))
+        if broken := programs.broken(read):
+            return broken
+        reducing = Message("user", f"Notes on documents:\n{branch.listed(read)}\n\nQuestion: {question}\n\n{DIRECT}")
+        (last,) = await branch.attempts([[reducing]], keep=0, answer_reserve=programs.reserve(branch, 1))
+        return last
+
+    async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
+        grown = await runtime.run(task, program_limits(budget), seed, program=program)
+        return Outcome.of(grown, support_recall(task, list(task.documents)))
 
     return method
 
@@ -145,8 +95,7 @@ def retrieve(env: MultihopEnvironment, count: int) -> BudgetedMethod:
     async def method(runtime: Runtime, task: Task, budget: Budget, seed: int) -> Outcome:
         keys = ranked(task, count)
         limits = budget.model_copy(update={"depth": 0})
-        grown = checked(await runtime.run(instructed(env.with_documents(task, keys), COT), limits, seed))
-        return outcome(grown.answer, grown.root.status.value, [grown], grown.usage.critical_path, 0, support_recall(task, keys))
+        return Outcome.of(await runtime.run(instructed(env.with_documents(task, keys), COT), limits, seed), support_recall(task, keys))
 
     return method
 
