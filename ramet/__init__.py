@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from ramet.agents.tree import Usage as Usage
     from ramet.env.environment import Environment as Environment
     from ramet.env.settings import EnvSettings as EnvSettings
+    from ramet.env.simple import SimpleEnvironment as SimpleEnvironment
     from ramet.errors import AnswerError as AnswerError
     from ramet.errors import BudgetExhausted as BudgetExhausted
     from ramet.errors import ChatFormatError as ChatFormatError

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 Schema = Mapping[str, Any]
+NAMED = "package.module:name"
+"""Stands in a list of cases for all that are named by an import path."""
 _NUMBERS = {"integer": "a whole number", "number": "a number"}
 _PLAIN = {"string": "text", "boolean": "true or false", "null": "nothing"}
 
@@ -72,7 +74,8 @@ class Settings:
         return each if "properties" in each else None
 
     def _case(self, schema: Schema, tag: str) -> Schema:
-        return self._resolved({"$ref": schema["discriminator"]["mapping"][tag]})
+        mapping = schema["discriminator"]["mapping"]
+        return self._resolved({"$ref": mapping[tag if tag in mapping else NAMED]})
 
     def _property(self, schema: Schema, step: str | int) -> Schema | None:
         """The schema of a key of a section, or of the first of its cases that has this key; None if there is none."""

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from ramet.agents.layout import inert, lines_of, short
@@ -119,6 +120,23 @@ class Task:
     reference: Any = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     answer: Any = None
+
+    @classmethod
+    def ask(cls, id: str, question: str, documents: Mapping[str, str | Segment] = MappingProxyType({}), reference: Any = None) -> Task:
+        """A task of one question. Of its documents the root is told the keys and lengths, below the question."""
+        content = f"{question}\n\n{index(documents)}" if documents else question
+        return cls(id, (Message("user", content),), dict(documents), reference)
+
+
+LISTED = 200
+"""Documents that an `index` names, at most."""
+
+
+def index(documents: Mapping[str, str | Segment]) -> str:
+    """The line that tells a root which documents there are, and how long."""
+    listed = [f"{key} ({len(text):,} characters)" if isinstance(text, str) else f"{key} (video)" for key, text in documents.items()]
+    more = f", and {len(listed) - LISTED:,} more" if len(listed) > LISTED else ""
+    return f"Documents: {', '.join(listed[:LISTED])}{more}"
 
 
 @dataclass(frozen=True, slots=True)

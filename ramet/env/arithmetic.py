@@ -16,7 +16,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -108,8 +108,6 @@ class RowsSettings(EnvSettings):
     largest: Annotated[int, Field(ge=1, le=99)] = 9
     """The largest operand."""
 
-    language: ClassVar[bool] = False
-
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         for name in ("operands", "ood_operands", "row"):
@@ -119,6 +117,11 @@ class RowsSettings(EnvSettings):
         if max(self.operands[1] / self.row[0], self.ood_operands[1] / self.row[1]) > len(KEYS):
             raise ValueError(f"a sum has at most {len(KEYS)} rows; make operands shorter or row longer")
         return self
+
+    @property
+    def language(self) -> bool:
+        """Sums are not in words."""
+        return False
 
     def build(self, count: Callable[[str], int] = words) -> RowsEnvironment:
         """The environment; `count` is not used."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING
 
-from ramet.agents.tree import Branch, Status, Task, Tree, Usage
+from ramet.agents.tree import Task, Tree
 from ramet.env.environment import Environment
 from ramet.errors import ConfigError
 from ramet.imports import load_object
@@ -45,9 +45,3 @@ def check_signature(function: object, what: str) -> None:
         signature.bind(None, None)
     except TypeError:
         raise ConfigError(f"{what} takes {signature}, not (task, tree)") from None
-
-
-def answered(task: Task, answer: str | None) -> Tree:
-    """A tree of nothing but an answer, or none, for grading an answer that no model gave."""
-    status = Status.EMPTY if answer is None else Status.ANSWERED
-    return Tree(task.id, Branch("0", (), (), status, answer), Usage())

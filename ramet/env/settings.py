@@ -1,7 +1,7 @@
 """The settings of an environment: its kind, its options, and how it is built.
 
-The settings class of each environment is in the same file as the environment, and `ramet.env.registry` finds it. To add an environment,
-add a file here with an `Environment` and a subclass of `EnvSettings` whose `kind` is a literal of its own.
+The settings class of each environment that ramet brings is in the same file as the environment, and `ramet.env.registry` finds it: a
+subclass of `EnvSettings` whose `kind` is a literal of its own. For those of other packages see `ramet.env.outside`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,6 @@ class EnvSettings(Section):
     kind: str
     """Which environment."""
 
-    language: ClassVar[bool] = True
-    """Whether questions are in words, so that each method has to add an instruction on how to answer."""
     multihop: ClassVar[bool] = False
     """Whether tasks have documents."""
     waits: ClassVar[bool] = False
@@ -49,9 +47,19 @@ class EnvSettings(Section):
         return DELEGATE_PARTS if spawn else COT
 
     @property
+    def language(self) -> bool:
+        """Whether questions are in words, so that each method has to add an instruction on how to answer."""
+        return True
+
+    @property
     def measurable(self) -> bool:
         """Whether there are tasks to measure on."""
         return True
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """The import paths of code that is not ramet's own, which a run depends on."""
+        return ()
 
     def check_measurable(self) -> None:
         """Raise `ConfigError` if there are no tasks to measure on."""

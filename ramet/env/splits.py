@@ -11,12 +11,12 @@ included, no task is in two parts.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from ramet.errors import ConfigError
 
-T = TypeVar("T", bound=Hashable)
+T = TypeVar("T")
 PARTS = {"train": "train", "tune": "tune", "tune_ood": "tune", "iid": "measure", "ood": "measure"}
 """The part that the tasks of each split come from."""
 TUNING = {"iid": "tune", "ood": "tune_ood"}

@@ -237,7 +237,8 @@ class RunConfig(Section):
             "roles": {name: {"url"} for name in self.roles}, "transcript_mib": True,
         }  # fmt: skip
         settings = self.model_dump(mode="json", exclude=free)
-        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program, self.reward.function]
+        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program]
+        named += [self.reward.function, *self.env.code]
         if code := [provenance(path) for path in named if ":" in path]:
             settings["code"] = code
         if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend not in NAMING}:

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.metadata import EntryPoint
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ramet.env import registry
 from ramet.env.registry import KINDS, env_settings
 from ramet.errors import ConfigError
 from ramet.runs.settings import RunConfig, dumps, load, validate
-
-OUTSIDE = """
-from typing import Literal
-from ramet.env.arithmetic import SelfcestEnvironment
-from ramet.env.settings import EnvSettings, words
-
-class {name}(EnvSettings):
-    kind: Literal["{kind}"] = "{kind}"
-    sides: int = 6
-
-    def build(self, count=words):
-        return SelfcestEnvironment(name="{kind}")
-"""
 
 
 @pytest.mark.parametrize(
@@ -57,33 +40,3 @@ def test_settings_hold_their_own_options_only_and_read_back_the_same(kind: str, 
     path = tmp_path / "run.toml"
     path.write_text(dumps(config))
     assert load(RunConfig, path) == config
-
-
-def bring(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str, value: str) -> None:
-    (folder / "outside_dice.py").write_text(source)
-    monkeypatch.syspath_prepend(str(folder))
-    monkeypatch.delitem(sys.modules, "outside_dice", raising=False)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("dice", value, group)])
-
-
-def test_another_package_brings_an_environment_by_an_entry_point(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    bring(monkeypatch, tmp_path, OUTSIDE.format(name="Dice", kind="dice"), "outside_dice:Dice")
-    kinds: Any = registry._load_kinds()
-    assert kinds["dice"]().build().name == "dice" and set(KINDS) < set(kinds)
-
-
-@pytest.mark.parametrize(
-    ("source", "value", "message"),
-    [
-        ("import nothing_of_this_name", "outside_dice:Dice", "the environment dice cannot be imported from outside_dice:Dice: "),
-        ("Dice = 3", "outside_dice:Dice", "is not a subclass of EnvSettings"),
-        (OUTSIDE.format(name="Dice", kind="rows"), "outside_dice:Dice", "there is an environment rows already"),
-    ],
-)
-def test_an_entry_point_that_brings_none_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str, value: str, message: str
-) -> None:
-    bring(monkeypatch, tmp_path, source, value)
-    with pytest.raises(ConfigError) as error:
-        registry._load_kinds()
-    assert message in str(error.value) and "\n" not in str(error.value)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from ramet.agents.tree import Task, Tree
-from ramet.env.grading import answered, reward_function
+from ramet.env.environment import answered
+from ramet.env.grading import reward_function
 from ramet.errors import ConfigError, RewardError, TaskError
 from ramet.policy.training.reward import Judge, Reward, RewardConfig, compute_reward, to_reward
 

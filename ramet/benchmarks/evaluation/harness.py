@@ -26,8 +26,8 @@ from ramet.agents.transcripts import Transcript, Transcripts, TreePlace
 from ramet.agents.tree import Task, Tree
 from ramet.benchmarks.evaluation.baselines import BudgetedMethod, Outcome
 from ramet.benchmarks.evaluation.statistics import accuracy_interval
-from ramet.env.environment import Environment
-from ramet.env.grading import answered, reward_function
+from ramet.env.environment import Environment, answered
+from ramet.env.grading import reward_function
 from ramet.errors import Drained, PolicyError, RefusedRequest, RewardError, TaskError
 from ramet.policy.training.reward import Judge, Reward, RewardConfig
 
