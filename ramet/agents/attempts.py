@@ -17,7 +17,7 @@ from ramet.agents.budget import Grant, Ledger
 from ramet.agents.events import TokensSampled, TurnSampled
 from ramet.agents.growth import Growth, Setting, seed_of
 from ramet.agents.sampling import Middleware, Partial, Policy, PolicyWrapper, Sample, SampleFunction, SampleRequest, attempts_of
-from ramet.agents.tree import StopReason, Turn
+from ramet.agents.tree import OVERRUN, StopReason, Turn
 from ramet.errors import Interrupted, PolicyError, RametError, TransientPolicyError, first_line
 
 
@@ -202,7 +202,7 @@ def _layer(middleware: Middleware, sample: SampleFunction) -> SampleFunction:
 
 
 def _overrun(generated: int, request: SampleRequest) -> str:
-    return f"the backend generated {generated} tokens for a grant of {request.max_tokens}: it does not keep to max_tokens"
+    return f"the backend generated {generated} tokens for a grant of {request.max_tokens}: it {OVERRUN}"
 
 
 def _settle(growth: Growth, grant: Grant, request: SampleRequest, generated: int, prefilled: int, turns: int = 1) -> int:

@@ -46,6 +46,10 @@ class StopReason(str, Enum):
     """The backend failed. The turn has no ids, only the cost of its attempts; a retry starts over."""
 
 
+OVERRUN = "does not keep to max_tokens"
+"""What the error of a branch says whose backend generated more than it was granted."""
+
+
 class Status(str, Enum):
     """How a branch ended: the type of the result that its parent receives."""
 
@@ -542,6 +546,12 @@ class Tree:
     def failed(self) -> str:
         """The error with which the backend failed any branch; "" if there was none. A failed tree says nothing about the policy."""
         return self.error or next((branch.reason for branch in self.branches if branch.status is Status.FAILED), "")
+
+    @property
+    def overran(self) -> bool:
+        """Whether `failed`, and all that failed is that the backend went past a grant: it may keep to those of other trees."""
+        reasons = [branch.reason for branch in self.branches if branch.status is Status.FAILED]
+        return bool(reasons) and all(OVERRUN in reason for reason in reasons)
 
     @property
     def starved(self) -> str:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ramet.agents.protocol import tool_schema
 from ramet.cli.main import app
 from ramet.env.arithmetic import rows_task
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, PolicyError
 from ramet.policy.models.catalogue import BASE
 from ramet.policy.models.tokenizer import load_tokenizer
 from ramet.runs.settings import RunConfig, load
@@ -38,6 +38,20 @@ def test_a_run_goes_on_at_another_address_and_more_patiently(tmp_path):
         assert load(RunConfig, tmp_path / "served" / "config.toml").url == url
         with pytest.raises(ConfigError, match="another configuration"):
             measure(tmp_path, f"url={url}", "server.model=other")
+
+
+def test_a_server_that_goes_past_a_grant_fails_that_task_and_not_the_run(tmp_path):
+    def answer(body, connection, asked):
+        past = usage(body["max_tokens"] + 1) if len(asked) == 2 else usage(4)
+        connection.sendall(stream(says("Answer: 42", "stop"), past))
+
+    with serve(answer) as (url, asked):
+        measure(tmp_path, f"url={url}", "server.concurrency=1")
+    assert len(asked) == 4
+    records = json.loads((tmp_path / "served" / "results.json").read_text())
+    assert any("does not keep to max_tokens" in str(record) for record in records)
+    with serve(stream(says("Answer: 42", "stop"), usage(999))) as (url, _), pytest.raises(PolicyError, match="does not keep"):
+        measure(tmp_path / "all", f"url={url}")
 
 
 def test_the_settings_of_a_server_reach_it(tmp_path, monkeypatch):

@@ -113,6 +113,24 @@ async def test_a_server_that_refuses_tools_gets_them_as_text(status, said, caplo
     assert len([line for line in caplog.messages if "does not accept tools: they are described in the prompt" in line]) == 1
 
 
+@pytest.mark.parametrize("said", ["Conversation roles must alternate user/assistant", "Only user and assistant roles are supported!"])
+async def test_a_server_that_takes_tools_but_not_their_results_gets_both_as_text(said):
+    def answer(body: dict[str, Any], connection: socket.socket, asked: Any) -> None:
+        messages = body["messages"]
+        if any(message["role"] not in ("user", "assistant") for message in messages):
+            connection.sendall(reply(json.dumps({"message": said}).encode(), "400 Bad Request"))
+        elif "<tool_response>" in messages[-1]["content"]:
+            connection.sendall(stream(says("Answer: 42", "stop"), usage(4)))
+        else:
+            conversing(body, connection, asked)
+
+    task = Task("t", (Message("user", "What is it?"),))
+    with serve(answer) as (url, asked):
+        async with ChatPolicy(url, WIRE) as policy:
+            tree = await Runtime(policy, WIRE, tools=[double], tools_at="root", clone_system="").run(task, BUDGET)
+    assert tree.answer == "42" and asked[-1]["messages"][-1]["role"] == "user" and "tools" not in asked[-1]
+
+
 @pytest.mark.parametrize("kept", [1, 2, 3])
 async def test_a_tree_is_resumed_from_its_journal_exactly(kept: int, tmp_path: Path):
     async def grown(url: str, journal: Journal) -> Tree:

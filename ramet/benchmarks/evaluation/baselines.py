@@ -69,12 +69,14 @@ BudgetedMethod = Callable[[Runtime, Task, Budget, int], Awaitable[Outcome]]
 def checked(tree: Tree) -> Tree:
     """The tree, unless the backend failed in one of its branches, which says nothing about the method.
 
-    Raises `PolicyError`; `RefusedRequest` where the backend does not take what the root asks for.
+    Raises `PolicyError`; `RefusedRequest` where the backend does not take what the root asks for, or only went past a grant: it may well
+    serve other trees.
     """
     if tree.root.status is Status.REFUSED:
         raise RefusedRequest(f"task {tree.task_id}: {tree.root.reason}")
     if tree.failed:
-        raise PolicyError(f"task {tree.task_id} failed: {tree.failed}")
+        kind = RefusedRequest if tree.overran else PolicyError
+        raise kind(f"task {tree.task_id} failed: {tree.failed}")
     return tree
 
 

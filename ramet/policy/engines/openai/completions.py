@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
-from ramet.agents.tree import StopReason
+from ramet.agents.tree import OVERRUN, StopReason
 from ramet.errors import PolicyError, RefusedRequest
 from ramet.policy.engines.openai.chunk import Chunk, logprob, stop_of
 from ramet.policy.engines.openai.server import REJECTED, WIRE, Exchange, Server, note_prompt, parsed
@@ -89,7 +89,7 @@ class TokenIdAccumulator:
         partial.logprobs += logprobs
         note_prompt(chunk.usage, len(request.prompt), partial)
         if len(partial.ids) > request.max_tokens:
-            raise PolicyError(f"generated {len(partial.ids)} tokens for a grant of {request.max_tokens}: it does not keep to max_tokens")
+            raise PolicyError(f"generated {len(partial.ids)} tokens for a grant of {request.max_tokens}: it {OVERRUN}")
 
     def settle(self) -> None:
         """Note that no chunk follows. Raises `PolicyError` for a sample that ended by itself without a token id."""

@@ -18,6 +18,7 @@ _REFUSED = re.compile(
 )
 _TOOLS = re.compile(r"\b(tool|function)(s\b|\b|[ _-]?(choice|call|use))", re.IGNORECASE)
 _NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "repeat_penalty": 1.0}
+_ROLES = re.compile(r"\broles? must alternate|only user and assistant|(invalid|unknown|unexpected|unsupported) role\b", re.IGNORECASE)
 _SYSTEM = re.compile(r"system['\"`]? (role|message|prompt|instruction)|role['\"`:]* ['\"`]?system", re.IGNORECASE)
 
 
@@ -76,13 +77,22 @@ class Fields:
             if self.names.get(LIMIT, LIMIT) == LIMIT:
                 self.names[LIMIT] = NEW_LIMIT
                 return f"does not accept {LIMIT}: {NEW_LIMIT} is sent instead"
-        elif self.names.get("tools", "tools") in sent and (_TOOLS.search(text) or str(param).startswith("tool")):
+        elif self.names.get("tools", "tools") in sent and (
+            _TOOLS.search(text) or str(param).startswith("tool") or (_ROLES.search(text) and "tool" in _roles(sent))
+        ):
             self.names["tools"] = ""
             return NO_TOOLS
-        elif _REFUSED.search(text) and _SYSTEM.search(text) and not self.fold_system:
+        elif not self.fold_system and (
+            (_REFUSED.search(text) and _SYSTEM.search(text)) or (_ROLES.search(text) and "system" in _roles(sent))
+        ):
             self.fold_system = True
             return "does not accept system messages: they are put into the first user message"
         return ""
+
+
+def _roles(sent: Mapping[str, Any]) -> set[str]:
+    """The roles of the messages of a request."""
+    return {str(message.get("role")) for message in sent.get("messages", ())}
 
 
 def names_field(text: str, param: Any, sent: Mapping[str, Any]) -> bool:

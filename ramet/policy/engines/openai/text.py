@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ramet.agents.sampling import Partial, SampleRequest
+from ramet.agents.tree import OVERRUN
 from ramet.errors import PolicyError
 from ramet.policy.engines.openai.chunk import Chunk, logprob
 from ramet.policy.engines.openai.server import note_prompt
@@ -183,7 +184,7 @@ class TextAccumulator:
             self._half, self._text_without_ids = "", True
         counted = self._fit()
         if counted > self._max_tokens:
-            raise PolicyError(f"generated {counted} tokens for a grant of {self._max_tokens}: the server does not keep to max_tokens")
+            raise PolicyError(f"generated {counted} tokens for a grant of {self._max_tokens}: the server {OVERRUN}")
 
 
 def _number(value: Any) -> float:
