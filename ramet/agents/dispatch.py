@@ -286,8 +286,9 @@ def reply_ids(setting: Setting, growth: Growth, answered: Replies, length: int) 
     if answered.unknown:
         left = "\n".join(filter(None, [f"Unknown context keys: {', '.join(answered.unknown)[:200]}", left]))
     parts = sum(reply.parts for reply in answered.replies)
+    closed = next(turn.stop for turn in reversed(growth.turns) if not turn.started) is StopReason.END
     while True:
-        ids = setting.chat.after_calls(render_replies(answered.replies, left, limit), closed=True)
+        ids = setting.chat.after_calls(render_replies(answered.replies, left, limit), closed)
         if setting.context is None or length + len(ids) + ending(setting, growth.ledger) < setting.context:
             return ids
         if limit <= parts:

@@ -44,7 +44,7 @@ class ProgramBranch:
     def __init__(self, setting: Setting, growth: Growth, task: Task):
         self.task = task
         self._setting, self._growth = setting, growth
-        self._busy = False
+        self._busy = self._full = False
         self._fork: Fork | None = None
 
     @property
@@ -130,9 +130,7 @@ class ProgramBranch:
         call, _ = self._read(objectives, context_keys)
         written = [item if isinstance(item, str) else item.model_dump(exclude_unset=True) for item in call.objectives]
         self._write(text, render_call(written, context_keys), free)
-        with self._alone():
-            replies = await run_calls(self._setting, self._growth, [call], run_branch, Shares(keep, answer_reserve))
-            self._reply(replies)
+        replies = await self._made([call], Shares(keep, answer_reserve))
         return list(replies.replies[0].results)
 
     async def attempts(
@@ -201,13 +199,14 @@ class ProgramBranch:
             raise ProgramError(f"this branch holds no tool {tool!r}; it holds {', '.join(held) or 'none'}")
         use = ToolUse(tool, json.dumps(arguments, ensure_ascii=False))
         self._write("", f'{{"name":{json.dumps(tool)},"arguments":{use.arguments}}}', free)
-        with self._alone():
-            self._reply(await run_calls(self._setting, self._growth, [use], run_branch))
+        await self._made([use], Shares())
         return self._growth.turns[-1].calls[-1].result
 
     def tell(self, text: str) -> None:
         """Answer a sampled turn with a message of your own, as a tool's result is given."""
-        self._growth.append(self._setting.chat.after_turn(text, closed=self._sampled("tell(...)").stop is StopReason.END))
+        ids = self._setting.chat.after_turn(text, closed=self._sampled("tell(...)").stop is StopReason.END)
+        self._fits(len(ids))
+        self._growth.append(ids)
 
     def accept(self) -> str | None:
         """End the branch with what the turn that was sampled last answers; that answer."""
@@ -240,8 +239,16 @@ class ProgramBranch:
         self._growth.end(clone.status, answer, clone.reason)
 
     def answer(self, answer: Any, *, free: bool = False) -> None:
-        """End the branch with this answer: text, or a value of the task's type. Raises `ProgramError` if it does not fit that type."""
+        """End the branch with this answer: text, or a value of the task's type. Raises `ProgramError` if it does not fit that type.
+
+        It needs no room in the context; after results that had none, the branch is out of budget, and this is its answer.
+        """
         text, value = self._of_type(answer)
+        if self._full:
+            self._ready()
+            self._growth.value = value
+            self._growth.end(Status.OUT_OF_BUDGET, text, "context")
+            return
         self._write(f"Answer: {text}", None, free)
         self._growth.value = value
         self._growth.end(Status.ANSWERED, text)
@@ -275,6 +282,8 @@ class ProgramBranch:
     def _opened(self) -> None:
         self._ready()
         self._outside()
+        if self._full:
+            raise BudgetExhausted("context", 1, 0)
         if self._unanswered() is not None:
             raise ProgramError("the turn that was sampled last is not answered: make(turn) its calls, tell(...) or accept() first")
 
@@ -285,7 +294,7 @@ class ProgramBranch:
     def _unanswered(self) -> Turn | None:
         """The turn that was sampled last, if nothing has been said after it."""
         for turn in reversed(self._growth.turns):
-            if turn.appended or turn.sampled:
+            if turn.appended or not turn.started:
                 return None if turn.appended else turn
         return None
 
@@ -304,6 +313,8 @@ class ProgramBranch:
         """A turn in the model's place."""
         self._opened()
         ids = tuple(self._setting.chat.turn(text, call))
+        if call is not None:
+            self._fits(len(ids))
         if free:
             self._growth.turns.append(Turn((), (), StopReason.END, version=self._setting.policy.version, appended=ids, free=len(ids)))
             return
@@ -312,11 +323,27 @@ class ProgramBranch:
         zeros = (0.0,) * len(ids)
         self._growth.turns.append(Turn(ids, zeros, StopReason.END, version=self._setting.policy.version, written=len(ids)))
 
+    async def _made(self, calls: Sequence[SpawnClone | ToolUse], shares: Shares) -> Replies:
+        """Make calls that are written already, and append their replies."""
+        with self._alone():
+            # Calls that are refused at once wait for nothing: a program that makes no others could not be stopped.
+            await anyio.lowlevel.checkpoint()
+            replies = await run_calls(self._setting, self._growth, calls, run_branch, shares)
+            self._reply(replies)
+        return replies
+
     def _reply(self, replies: Replies) -> None:
         ids = reply_ids(self._setting, self._growth, replies, len(self._growth.ids))
         if ids is None:
+            self._full = True
             raise BudgetExhausted("context", 1, 0)
         self._growth.append(ids)
+
+    def _fits(self, more: int) -> None:
+        """Raise `BudgetExhausted` if the context has no room for so many ids and a token after them."""
+        context = self._setting.context
+        if context is not None and (left := context - len(self._growth.ids)) <= more:
+            raise BudgetExhausted("context", more, left)
 
 
 def _common(ids: Sequence[int], others: Sequence[int]) -> list[int]:

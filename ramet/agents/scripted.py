@@ -55,6 +55,36 @@ class PlainFormat:
         return "".join(chr(i) if i != STOP else "$" for i in ids)
 
 
+SHIFT = 2_000_000
+"""How far the ids of `ShiftedFormat` lie above those of `PlainFormat`, which are below it."""
+
+
+class ShiftedFormat(PlainFormat):
+    """Another tokenizer: `PlainFormat` with all ids raised by `SHIFT`."""
+
+    stop_ids = frozenset({STOP + SHIFT})
+
+    def render(self, messages: Sequence[Message], tools: Schemas) -> list[int]:
+        """As `PlainFormat` does, under other ids."""
+        return [i + SHIFT for i in super().render(messages, tools)]
+
+    def after_turn(self, text: str, closed: bool, role: Literal["tool", "user"] = "tool") -> list[int]:
+        """As `PlainFormat` does, under other ids."""
+        return [i + SHIFT for i in super().after_turn(text, closed, role)]
+
+    def turn(self, text: str, call: str | None = None) -> list[int]:
+        """As `PlainFormat` does, under other ids."""
+        return [i + SHIFT for i in super().turn(text, call)]
+
+    def parse(self, sampled: Sequence[int]) -> ParsedTurn:
+        """As `PlainFormat` does, of other ids."""
+        return super().parse([i - SHIFT for i in sampled])
+
+    def text(self, ids: Sequence[int]) -> str:
+        """As `PlainFormat` does, of other ids."""
+        return super().text([i - SHIFT for i in ids])
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """What goes wrong with a sample: after `after` tokens it waits `delay` seconds, then raises `error` if there is one."""
@@ -101,6 +131,7 @@ class ScriptedPolicy:
     running       samples in flight; `most_running` is the largest number so far
     injected      faults that have been met
     down_until    time before which every request is refused
+    shift         what its ids lie above characters: 0, or `SHIFT` beside a `ShiftedFormat`
     """
 
     program: Callable[[str], str]
@@ -109,9 +140,12 @@ class ScriptedPolicy:
     faults: Callable[[SampleRequest, int], Fault | None] | None = None
     version: int = 3
     context: int | None = None
+    shift: int = 0
     requests: list[SampleRequest] = field(default_factory=list)
     emitted: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     """Numbers of tokens that each attempt generated, by the request's (group, seed)."""
+    given: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    """The ids that the latest attempt generated, by (group, seed)."""
     tried: dict[tuple[str, int], int] = field(default_factory=dict)
     """Numbers of attempts made before this policy was created, by (group, seed)."""
     running: int = 0
@@ -135,6 +169,7 @@ class ScriptedPolicy:
         attempts = self.emitted.setdefault(key, [])
         number = len(attempts)
         attempts.append(0)
+        self.given[key] = []
         self.requests.append(request)
         fault = self.faults(request, self.tried.get(key, 0) + number) if self.faults is not None else None
         crashes = self._crashes
@@ -144,8 +179,9 @@ class ScriptedPolicy:
             if anyio.current_time() < self.down_until:
                 self.injected += 1
                 raise TransientPolicyError("connection refused")
-            text = self.program("".join(chr(i) if i else "$" for i in request.prompt))[: request.max_tokens]
-            cut = next((i + 1 for i, c in enumerate(text) if ord(c) in request.stop_ids), len(text))
+            shift = self.shift
+            text = self.program("".join(chr(i - shift) if i - shift else "$" for i in request.prompt))[: request.max_tokens]
+            cut = next((i + 1 for i, c in enumerate(text) if ord(c) + shift in request.stop_ids), len(text))
             partial.prefilled = len(request.prompt)
             done = 0
             while True:
@@ -161,7 +197,9 @@ class ScriptedPolicy:
                 if self._crashes != crashes:
                     self.injected += 1
                     raise TransientPolicyError("connection reset: the engine crashed")
-                partial.ids += map(ord, text[done : done + stride])
+                ids = [ord(c) + shift for c in text[done : done + stride]]
+                partial.ids += ids
+                self.given[key] += ids
                 partial.logprobs += [-0.5] * stride
                 done += stride
                 attempts[number] = done

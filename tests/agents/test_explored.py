@@ -15,7 +15,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import explore
 from ramet.agents.tree import Message, Status, Task, Tree
-from ramet.benchmarks.faults.invariants import check_growth, check_quiet, check_tree
+from ramet.benchmarks.faults.invariants import Means, Setup, check_growth, check_quiet, check_tree
 from ramet.errors import BudgetExhausted, TransientPolicyError
 
 
@@ -93,8 +93,8 @@ def test_small_trees_hold_in_every_interleaving(case, cancel):
             group.start_soon(grow)
             if cancel:
                 group.start_soon(bystander)
-        check_tree(trees[0], budget, policy)
-        check_quiet(policy)
+        check_tree(trees[0], Setup(budget, Means(policy)))
+        check_quiet([policy])
         statuses.add(tuple(branch.status for branch in trees[0].branches))
 
     # With a cancellation at any point there are too many to see all; the first of them differ at the end of the run.

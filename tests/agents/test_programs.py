@@ -20,7 +20,7 @@ from ramet.agents.tasks import task_group
 from ramet.agents.tools import tool
 from ramet.agents.tree import Branch, Message, Status, Task, ToolStatus, Tree
 from ramet.benchmarks.faults.invariants import check_growth
-from ramet.errors import ConfigError, PolicyError, ProgramError, TransientPolicyError
+from ramet.errors import BudgetExhausted, ConfigError, PolicyError, ProgramError, TransientPolicyError
 
 pytestmark = pytest.mark.anyio
 PLAIN = PlainFormat()
@@ -125,6 +125,59 @@ async def test_where_the_budget_ends_so_does_the_program():
     assert (await run(nothing)).root.status is Status.EMPTY
     broken = ScriptedPolicy(lambda c: "Answer: 1\0", faults=lambda request, attempt: Fault(0, error=PolicyError("gone")))
     assert (await run(map_reduce, policy=broken)).failed == "gone"
+
+
+async def test_a_program_whose_calls_are_all_refused_can_still_be_stopped():
+    async def endless(branch: ProgramBranch) -> None:
+        while True:
+            await branch.spawn(["count"], free=True)
+
+    tree = await run(endless, Budget(generated=0, seconds=0.02))
+    assert tree.root.status is Status.TIMED_OUT and tree.usage.clones == 0
+
+
+async def test_calls_and_messages_of_a_program_keep_to_the_context_and_it_may_answer_after_them():
+    async def told(branch: ProgramBranch) -> None:
+        for _ in range(9):
+            await branch.sample(10)
+            branch.tell("x" * 20)
+
+    async def called(branch: ProgramBranch) -> str:
+        try:
+            while True:
+                await branch.spawn(["count"], free=True)
+        except BudgetExhausted as error:
+            with pytest.raises(BudgetExhausted, match="context"):
+                await branch.spawn(["count"])
+            return f"stopped by {error.currency}"
+
+    tree = await run(told, Budget(context=100))
+    assert (tree.root.status, tree.root.reason) == (Status.OUT_OF_BUDGET, "context") and 70 < len(tree.root.ids) <= 100
+    statuses = set()
+    for context in range(100, 200):
+        tree = await run(called, Budget(context=context))
+        statuses.add(tree.root.status)
+        assert tree.answer == "stopped by context" and len(tree.root.ids) <= context + len("Answer: stopped by context$")
+    assert statuses == {Status.ANSWERED, Status.OUT_OF_BUDGET}  # out of budget where the call had room and its results had none
+
+
+async def test_a_turn_without_a_token_is_a_turn():
+    async def program(branch: ProgramBranch) -> None:
+        assert (await branch.sample()).text == ""
+        branch.tell("say something")
+        await branch.finish()
+
+    tree = await run(program, policy=ScriptedPolicy(lambda c: "Answer: 1\0" if "something" in c else ""))
+    assert tree.answer == "1" and tree.root.turns[0].sampled == ()
+
+
+async def test_a_cut_turn_is_closed_before_its_calls_are_answered():
+    async def program(branch: ProgramBranch) -> None:
+        await branch.make(await branch.sample(len('<tool_call>{"name"')))
+        branch.answer("1")
+
+    tree = await run(program, policy=ScriptedPolicy(lambda c: '<tool_call>{"name":"spawn_clone"}</tool_call>\0'))
+    assert PLAIN.text(tree.root.turns[0].appended).startswith("$<1: (refused: the tool call is not closed)")
 
 
 async def test_what_a_program_does_wrong_is_its_error():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
 
-from ramet.agents.budget import Budget, Ledger
-from ramet.agents.growth import Growth
+from ramet.agents import actor, dispatch, program, resume, tools
+from ramet.agents.budget import Budget, CallGrant, Ledger
+from ramet.agents.growth import Growth, Setting
 from ramet.agents.journal import Journal
 from ramet.agents.protocol import render_call
 from ramet.agents.resume import JournaledPolicy
@@ -18,10 +20,12 @@ from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import PATIENCE, simulate
 from ramet.agents.tasks import Slots
-from ramet.agents.tree import Message, Status, StopReason, Task, Tree
+from ramet.agents.tools import Tools, call_tool
+from ramet.agents.tree import Branch, Message, Status, StopReason, Task, Tree, Turn
+from ramet.benchmarks.faults import extras
 from ramet.benchmarks.faults.invariants import check_growth
 from ramet.benchmarks.faults.simulate import Scenario, SimulatedRun, run_seed
-from ramet.errors import BudgetExhausted, InvariantViolation, PolicyError, RametError, SimulationError, TransientPolicyError
+from ramet.errors import BudgetExhausted, InvariantViolation, LedgerError, PolicyError, RametError, SimulationError, TransientPolicyError
 
 
 async def order() -> list[tuple[int, int, float]]:
@@ -230,6 +234,96 @@ def test_planted_bugs_are_found(bug, tmp_path, monkeypatch):
         except RametError:
             failures += 1
     assert failures
+
+
+def _spend_all_of_the_time(self, seconds):
+    self._close(self._held)
+    return seconds
+
+
+def _settle_twice_the_cost(self, seconds):
+    used = {**self._held, "tool_calls": 2 * self._held["tool_calls"]}
+    self._close(used)
+    return seconds
+
+
+async def _unlimited(tool, request, view, timeout):
+    return await call_tool(tool, request, view, 10 * tool.timeout)
+
+
+async def _answer_backwards(setting, growth, calls, run, run_calls=dispatch.run_calls):
+    made = await run_calls(setting, growth, calls, run)
+    return replace(made, replies=made.replies[::-1])
+
+
+async def _all_at_once(setting, growth, uses, replies, spawned, beside=dispatch._beside):
+    tools = [replace(tool, parallel=True) for tool in setting.tools.tools]
+    await beside(replace(setting, tools=Tools(tools, setting.tools.at)), growth, uses, replies, spawned)
+
+
+async def _asked_and_ignored(setting, growth, call, disapproved=dispatch._disapproved):
+    await disapproved(setting, growth, call)
+    return ""
+
+
+async def _approved_by_an_error(setting, growth, call, disapproved=dispatch._disapproved):
+    why = await disapproved(setting, growth, call)
+    return "" if "raised" in why else why
+
+
+async def _whole(tool, text, view, result=tools._result):
+    return await result(replace(tool, max_characters=10**9), text, view)
+
+
+def _mask(branch, trained):
+    mask = [False] * len(branch.prompt)
+    for turn in branch.turns:
+        sampled, appended = trained(turn)
+        mask += [sampled] * len(turn.sampled) + [appended] * len(turn.appended)
+    return mask
+
+
+def _kept_before_the_newest(self, call):
+    self.turns[-1] = replace(self.turns[-1], calls=(call, *self.turns[-1].calls))
+
+
+MORE_BUGS: dict[str, list[tuple[Any, str, Any]]] = {
+    "a call that is not on record": [(Growth, "record", lambda self, call: None)],
+    "calls on record in the order in which they end": [(Growth, "record", _kept_before_the_newest)],
+    "a call that is charged the longest that it may take": [(CallGrant, "settle_call", _spend_all_of_the_time)],
+    "a call that is charged twice": [(CallGrant, "settle_call", _settle_twice_the_cost)],
+    "a call that is not charged": [(CallGrant, "settle_call", lambda self, seconds: self._close({}) or seconds)],
+    "calls that reserve nothing": [(Ledger, "reserve_call", lambda self, calls, ms, reserve=Ledger.reserve_call: reserve(self, 0, ms))],
+    "a call that may take as long as it likes": [(extras, "call_tool", _unlimited)],
+    "replies out of order": [(dispatch, "run_calls", _answer_backwards)],
+    "recorded calls that are made again": [(resume, "_place", lambda record: object())],
+    "tools side by side that must not be": [(dispatch, "_beside", _all_at_once)],
+    "an objection that is ignored": [(dispatch, "_disapproved", _asked_and_ignored)],
+    "an error that is taken for approval": [(dispatch, "_disapproved", _approved_by_an_error)],
+    "results of any length": [(tools, "_result", _whole)],
+    "tools held where they should not be": [(Tools, "held", lambda self, depth: self.named)],
+    "a role that keeps its parent's tools": [(Setting, "of", lambda self, name, of=Setting.of: replace(of(self, name), tools=self.tools))],
+    "a role that the model itself plays": [(Setting, "of", lambda self, name: replace(self, role=name))],
+    "a role that is trained": [(Setting, "of", lambda self, name, of=Setting.of: replace(of(self, name), trainable=True))],
+    "a role that is forgotten": [(Setting, "of", lambda self, name: self)],
+    "what a program writes is trained": [(Branch, "mask", property(lambda self: _mask(self, lambda turn: (True, False))))],
+    "what tools return is trained": [(Branch, "mask", property(lambda self: _mask(self, lambda turn: (not turn.written, True))))],
+    "what a program writes is free": [(program, "Turn", lambda *a, **k: Turn(*a, **{**k, "free": len(a[0]) or k.get("free", 0)}))],
+    "an end that nobody is told of": [(actor, "_tell_ended", lambda setting, growth: None)],
+    "a beginning that nobody is told of": [(actor, "_tell_started", lambda setting, growth: None)],
+}
+
+
+@pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning")
+@pytest.mark.parametrize("bug", MORE_BUGS)
+def test_bugs_planted_in_tools_roles_programs_and_events_are_found(bug, tmp_path, monkeypatch):
+    for place, name, broken in MORE_BUGS[bug]:
+        monkeypatch.setattr(place, name, broken)
+    with pytest.raises((InvariantViolation, LedgerError)):
+        for seed in range(600):
+            drawn = Scenario.of(seed).extras
+            if drawn is not None and (drawn.roles or "role" not in bug):
+                run_seed(seed, tmp_path)
 
 
 def spawning(context: str) -> str:

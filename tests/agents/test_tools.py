@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 import pytest
+import sniffio
 from pydantic import BaseModel, Field
 
 from ramet.agents.budget import Budget, Ledger
@@ -103,6 +105,8 @@ async def test_whatever_a_tool_does_is_its_result():
             return itertools.count()
         if what == "timeout":
             raise TimeoutError("its own")
+        if what == "cancel":
+            raise asyncio.CancelledError
         own = ToolResult(ToolStatus.TIMED_OUT, "y" * 10**6)
         return {"nothing": None, "object": object(), "own": own, "surrogate": "\ud800", "big": "x" * 10**6}[what]
 
@@ -110,6 +114,8 @@ async def test_whatever_a_tool_does_is_its_result():
     assert (await run(odd, '{"what": "group"}'))[0] is ToolStatus.FAILED
     assert await run(odd, '{"what": "timeout"}') == (ToolStatus.FAILED, "TimeoutError: its own")
     assert await run(odd, '{"what": "hang"}', 0.01) == (ToolStatus.TIMED_OUT, "no result within 0.01 seconds")
+    if sniffio.current_async_library() == "asyncio":  # a task of its own that it awaited was cancelled
+        assert await run(odd, '{"what": "cancel"}') == (ToolStatus.FAILED, "CancelledError: CancelledError")
     assert await run(odd, '{"what": "nothing"}') == (ToolStatus.DONE, "")
     assert (await run(odd, '{"what": "object"}'))[0] is ToolStatus.FAILED
     for what in ("exit", "surrogate", "endless"):

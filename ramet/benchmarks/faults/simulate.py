@@ -2,7 +2,8 @@
 
 A seed decides everything: the programs that branches follow, budgets, latencies, faults (see
 `ramet.agents.scripted`), crashes of the engine, cancellations of a clone or of everything, a stalled consumer, a
-journal on a slow or full disk, and the order in which ready tasks run. After every step and at the end
+journal on a slow or full disk, and the order in which ready tasks run. Half of the seeds have tools, roles, programs, approval and a
+reader of events besides (`ramet.benchmarks.faults.extras`). After every step and at the end
 the invariants of `ramet.benchmarks.faults.invariants` are checked. Every fourth seed is also killed at a
 random step, its journal cut at a random byte, and resumed; every fiftieth is run twice, for identical journals.
 """
@@ -17,29 +18,34 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import anyio
 
 from ramet.agents.budget import Budget
-from ramet.agents.growth import Growth
+from ramet.agents.context import ContextStore
+from ramet.agents.growth import Growth, Role
 from ramet.agents.journal import Journal
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, render_call
-from ramet.agents.resume import JournaledPolicy
+from ramet.agents.resume import TOOL, JournaledPolicy, JournaledTools
 from ramet.agents.runtime import Job, Runtime
-from ramet.agents.scripted import Faults, PlainFormat, ScriptedPolicy
+from ramet.agents.scripted import SHIFT, Faults, PlainFormat, ScriptedPolicy, ShiftedFormat
 from ramet.agents.simulation import SimulatedLoop, simulate
 from ramet.agents.tasks import task_group
+from ramet.agents.tools import Tools
 from ramet.agents.tree import Message, Task, Tree
-from ramet.benchmarks.faults.invariants import check_growth, check_quiet, check_tree
+from ramet.benchmarks.faults.extras import Calls, Extras, held_tools
+from ramet.benchmarks.faults.invariants import Means, Setup, check_events, check_growth, check_quiet, check_tree
 from ramet.display import progress
 from ramet.errors import InvariantViolation, SimulatedKill, StorageError
 from ramet.storage import meta, write_json
 from ramet.terminal import show
 
 logger = logging.getLogger(__name__)
+DOCUMENTS = {"a": "first", "b": "do 1 <tool_call>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,7 @@ class Scenario:
     disk: str = "good"
     calm: bool = False
     """Nothing in it depends on when something happens, so a resumed run must equal an undisturbed one."""
+    extras: Extras | None = None
 
     @classmethod
     def of(cls, seed: int) -> Scenario:
@@ -108,7 +115,7 @@ class Scenario:
             answer_reserve=rng.choice((0, 0, 12, 40)),
             seconds=None if calm or rng.random() < 0.7 else rng.uniform(0.5, 400),
         )
-        return cls(
+        scenario = cls(
             seed,
             script,
             final,
@@ -128,6 +135,11 @@ class Scenario:
             disk="good" if calm else rng.choice(("good",) * 6 + ("slow", "full")),
             calm=calm,
         )
+        extras = Extras.of(seed, len(script))
+        if extras is None:
+            return scenario
+        limits = budget.model_copy(update=extras.limits)
+        return replace(scenario, script=extras.scripted(seed, script), budget=limits, extras=extras)
 
     def program(self, context: str) -> str:
         """The turn that follows `context`."""
@@ -135,7 +147,7 @@ class Scenario:
         node = int(re.findall(r"do (\d+)", context.partition("|")[0])[-1])
         if OUT_OF_BUDGET_NOTICE in context:
             return self.final[node]
-        turn = len(re.findall(r"<1: ", context))
+        turn = context.count("$<")
         return self.script[node][min(turn, len(self.script[node]) - 1)]
 
 
@@ -179,6 +191,14 @@ class _Disk(Journal):
         super()._write(record)
 
 
+class _Streamed(Runtime):
+    """A runtime whose events are read and checked."""
+
+    async def run(self, task: Task, budget: Budget, seed: int = 0, *arguments: Any, **options: Any) -> Tree:
+        async with aclosing(self.stream(task, budget, seed)) as stream:
+            return check_events([event async for event in stream])
+
+
 @dataclass(slots=True)
 class SimulatedRun:
     """One simulated run of a scenario."""
@@ -189,15 +209,32 @@ class SimulatedRun:
     trees: dict[int, Tree] = field(default_factory=dict)
     roots: list[Growth] = field(default_factory=list)
     seen: dict[int, dict[str, tuple[object, ...]]] = field(default_factory=dict)
-    policy: ScriptedPolicy = field(init=False)
+    setup: Setup = field(init=False)
+    calls: Calls = field(init=False)
     replayed: int = 0
     steps: int = 0
     killed: bytes | None = None
 
     def __post_init__(self) -> None:
-        s = self.scenario
-        faults = Faults(s.seed, s.faults, lasting=not s.calm)
-        self.policy = ScriptedPolicy(s.program, s.delay, s.stride, faults, context=s.context)
+        s, extras = self.scenario, self.scenario.extras or Extras()
+
+        def policy(number: int, shift: int = 0) -> ScriptedPolicy:
+            faults = Faults(s.seed + number, s.faults, lasting=not s.calm)
+            return ScriptedPolicy(s.program, s.delay, s.stride, faults, context=s.context, shift=shift)
+
+        tools = held_tools(extras)
+        self.calls = Calls({tool.name: tool for tool in tools}, punctual=s.disk != "slow")
+        roles: dict[str, Means | None] = {}
+        if extras.roles:
+            own = Means(policy(1, SHIFT), ShiftedFormat(), Tools(tools[1:]), trainable=False)
+            roles = {"reader": own, "helper": None}
+        root = Means(policy(0), tools=Tools(tools, extras.at))
+        self.setup = Setup(s.budget, root, roles, ContextStore(DOCUMENTS), extras.approved)
+
+    @property
+    def requests(self) -> int:
+        """Samples that were asked of the engines."""
+        return sum(len(policy.requests) for policy in self.setup.policies)
 
     def go(self) -> SimulatedRun:
         """Run to the end, or to the step at which it is killed. Raises `InvariantViolation`."""
@@ -218,16 +255,40 @@ class SimulatedRun:
             raise SimulatedKill
         for root in self.roots:
             check_growth(root, self.seen.setdefault(id(root), {}))
+        self.calls.check()
+
+    def _runtime(self, journal: Journal) -> Runtime:
+        s, setup = self.scenario, self.setup
+        extras = s.extras or Extras()
+        own = setup.roles.get("reader")
+        roles: dict[str, Role] = {}
+        if own is not None:
+            policy = JournaledPolicy(own.policy, journal)
+            roles = {"reader": Role(policy, own.chat, tools=own.tools.tools, trainable=False), "helper": Role(system="")}
+        return (_Streamed if extras.streamed else Runtime)(
+            JournaledPolicy(setup.root.policy, journal),
+            setup.root.chat,
+            concurrency=s.concurrency,
+            attempts=s.attempts,
+            watch=self.roots.append,
+            tools=setup.root.tools.tools,
+            tools_at=extras.at,
+            caller=JournaledTools(journal, self.calls),
+            roles=roles,
+            approve=extras.approve if extras.refuses else None,
+            program=extras.steered(),
+        )
 
     async def _main(self) -> None:
         s = self.scenario
         with _Disk(self.journal, f"simulate/{s.seed}", s.disk) as journal:
             for record in journal:
-                key = record["group"], record["seed"]
-                self.policy.tried[key] = self.policy.tried.get(key, 0) + 1
-            policy = JournaledPolicy(self.policy, journal)
-            runtime = Runtime(policy, PlainFormat(), concurrency=s.concurrency, attempts=s.attempts, watch=self.roots.append)
-            task = Task("t", (Message("user", "do 0"),), {"a": "first", "b": "do 1 <tool_call>"})
+                if TOOL not in record:
+                    key = record["group"], record["seed"]
+                    for policy in self.setup.policies:
+                        policy.tried[key] = policy.tried.get(key, 0) + 1
+            runtime = self._runtime(journal)
+            task = Task("t", (Message("user", "do 0"),), DOCUMENTS)
             jobs = [Job(task, s.budget, s.seed * 100 + i, (i,)) for i in range(s.trees)]
             async with task_group() as group:
                 group.start_soon(self._events)
@@ -238,19 +299,29 @@ class SimulatedRun:
                                 if job.key[0] in self.trees:
                                     raise InvariantViolation(f"tree {job.key[0]} came twice")
                                 self.trees[int(str(job.key[0]))] = tree
-                                check_tree(tree, s.budget, self.policy, s.disk != "slow", policy.replayed > 0)
+                                check_tree(tree, self.setup, s.disk != "slow", self._replayed(runtime) > 0)
                                 await anyio.sleep(s.stall)
                 finally:
-                    self.replayed = policy.replayed
+                    self.replayed = self._replayed(runtime)
                     group.cancel_scope.cancel()
-            check_quiet(self.policy)
+            check_quiet(self.setup.policies)
             if s.leave_after is None and len(self.trees) != s.trees:
                 raise InvariantViolation(f"{len(self.trees)} of {s.trees} trees came back")
+
+    @staticmethod
+    def _replayed(runtime: Runtime) -> int:
+        """Samples of the model and of roles that came from the journal."""
+        policies = [runtime.policy, *(role.policy for role in runtime.roles.values())]
+        return sum(policy.replayed for policy in policies if isinstance(policy, JournaledPolicy))
+
+    def _crash(self, seconds: float) -> None:
+        for policy in self.setup.policies:
+            policy.crash(seconds)
 
     async def _events(self) -> None:
         s = self.scenario
         rng = random.Random(f"events/{s.seed}")
-        happenings: list[tuple[float, Callable[[], None]]] = [(at, lambda d=down: self.policy.crash(d)) for at, down in s.crashes]  # type: ignore[misc]
+        happenings: list[tuple[float, Callable[[], None]]] = [(at, lambda d=down: self._crash(d)) for at, down in s.crashes]  # type: ignore[misc]
         happenings += [(at, lambda: self._cancel_one(rng)) for at in s.cancels]
         for at, happen in sorted(happenings, key=lambda item: item[0]):
             await anyio.sleep(max(at - anyio.current_time(), 0))
@@ -273,7 +344,13 @@ def run_seed(seed: int, folder: Path) -> dict[str, int]:
     scenario = Scenario.of(seed)
     path = folder / f"{seed}.jsonl"
     first = SimulatedRun(scenario, path).go()
-    counted = {"trees": len(first.trees), "clones": sum(t.usage.clones for t in first.trees.values()), "faults": first.policy.injected}
+    trees = list(first.trees.values())
+    counted = {
+        "trees": len(trees),
+        "clones": sum(tree.usage.clones for tree in trees),
+        "calls": sum(used.calls for tree in trees for used in tree.tools().values()),
+        "faults": sum(policy.injected for policy in first.setup.policies),
+    }
     counted["faults"] += len(scenario.cancels) + (scenario.disk != "good") + (scenario.leave_after is not None)
     if seed % 50 == 0:
         again = folder / f"{seed}-again.jsonl"
@@ -295,33 +372,43 @@ def _killed_and_resumed(scenario: Scenario, whole: SimulatedRun, path: Path) -> 
     data = killed.killed or path.read_bytes()
     head = data.find(b"\n") + 1
     path.write_bytes(data[: rng.randint(head, len(data))] if rng.random() < 0.5 else data)
-    kept = len(_attempts(scenario, path))
+    kept, kept_calls = _recorded(scenario, path)
     resumed = SimulatedRun(scenario, path).go()
+    remade = resumed.calls.made & {tuple(record[name] for name in PLACE) for record in kept_calls}
+    if remade:
+        raise InvariantViolation(f"calls {remade} of tools are in the journal and were made again")
     if scenario.calm:
         for key, tree in whole.trees.items():
             if _contents(resumed.trees[key]) != _contents(tree):
                 raise InvariantViolation(f"tree {key} differs after a kill at step {killed.steps} and a resume")
-        attempts = _attempts(scenario, path)
-        if attempts != _attempts(scenario, whole.journal):
-            raise InvariantViolation("a killed and resumed run made other attempts than an undisturbed one")
-        if len(resumed.policy.requests) != len(attempts) - kept:
-            raise InvariantViolation(f"{len(resumed.policy.requests)} samples after a resume that had {kept} of {len(attempts)}")
+        attempts, calls = recorded = _recorded(scenario, path)
+        if recorded != _recorded(scenario, whole.journal):
+            raise InvariantViolation("a killed and resumed run made other attempts or calls than an undisturbed one")
+        if resumed.requests != len(attempts) - len(kept):
+            raise InvariantViolation(f"{resumed.requests} samples after a resume that had {len(kept)} of {len(attempts)}")
+        if len(resumed.calls.made) != len(calls) - len(kept_calls):
+            raise InvariantViolation(f"{len(resumed.calls.made)} calls after a resume that had {len(kept_calls)} of {len(calls)}")
     path.unlink()
 
 
-def _attempts(scenario: Scenario, path: Path) -> list[Any]:
-    """The journal's records, those of one sample in their order."""
+PLACE = ("group", "branch", "turn", "number")
+
+
+def _recorded(scenario: Scenario, path: Path) -> tuple[list[Any], list[Any]]:
+    """The journal's attempts at samples, those of one sample in their order, and its calls of tools, to the millisecond."""
     with Journal(path, f"simulate/{scenario.seed}") as journal:
-        return sorted(journal, key=lambda record: (record["group"], record["seed"]))
+        attempts = sorted((r for r in journal if TOOL not in r), key=lambda record: (record["group"], record["seed"]))
+        calls = sorted((r for r in journal if TOOL in r), key=lambda record: [record[name] for name in PLACE])
+    return attempts, [{**record, "seconds": round(record["seconds"], 3)} for record in calls]
 
 
 def _contents(tree: Tree) -> list[Any]:
-    return [(b.id, b.ids, b.status, b.answer, b.generated) for b in tree.branches]
+    return [(b.id, b.ids, b.status, b.answer, b.generated, b.role, [turn.calls for turn in b.turns]) for b in tree.branches]
 
 
 def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> None:
     """Run seeds `first` onward; print and write what was counted and every seed that violates something."""
-    totals = {"trees": 0, "clones": 0, "faults": 0}
+    totals = {"trees": 0, "clones": 0, "calls": 0, "faults": 0}
     failures: list[dict[str, Any]] = []
     started = time.process_time()
     with (
@@ -348,6 +435,7 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
         "faults_injected": totals["faults"],
         "trees": totals["trees"],
         "clones": totals["clones"],
+        "tool_calls": totals["calls"],
         "violations": len(failures),
         "cpu_seconds": seconds,
     }
@@ -355,7 +443,7 @@ def bench_simulate(seeds: int, first: int, verbose: bool, out: Path | None) -> N
         write_json(out, [meta("bench simulate", first), record, *failures])
     show(
         f"{seeds} interleavings in {seconds:.0f} CPU seconds: {totals['trees']} trees, {totals['clones']} clones, "
-        f"{totals['faults']} faults, {len(failures)} violations"
+        f"{totals['calls']} calls of tools, {totals['faults']} faults, {len(failures)} violations"
     )
     if failures:
         raise InvariantViolation(f"{len(failures)} seeds violate an invariant; replay one with ramet bench simulate --seed N --verbose")
@@ -371,7 +459,6 @@ def _describe(seed: int, folder: Path) -> None:
         for key, tree in sorted(run.trees.items()):
             show(f"tree {key}: {tree.root.status.value}, {tree.usage}")
             for branch in tree.branches:
-                show(
-                    f"  {branch.id}: {branch.status.value} {branch.reason} {PlainFormat().text(branch.ids)[-200:]!r}"
-                )
+                chat = ShiftedFormat() if branch.ids[0] >= SHIFT else PlainFormat()
+                show(f"  {branch.id}: {branch.status.value} {branch.reason} {chat.text(branch.ids)[-200:]!r}")
         (folder / "described.jsonl").unlink(missing_ok=True)
