@@ -320,10 +320,15 @@ def test_bugs_planted_in_tools_roles_programs_and_events_are_found(bug, tmp_path
     for place, name, broken in MORE_BUGS[bug]:
         monkeypatch.setattr(place, name, broken)
     with pytest.raises((InvariantViolation, LedgerError)):
-        for seed in range(600):
-            drawn = Scenario.of(seed).extras
-            if drawn is not None and (drawn.roles or "role" not in bug):
+        for seed in range(0, 600, 4 if "again" in bug else 1):
+            scenario = Scenario.of(seed)
+            drawn = scenario.extras
+            if drawn is None or (not drawn.roles and "role" in bug) or (not drawn.tools and "tool" in bug):
+                continue
+            if "again" in bug:
                 run_seed(seed, tmp_path)
+            else:
+                SimulatedRun(scenario, tmp_path / f"{seed}.jsonl").go()
 
 
 def spawning(context: str) -> str:
