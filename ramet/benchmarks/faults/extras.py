@@ -225,7 +225,8 @@ class Extras:
             with branch.side_by_side():
                 for keep in (None, 50):
                     ended += await branch.attempts(2, keep=keep, answer_reserve=20)
-            ended += await branch.attempts([f"do {node}" for node in self.nodes], role="helper" if self.roles else None)
+            role = {"role": "helper"} if self.roles else {}
+            ended += await branch.attempts([{"objective": f"do {node}", **role} for node in self.nodes])
         except (ProgramError, BudgetExhausted):
             pass  # no nodes, or the budget allows no clones
         return next((each for each in ended if each.answer), "nothing")
