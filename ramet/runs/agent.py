@@ -31,7 +31,7 @@ from ramet.env.instructions import COT, DELEGATE_PARTS, DOCUMENTS, instructed
 from ramet.errors import ConfigError, TaskError
 from ramet.policy.models.catalogue import resolve
 from ramet.runs.build import open_engine
-from ramet.runs.settings import RunConfig, validate
+from ramet.runs.settings import NAMING, RunConfig, validate
 
 Documents = Mapping[str, str | Segment]
 LISTED = 100
@@ -44,7 +44,7 @@ class Agent:
     model    "nano" (the default; it adds up sums and nothing else), a name of `ramet models list`, a model directory, or hf:owner/name;
              of a chat server, its name for the model, by default its first
     url      an OpenAI-compatible server that samples, such as http://127.0.0.1:8000/v1; nothing then needs torch
-    backend  "chat" (the default with `url`), "completions", "transformers" (the default without) or "vllm"
+    backend  "chat" (the default with `url`), "responses", "completions", "transformers" (the default without) or "vllm"
     system   the root's instructions
     tools    what branches may call: `ramet.tool`s, or plain functions with annotations
     program  decides in the model's place what the root does; `run` may name another one
@@ -60,7 +60,7 @@ class Agent:
         model: str | None = None,
         *,
         url: str = "",
-        backend: Literal["transformers", "vllm", "completions", "chat"] | None = None,
+        backend: Literal["transformers", "vllm", "completions", "chat", "responses"] | None = None,
         system: str = "",
         tools: Sequence[Tool | Callable[..., Any]] = (),
         program: Program | None = None,
@@ -68,14 +68,14 @@ class Agent:
         **options: Any,
     ):
         backend = backend or ("chat" if url else "transformers")
-        if model is None and backend != "chat":
+        if model is None and backend not in NAMING:
             model = "nano"
         settings: dict[str, Any] = {name: options.pop(name) for name in ("chat", "device", "dtype", "threads", "server") if name in options}
         config = validate(RunConfig, {"model": model or "server", "backend": backend, "url": url, "env": {"kind": "rows"}, **settings})
         unknown = options.keys() - {field.name for field in fields(Runtime) if field.init and not field.name.startswith("_")}
         if unknown:
             raise ConfigError(f"Agent takes no {', '.join(sorted(unknown))}; see the options of Runtime")
-        self._config, self._model = config, str(resolve(model)) if model and backend != "chat" else model or ""
+        self._config, self._model = config, str(resolve(model)) if model and backend not in NAMING else model or ""
         self._system, self._program = system, program
         self._options = {"tools": [each if isinstance(each, Tool) else tool(each) for each in tools], **options}
         self._sampling = sampling or Sampling(temperature=0.0)

@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+import ramet
 from ramet.agents.protocol import tool_schema
 from ramet.cli.main import app
 from ramet.env.arithmetic import rows_task
@@ -101,7 +102,8 @@ def test_a_server_with_the_responses_endpoint_answers_any_question():
     text = {"type": "response.output_text.delta", "delta": "Answer: 42"}
     with serve(stream(text, {"type": "response.completed", "response": {"status": "completed"}})) as (url, asked):
         assert "answer 42 bill" in run("--url", url, "--backend", "responses", "What is six times seven?")
-    assert asked[0]["path"] == "/v1/responses" and "six times seven" in asked[0]["input"][-1]["content"]
+        assert ramet.Agent(url=url, backend="responses").run_sync("What is six times seven?").answer == "42"
+    assert [body["path"] for body in asked] == ["/v1/responses"] * 2 and "six times seven" in asked[0]["input"][-1]["content"]
 
 
 def test_a_completions_server_takes_the_nano_model_s_tokens():
