@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -10,15 +11,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
 from ramet.agents.growth import Growth, Role
 from ramet.agents.runtime import Runtime
+from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.tools import tool
 from ramet.agents.tree import Message, Status, Task
 from ramet.benchmarks.faults.invariants import check_growth
 from ramet.errors import PolicyError
 from ramet.policy.engines.openai import ChatPolicy, CompletionsPolicy, ResponsesPolicy, WireFormat
+from ramet.policy.engines.openai.faults import error_in
+from ramet.policy.engines.openai.server import _SHAPE
+from ramet.policy.engines.openai.stream import ServerSentEvent
 from tests.policy.raw_server import HEAD, MODELS, reply, says, serve, stream, usage
 
 pytestmark = pytest.mark.anyio
@@ -230,3 +237,33 @@ async def test_a_context_that_is_none_is_not_believed(length):
         async with ChatPolicy(url, WIRE) as policy:
             tree = await Runtime(policy, WIRE).run(Task("t", (Message("user", "hi"),)), Budget(generated=100, depth=0))
     assert tree.answer == "42"
+
+
+NAMES = [
+    "type", "object", "response", "status", "output", "item", "output_index", "delta", "arguments", "content", "text", "logprobs",
+    "usage", "choices", "message", "tool_calls", "function", "name", "id", "call_id", "index", "finish_reason", "error", "reason",
+    "incomplete_details",
+]  # fmt: skip
+VALUES = [
+    "response", "response.completed", "response.output_item.done", "response.output_text.delta", "function_call", "message", "stop",
+]  # fmt: skip
+leaf = st.none() | st.booleans() | st.integers(-2, 10**20) | st.floats() | st.sampled_from(VALUES) | st.text(max_size=4)
+anything = st.recursive(leaf, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4))
+objects = st.dictionaries(st.sampled_from(NAMES), anything, max_size=6)
+
+
+@settings(max_examples=150)
+@given(st.lists(objects, max_size=4), st.sampled_from([ChatPolicy, ResponsesPolicy]))
+def test_no_events_break_what_reads_them(events, kind):
+    """What does not follow the protocol is one of a few errors, of which a line is made; what does gives as many tokens as are counted."""
+    policy, partial = kind("http://h/v1", WIRE), Partial()
+    read, text = policy.reader(), policy.accumulator(SampleRequest((2,), 50, WIRE.stop_ids), partial)
+    with contextlib.suppress(*_SHAPE, PolicyError):
+        for event in events:
+            error_in(ServerSentEvent(json.dumps(event), value=event))
+            text.take(read(event))
+        text.settle()
+        json.dumps([partial.ids, partial.logprobs], allow_nan=False)
+        WIRE.messages([2, *partial.ids, *WIRE.after_turn("7", closed=True)], native=True)
+        WIRE.parse(partial.ids)
+        assert len(partial.ids) == len(partial.logprobs)
