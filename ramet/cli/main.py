@@ -83,12 +83,21 @@ def _root(
     """The options before a command. `main` reads --debug and --quiet itself; they are declared here to be listed in the help."""
 
 
-class _Sums(TyperCommand):
-    """A command whose argument may begin with a minus sign."""
+class _Question(TyperCommand):
+    """A command whose argument may begin with a minus sign, and which takes documents as a shell writes them for a glob."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, with negative sums protected from being read as options."""
-        return super().parse_args(ctx, [f" {word}" if re.match(r"-[\d(]", word) else word for word in args])
+        """Parse the arguments, with negative sums protected from being read as options, and all files after --documents as its values."""
+        words: list[str] = []
+        document = False
+        for word in args:
+            if document and words[-1] != "--documents" and not word.startswith("-") and Path(word).exists():
+                words.append("--documents")
+            elif document and words[-1] != "--documents":
+                document = False
+            document = document or word.startswith("--documents")
+            words.append(f" {word}" if re.match(r"-[\d(]", word) else word)
+        return super().parse_args(ctx, words)
 
 
 def _run_config(source: str, overrides: list[str] | None, seed: int | None) -> Any:
@@ -117,20 +126,31 @@ def demo(
         run_demo(runs / name, _run_config("demo", None, seed))
 
 
-@app.command(cls=_Sums)
+@app.command(cls=_Question)
 def run(
-    question: Annotated[str, typer.Argument(help='A sum, such as "12+34-5+7"; with --url, any question.')],
+    question: Annotated[str, typer.Argument(help='Any question; of the nano model, a sum, such as "12+34-5+7".')],
     policy: Annotated[
         str | None, typer.Option(help="nano, the default, or a model directory; of a chat server, its name for the model, else its first.")
     ] = None,
-    url: Annotated[str, typer.Option(help="Address of an OpenAI-compatible server that samples, such as http://127.0.0.1:8000/v1.")] = "",
+    url: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1.")] = None,
     backend: Annotated[
         str | None, typer.Option(help="Of --url: chat (default), responses, or completions, of token ids, whose tokenizer --policy has.")
     ] = None,
-    budget: Annotated[int, typer.Option(help="Generated tokens that the whole tree may spend.")] = 256,
-    depth: Annotated[int, typer.Option(min=0, help="Levels of clones; 0: no spawning.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    seed: Seed = 0,
+    documents: Annotated[list[str] | None, typer.Option(help="Text files for the tree to read: paths, folders or globs.")] = None,
+    tool: Annotated[
+        list[str] | None,
+        typer.Option(help="A function, package.module:function; or read, budget, calculator, python, search (of documents)."),
+    ] = None,
+    mcp: Annotated[list[str] | None, typer.Option(help="An MCP server whose tools may be called: a command, or a URL.")] = None,
+    program: Annotated[str | None, typer.Option(help="A program that decides in the model's place: package.module:function.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Generated tokens of the whole tree, 256 by default; or limits by name: generated=2000,seconds=60.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(min=0, help="Levels of clones, by default 1; 0: no spawning.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0, the default, is greedy.")] = None,
+    config: Annotated[str | None, _config_option("the nano model and no more")] = None,
+    set_: _Set = None,
+    seed: Seed = None,
     journal: Annotated[
         Path | None, typer.Option(help="Keep every sample in this file, from which the same command resumes after an interruption.")
     ] = None,
@@ -143,24 +163,24 @@ def run(
     passing: Passing = None,
     json: Json = None,
 ) -> None:
-    """Solve one problem and print the tree, the answer and the cost.
+    """Ask one question, and print the tree, the answer and the cost.
 
     Example: ramet run --policy nano "3+4-2+7-9+5+8-1+6+2"
     """
-    from ramet.runs.show import GrowthPlan, run_one, run_served
+    from ramet.runs.question import RunPlan, question_settings, run_question
 
-    plan = GrowthPlan(budget, depth, temperature, seed or 0, journal, json)
-    if url or backend:
-        if attention is not None:
-            raise ConfigError("--attention is for a model that is loaded here, and --url for one that a server has loaded: leave one out")
-        run_served(question, policy, url, backend or "chat", plan)
-        return
+    given = {
+        "model": policy, "url": url, "backend": backend or ("chat" if url else None), "program": program, "budget.depth": depth,
+        "eval.temperature": temperature, "seed": seed,
+    }  # fmt: skip
+    resolved = question_settings(config, set_ or [], budget, given)
+    resolved = resolved.model_copy(update={"tools": (*resolved.tools, *(tool or ())), "mcp": (*resolved.mcp, *(mcp or ()))})
     sharing = None
     if attention is not None:
         from ramet.policy.engines.sequence_parallel import Sharing
 
         sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
-    run_one(question, policy or "nano", plan, sharing)
+    run_question(resolved, RunPlan(question, documents or [], journal, json, sharing))
 
 
 @app.command()

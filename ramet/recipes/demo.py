@@ -102,7 +102,7 @@ def show_tree(config: RunConfig, model: Path) -> str:
     async def grow(task: Any) -> Any:
         # An engine of its own: the bill is that of a problem seen for the first time.
         async with HFPolicy(weights) as policy:
-            return await grow_live(policy, chat, task, budget, config.seed, sampling)
+            return await grow_live(Runtime(policy, chat, sampling), task, budget, config.seed)
 
     task = drain.run(delegated)
     tree = drain.run(grow, task)

@@ -6,79 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from ramet.cli.main import app
 from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import BASE
 from ramet.runs.build import open_engine
 from ramet.runs.equipment import equipment_of, load_tools, named_equipment
 from ramet.runs.settings import RunConfig, load
 
-PACKAGE = '''
-import os
-import signal
-
-import ramet
-
-
-@ramet.tool(cost=2)
-async def count(text: str) -> int:
-    """Count the rows of a text. It ends the process at the call whose number is in the environment."""
-    with open("calls", "a") as calls:
-        calls.write("+")
-    if os.path.getsize("calls") == int(os.environ.get("KILLED_AT_CALL", -1)):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return len(text.splitlines())
-
-
-def plain(a: int, b: int = 1) -> int:
-    """Add two numbers."""
-    return a + b
-
-
-async def half(branch):
-    await branch.call("count", text="one row")
-    keys = list(branch.task.documents)
-    await branch.spawn([{"objective": "sum", "context_keys": keys[: len(keys) // 2 or 1], "role": "adder"}], free=True)
-    await branch.finish()
-
-
-async def served(branch):
-    result = await branch.call("add", a=40, b=2)
-    branch.answer(result.text)
-
-
-def not_async(branch):
-    pass
-
-
-async def of_two(branch, other):
-    pass
-
-
-class Holder:
-    pass
-
-
-number = 3
-
-
-def undocumented(x: int) -> int:
-    return x
-
-
-def count_again(text: str) -> int:
-    """Another of the same name."""
-
-
-count_again.__name__ = "count"
-'''
+Ramet = Callable[..., str]
 SETTINGS = '''
 model = "nano"
 budgets = [40]
@@ -109,27 +49,10 @@ ood_budgets = [40]
 '''
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working directory with the package and the settings."""
-    (tmp_path / "someones").mkdir()
-    (tmp_path / "someones" / "__init__.py").touch()
-    (tmp_path / "someones" / "package.py").write_text(PACKAGE)
-    (tmp_path / "run.toml").write_text(SETTINGS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield tmp_path
-    sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "someones"]:
-        del sys.modules[name]
-
-
-def ramet(*words: str) -> str:
-    done = CliRunner().invoke(app, list(words))
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.output
+@pytest.fixture(autouse=True)
+def settings(here: Path) -> None:
+    """A file of settings that names what is in the package."""
+    (here / "run.toml").write_text(SETTINGS)
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
@@ -137,7 +60,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
 
 
-def test_training_is_killed_in_a_tool_resumed_and_ends_as_if_it_had_not_been(here: Path) -> None:
+def test_training_is_killed_in_a_tool_resumed_and_ends_as_if_it_had_not_been(here: Path, ramet: Ramet) -> None:
     ramet("train", "--config", "run.toml", "--name", "whole")
     made = len((here / "calls").read_text())
     assert made == 2 * 2 + 2 * 2  # a call a tree: of two updates, and of both splits
@@ -152,7 +75,7 @@ def test_training_is_killed_in_a_tool_resumed_and_ends_as_if_it_had_not_been(her
     assert all(update["spawn_rate"] == 1 for update in metrics)
 
 
-def test_a_measurement_that_is_killed_calls_no_tool_twice_that_has_answered(here: Path) -> None:
+def test_a_measurement_that_is_killed_calls_no_tool_twice_that_has_answered(here: Path, ramet: Ramet) -> None:
     words = ["eval", "--config", "run.toml", "--name", "e"]
     killed = subprocess.run(
         [sys.executable, "-m", "ramet", *words], env={**os.environ, "KILLED_AT_CALL": "4"}, capture_output=True, timeout=120
@@ -160,12 +83,13 @@ def test_a_measurement_that_is_killed_calls_no_tool_twice_that_has_answered(here
     assert killed.returncode == -9, killed.stderr
     ramet(*words)
     assert len((here / "calls").read_text()) == 2 * 2 + 1  # the one that was killed is made again
-    (here / "someones" / "package.py").write_text(PACKAGE.replace("len(text.splitlines())", "7"))
+    package = here / "someones" / "package.py"
+    package.write_text(package.read_text().replace("len(text.splitlines())", "7"))
     with pytest.raises(Exception, match="belongs to another configuration or version"):
         ramet(*words)
 
 
-def test_the_frontier_measures_the_program_beside_the_methods(here: Path) -> None:
+def test_the_frontier_measures_the_program_beside_the_methods(here: Path, ramet: Ramet) -> None:
     texts = [["Hall", ["Hall was built by Ann."]], ["Ann", ["Ann lived in Ghent."]]]
     row = {"question": "Where did the builder of Hall live?", "answer": "Ghent", "supporting_facts": [["Hall", 0], ["Ann", 0]]}
     rows = [{"id": n, **row, "question": f"{n}? {row['question']}", "context": texts} for n in range(2)]
@@ -200,7 +124,7 @@ def test_the_frontier_measures_the_program_beside_the_methods(here: Path) -> Non
         ("program=someones.package:of_two", "program: someones.package:of_two cannot be called with the branch alone"),
     ],
 )
-def test_what_cannot_be_used_is_one_line_that_names_the_key_and_makes_no_folder(here: Path, setting: str, said: str) -> None:
+def test_what_cannot_be_used_is_one_line_that_names_the_key_and_makes_no_folder(here: Path, ramet: Ramet, setting: str, said: str) -> None:
     for command in ("train", "eval"):
         with pytest.raises(ConfigError) as caught:
             ramet(command, "--config", "run.toml", "--set", setting)
@@ -208,7 +132,7 @@ def test_what_cannot_be_used_is_one_line_that_names_the_key_and_makes_no_folder(
     assert not (here / "runs").exists()
 
 
-def test_the_tools_of_a_server_are_there_while_a_command_runs_and_are_journalled(here: Path) -> None:
+def test_the_tools_of_a_server_are_there_while_a_command_runs_and_are_journalled(here: Path, ramet: Ramet) -> None:
     server = f"{sys.executable} {Path(__file__).parents[1] / 'tools' / 'mcp_server.py'} stdio"
     words = ["eval", "--config", "run.toml", "--set", "program=someones.package:served", "--set", f"mcp=[{json.dumps(server)}]"]
     ramet(*words, "--set", "eval.tasks=1", "--json", "e.json")
