@@ -49,6 +49,7 @@ def python_tool(*, seconds: float = 5.0, memory: int = 64) -> Tool:
 
 def run(code: str, seconds: float, memory: int) -> ToolResult:
     """Run `code` in a worker of its own: what it printed, and its value or what it raised."""
+    late = f"not done within {seconds:g} seconds"
     printed = CollectString(max_bytes=MAX_OUTPUT)
     limits = ResourceLimits(max_feed_duration_secs=seconds, max_memory=memory * 2**20, max_recursion_depth=200)
     policy = OSPolicy(sleep="zero", random_start={"seed": 0})
@@ -58,9 +59,13 @@ def run(code: str, seconds: float, memory: int) -> ToolResult:
                 value = session.feed_run(code, print_callback=printed)
         shown = "" if value is None else repr(value)
     except (MontyRuntimeError, MontySyntaxError) as error:
+        if str(error).startswith("TimeoutError: feed time limit exceeded"):  # it says how long it took, which is never the same
+            return ToolResult(ToolStatus.TIMED_OUT, _lines(printed.output, late))
         return ToolResult(ToolStatus.FAILED, _lines(printed.output, error.display()))
     except MontyCrashedError as error:
-        return ToolResult(ToolStatus.TIMED_OUT if error.timed_out else ToolStatus.FAILED, _lines(printed.output, "the sandbox was ended"))
+        if error.timed_out:
+            return ToolResult(ToolStatus.TIMED_OUT, _lines(printed.output, late))
+        return ToolResult(ToolStatus.FAILED, _lines(printed.output, "the sandbox has died"))
     except (MontyError, RecursionError) as error:
         return ToolResult(ToolStatus.FAILED, _lines(printed.output, f"{type(error).__name__}: {first_line(error)}"))
     return ToolResult(ToolStatus.DONE, _lines(printed.output, shown))

@@ -59,7 +59,6 @@ async def test_nothing_is_kept_between_calls():
         ("'x' * 10**10", "MemoryError"),
         ("x = []\nwhile True: x.append('y' * 1000)", "MemoryError"),
         ("while True: print('y' * 1000)", "MemoryError"),
-        ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "TimeoutError"),
     ],
 )
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -68,9 +67,11 @@ async def test_what_it_may_not_do_is_what_it_is_told(code, said):
     assert status is FAILED and said in text
 
 
-async def test_a_worker_that_does_not_keep_to_its_time_is_killed():
+async def test_code_ends_when_its_time_is_up_and_a_worker_that_does_not_is_killed():
+    late = (TIMED_OUT, "not done within 0.5 seconds")
+    assert await call(python, code="while True:\n  try:\n    while True: pass\n  except BaseException: pass") == late
     # One operation of the interpreter, which looks at its clock between two.
-    assert await call(python, code="10 ** (10**7) % 7") == (TIMED_OUT, "the sandbox was ended")
+    assert await call(python, code="10 ** (10**7) % 7") == late
     assert await call(python, code="2 + 2") == (DONE, "4")
 
 
