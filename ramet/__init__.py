@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ramet.agents.tools import tool as tool
     from ramet.agents.transcripts import Transcript as Transcript
     from ramet.agents.transcripts import Transcripts as Transcripts
+    from ramet.agents.transcripts import read_transcripts as read_transcripts
     from ramet.agents.tree import Branch as Branch
     from ramet.agents.tree import Message as Message
     from ramet.agents.tree import Segment as Segment

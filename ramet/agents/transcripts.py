@@ -30,6 +30,7 @@ TREES = "trees.jsonl.gz"
 VERSION = 1
 LIMIT = 2**30
 """Bytes of a file of transcripts, unless a run says otherwise."""
+_PLACE = b'{"place":'
 _BEGINNING = b"\x1f\x8b\x08"
 _CHUNK = 2**20
 TreePlace = Mapping[str, Any]
@@ -55,6 +56,17 @@ class Transcript:
     reward: Mapping[str, Any] = field(default_factory=dict)
     error: str = ""
 
+    @property
+    def failed(self) -> str:
+        """Why it gave no answer, or none that could be used; "" if it did."""
+        return self.error or self.tree.failed or ("" if self.tree.answer is not None else self.tree.root.ending)
+
+    @property
+    def worth(self) -> float | None:
+        """What it was learned from, or the score of its outcome; None if it was not graded."""
+        value = self.reward.get("reward", self.reward.get("score"))
+        return float(value) if isinstance(value, (int, float)) else None
+
     def text(self) -> str:
         """The whole tree for people to read."""
         return written(self.tree, self.texts)
@@ -75,7 +87,10 @@ class Transcript:
             tree = Tree.of({name: record[name] for name in ("version", "tree", "clones")})
             if [len(text.turns) for text in texts] != [len(branch.turns) for branch in tree.branches]:
                 raise ValueError("texts that are not those of its branches")
-            return cls(record["place"], record["task"], tree, texts, record["reference"], record["reward"], record["error"])
+            kept = cls(dict(record["place"]), record["task"], tree, texts, record["reference"], dict(record["reward"]), record["error"])
+            if not (isinstance(kept.task, str) and isinstance(kept.error, str)):
+                raise TypeError("a task or an error that is not text")
+            return kept
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a transcript that this ramet can read: {type(error).__name__}: {error}") from error
 
@@ -103,8 +118,9 @@ class Transcripts:
         try:
             try:
                 with self.path.open("rb") as file, draft.open("wb") as kept:
-                    for start, end, lines in _members(self.path):
-                        if start == 0 or all("place" in line and unless(line["place"]) for line in lines):
+                    for start, end, data in _members(self.path):
+                        places = [_place(line) for line in data.splitlines()]
+                        if start == 0 or all(place is not None and unless(place) for place in places):
                             file.seek(start)
                             kept.write(file.read(end - start))
                 if draft.stat().st_size < self.path.stat().st_size:
@@ -158,40 +174,48 @@ def _put(file: RawIOBase, data: bytes) -> None:
         written += file.write(data[written:]) or 0
 
 
-def read(path: Path) -> Iterator[Transcript]:
+def read_transcripts(path: Path) -> Iterator[Transcript]:
     """The transcripts of a file, in the order in which they were written; what a crash has cut at its end is left out.
 
     Raises `CheckpointError`, in one line, for a file that is missing, damaged, of another version, or something else.
     """
-    for _, _, lines in _members(path):
-        yield from (Transcript.of(line) for line in lines if "place" in line)
+    for _, _, data in _members(path):
+        yield from (Transcript.of(json.loads(line)) for line in data.splitlines() if line.startswith(_PLACE))
 
 
 def full(path: Path) -> bool:
     """Did the file reach its limit, so that later trees are missing?"""
-    return any("full" in line for _, _, lines in _members(path) for line in lines)
+    return any(data.startswith(b'{"full":') for _, _, data in _members(path))
 
 
-def _members(path: Path) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
-    """(first byte, byte after the last, lines) of every member that is whole. Raises `CheckpointError`."""
+def _place(line: bytes) -> TreePlace | None:
+    """The place that a line begins with; what follows, which may be long, is not parsed."""
+    if not line.startswith(_PLACE):
+        return None
+    place: TreePlace = json.JSONDecoder().raw_decode(line[len(_PLACE) :].decode())[0]
+    return place
+
+
+def _members(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """(first byte, byte after the last, contents) of every member that is whole. Raises `CheckpointError`."""
     try:
-        for number, (start, end, data) in enumerate(_inflated(path)):
-            try:
-                lines = [json.loads(line) for line in data.splitlines()]
-            except (ValueError, RecursionError):
-                lines = [{}]
-            if number == 0:
-                _check(path, lines[0] if lines else {})
-            yield start, end, lines
+        for start, end, data in _inflated(path):
+            if start == 0:
+                _check(path, data)
+            yield start, end, data
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _check(path: Path, header: Any) -> None:
-    """Is this the first line of a file of transcripts that this version reads? Raises `CheckpointError`."""
+def _check(path: Path, data: bytes) -> None:
+    """Is this the beginning of a file of transcripts that this version reads? Raises `CheckpointError`."""
+    try:
+        header = json.loads(data)
+    except (ValueError, RecursionError):
+        header = None
     version = header.get("transcripts") if isinstance(header, dict) else None
     if version is None:
-        raise CheckpointError(f"{path} is not a file of transcripts; move it away")
+        raise CheckpointError(f"{path} is not a file of transcripts; a run that is to go on there needs it moved away")
     if version != VERSION:
         raise CheckpointError(
             f"{path} has version {version} of transcripts, of ramet {header.get('ramet')}, and this ramet reads version {VERSION}: "
@@ -223,7 +247,7 @@ def _check_cut(path: Path, start: int) -> None:
     rest = path.read_bytes()[start:]
     at = rest.find(_BEGINNING, 1)
     if start == 0 and not _BEGINNING.startswith(rest[:3]):
-        raise CheckpointError(f"{path} is not a file of transcripts; move it away")
+        raise CheckpointError(f"{path} is not a file of transcripts; a run that is to go on there needs it moved away")
     while at >= 0:
         inflate = zlib.decompressobj(31)
         with contextlib.suppress(zlib.error):

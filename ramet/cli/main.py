@@ -1,4 +1,4 @@
-"""The command line: `ramet demo | run | train | eval | reproduce | frontier | reward | attention | bench | models | config |
+"""The command line: `ramet demo | run | show | train | eval | reproduce | frontier | reward | attention | bench | models | config |
 doctor`.
 
 A command that fails prints one line and exits with a status other than 0. Heavy imports are inside the commands that need them, so that
@@ -181,6 +181,25 @@ def run(
 
         sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
     run_question(resolved, RunPlan(question, documents or [], journal, json, sharing))
+
+
+@app.command("show")
+def show_trees(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    failed: Annotated[bool, typer.Option("--failed", help="Only trees without an answer, or with an error.")] = False,
+    task: Annotated[str | None, typer.Option(help="The trees of this task, whole.")] = None,
+    best: Annotated[bool, typer.Option("--best", help="The tree with the highest reward, whole.")] = False,
+    worst: Annotated[bool, typer.Option("--worst", help="The tree with the lowest reward, whole.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Trees to show at most: the last ones.")] = 20,
+    json: Json = None,
+) -> None:
+    """Print the trees that a run has grown: one line each, or whole, with all that was read and written.
+
+    Example: ramet show runs/demo/trained --worst
+    """
+    from ramet.runs.transcripts import Choice, show_run
+
+    show_run(run, Choice(failed, task, best, worst, limit), json)
 
 
 @app.command()

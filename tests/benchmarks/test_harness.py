@@ -19,7 +19,7 @@ from ramet.agents.journal import Journal
 from ramet.agents.prefixes import Prefixes
 from ramet.agents.sampling import Sampling
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
-from ramet.agents.transcripts import TREES, Transcripts, read
+from ramet.agents.transcripts import TREES, Transcripts, read_transcripts
 from ramet.agents.tree import Message, Task
 from ramet.benchmarks.evaluation import baselines
 from ramet.benchmarks.evaluation.harness import (
@@ -96,18 +96,17 @@ def test_a_task_that_the_backend_refuses_is_recorded_and_the_rest_is_measured(tm
 
 
 def places(path: Path) -> list[tuple]:
-    return sorted((k.place["budget"], k.task, k.place["number"], k.reward.get("score"), k.error) for k in read(path.with_name(TREES)))
+    kept = read_transcripts(path.with_name(TREES))
+    return sorted((k.place["budget"], k.task, k.place["number"], k.reward.get("score"), k.error) for k in kept)
 
 
 def test_the_trees_of_every_outcome_are_kept_with_its_score_or_its_error(tmp_path):
-    run(ScriptedPolicy(saying({"2": RefusedRequest("too long")})), tmp_path / "j", method=baselines.best_of_n(str.strip))
+    run(ScriptedPolicy(saying({"2": RefusedRequest("too long")})), tmp_path / "j", method=baselines.tree)
     kept = places(tmp_path / "j")
     assert [(task, score, error) for _, task, number, score, error in kept if number == 0] == [
         (f"t{i}", None if i == 2 else 1.0, "task t2: too long" if i == 2 else "") for i in range(6)
     ]
-    # Attempts until one no longer fits, each a tree.
-    assert [number for _, task, number, _, _ in kept if task == "t0"] == list(range(6))
-    (first,) = (k for k in read(tmp_path / TREES) if k.task == "t0" and k.place["number"] == 0)
+    (first,) = (k for k in read_transcripts(tmp_path / TREES) if k.task == "t0")
     assert first.place == {"policy": "base", "split": "iid", "budget": 60, "task": "t0", "repeat": 0, "number": 0}
     assert first.reference == "0" and first.texts[0].turns == (("Answer: 0$", ""),)
 

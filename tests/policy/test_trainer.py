@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfi
 
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ControlTokenFormat
-from ramet.agents.transcripts import TREES, read
+from ramet.agents.transcripts import TREES, read_transcripts
 from ramet.agents.tree import Branch, Status, StopReason, Task, Tree, Turn, Usage, price
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, ConfigError, PolicyError, RewardError, StorageError
@@ -85,7 +85,7 @@ def grown(directory: Path) -> list[tuple]:
     """What was kept of a run's trees, in order, but for what the clock said."""
     return [
         (k.place, k.reward, k.texts, [branch.logprobs for branch in k.tree.branches], replace(k.tree.usage, seconds=0.0))
-        for k in read(directory / TREES)
+        for k in read_transcripts(directory / TREES)
     ]
 
 
@@ -116,7 +116,7 @@ def test_a_killed_run_continues_the_same_curve(random_model, nano_tokenizer, tmp
 def test_a_run_keeps_every_tree_with_its_reward_and_its_text_unless_it_is_told_otherwise(random_model, nano_tokenizer, tmp_path):
     run = trainer(random_model, nano_tokenizer, tmp_path)
     run_trainer(run)
-    kept = list(read(tmp_path / TREES))
+    kept = list(read_transcripts(tmp_path / TREES))
     places = [(k.place["update"], k.place["group"], k.place["number"]) for k in kept]
     assert places == [(u, g, n) for u in range(CONFIG.updates) for g in range(CONFIG.tasks) for n in range(CONFIG.group_size)]
     tasks = [task for update in range(CONFIG.updates) for task, _ in draw(update) for _ in range(CONFIG.group_size)]
