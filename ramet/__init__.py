@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from ramet.agents.tree import Tree as Tree
     from ramet.agents.tree import Turn as Turn
     from ramet.agents.tree import Usage as Usage
+    from ramet.env.check import check_environment as check_environment
     from ramet.env.environment import Environment as Environment
     from ramet.env.settings import EnvSettings as EnvSettings
     from ramet.env.simple import SimpleEnvironment as SimpleEnvironment

@@ -1,5 +1,5 @@
-"""The command line: `ramet demo | run | show | train | eval | reproduce | frontier | reward | attention | bench | models | config |
-doctor`.
+"""The command line: `ramet demo | run | show | train | eval | reproduce | frontier | env | reward | attention | bench | models |
+config | doctor`.
 
 A command that fails prints one line and exits with a status other than 0. Heavy imports are inside the commands that need them, so that
 `ramet --help` is quick.
@@ -21,6 +21,7 @@ from ramet.agents import drain
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
 from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of, numbers
+from ramet.cli.env import env as environments
 from ramet.cli.reward import reward
 from ramet.display import progress
 from ramet.errors import ConfigError, RametError, missing_extra
@@ -39,6 +40,7 @@ app = typer.Typer(
 models = typer.Typer(help="The models that ship with ramet. Example: ramet models list", no_args_is_help=True)
 settings = typer.Typer(help="The settings of runs. Example: ramet config show run.toml", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(environments, name="env")
 app.add_typer(attention, name="attention")
 app.add_typer(models, name="models")
 app.add_typer(settings, name="config")
@@ -70,6 +72,7 @@ def _print_version(requested: bool) -> None:
         raise typer.Exit
 
 
+_ENV = "an environment of `ramet env list`, or package.module:name."
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, such as train.updates=50. May be repeated.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
 
@@ -210,6 +213,7 @@ def train(
     name: Annotated[str | None, _name_option("the config's name")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool in training.")] = True,
+    env: Annotated[str | None, typer.Option(help=f"What to train on: {_ENV}")] = None,
     trainer: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With openrlhf: print its command and start nothing.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="With openrlhf: print what goes where and whether it fits; start nothing.")] = False,
@@ -221,7 +225,8 @@ def train(
     """
     if config is None:
         logger.info("no --config is given: the settings are those of the preset nano")
-    resolved, folder = _run_config(config or "nano", set_, seed), runs / (name or (Path(config).stem if config else "train"))
+    overrides = _question_overrides(env, None, None, None) + (set_ or [])
+    resolved, folder = _run_config(config or "nano", overrides, seed), runs / (name or (Path(config).stem if config else "train"))
     if trainer not in ("local", "openrlhf"):
         raise ConfigError(f"there is no trainer {trainer!r}; there are local and openrlhf")
     if trainer == "local":
@@ -252,7 +257,7 @@ def evaluate(
     name: Annotated[str | None, _name_option("eval- and the policy's")] = None,
     runs: _Out = Path("runs"),
     spawn: Annotated[bool, typer.Option("--spawn/--no-spawn", help="Offer the tool.")] = True,
-    env: Annotated[str | None, typer.Option(help="Questions in words: hotpotqa, gsm8k, ...; see `ramet frontier --help`.")] = None,
+    env: Annotated[str | None, typer.Option(help=f"What to measure on: {_ENV}")] = None,
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks to measure on.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
@@ -307,7 +312,7 @@ def frontier(
     policy: Annotated[
         str, typer.Option(help="A model: smollm2-135m, a directory, a run folder, hf:owner/name; a chat server's name.")
     ] = "smollm2-135m",
-    env: Annotated[str | None, typer.Option(help="hotpotqa, 2wikimultihopqa, musique, gsm8k, math, aime, amc, gym, selfcest.")] = None,
+    env: Annotated[str | None, typer.Option(help=f"What to measure on: {_ENV}")] = None,
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of questions, chosen by the seed.")] = None,
     methods: Annotated[str | None, typer.Option(help="Methods separated by commas; by default all.")] = None,
@@ -338,7 +343,7 @@ def frontier(
     resolved = _run_config(config or "questions", overrides, seed)
     every = METHODS if resolved.env.multihop else [m for m in METHODS if m not in ("map_reduce", "retrieve")]
     chosen = every if methods is None else [m.strip() for m in methods.split(",")]
-    folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind}")
+    folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind.replace(':', '-')}")
     with draining(logger.warning):
         plan = FrontierPlan(
             chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model, price_table(price or []), tune

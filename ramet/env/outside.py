@@ -83,7 +83,7 @@ class OutsideSettings(EnvSettings):
         if isinstance(target, type) and issubclass(target, EnvSettings):
             return self._validated(target)
         if isinstance(target, type):
-            _check_members(target, self.kind, ("tasks", "grade"))
+            check_members(target, self.kind, ("tasks", "grade"))
         elif hasattr(target, "tasks"):
             if self.options:
                 raise ConfigError(f"env.options: {self.kind} is an environment as it stands, which takes no options")
@@ -122,7 +122,7 @@ class OutsideSettings(EnvSettings):
             raise ConfigError(f"env.kind: {self.kind} cannot be made: {error}") from error
         except (Exception, SystemExit) as error:  # anybody's code
             raise ConfigError(f"env.kind: {self.kind} cannot be made: {type(error).__name__}: {first_line(error)}") from error
-        _check_members(env, self.kind)
+        check_members(env, self.kind)
         checks_itself = isinstance(env, Questions)
         return env if checks_itself else Outside(env, self.kind)
 
@@ -174,7 +174,7 @@ class OutsideSettings(EnvSettings):
         return self.model_copy(update={"options": options})
 
 
-def _check_members(env: Any, kind: str, required: Sequence[str] = REQUIRED) -> None:
+def check_members(env: Any, kind: str, required: Sequence[str] = REQUIRED) -> None:
     """Raises `ConfigError` for an environment, or its class, that lacks some of its members."""
     # The grade that `Environment` has calls the reward.
     graded = getattr(env, "grade", None) is not None and hasattr(env, "reward")
