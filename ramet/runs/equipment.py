@@ -8,6 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from ramet.agents.chat import ChatFormat
 from ramet.agents.equipment import Equipment
@@ -122,8 +123,9 @@ def _role(name: str, role: RoleConfig) -> Role:
 
 
 def _open(config: RunConfig, role: RoleConfig, open_engine: OpenEngine) -> tuple[Any, ChatFormat]:
-    """The policy and the chat format of a role's own model."""
-    server = config.server.model_copy(update={"model": ""})
+    """The policy and the chat format of a role's own model. Headers, which may hold secrets, go to the host that they are for, no other."""
+    here = urlsplit(role.url)[:2] == urlsplit(config.url)[:2]
+    server = config.server.model_copy(update={"model": "", "headers": config.server.headers if here else {}})
     options = {"backend": role.backend, "url": role.url, "server": server, "attention": AttentionConfig(), "chat": role.chat}
     policy, chat, _ = open_engine(config.model_copy(update=options), role.model)
     return policy, chat

@@ -158,6 +158,21 @@ def test_roles_with_one_model_share_one_engine_and_others_are_the_run_s_own(here
     assert roles["third"].policy is None and roles["third"].trainable and named_equipment(config).roles["adder"].policy is None
 
 
+@pytest.mark.parametrize(
+    ("url", "sent"), [("http://a:1/other/v1", True), ("http://a:2/v1", False), ("https://a:1/v1", False), ("http://b/v1", False)]
+)
+def test_headers_go_to_the_host_that_they_are_for(url: str, sent: bool) -> None:
+    opened: list[RunConfig] = []
+
+    def opening(config: RunConfig, model: str) -> Any:
+        opened.append(config)
+        return None, None, None
+
+    there = ["backend=chat", "url=http://a:1/v1", "server.headers={x-key='$KEY'}", f"roles.r={{backend='chat', url='{url}'}}"]
+    equipment_of(load(RunConfig, "nano", there), opening)
+    assert opened[0].url == url and bool(opened[0].server.headers) is sent
+
+
 def test_what_tells_runs_apart(here: Path) -> None:
     def identity(*settings: str) -> Any:
         return load(RunConfig, here / "run.toml", settings).identity()
