@@ -49,7 +49,10 @@ async def mcp_tools(
     prefix: str = "",
     environment: Mapping[str, str] | None = None,
     headers: Mapping[str, str] | None = None,
-    **options: Any,
+    cost: int = 1,
+    timeout: float = 60.0,
+    max_characters: int = 100_000,
+    parallel: bool = True,
 ) -> AsyncIterator[list[Tool]]:
     """The tools of an MCP server, for as long as the block lasts.
 
@@ -57,10 +60,11 @@ async def mcp_tools(
     prefix       goes before each tool's name, for servers whose tools have the same names
     environment  variables for a command, which otherwise sees PATH, HOME and the like and none of your keys
     headers      for a URL, such as an authorization
-    options      `cost`, `timeout`, `max_characters` and `parallel` of each `Tool`
 
-    Raises `ConfigError`, in one line, where the server does not start, does not speak MCP, or has a tool that cannot be one.
+    `cost`, `timeout`, `max_characters` and `parallel` are those of each `Tool`. Raises `ConfigError`, in one line, where the server
+    does not start, does not speak MCP, or has a tool that cannot be one.
     """
+    options = {"cost": cost, "timeout": timeout, "max_characters": max_characters, "parallel": parallel}
     transport = _transport(server, environment or {}, headers or {})
     async with task_group() as group:
         host = _Host(group, transport)

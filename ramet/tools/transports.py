@@ -136,6 +136,8 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 async def _bound(response: httpx2.Response) -> None:
+    if response.status_code in (401, 403):
+        raise ToolServerError(f"refuses access, with HTTP status {response.status_code}; give it an authorization by headers=")
     # What is packed may be of any length when it is unpacked.
     if response.headers.get("content-encoding", "identity") != "identity":
         raise ToolServerError("sent a compressed message, which was not asked for")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import anyio
@@ -79,6 +82,87 @@ async def test_the_tools_of_a_real_server_over_http(monkeypatch):
             assert (await call(count))[0] is FAILED
             with serving("sse", port):
                 assert (await call(count))[1].startswith("1 ")
+
+
+class Misbehaving(BaseHTTPRequestHandler):
+    """An HTTP server that is no MCP server, in the way that its path names."""
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        how, released = self.path.strip("/"), self.server.released
+        status, kind, body = {
+            "html": (200, "text/html", b"<html>hello</html>"),
+            "401": (401, "text/plain", b"who?"),
+            "500": (500, "text/plain", b"oops"),
+            "broken": (200, "application/json", b"{nope"),
+            "accepted": (202, "text/plain", b""),
+            "redirect": (302, "text/plain", b""),
+            "packed": (200, "application/json", gzip.compress(bytes(10**7))),
+            "long": (200, "text/event-stream", b"data: " + b"x" * 2**21),
+            "hang": (200, "text/event-stream", b"event: ping\ndata: {}\n\n"),
+        }[how]
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        if how == "redirect":
+            self.send_header("location", "http://127.0.0.1:1/other?key=secret")
+        if how == "packed":
+            self.send_header("content-encoding", "gzip")
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(body)
+            if how == "hang":
+                released.wait(60)
+
+    do_GET = do_DELETE = do_POST
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_is_no_mcp_server_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(transports, "MAX_MESSAGE", 2**20)
+    monkeypatch.setattr(mcp, "START_SECONDS", 5.0)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving)
+    server.released = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cases = {
+        "html": "Unexpected content type: text/html",
+        "401": "refuses access, with HTTP status 401; give it an authorization by headers=",
+        "500": "error response",
+        "broken": "Failed to parse JSON",
+        "accepted": "202",
+        "redirect": "Redirect to http://127.0.0.1:1/other not followed",
+        "packed": "sent a compressed message",
+        "long": "exceeded the 1048576 byte limit",
+        "hang": "did not answer within 0.5 seconds",
+    }
+    for how, said in cases.items():
+        if how == "hang":
+            monkeypatch.setattr(mcp, "START_SECONDS", 0.5)
+        with pytest.raises(ConfigError) as error:
+            async with mcp_tools(f"http://127.0.0.1:{server.server_address[1]}/{how}"):
+                raise AssertionError(how)
+        assert said in str(error.value) and "\n" not in str(error.value) and "secret" not in str(error.value), how
+    server.released.set()
+    server.shutdown()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_many_calls_at_once_have_each_its_own_result_also_where_some_are_cancelled():
+    right = []
+
+    async def one(number: int) -> None:
+        with anyio.CancelScope() as scope:
+            if number % 3 == 0:
+                scope.cancel()
+            right.append(f'"total": {number}' in (await call(add, a=number, b=0))[1])
+
+    async with mcp_tools(f"{REAL} stdio") as (add, *_):
+        async with anyio.create_task_group() as group:
+            for number in range(60):
+                group.start_soon(one, number)
+        assert '"total": 3' in (await call(add, a=1, b=2))[1]
+    assert right == [True] * 40
 
 
 async def test_calls_of_a_branch_go_to_the_server_and_onto_the_bill():
