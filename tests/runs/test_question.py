@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,17 @@ def test_a_server_of_tools_serves_one_question(here: Path, ramet: Ramet) -> None
     assert 'add {"a": 40, "b": 2} → {"total": 42' in said.replace('{ "total"', '{"total"') and "answer" in said
     with pytest.raises(ConfigError, match="MCP server 'false'"):
         ramet("run", "1+2", "--mcp", "false")
+
+
+def test_the_page_s_package_works_as_it_is_written(here: Path, ramet: Ramet) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "running.md").read_text()
+    code, settings = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("python", "toml"))
+    (here / "mine.py").write_text(code[: code.index("roles = ")])
+    (here / "mine.toml").write_text(settings)
+    (question,) = re.findall(r'ramet run --config mine.toml "(.*)"', page)
+    said = shown(ramet("run", "--config", "mine.toml", question))
+    assert "as adder" in said and "tool calls │ 2 │ 20" in said and "answer" in said
+    ramet("eval", "--config", "mine.toml", "--set", "eval.tasks=1", "--set", "eval.budgets=[192]", "--set", "eval.ood_budgets=[192]")
 
 
 def test_documents_are_named_to_a_root_that_may_read_them(here: Path, ramet: Ramet) -> None:
