@@ -50,7 +50,7 @@ class Budget(Section):
     width: _Limit | None = 32
     """Clones in one call."""
     depth: _Limit | None = 1
-    """Levels of clones under the root; 0: no spawning."""
+    """Levels of clones under the root; 0: no spawning. Unlimited is 2,000."""
     turns: _Limit | None = 16
     """Sampled turns of one branch."""
     branch_generated: _Limit | None = None

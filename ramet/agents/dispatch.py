@@ -22,7 +22,7 @@ from ramet.agents.context import clone_prompt
 from ramet.agents.events import CallEnded, CallMade
 from ramet.agents.growth import Growth, Setting
 from ramet.agents.protocol import SPAWN, CloneResult, Objective, Reply, SpawnClone, ToolUse, parse_calls, render_replies
-from ramet.agents.tasks import task_group
+from ramet.agents.tasks import nest, task_group
 from ramet.agents.tools import BranchView, Tool, ToolRequest
 from ramet.agents.tree import Branch, Message, Status, StopReason, ToolCall, ToolResult, ToolStatus, Turn
 from ramet.agents.typed import AnswerType
@@ -258,6 +258,7 @@ async def run_clones(growth: Growth, fork: Fork, plans: Sequence[ClonePlan], run
             media = tuple(segment for message in plan.messages for segment in message.media)
             prompt = plan.setting.prompt(plan.messages, ledger, name.count("."), plan.expects)
             growth.clones.append(plan.setting.growth(name, prompt, ledger, plan.objective, now, media, plan.expects))
+        nest(growth.depth + 1)
         async with task_group() as group:
             for clone, plan in zip(growth.clones, plans, strict=True):
                 group.start_soon(run, plan.setting, clone)

@@ -15,7 +15,7 @@ from ramet.agents.context import ContextStore
 from ramet.agents.events import Event
 from ramet.agents.protocol import OUT_OF_BUDGET_NOTICE, SPAWN_SCHEMA, left_line, tool_schema
 from ramet.agents.sampling import Middleware, Policy, Sampling
-from ramet.agents.tasks import Slots
+from ramet.agents.tasks import MAX_LEVELS, Slots
 from ramet.agents.tools import Tool, ToolCaller, Tools, call_tool
 from ramet.agents.tree import Branch, Message, Segment, Status, StopReason, ToolCall, Turn
 from ramet.agents.typed import AnswerType
@@ -180,7 +180,8 @@ class Setting:
     def may_spawn(self, depth: int) -> bool:
         """Whether a branch at this depth is offered `spawn_clone`."""
         limits = self.budget
-        return (limits.depth is None or depth < limits.depth) and limits.clones != 0 and limits.width != 0
+        deepest = MAX_LEVELS if limits.depth is None else min(limits.depth, MAX_LEVELS)
+        return depth < deepest and limits.clones != 0 and limits.width != 0
 
     def schemas(self, depth: int) -> list[dict[str, Any]]:
         """The tools that a branch at this depth is offered, as chat templates take them."""

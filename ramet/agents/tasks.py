@@ -6,6 +6,7 @@ cause, so that callers can catch it by its class.
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,20 @@ async def task_group() -> AsyncIterator[TaskGroup]:
             yield group
     except BaseExceptionGroup as errors:
         raise first_error(errors) from errors
+
+
+MAX_LEVELS = 2000
+"""Levels of clones under a root, whatever its budget allows."""
+_SCOPES = 6
+"""Cancel scopes that one level of clones may open, and more: of its task groups, of a task in each, of a branch that is watched."""
+
+
+def nest(levels: int) -> None:
+    """Make room for so many levels of task groups.
+
+    anyio cancels nested scopes by recursion, and where Python's limit ends it, the tasks below are never cancelled.
+    """
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 1000 + _SCOPES * levels))
 
 
 class Slots:

@@ -210,8 +210,14 @@ async def call_tool(tool: Tool, request: ToolRequest, view: BranchView, timeout:
     """
     started = anyio.current_time()
     result = ToolResult(ToolStatus.TIMED_OUT, f"no result within {timeout:g} seconds")
-    with anyio.move_on_after(timeout):
-        result = await _result(tool, request.arguments, view)
+    try:
+        with anyio.move_on_after(timeout):
+            result = await _result(tool, request.arguments, view)
+    except anyio.get_cancelled_exc_class() as error:
+        if anyio.current_effective_deadline() == -math.inf:
+            raise
+        # Nobody outside has asked for it: the tool awaited something that was cancelled.
+        result = ToolResult(ToolStatus.FAILED, f"{type(error).__name__}: {first_line(error)}")
     return result, anyio.current_time() - started
 
 
@@ -230,10 +236,7 @@ async def _result(tool: Tool, text: str, view: BranchView) -> ToolResult:
     try:
         value = await tool.call(**given)
         result = value if isinstance(value, ToolResult) else ToolResult(ToolStatus.DONE, as_text(value))
-    except (Exception, SystemExit, anyio.get_cancelled_exc_class()) as error:
-        # A tool is anybody's code: what it raises is for the branch to read, even if it exits or awaits a task that was cancelled.
-        if isinstance(error, anyio.get_cancelled_exc_class()) and anyio.current_effective_deadline() == -math.inf:
-            raise  # cancelled from outside
+    except (Exception, SystemExit) as error:  # a tool is anybody's code; what it raises is for the branch to read
         result = ToolResult(ToolStatus.FAILED, f"{type(error).__name__}: {first_line(error)}")
     # Half a surrogate pair is no text that can be written to a file.
     return replace(result, text=elide(result.text, tool.max_characters).encode(errors="replace").decode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from ramet.agents.sampling import Partial, SampleRequest
 from ramet.agents.scripted import Fault, Faults, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import PATIENCE, simulate
 from ramet.agents.tasks import Slots
-from ramet.agents.tools import Tools, call_tool
+from ramet.agents.tools import Tools, budget, call_tool
 from ramet.agents.tree import Branch, Message, Status, StopReason, Task, Tree, Turn
 from ramet.benchmarks.faults import extras
 from ramet.benchmarks.faults.invariants import check_growth
@@ -159,6 +160,42 @@ def test_a_chain_of_clones_is_checked_at_every_step_and_cut_by_its_deadline():
     assert tree.root.status is Status.TIMED_OUT
     assert tree.usage.generated == sum(branch.generated for branch in tree.branches)
     assert len(tree.branches[-1].turns[0].sampled) == 5
+
+
+def _nested(depth: int) -> Callable[[str], str]:
+    """A program whose branches send one clone each, down to `depth` levels if they may."""
+
+    def program(context: str) -> str:
+        number = int(context.split()[1].split("|")[0])
+        if "<" in context or number == depth or context.startswith("-"):
+            return f"Answer: {number}\0"
+        return f"<tool_call>{render_call([f'go {number + 1}'])}</tool_call>\0"
+
+    return program
+
+
+@pytest.mark.parametrize("tools", [[], [budget]])
+def test_a_chain_far_deeper_than_python_recurses_is_cut_by_its_deadline(tools):
+    """Every level nests several cancel scopes, and all of them are cancelled."""
+    program = _nested(640)
+
+    async def main() -> Tree:
+        before = sum(len(program(f"Tgo {number}")) for number in range(640))
+        runtime = Runtime(ScriptedPolicy(program, 1.0, stride=50), PlainFormat(), clone_system="", tools=tools, watch=lambda root: None)
+        return await runtime.run(Task("t", (Message("user", "go 0"),)), Budget(depth=None, seconds=before + 7.5))
+
+    tree = simulate(main, 0)
+    assert len(tree.branches) == 641 and tree.root.status is Status.TIMED_OUT
+    assert {branch.status for branch in tree.branches[1:]} == {Status.CANCELLED}
+
+
+@pytest.mark.anyio
+async def test_levels_are_limited_where_a_budget_does_not_limit_them(monkeypatch):
+    monkeypatch.setattr("ramet.agents.growth.MAX_LEVELS", 5)
+    runtime = Runtime(ScriptedPolicy(_nested(9)), PlainFormat(), clone_system="")
+    for depth, levels in ((None, 5), (9, 5), (3, 3)):
+        tree = await runtime.run(Task("t", (Message("user", "go 0"),)), Budget(depth=depth))
+        assert (len(tree.branches), tree.branches[-1].answer) == (levels + 1, str(levels))
 
 
 def test_what_the_observer_raises_comes_out():

@@ -213,7 +213,7 @@ class Extras:
 
     async def _catch(self, branch: ProgramBranch) -> None:
         try:
-            for _ in range(6):
+            for _ in range(3):
                 await self._spawn(branch)
         except BudgetExhausted:
             pass
