@@ -31,6 +31,7 @@ from ramet.agents.calls import ParsedTurn
 from ramet.agents.dispatch import ClonePlan, Replies, Shares, check_roles, make_calls, plans_of, reply_ids, run_calls, run_clones
 from ramet.agents.growth import Growth, Setting
 from ramet.agents.protocol import CloneResult, Objective, SpawnClone, ToolUse, explain, render_call, render_results
+from ramet.agents.tasks import cancelled_from_outside
 from ramet.agents.tree import Branch, Message, Status, StopReason, Task, ToolResult, Turn
 from ramet.errors import AnswerError, BudgetExhausted, CallError, ProgramError, RametError, first_line
 
@@ -358,9 +359,11 @@ def steer(program: Program, setting: Setting, growth: Growth, task: Task) -> Cal
         branch = ProgramBranch(setting, growth, task)
         try:
             value = await program(branch)
-        except (RametError, anyio.get_cancelled_exc_class()):
+        except RametError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit, anyio.get_cancelled_exc_class()) as error:
+            if isinstance(error, anyio.get_cancelled_exc_class()) and cancelled_from_outside():
+                raise
             raise ProgramError(f"the program of task {task.id} raised {type(error).__name__}: {first_line(error)}") from error
         if growth.status is None:
             if isinstance(value, Branch):

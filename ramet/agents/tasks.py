@@ -6,10 +6,12 @@ cause, so that callers can catch it by its class.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import sys
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import anyio
 from anyio.abc import TaskGroup
@@ -25,6 +27,19 @@ async def task_group() -> AsyncIterator[TaskGroup]:
             yield group
     except BaseExceptionGroup as errors:
         raise first_error(errors) from errors
+
+
+def cancelled_from_outside() -> bool:
+    """Whether the running task is being cancelled, by a scope or by asyncio itself.
+
+    If it is not, a cancellation that is raised in it comes from something that it waited for.
+    """
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    with suppress(RuntimeError):  # of trio, which has nothing but scopes
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return False
 
 
 MAX_LEVELS = 2000

@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any, Protocol, overload
 
 import anyio
-import anyio.to_thread
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.json_schema import PydanticJsonSchemaWarning
 from pydantic_core import to_json
@@ -32,6 +31,8 @@ from pydantic_core import to_json
 from ramet.agents.budget import Ledger
 from ramet.agents.context import ContextStore
 from ramet.agents.protocol import SPAWN, elide, explain
+from ramet.agents.tasks import cancelled_from_outside
+from ramet.agents.threads import in_thread
 from ramet.agents.tree import ToolResult, ToolStatus
 from ramet.errors import ConfigError, first_line
 
@@ -177,11 +178,11 @@ def _awaitable(function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
         return function
 
-    async def in_thread(**arguments: Any) -> Any:
-        value = await anyio.to_thread.run_sync(partial(function, **arguments), abandon_on_cancel=True)
+    async def threaded(**arguments: Any) -> Any:
+        value = await in_thread(partial(function, **arguments), f"tool {getattr(function, '__name__', type(function).__name__)}")
         return await value if inspect.isawaitable(value) else value
 
-    return in_thread
+    return threaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,7 @@ async def call_tool(tool: Tool, request: ToolRequest, view: BranchView, timeout:
         with anyio.move_on_after(timeout):
             result = await _result(tool, request.arguments, view)
     except anyio.get_cancelled_exc_class() as error:
-        if anyio.current_effective_deadline() == -math.inf:
+        if cancelled_from_outside():
             raise
         # Nobody outside has asked for it: the tool awaited something that was cancelled.
         result = ToolResult(ToolStatus.FAILED, f"{type(error).__name__}: {first_line(error)}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
 import anyio
 import pytest
+import sniffio
 
 from ramet.agents.budget import Budget
 from ramet.agents.calls import ParsedTurn
@@ -184,6 +186,12 @@ async def test_what_a_program_does_wrong_is_its_error():
     async def raises(branch: ProgramBranch) -> None:
         raise KeyError("x")
 
+    async def exits(branch: ProgramBranch) -> None:
+        raise SystemExit(3)
+
+    async def cancelled(branch: ProgramBranch) -> None:
+        raise asyncio.CancelledError  # of a task of its own that it waited for
+
     async def unknown(branch: ProgramBranch) -> None:
         await branch.call("nope")
 
@@ -234,6 +242,8 @@ async def test_what_a_program_does_wrong_is_its_error():
 
     cases = {
         raises: "KeyError",
+        exits: "raised SystemExit",
+        cancelled: "raised CancelledError",
         unknown: "holds no tool 'nope'",
         malformed: "temperature",
         nobody: "no document",
@@ -248,6 +258,8 @@ async def test_what_a_program_does_wrong_is_its_error():
         beside_beside: "already",
         makes_twice: "answered already",
     }
+    if sniffio.current_async_library() != "asyncio":
+        del cases[cancelled]
     for program, said in cases.items():
         with pytest.raises(ProgramError, match=said):
             await run(program)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import threading
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from pydantic import BaseModel, Field
 from ramet.agents.budget import Budget, Ledger
 from ramet.agents.context import ContextStore
 from ramet.agents.journal import Journal
+from ramet.agents.program import ProgramBranch
 from ramet.agents.protocol import CloneResult, Reply, render_call, render_replies
 from ramet.agents.resume import JournaledPolicy, JournaledTools
 from ramet.agents.runtime import Runtime
@@ -125,6 +127,57 @@ async def test_whatever_a_tool_does_is_its_result():
     assert status is ToolStatus.TIMED_OUT and text.startswith("yyy") and len(text) <= 100
     status, text = await run(odd, '{"what": "big"}')
     assert status is ToolStatus.DONE and len(text) <= 100 and "characters cut" in text
+
+
+async def test_functions_that_never_end_keep_neither_others_nor_the_process_waiting():
+    ends = threading.Event()
+
+    @tool
+    def hang() -> None:
+        """Never ends."""
+        ends.wait()
+
+    @tool
+    def quick() -> str:
+        """Ends."""
+        return "done"
+
+    async def hung() -> None:
+        assert (await run(hang, "{}", 0.01))[0] is ToolStatus.TIMED_OUT
+
+    async with anyio.create_task_group() as group:
+        for _ in range(50):
+            group.start_soon(hung)
+    assert await run(quick, "{}") == (ToolStatus.DONE, "done")
+    left = [thread for thread in threading.enumerate() if thread.name == "tool hang"]
+    assert left and all(thread.daemon for thread in left)
+    ends.set()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_tool_or_program_does_not_swallow_the_cancellation_of_its_task():
+    waits = asyncio.Event()
+
+    @tool
+    async def wait() -> None:
+        """Waits."""
+        waits.set()
+        await anyio.sleep_forever()
+
+    async def calling(branch: ProgramBranch) -> None:
+        await branch.call("wait")
+
+    async def waiting(branch: ProgramBranch) -> None:
+        await wait()
+
+    for program in (calling, waiting):
+        waits.clear()
+        runtime = Runtime(ScriptedPolicy(lambda context: "Answer: 1\0"), PlainFormat(), tools=[wait])
+        task = asyncio.create_task(runtime.run(Task("t", (Message("user", "root"),)), Budget(), program=program))
+        await waits.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 def test_what_cannot_be_a_tool_is_refused_in_one_line():

@@ -29,10 +29,10 @@ def identity(function: Any) -> str:
 
 
 def equipment_identity(equipment: Equipment) -> str:
-    """A short hash of tools and where they are held, of roles, of which the policy counts by its kind alone, and of the program."""
+    """A short hash of tools, their sources and where they are held, of roles (of a policy only its kind), and of the program."""
     tools = [*equipment.tools, *(tool for role in equipment.roles.values() for tool in role.tools or ())]
     roles = [(name, replace(role, tools=None)) for name, role in sorted(equipment.roles.items())]
-    return identity((equipment.tools_at, *tools, *roles, equipment.program))
+    return identity((equipment.tools_at, *tools, *equipment.sources, *roles, equipment.program))
 
 
 def _describe(value: Any, enclosing: frozenset[int]) -> Any:
