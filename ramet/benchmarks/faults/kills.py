@@ -3,7 +3,7 @@
 A small `ramet eval` and a small `ramet train` of the nano model are started, killed and started again until they
 end, over and over. Lost: work that the undisturbed run did and the killed one did not. Duplicated: work
 recorded twice. Differing: another answer, other costs, another metric (times apart, and the prompt tokens of
-an evaluation, which depend on what the engine happens to hold).
+an evaluation, which depend on what the engine happens to hold), another tree among the transcripts.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.journal import read_records
+from ramet.agents.transcripts import TREES, read_transcripts
 from ramet.display import progress
 from ramet.errors import InvariantViolation, RametError
 from ramet.storage import meta, read_text, write_json
@@ -36,7 +37,16 @@ def eval_work(folder: Path) -> tuple[RunResults, int]:
     work: RunResults = {
         (r["policy"], r["split"], r["budget"], r["task"]): {n: v for n, v in r["outcome"].items() if n != "seconds"} for r in records
     }
-    return work, len(records) - len(work)
+    repeated = len(records) - len(work)
+    trees, twice = _trees(folder)
+    return work | trees, repeated + twice
+
+
+def _trees(folder: Path) -> tuple[Work, int]:
+    """The token ids and rewards of the trees that a run kept, by their place, and how many places stand there twice."""
+    kept = list(read_transcripts(folder / TREES))
+    work: Work = {("tree", *k.place.values()): (k.reward, [branch.ids for branch in k.tree.branches]) for k in kept}
+    return work, len(kept) - len(work)
 
 
 def train_work(folder: Path) -> tuple[RunResults, int]:
@@ -47,7 +57,8 @@ def train_work(folder: Path) -> tuple[RunResults, int]:
     for record in json.loads(read_text(folder / "evaluation.json")):
         if record["record"] == "point":
             work["point", record["split"], record["budget"]] = {n: v for n, v in record.items() if n != "seconds"}
-    return work, repeated
+    trees, twice = _trees(folder)
+    return work | trees, repeated + twice
 
 
 READ: dict[str, Callable[[Path], tuple[RunResults, int]]] = {"eval": eval_work, "train": train_work}
