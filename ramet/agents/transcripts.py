@@ -106,6 +106,11 @@ class Transcripts:
         self._full = limit == 0
         self._whole = False
 
+    @property
+    def keeps(self) -> bool:
+        """Is what is added kept? Not once the limit was reached, nor where it is 0."""
+        return not self._full
+
     def forget(self, unless: Callable[[TreePlace], bool]) -> None:
         """Drop the transcripts whose place is not wanted, because their work will be done again, and what a crash has cut.
 

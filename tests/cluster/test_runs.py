@@ -29,6 +29,7 @@ import torch
 pytest.importorskip("openrlhf", reason="OpenRLHF is not installed: make test-openrlhf")
 
 from ramet.agents.journal import read_records
+from ramet.agents.transcripts import TREES, read_transcripts
 from ramet.media.clips import make_long_questions
 from ramet.policy.models.checkpoint import latest_checkpoint
 
@@ -125,6 +126,8 @@ def test_a_run_is_stopped_and_loses_an_engine_and_a_trainer(tmp_path: Path) -> N
     assert all(m["optimizer_steps"] == 2 and m["staleness_max"] <= 1 for m in metrics)
     assert any(m["staleness"] > 0 for m in metrics), "trees were grown ahead"
     assert not list((run.folder / "rollouts").iterdir()), "what a checkpoint holds is not kept twice"
+    kept = [(k.place["update"], k.place["group"], k.place["number"]) for k in read_transcripts(run.folder / TREES)]
+    assert kept == [(u, g, n) for u in range(8) for g in range(6) for n in range(4)], "every tree once, in order"
 
     command = [sys.executable, "-m", "ramet.cli.main", "eval", "--policy", str(run.folder), "--config", str(run.folder / "config.toml")]
     measured = subprocess.run(

@@ -146,7 +146,7 @@ async def measure(
     judge = workload.judge or Judge(reward_function(env), RewardConfig())
 
     def keep(budget: int, task: Task, repeat: int, trees: Sequence[Tree], reward: Reward | None, error: str = "") -> None:
-        if transcripts is not None:
+        if transcripts is not None and transcripts.keeps:
             place = {"policy": entry.name, "split": split, "budget": budget, "task": task.id, "repeat": repeat}
             parts, chats = {} if reward is None else asdict(reward), equipment.chats()
             transcripts.append(

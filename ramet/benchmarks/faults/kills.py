@@ -42,10 +42,10 @@ def eval_work(folder: Path) -> tuple[RunResults, int]:
     return work | trees, repeated + twice
 
 
-def _trees(folder: Path) -> tuple[Work, int]:
+def _trees(folder: Path) -> tuple[RunResults, int]:
     """The token ids and rewards of the trees that a run kept, by their place, and how many places stand there twice."""
     kept = list(read_transcripts(folder / TREES))
-    work: Work = {("tree", *k.place.values()): (k.reward, [branch.ids for branch in k.tree.branches]) for k in kept}
+    work: RunResults = {("tree", *k.place.values()): (k.reward, [branch.ids for branch in k.tree.branches]) for k in kept}
     return work, len(kept) - len(work)
 
 

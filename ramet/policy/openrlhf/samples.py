@@ -80,10 +80,10 @@ class TreeSamples(SamplesGenerator):
             self._pending[ref] = (update, (group, number), engine)
             self._loads[engine] += 1
 
-    def collect(self, update: int) -> tuple[list[Group], list[list[Reward]]]:
-        """Wait for the trees of an update that was begun. Returns its groups, and the rewards by group and tree.
+    def collect(self, update: int) -> tuple[list[Group], list[list[Future[Reward]]]]:
+        """Wait for the trees of an update that was begun. Returns its groups, and the rewards by group and tree, which may yet raise.
 
-        Raises what the engines or the reward function raise.
+        Raises what the engines raise.
         """
         begun = self._begun[update]
         size = self.spec.train.group_size
@@ -92,7 +92,7 @@ class TreeSamples(SamplesGenerator):
         del self._begun[update]
         begun.journal.close()
         groups = group_trees(begun.tasks, begun.trees, size)
-        return groups, [[begun.rewards[g, n].result() for n in range(size)] for g in range(len(groups))]
+        return groups, [[begun.rewards[g, n] for n in range(size)] for g in range(len(groups))]
 
     @property
     def growing(self) -> list[Any]:

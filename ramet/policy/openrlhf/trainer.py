@@ -105,7 +105,13 @@ class TreeTrainer(BasePPOTrainer):
     def _update(self, update: int) -> Metrics:
         train, cluster = self.spec.train, self.spec.cluster
         started = time.perf_counter()
-        groups, rewards = self.samples_generator.collect(update)
+        groups, judged = self.samples_generator.collect(update)
+        try:
+            rewards = [[future.result() for future in of_group] for of_group in judged]
+        except RametError as error:
+            self.log.keep(update, groups, None, str(error))
+            raise
+        self.log.keep(update, groups, rewards)
         self._limit_reached = next(iter(limits_reached(groups)), "")
         sampled = time.perf_counter()
         if cluster.critic:
@@ -115,7 +121,6 @@ class TreeTrainer(BasePPOTrainer):
             ]
         else:
             advantages = compute_advantages(groups, rewards, train.estimator, self.chat, train.clone_scale)
-        self.log.keep(update, groups, rewards)
         metrics = rollout_metrics(update, groups, rewards, advantages)
         steps = minibatches(groups, advantages, train)
         versions = [v for rows in steps for row in rows for v in row.versions if v >= 0]

@@ -82,6 +82,8 @@ class RunLog:
 
         Their rewards are indexed by group and tree; they are None where they could not be had, because of an `error`.
         """
+        if not self._trees.keeps:
+            return
         self._trees.append(
             [
                 Transcript(
