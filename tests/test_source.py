@@ -95,7 +95,7 @@ def test_a_logger_is_named_after_its_module():
 
 
 ROOMS = (
-    "version", "errors", "imports", "schema", "terminal", "storage", "data",
+    "version", "errors", "imports", "schema", "terminal", "storage", "data", "web",
     "agents", "tools", "media", "attention",
     "policy.models", "policy.engines", "policy.training", "policy.openrlhf",
     "rewards", "env", "display",

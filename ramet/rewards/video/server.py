@@ -14,7 +14,6 @@ only, and from those that links in it may lead to.
 
 from __future__ import annotations
 
-import hmac
 import json
 import logging
 import math
@@ -40,6 +39,7 @@ from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.rewards.video.judge import ServedRewardModel
 from ramet.rewards.video.pairs import below, name_of, segments_of
 from ramet.rewards.video.queries import answer_of
+from ramet.web import authorise, check_token, json_body, parse_json, run_app
 
 logger = logging.getLogger(__name__)
 BODY = 2**20
@@ -101,8 +101,7 @@ class RewardService:
     """
 
     def __init__(self, model: ServedRewardModel, videos: Path, token: str, stops: Sequence[str] = (), linked: Sequence[Path] = ()):
-        if len(token) < 16:
-            raise ConfigError("the bearer token needs 16 characters at least")
+        check_token(token)
         for folder in (videos, *linked):
             if not folder.is_dir():
                 raise ConfigError(f"there is no folder of videos {folder}")
@@ -139,8 +138,8 @@ class RewardService:
 
         async def endpoint(request: Request) -> JSONResponse:
             try:
-                self._authorised(request)
-                return JSONResponse(await handler(await _body(request)))
+                authorise(request, self.token, request.query_params.get("token", ""))
+                return JSONResponse(await handler(await json_body(request, BODY)))
             except HTTPRefusal as refused:
                 return JSONResponse(to_record(refused), refused.status)
             except ValidationError as error:
@@ -152,11 +151,6 @@ class RewardService:
                 return JSONResponse({"error": f"the reward model failed: {type(error).__name__}"}, 500)
 
         return endpoint
-
-    def _authorised(self, request: Request) -> None:
-        credential = request.headers.get("authorization", f"Bearer {request.query_params.get('token', '')}").encode("utf-8", "replace")
-        if not hmac.compare_digest(credential, f"Bearer {self.token}".encode()):
-            raise HTTPRefusal(401, "wrong or missing bearer token")
 
     async def _score(self, body: Any) -> dict[str, Any]:
         query = _Score.model_validate(body)
@@ -186,7 +180,7 @@ class RewardService:
                     f"query {n} ({query[:40]!r}) begins neither with its prompt ({prompt[:40]!r}) nor with the end of one cut at the left: "
                     "`prompts` must hold the texts that were encoded, after the chat template",
                 )
-            answered.append((_VideoQuestion.model_validate(_json(label.encode(), f"label {n}")), answer))
+            answered.append((_VideoQuestion.model_validate(parse_json(label.encode(), f"label {n}")), answer))
         return self._read(answered)
 
     def _read(self, answered: Sequence[tuple[_VideoQuestion, str]]) -> list[VideoAnswer]:
@@ -239,31 +233,6 @@ class RewardService:
             waiting.done.set()
 
 
-async def _body(request: Request) -> Any:
-    if request.headers.get("content-encoding", "identity") != "identity":
-        raise HTTPRefusal(415, "compressed bodies are not read")
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > BODY:
-        raise HTTPRefusal(413, f"a request has at most {BODY} bytes")
-    read = bytearray()
-    async for part in request.stream():
-        read += part
-        if len(read) > BODY:
-            raise HTTPRefusal(413, f"a request has at most {BODY} bytes")
-    return _json(bytes(read), "the body")
-
-
-def _json(data: bytes, name: str) -> Any:
-    try:
-        value = json.loads(data)
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise HTTPRefusal(422, f"{name} has half of a pair of surrogates ({error.object[error.start]!r}), which is no character") from None
-    except (ValueError, RecursionError) as error:
-        raise HTTPRefusal(400, f"{name} is no JSON: {first_line(error)}") from None
-    return value
-
-
 def _without(root: Path, message: str) -> str:
     """A message without the path of the folder, which is nobody's business."""
     return message.replace(f"{os.path.abspath(root)}/", "").replace(f"{root.resolve()}/", "")
@@ -271,19 +240,10 @@ def _without(root: Path, message: str) -> str:
 
 def serve(model: ServedRewardModel, videos: Path, token: str, host: str, port: int, linked: Sequence[Path] = ()) -> None:
     """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
-    import socket
-
-    import uvicorn
-
     tokenizer = getattr(model, "tokenizer", None)
     stops = () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens))
     service = RewardService(model, videos, token, stops, linked)
-    try:
-        bound = socket.create_server((host, port))
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror or error}") from None
-    server = uvicorn.Server(uvicorn.Config(service.app(), log_level="warning", timeout_keep_alive=30, access_log=False))
-    server.run([bound])
+    run_app(service.app(), host, port)
 
 
 class RemoteReward:
