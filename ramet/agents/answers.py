@@ -47,6 +47,8 @@ _BARE_BOX = re.compile(
 )
 _BETWEEN = re.compile(r"(?:[\s,;$]|\\[()\[\]]|\\[,;]|\\q?quad|\\text\{\s*(?:and|or),?\s*\}|and|or){1,60}")
 _EMPHASIS = " \t\r\n*_`"
+_WRAPPINGS = "\\`$*_<[{(\"'"
+"""What an answer may begin with whose value is read from inside."""
 
 
 def extract_answer(text: str, finished: bool = True) -> str | None:
@@ -64,6 +66,21 @@ def extract_answer(text: str, finished: bool = True) -> str | None:
         if boxed is None and (mark["colon"] or mark["han"]):
             return None
     return boxed or (_ending(text) if finished else None)
+
+
+def answer_so_far(text: str) -> str:
+    """What of its answer a turn has stated that is still being written, as far as more text cannot change its beginning; else "".
+
+    It is that of the last marker at the beginning of a line, if plain words follow on the same line.
+    """
+    marks = [*_MARKER.finditer(without_thoughts(text))]
+    if not marks:
+        return ""
+    line, newline, _ = without_thoughts(text)[marks[-1].end() :].partition("\n")
+    line = line.lstrip()
+    if not line or line[0] in _WRAPPINGS or "\\" in line:
+        return ""
+    return line.rstrip(_EMPHASIS) if newline else line.rstrip(_EMPHASIS + ".")
 
 
 def json_values(text: str) -> Iterator[str]:

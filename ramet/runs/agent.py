@@ -145,15 +145,14 @@ class Agent:
             task = question
             if documents is not None or answer is not None:
                 raise ConfigError("a Task has its own documents and answer: give them there")
-        elif isinstance(question, str) and after is None:
-            task = question_task(question, runtime.chat, documents or {}, limits, system=self._system)
+        elif after is None:
+            task = question_task(question, runtime.chat, documents or {}, limits, self._system)
         else:
             messages = (Message("user", question),) if isinstance(question, str) else tuple(question)
             task = Task("question", messages, documents or {})
         if not isinstance(question, Task):
             task = replace(task, answer=answer)
-        has_read = isinstance(runtime.chat, ControlTokenFormat) or any(each.name == read.name for each in runtime.tools)
-        return task, limits, replace(runtime, tools=[*runtime.tools, read]) if task.documents and not has_read else runtime
+        return task, limits, with_read(runtime, task)
 
     @asynccontextmanager
     async def _served(self) -> AsyncIterator[Runtime]:
@@ -196,22 +195,31 @@ def token_budget(generated: int, depth: int = 1) -> Budget:
     return Budget(generated=generated, depth=depth, answer_reserve=min(24, generated // 8))
 
 
-def question_task(question: str, chat: ChatFormat, documents: Documents, budget: Budget, system: str = "") -> Task:
-    """The task of a question, as the model is used to being asked.
+def question_task(question: str | Sequence[Message], chat: ChatFormat, documents: Documents, budget: Budget, system: str = "") -> Task:
+    """The task of a question, or of a conversation that ends with one, as the model is used to being asked.
 
     To a model of the nano format a sum is put in rows, as in its training, and documents stand in front of the question; it knows
     nothing else. Others are told in words which documents there are, how to delegate and how to answer.
     """
+    messages = [Message("user", question)] if isinstance(question, str) else [*question]
+    if not messages or not messages[-1].content.strip():
+        raise TaskError("the question is empty")
+    asked = messages.pop()
     if isinstance(chat, ControlTokenFormat):
         if not documents:
-            return rows_task(parse_sum(question), "question")
-        return Task("question", (Message("user", f"{ContextStore(documents).render(documents)}\n{question}"),), documents)
-    if not question.strip():
-        raise TaskError("the question is empty")
+            return rows_task(parse_sum(asked.content), "question")
+        return Task("question", (Message("user", f"{ContextStore(documents).render(documents)}\n{asked.content}"),), documents)
     spawns = budget.depth != 0 and budget.clones != 0 and budget.width != 0
-    content = f"{question}\n\n{index(documents)}" if documents else question
-    messages = (*([Message("system", system)] if system else []), Message("user", content))
-    return instructed(Task("question", messages, documents), (DOCUMENTS if documents else DELEGATE_PARTS) if spawns else COT)
+    content = f"{asked.content}\n\n{index(documents)}" if documents else asked.content
+    whole = (*([Message("system", system)] if system else []), *messages, replace(asked, content=content))
+    return instructed(Task("question", whole, documents), (DOCUMENTS if documents else DELEGATE_PARTS) if spawns else COT)
+
+
+def with_read(runtime: Runtime, task: Task) -> Runtime:
+    """The runtime with `ramet.read` among its tools, if the task has documents and the model is one that knows of tools."""
+    if not task.documents or isinstance(runtime.chat, ControlTokenFormat) or any(each.name == read.name for each in runtime.tools):
+        return runtime
+    return replace(runtime, tools=[*runtime.tools, read])
 
 
 def index(documents: Documents) -> str:

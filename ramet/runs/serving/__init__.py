@@ -1,0 +1,1 @@
+"""`ramet serve`: delegation behind the endpoints of OpenAI's protocol."""
