@@ -75,7 +75,8 @@ class DelegationService:
             raise ConfigError("at least one tree grows at once, and a number that is not negative waits or is kept")
         self.model, self.budget, self.token = model, budget, token
         self._opened, self._limit, self._at_once, self._kept = opened, at_once + waiting, at_once, kept
-        self._inside = 0
+        self.inside = 0
+        """Requests that are answered or wait."""
         self._trees: OrderedDict[str, Tree] = OrderedDict()
 
     def app(self) -> Starlette:
@@ -134,7 +135,7 @@ class DelegationService:
                 raise HTTPRefusal(415, "the body is JSON: send content-type application/json")
             question = kind.model_validate(await json_body(request, BODY)).question(self.budget, self._runtime.sampling)
             task, runtime, after = self._task(question, name)
-            if self._inside >= self._limit:
+            if self.inside >= self._limit:
                 raise HTTPRefusal(429, "too many requests are waiting; try again later")
             reply: Reply = ChatReply(name, self.model, question.usage) if kind is ChatRequest else ResponsesReply(name, self.model)
             job = _Job(self, name, question, task, runtime, after, reply)
@@ -163,12 +164,12 @@ class DelegationService:
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
         """A block in which a tree may grow, once it is its turn."""
-        self._inside += 1
+        self.inside += 1
         try:
             async with self._turns:
                 yield
         finally:
-            self._inside -= 1
+            self.inside -= 1
 
     def keep(self, name: str, tree: Tree) -> None:
         """Let a tree be looked at, until so many others have come after it."""
