@@ -274,7 +274,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "httpx2": "mcp", "mcp": "mcp", "mcp_types": "mcp",
     "pydantic_monty": "python",
-    "starlette": "reward", "trl": "reward", "uvicorn": "reward",
+    "starlette": "serve", "trl": "reward", "uvicorn": "serve",
     "vllm": "vllm",
     "deepspeed": "openrlhf", "openrlhf": "openrlhf", "ray": "openrlhf",
 }  # fmt: skip

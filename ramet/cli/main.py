@@ -1,4 +1,4 @@
-"""The command line: `ramet demo | run | show | train | eval | reproduce | frontier | env | reward | attention | bench | models |
+"""The command line: `ramet demo | run | serve | show | train | eval | reproduce | frontier | env | reward | attention | bench | models |
 config | doctor`.
 
 A command that fails prints one line and exits with a status other than 0. Heavy imports are inside the commands that need them, so that
@@ -23,6 +23,7 @@ from ramet.agents.tasks import first_error
 from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of, numbers
 from ramet.cli.env import env as environments
 from ramet.cli.reward import reward
+from ramet.cli.serve import serve
 from ramet.display import progress
 from ramet.errors import ConfigError, RametError, missing_extra
 from ramet.terminal import give_way, log_to, messages, one_line, show, tagged, tolerate
@@ -184,6 +185,9 @@ def run(
 
         sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
     run_question(resolved, RunPlan(question, documents or [], journal, json, sharing))
+
+
+app.command("serve")(serve)
 
 
 @app.command("show")

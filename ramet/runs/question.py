@@ -29,7 +29,7 @@ from ramet.runs.agent import question_task, token_budget
 from ramet.runs.build import engine_id, open_engine, open_model
 from ramet.runs.documents import read_documents
 from ramet.runs.equipment import equipment_of
-from ramet.runs.settings import RunConfig, load
+from ramet.runs.settings import NAMING, RunConfig, load
 from ramet.runs.show import bill, branch_view, grow_live
 from ramet.storage import meta, write_json
 from ramet.terminal import show
@@ -105,7 +105,7 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
         raise TaskError("the question is empty")
     documents = read_documents(plan.documents)
     config, searched = _with_search(config, documents)
-    model = _model(config)
+    model = model_of(config)
     equipment = equipment_of(config, open_engine)
     engine, chat = _engine(config, model, plan.sharing)
     if engine is None:
@@ -130,8 +130,9 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
     show(bill(tree, config.budget))
 
 
-def _model(config: RunConfig) -> str | Path:
-    if config.backend == "chat":
+def model_of(config: RunConfig) -> str | Path:
+    """The directory of the model; of a server that knows it by name, the name. Raises `ConfigError` or `CheckpointError`."""
+    if config.backend in NAMING:
         return config.model
     if config.backend == "completions" and not config.model:
         raise ConfigError("a completions server takes token ids: give the directory of its model, which has the tokenizer, as --policy")
