@@ -15,6 +15,7 @@ from ramet.errors import ConfigError, RametError
 from ramet.runs.documents import read_documents
 from ramet.runs.question import question_settings
 from tests.policy.raw_server import says, serve, stream, usage
+from tests.policy.test_openai_responses import delta, ended, message
 
 Ramet = Callable[..., str]
 GOOD = stream(says("Answer: "), says("42"), says("", "stop"), usage(4))
@@ -89,6 +90,12 @@ def test_documents_are_named_to_a_root_that_may_read_them(here: Path, ramet: Ram
         (here / "notes" / "a.md").write_text("Another text.")
         with pytest.raises(RametError, match="belongs to another configuration"):
             ramet(*words, "--journal", "kept")
+
+
+def test_a_model_of_the_responses_endpoint_is_called_what_the_server_calls_it(ramet: Ramet) -> None:
+    with serve(stream(delta("Answer: 42"), ended(message("Answer: 42")))) as (url, asked):
+        assert "answer 42" in shown(ramet("run", "--url", url, "--backend", "responses", "--policy", "their-model", "Who?"))
+    assert asked[0]["path"] == "/v1/responses" and asked[0]["model"] == "their-model"
 
 
 def test_documents_are_files_folders_and_globs_of_text(here: Path) -> None:
