@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ramet.agents.budget import Budget
+from ramet.attention.methods import Method
 from ramet.env.registry import env_settings
 from ramet.errors import ConfigError
 from ramet.policy.training.update import TrainConfig
@@ -189,3 +190,9 @@ def test_any_override_is_read_or_refused(text):
         load(RunConfig, "nano", [text])
     except ConfigError as error:
         assert str(error)
+
+
+def test_the_settings_of_attention_are_those_of_the_method_that_they_build():
+    config = load(RunConfig, "nano", ["attention.method=spava", "attention.anchor=8", "attention.passing=3"])
+    assert config.attention.build() == Method("spava", anchor=8, passing=3)
+    assert config.attention.model_copy(update={"method": "apb", "anchor": None, "passing": None}).build() == Method("apb")

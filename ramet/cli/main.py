@@ -20,7 +20,7 @@ from ramet import storage
 from ramet.agents import drain
 from ramet.agents.drain import draining
 from ramet.agents.tasks import first_error
-from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, method_of, numbers
+from ramet.cli.bench import Anchor, Hosts, Json, Passing, Seed, attention, bench, numbers
 from ramet.cli.env import env as environments
 from ramet.cli.reward import reward
 from ramet.cli.serve import serve
@@ -177,14 +177,12 @@ def run(
         "model": policy, "url": url, "backend": backend or ("chat" if url else None), "program": program, "budget.depth": depth,
         "eval.temperature": temperature, "seed": seed,
     }  # fmt: skip
+    if attention is not None:
+        shared = {"method": attention, "hosts": hosts, "threshold": threshold, "anchor": anchor, "passing": passing}
+        given |= {f"attention.{name}": value for name, value in shared.items()}
     resolved = question_settings(config, set_ or [], budget, given)
     resolved = resolved.model_copy(update={"tools": (*resolved.tools, *(tool or ())), "mcp": (*resolved.mcp, *(mcp or ()))})
-    sharing = None
-    if attention is not None:
-        from ramet.policy.engines.sequence_parallel import Sharing
-
-        sharing = Sharing(method_of(attention, anchor, passing), hosts, threshold)
-    run_question(resolved, RunPlan(question, documents or [], journal, json, sharing))
+    run_question(resolved, RunPlan(question, documents or [], journal, json))
 
 
 app.command("serve")(serve)

@@ -94,20 +94,16 @@ def _shared_engine(config: RunConfig, path: Path) -> tuple[Any, ChatFormat, Call
     """The engine of a model on several workers."""
     from transformers import AutoConfig
 
-    from ramet.attention.methods import Method
     from ramet.policy.engines.sequence_parallel import SequenceParallelPolicy
     from ramet.policy.engines.vision import VideoReader
     from ramet.policy.models.tokenizer import load_tokenizer
 
     tokenizer, chat = load_tokenizer(path, config.chat)
-    model, video, attention = AutoConfig.from_pretrained(path, local_files_only=True), None, config.attention
+    model, video = AutoConfig.from_pretrained(path, local_files_only=True), None
     if hasattr(model, "vision_config"):
         video = config.env.video_settings()
         chat.placeholder_ids = VideoReader(model, tokenizer, video).ids
-    policy = SequenceParallelPolicy(
-        path, attention.hosts, Method(attention.method, attention.anchor, attention.passing), threshold=attention.threshold,
-        dtype=config.dtype, threads=config.threads, video=video,
-    )  # fmt: skip
+    policy = SequenceParallelPolicy(path, config.attention, dtype=config.dtype, threads=config.threads, video=video)
     return policy, chat, token_count(tokenizer)
 
 

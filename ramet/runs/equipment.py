@@ -15,10 +15,11 @@ from ramet.agents.equipment import Equipment
 from ramet.agents.growth import Role
 from ramet.agents.program import Program
 from ramet.agents.tools import Tool, Tools, budget, read, tool
+from ramet.attention.settings import AttentionConfig
 from ramet.errors import ConfigError, RametError, require
 from ramet.imports import load_object
 from ramet.policy.models.catalogue import find
-from ramet.runs.settings import NAMING, AttentionConfig, RoleConfig, RunConfig
+from ramet.runs.settings import NAMING, RoleConfig, RunConfig
 from ramet.tools.calculator import calculator
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.text import Text
 
@@ -35,9 +36,6 @@ from ramet.storage import meta, write_json
 from ramet.terminal import show
 from ramet.tools.search import search_tool
 
-if TYPE_CHECKING:
-    from ramet.policy.engines.sequence_parallel import Sharing
-
 logger = logging.getLogger(__name__)
 
 TOKENS = 256
@@ -53,14 +51,12 @@ class RunPlan:
     documents  paths, folders and globs of text files
     journal    keeps what is sampled and what tools return, from where it is taken where it is known
     out        a file of records
-    sharing    several workers read what is long
     """
 
     question: str
     documents: Sequence[str] = ()
     journal: Path | None = None
     out: Path | None = None
-    sharing: Sharing | None = None
 
 
 def question_settings(source: str | None, overrides: Sequence[str], budget: str | None, given: Mapping[str, Any]) -> RunConfig:
@@ -99,7 +95,7 @@ def _limits(text: str | None) -> dict[str, str]:
 def run_question(config: RunConfig, plan: RunPlan) -> None:
     """Grow the tree of one question, draw it meanwhile, and print it.
 
-    Under torchrun with `sharing`, the ranks but the first serve, and print nothing. Raises `PolicyError` for a tree that has failed.
+    Under torchrun, all ranks but the first serve, and print nothing. Raises `PolicyError` for a tree that has failed.
     """
     if not plan.question.strip():
         raise TaskError("the question is empty")
@@ -107,13 +103,13 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
     config, searched = _with_search(config, documents)
     model = model_of(config)
     equipment = equipment_of(config, open_engine)
-    engine, chat = _engine(config, model, plan.sharing)
+    engine, chat = _engine(config, model)
     if engine is None:
         return
     task = _task(plan.question, chat, documents, config, equipment)
     reads = bool(documents) and not isinstance(chat, ControlTokenFormat) and all(tool.name != read.name for tool in equipment.tools)
     equipment = replace(equipment, tools=[*equipment.tools, *([read] if reads else []), *searched])
-    run = fingerprint("run", plan.question, documents, config.identity(), engine_id(config, model), repr(plan.sharing))
+    run = fingerprint("run", plan.question, documents, config.identity(), engine_id(config, model))
     tree = _grown(config, equipment, engine, chat, task, plan.journal, run)
     if tree.error:
         raise PolicyError(tree.error)
@@ -139,14 +135,15 @@ def model_of(config: RunConfig) -> str | Path:
     return resolve(config.model)
 
 
-def _engine(config: RunConfig, model: str | Path, sharing: Sharing | None) -> tuple[Any, ChatFormat]:
-    if sharing is None:
+def _engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat]:
+    """The policy and its chat format. Under torchrun the ranks share long contexts, and all but the first serve until it is done: None."""
+    if config.attention.method == "dense" or "TORCHELASTIC_RUN_ID" not in os.environ:
         engine, chat, _ = open_engine(config, model)
         return engine, chat
-    if config.url:
-        raise ConfigError("--attention is for a model that is loaded here, and --url for one that a server has loaded: leave one out")
+    from ramet.policy.engines.sequence_parallel import open_ranks
+
     weights, _, chat = open_model(config, Path(model))
-    return sharing.policy(Path(model), weights), chat
+    return open_ranks(Path(model), weights, config.attention), chat
 
 
 def _with_search(config: RunConfig, documents: Mapping[str, str]) -> tuple[RunConfig, list[Any]]:

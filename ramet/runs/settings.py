@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ramet.agents.budget import Budget
 from ramet.agents.transcripts import LIMIT
+from ramet.attention.settings import AttentionConfig
 from ramet.env.registry import AnyEnv
 from ramet.errors import ConfigError
 from ramet.imports import provenance
@@ -55,21 +56,6 @@ class EvalConfig(Section):
     """Times that every task is sampled, each time with seeds of its own."""
     seed: int = 1_000_003
     """Added to `seed` to draw the tasks that are measured."""
-
-
-class AttentionConfig(Section):
-    """How long contexts are read when a policy is measured: sequence-parallel on several worker processes of this machine."""
-
-    method: Literal["dense", "spava", "apb", "star"] = "dense"
-    """dense: by one process, exactly; others by the workers together."""
-    hosts: Annotated[int, Field(ge=1)] = 2
-    """Worker processes."""
-    threshold: Annotated[int, Field(ge=0)] = 4096
-    """Prompts of more tokens are read with the method, others exactly."""
-    anchor: Annotated[int, Field(ge=0)] | None = None
-    """Rows that every block sees; by default a share of the context."""
-    passing: Annotated[int, Field(ge=0)] | None = None
-    """Rows that a block passes on; by default a share of the context."""
 
 
 class ServerConfig(Section):

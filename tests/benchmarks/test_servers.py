@@ -122,7 +122,7 @@ def test_a_completions_server_takes_the_nano_model_s_tokens():
         (["--backend", "chat"], "url and a backend that is a server"),
         (["--backend", "vllm", "--url", "http://h/v1"], "url and a backend that is a server"),
         (["--backend", "completions", "--url", "http://h/v1"], "give the directory of its model"),
-        (["--url", "http://h/v1", "--attention", "spava"], "leave one out"),
+        (["--url", "http://h/v1", "--attention", "spava"], "goes with the backend transformers"),
         (["--url", "http://h/v1", "--budget", "0"], "give --budget at least 1"),
     ],
 )

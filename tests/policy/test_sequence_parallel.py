@@ -24,6 +24,7 @@ from ramet.agents.sampling import Partial, Sample, SampleRequest, Sampling
 from ramet.agents.tree import Message, Segment, Status
 from ramet.attention.comm import RankGroup, SingleRank, simulated
 from ramet.attention.methods import Method
+from ramet.attention.settings import AttentionConfig
 from ramet.env.arithmetic import RowsEnvironment
 from ramet.errors import CheckpointError, PolicyError, TransientPolicyError
 from ramet.media.clips import make_questions
@@ -42,8 +43,8 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-def policy(**options: Any) -> SequenceParallelPolicy:
-    return SequenceParallelPolicy(BASE, 2, **{"threshold": 10_000, "threads": 1, **options})
+def policy(**attention: Any) -> SequenceParallelPolicy:
+    return SequenceParallelPolicy(BASE, AttentionConfig(**{"method": "spava", "threshold": 10_000, **attention}), threads=1)
 
 
 def request(prompt: tuple[int, ...], tokens: int = 12, seed: int = 0, temperature: float = 0.0) -> SampleRequest:
@@ -84,12 +85,11 @@ async def test_short_prompts_are_sampled_exactly_as_on_one_host() -> None:
 
 
 async def test_long_prompts_are_read_approximately_and_siblings_share_the_reading() -> None:
-    spava = Method("spava", anchor=8, passing=1000)
     requests = [request(p) for p in prompts(3, shared=90)]
     model, _, _ = load_model(BASE)
     async with HFPolicy(model) as alone:
         expected = await many(alone, requests)
-    async with policy(threshold=50, method=spava) as pool:
+    async with policy(threshold=50, anchor=8, passing=1000) as pool:
         got = await many(pool, requests)
         assert [s.ids for s in got] == [s.ids for s in expected], "with everything passed on it is exact"
         assert [s.cached for s in got] == [0, 90, 90]
@@ -121,10 +121,10 @@ class InProcess:
     def close(self) -> None: ...
 
 
-def in_process(hosts: int, **options: Any) -> SequenceParallelPolicy:
-    method = Method("spava", anchor=8, passing=1000)
-    policy = SequenceParallelPolicy(BASE, hosts, method, **{"threshold": 50, "question": 8, **options})
-    policy._start = lambda: InProcess(hosts, method)
+def in_process(hosts: int, threshold: int = 50, **options: Any) -> SequenceParallelPolicy:
+    attention = AttentionConfig(method="spava", hosts=hosts, threshold=threshold, anchor=8, passing=1000)
+    policy = SequenceParallelPolicy(BASE, attention, **{"question": 8, **options})
+    policy._start = lambda: InProcess(hosts, attention.build())
     return policy
 
 
@@ -230,7 +230,7 @@ async def test_a_tree_survives_a_killed_worker() -> None:
     [task] = env.tasks("iid", 1, 0)
     budget = Budget(generated=256, depth=1, width=16, turns=8, answer_reserve=8)
 
-    async with policy(threshold=40, method=Method("spava", anchor=8, passing=1000)) as pool:
+    async with policy(threshold=40, anchor=8, passing=1000) as pool:
         undisturbed = await Runtime(pool, chat).run(task, budget)
         assert isinstance(pool.workers, Pool)
         os.kill(pool.workers.processes[0].pid, signal.SIGKILL)
@@ -257,7 +257,7 @@ async def test_cancelled_requests_stop_and_bad_ones_are_named() -> None:
     with pytest.raises(PolicyError, match="not serving"):
         await pool.sample(request(prompts(1)[0]), Partial())
     with pytest.raises(PolicyError, match="give spava, apb or star"):
-        policy(method=Method("ring"))
+        policy(method="dense")
 
 
 async def test_broken_weights_are_reported_not_sampled(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ async def test_broken_weights_are_reported_not_sampled(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.nan)
     save_model(model, str(tmp_path / "model.safetensors"), {"format": "pt"})
-    async with SequenceParallelPolicy(tmp_path, 2, threads=1) as pool:
+    async with SequenceParallelPolicy(tmp_path, AttentionConfig(method="spava"), threads=1) as pool:
         with pytest.raises(PolicyError, match="not finite"):
             await pool.sample(request(prompts(1)[0]), Partial())
 
@@ -288,7 +288,7 @@ async def test_a_model_that_workers_refuse_is_named_and_not_tried_again(tmp_path
     for file in BASE.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match="GPTNeoForCausalLM does not support") as raised:
-        async with SequenceParallelPolicy(tmp_path, 2, threads=1):
+        async with SequenceParallelPolicy(tmp_path, AttentionConfig(method="spava"), threads=1):
             pass
     assert not isinstance(raised.value, TransientPolicyError)
 
@@ -322,8 +322,8 @@ async def test_workers_that_see_say_what_one_process_says(tmp_path: Path, thresh
             return [await policy.sample(request, Partial()) for request in asked]
 
     alone = await said(VisionPolicy(model, reader))
-    method = Method("spava", anchor=2, passing=2**40)
-    shared = await said(SequenceParallelPolicy(tmp_path / "model", 2, method, threshold=threshold, question=4, threads=1, video=video))
+    attention = AttentionConfig(method="spava", threshold=threshold, anchor=2, passing=2**40)
+    shared = await said(SequenceParallelPolicy(tmp_path / "model", attention, question=4, threads=1, video=video))
     assert [s.ids for s in shared] == [s.ids for s in alone]
     assert len({s.ids for s in alone}) > 1
     assert [s.cached > 16 for s in shared] == [False, False, False, True]

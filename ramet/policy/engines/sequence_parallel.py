@@ -1,6 +1,6 @@
 """Long contexts on several workers: Spava (arXiv:2601.21444) prefills them in parallel, and all workers decode over their shards.
 
-    async with SequenceParallelPolicy(model_dir, hosts=2, threshold=4096) as policy:
+    async with SequenceParallelPolicy(model_dir, AttentionConfig(method="spava", hosts=2, threshold=4096)) as policy:
         sample = await policy.sample(request, Partial())
 
 Every worker has the whole model and a shard of each context. Prompts of more than `threshold` tokens are prefilled with the
@@ -43,6 +43,7 @@ from ramet.agents.tree import Segment
 from ramet.attention import cache, hf
 from ramet.attention.comm import DistributedGroup, RankGroup
 from ramet.attention.methods import Method
+from ramet.attention.settings import AttentionConfig
 from ramet.attention.vision import prefill_video
 from ramet.errors import PolicyError, RametError, TransientPolicyError, first_line
 from ramet.policy.engines.kv import common_prefix
@@ -118,8 +119,7 @@ class WorkerConfig:
     """What a worker process needs to start."""
 
     path: Path
-    hosts: int
-    method: Method
+    attention: AttentionConfig
     dtype: torch.dtype
     threads: int
     video: VideoSettings | None = None
@@ -131,13 +131,14 @@ def _worker(rank: int, config: WorkerConfig, store: str, pipe: Connection) -> No
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(config.threads)
+    hosts = config.attention.hosts
     try:
-        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=config.hosts, timeout=timedelta(seconds=START_SECONDS))
-        mesh = init_device_mesh("cpu", (config.hosts,), mesh_dim_names=("sequence",))
+        dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=hosts, timeout=timedelta(seconds=START_SECONDS))
+        mesh = init_device_mesh("cpu", (hosts,), mesh_dim_names=("sequence",))
         try:
             model, tokenizer, _ = load_model(config.path, dtype=config.dtype)
             reader = None if config.video is None else VideoReader(model.config, tokenizer, config.video)
-            replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), config.method, reader)
+            replica = Replica(model, DistributedGroup(mesh.get_group("sequence")), config.attention.build(), reader)
         except Exception as error:  # reported to the policy, which ends the pool
             pipe.send(_ours(error))
             pipe.recv()
@@ -174,7 +175,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory(prefix="ramet-pool-")
         self._pipes: list[Connection] = []
         self.processes: list[Any] = []
-        for rank in range(config.hosts):
+        for rank in range(config.attention.hosts):
             ours, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(rank, config, f"{self._folder.name}/store", theirs), daemon=True)
             process.start()
@@ -289,7 +290,7 @@ class _Held:
 class SequenceParallelPolicy(Serving):
     """Samples from one causal language model on several workers. Enter it to serve; see the docstring of the module.
 
-    threshold  prompts of more tokens are prefilled with `method`, others exactly
+    attention  the method, on how many workers, and for which prompts
     question   tokens at the end of an unshared prompt that select what is passed on
     keep       sequences that are stored for later turns, at most
     video      how a vision-language model samples videos; None: requests have text alone
@@ -298,10 +299,8 @@ class SequenceParallelPolicy(Serving):
     def __init__(
         self,
         path: Path,
-        hosts: int = 2,
-        method: Method | None = None,
+        attention: AttentionConfig,
         *,
-        threshold: int = 4096,
         question: int = 64,
         keep: int = 64,
         max_batch: int = 16,
@@ -309,27 +308,27 @@ class SequenceParallelPolicy(Serving):
         threads: int | None = None,
         video: VideoSettings | None = None,
     ) -> None:
-        if method is not None and method.exact:
-            raise PolicyError(f"{method.name} has no context to share between siblings; give spava, apb or star")
-        threads = threads or max(1, (os.cpu_count() or 1) // hosts)
-        worker = WorkerConfig(path, hosts, method or Method("spava"), getattr(torch, dtype), threads, video)
+        if attention.method == "dense":
+            raise PolicyError("dense has no context to share between siblings; give spava, apb or star")
+        threads = threads or max(1, (os.cpu_count() or 1) // attention.hosts)
+        worker = WorkerConfig(path, attention, getattr(torch, dtype), threads, video)
         self._start: Callable[[], Workers] = partial(Pool, worker)
         config = _config(path)
         super().__init__(int(config.get_text_config().max_position_embeddings))
         self.vision = video is not None
         self._placeholder: int = getattr(config, "video_token_id", -1)
         self.restarts = 0
-        self._hosts = hosts
-        self._threshold, self._question, self._keep, self._max_batch = threshold, question, keep, max_batch
+        self._hosts, self._threshold = attention.hosts, attention.threshold
+        self._question, self._keep, self._max_batch = question, keep, max_batch
         self._workers: Workers | None = None
         self._next = 0
         self._held: OrderedDict[int, _Held] = OrderedDict()
         self._drops: list[int] = []
 
     @classmethod
-    def torchrun(cls, path: Path, replica: Replica, **options: Any) -> SequenceParallelPolicy:
+    def torchrun(cls, path: Path, replica: Replica, attention: AttentionConfig, **options: Any) -> SequenceParallelPolicy:
         """The policy on rank 0 of a torchrun job whose other ranks run `follow`. If a rank fails, the job has failed."""
-        policy = cls(path, replica.group.size, replica.method, **options)
+        policy = cls(path, attention.model_copy(update={"hosts": replica.group.size}), **options)
         policy._start = Ranks(replica).started
         return policy
 
@@ -454,24 +453,14 @@ class SequenceParallelPolicy(Serving):
         return length <= self._threshold or length - context <= max(self._question, length // (2 * self._hosts))
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """How a command shares long contexts: with which method, on how many hosts, beyond how many tokens."""
-
-    method: Method
-    hosts: int
-    threshold: int
-
-    def policy(self, path: Path, model: Any) -> SequenceParallelPolicy | None:
-        """A pool of this machine. Under torchrun the job's ranks, and None on all but the first once the first has closed."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return SequenceParallelPolicy(path, self.hosts, self.method, threshold=self.threshold)
-        dist.init_process_group("gloo")
-        replica = Replica(model, DistributedGroup(), self.method)
-        if replica.group.rank:
-            follow(replica)
-            return None
-        return SequenceParallelPolicy.torchrun(path, replica, threshold=self.threshold)
+def open_ranks(path: Path, model: Any, attention: AttentionConfig) -> SequenceParallelPolicy | None:
+    """The policy of a torchrun job, with as many hosts as it has ranks. On all ranks but the first, None once the first has closed."""
+    dist.init_process_group("gloo")
+    replica = Replica(model, DistributedGroup(), attention.build())
+    if replica.group.rank:
+        follow(replica)
+        return None
+    return SequenceParallelPolicy.torchrun(path, replica, attention)
 
 
 def _config(path: Path) -> Any:
