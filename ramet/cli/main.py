@@ -173,7 +173,7 @@ def run(
     """
     from ramet.runs.question import RunPlan, question_settings, run_question
 
-    given = {
+    given: dict[str, Any] = {
         "model": policy, "url": url, "backend": backend or ("chat" if url else None), "program": program, "budget.depth": depth,
         "eval.temperature": temperature, "seed": seed,
     }  # fmt: skip
