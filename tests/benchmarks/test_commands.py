@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ramet.agents.journal import Journal
 from ramet.agents.resume import JournaledPolicy
+from ramet.agents.transcripts import TREES, read_transcripts
 from ramet.errors import ConfigError, StorageError
 from ramet.policy.models.catalogue import BASE
 from ramet.runs.cluster import _claim
@@ -88,7 +89,9 @@ def test_a_job_killed_at_its_second_model_goes_on_where_it_was(tmp_path, monkeyp
             run_measuring(config, other, [tree_entry("trained", config, True)], ("iid", "ood"), journal, "measuring")
     (spent, cut), (calm, uncut) = run("cut"), whole
     assert cut == uncut and all(more >= less for ms in zip(spent, calm, strict=True) for more, less in zip(*ms, strict=True))
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["journal.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["journal.jsonl", TREES]
+    trees = [sorted((str(k.place), k.tree.answer or "") for k in read_transcripts(tmp_path / name / TREES)) for name in ("cut", "whole")]
+    assert trees[0] == trees[1] and len(trees[0]) == len(cut), "every tree once"
 
 
 def test_a_measurement_that_can_sample_nothing_is_an_error_and_a_partial_one_says_how_much(tmp_path, caplog):
