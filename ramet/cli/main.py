@@ -76,6 +76,10 @@ def _print_version(requested: bool) -> None:
 _ENV = "an environment of `ramet env list`, or package.module:name."
 _Set = Annotated[list[str] | None, typer.Option("--set", help="Override a setting, such as train.updates=50. May be repeated.")]
 _Out = Annotated[Path, typer.Option("--runs", help="Folder that holds run folders.")]
+_Accept = Annotated[
+    bool,
+    typer.Option("--accept-changed-code", help="Go on although the code of the environment, a reward, tool or program has changed."),
+]
 
 
 @app.callback()
@@ -219,6 +223,7 @@ def train(
     trainer: Annotated[str, typer.Option(help="local, or openrlhf: Ray, vLLM and DeepSpeed, on many GPUs.")] = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With openrlhf: print its command and start nothing.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="With openrlhf: print what goes where and whether it fits; start nothing.")] = False,
+    accept: _Accept = False,
     json: Json = None,
 ) -> None:
     """Train a policy by reinforcement learning. Run again to resume.
@@ -237,7 +242,7 @@ def train(
         from ramet.runs.commands import train_command
 
         with draining(logger.warning):
-            train_command(resolved, folder, spawn, json)
+            train_command(resolved, folder, spawn, json, accept)
         return
     from ramet.runs import cluster
 
@@ -247,7 +252,7 @@ def train(
         cluster.print_flags(resolved, folder, spawn)
     if not plan and not dry_run:
         with draining(logger.warning):
-            cluster.train_on_cluster(resolved, folder, spawn, json)
+            cluster.train_on_cluster(resolved, folder, spawn, json, accept)
 
 
 @app.command("eval")
@@ -263,6 +268,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="File (.jsonl, .json, .parquet) or hub id of the questions.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Number of tasks to measure on.")] = None,
     budgets: Annotated[str | None, typer.Option(help="Limits on generated tokens.")] = None,
+    accept: _Accept = False,
     json: Json = None,
 ) -> None:
     """Measure a policy on held-out tasks at several budgets. Run again to resume.
@@ -274,7 +280,7 @@ def evaluate(
     with draining(logger.warning):
         overrides = _question_overrides(env, data, limit, budgets) + (set_ or [])
         resolved = _run_config(config or ("nano-sweep" if env in (None, "rows") else "questions"), overrides, seed)
-        eval_command(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json)
+        eval_command(policy, resolved, runs / (name or f"eval-{_last(policy)}"), spawn, json, accept)
 
 
 @app.command()
@@ -333,6 +339,7 @@ def frontier(
     seed: Seed = None,
     name: Annotated[str | None, _name_option("frontier-, model and environment")] = None,
     runs: _Out = Path("runs"),
+    accept: _Accept = False,
     json: Json = None,
 ) -> None:
     """Measure accuracy against cost of every method, with one model on one data set. Run again to resume.
@@ -348,7 +355,8 @@ def frontier(
     folder = runs / (name or f"frontier-{_last(policy)}-{resolved.env.kind.replace(':', '-')}")
     with draining(logger.warning):
         plan = FrontierPlan(
-            chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model, price_table(price or []), tune
+            chosen, numbers("depths", depths), numbers("widths", widths), trained, solo, reward_model, price_table(price or []), tune,
+            accept,
         )
         frontier_command(policy, resolved, plan, folder, json)
 

@@ -174,7 +174,8 @@ def learning_problem(config: RunConfig, count: Callable[[str], int], spawn: bool
         value = grade(task, tree)
         return priced_later(value, task, tree) if inspect.isawaitable(value) else priced(value, task, tree)
 
-    return LearningProblem(sample_tasks, reward_of, rewarding=rewarding(config))
+    # The code of other packages is compared by `claim_folder`.
+    return LearningProblem(sample_tasks, reward_of, rewarding=rewarding(config), compared=not config.code())
 
 
 def rewarding(config: RunConfig) -> RewardConfig:

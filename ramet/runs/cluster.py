@@ -88,7 +88,7 @@ def print_plan(config: RunConfig, directory: Path, spawn: bool, out: Path | None
     check_fits(placement)
 
 
-def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path | None, accept_code: bool = False) -> None:
     """Train in `directory`, resuming what is there. A run that loses a part begins again from its last checkpoint."""
     if not config.openrlhf.address:
         supported.check()
@@ -100,7 +100,7 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
         check_fits(place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context))
     # What is wrong with the tasks is reported now, and not by an actor in a minute.
     config.env.without_reward_model().build().tasks("train", 1, config.seed)
-    _claim(directory, config)
+    _claim(directory, config, accept_code)
     (directory / STOP).unlink(missing_ok=True)
     final = checkpoint_path(directory / "checkpoints", config.train.updates)
     if not final.exists():
@@ -145,14 +145,14 @@ def _whole(model: str) -> str:
     return str(Path(model).resolve()) if model not in ("", "nano") and Path(model).exists() else model
 
 
-def _claim(directory: Path, config: RunConfig) -> None:
+def _claim(directory: Path, config: RunConfig, accept_code: bool = False) -> None:
     """As `claim_folder`; a run may go on at another address, and with another number of restarts."""
     path = directory / "config.toml"
     if path.exists():
         before = held(path)
         if before.model_copy(update={"openrlhf": _placed(before, config)}).identity() == config.identity():
             write(config, path)
-    claim_folder(directory, config)
+    claim_folder(directory, config, accept_code)
 
 
 def _placed(before: RunConfig, config: RunConfig) -> ClusterConfig:

@@ -42,7 +42,7 @@ from ramet.policy.training.update import nothing_sampled_message
 from ramet.runs.build import engine_id, make_trainer, open_engine, open_model, rewarding, score_name
 from ramet.runs.equipment import equipment_of, named_equipment
 from ramet.runs.settings import RunConfig, dumps, held, load, write
-from ramet.storage import LOCK, lock, meta, read_text, write_json
+from ramet.storage import LOCK, lock, meta, read_text, write_json, write_text
 from ramet.terminal import Table, show
 
 logger = logging.getLogger(__name__)
@@ -51,22 +51,50 @@ if TYPE_CHECKING:
     from ramet.policy.training.trainer import Trainer
 
 
-def claim_folder(directory: Path, config: BaseModel) -> None:
+CODE = "code.json"
+"""In a run folder: which code, not ramet's own, the run depends on (`RunConfig.code`)."""
+
+
+def claim_folder(directory: Path, config: BaseModel, accept_code: bool = False) -> None:
     """Claim the run folder for this configuration and this process. Raises `ConfigError` if it holds another or is in use.
 
-    A run may go on where its server is now, with other limits on requests and waiting (`RunConfig.identity`).
+    A run may go on where its server is now, with other limits on requests and waiting (`RunConfig.identity`). With other code of
+    environments, rewards, tools or programs than it was begun with, it goes on only with `accept_code`, and says so.
     """
     lock(directory)
     path = directory / "config.toml"
     if path.exists():
         before, new = read_text(path), dumps(config)
-        others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK)]
+        others = [child for child in directory.iterdir() if child.name not in (path.name, LOCK, CODE)]
         if before != new and (not others or _same(path, config)):
             write(config, path)  # also if it was claimed by a run that did not get as far as writing anything
         elif before != new:
             raise ConfigError(f"{directory} holds a run with another configuration or seed; choose another --name or remove it")
+        _compare_code(directory, config, accept_code or not others)
     else:
         write(config, path)
+    if isinstance(config, RunConfig) and (code := config.code()):
+        write_text(directory / CODE, json.dumps(code, indent=2) + "\n")
+
+
+def _compare_code(directory: Path, config: BaseModel, accept: bool) -> None:
+    """Raises `ConfigError` if the run in a folder was begun with other code, unless that is accepted, which is logged."""
+    path = directory / CODE
+    if not isinstance(config, RunConfig) or not path.exists():
+        return
+    before = {each["path"]: each for each in json.loads(read_text(path))}
+    changed = [each for each in config.code() if before.get(each["path"], each) != each]
+    if not changed:
+        return
+    names = ", ".join(each["path"] for each in changed)
+    old, new = before[changed[0]["path"]]["distribution"], changed[0]["distribution"]
+    versions = f" ({old or 'no distribution'} then, {new or 'no distribution'} now)" if old != new else ""
+    if not accept:
+        raise ConfigError(
+            f"{directory} holds a run that was begun with other code of {names}{versions}; add --accept-changed-code to go on with the "
+            "code as it is now, or choose another --name"
+        )
+    logger.warning(f"{directory}: the code of {names} has changed since the run was begun{versions}; going on with it as it is now")
 
 
 def _same(path: Path, config: BaseModel) -> bool:
@@ -241,13 +269,13 @@ def print_points(records: Sequence[dict[str, Any]], score: str = "accuracy") -> 
         show(shown)
 
 
-def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | None, accept_code: bool = False) -> None:
     """`ramet train`: train, then measure the final weights; everything resumes."""
     if not config.env.measurable:
         logger.info("env.data names no file or data set: the final weights will not be measured")
     named_equipment(config)
     data = data_records(config, training=True)
-    claim_folder(directory, config)
+    claim_folder(directory, config, accept_code)
     trainer = run_training(config, directory, spawn, "training")
     final = checkpoint_path(trainer.checkpoints, config.train.updates)
     with Journal(directory / "evaluation.jsonl", fingerprint(config.identity(), spawn, weights_id(final))) as journal:
@@ -257,12 +285,14 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
     logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
 
 
-def eval_command(policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None) -> None:
+def eval_command(
+    policy: str, config: RunConfig, directory: Path, spawn: bool, out: Path | None, accept_code: bool = False
+) -> None:
     """`ramet eval`: one policy over the sweep of budgets."""
     config.env.check_measurable()
     named_equipment(config)
     data = data_records(config)
-    claim_folder(directory, config)
+    claim_folder(directory, config, accept_code)
     path: str | Path = policy if config.named_by_server else resolve(policy)
     base = isinstance(path, str) or not (path / TRAINER).exists()
     name = ("base" if spawn else "base_serial") if base else ("trained" if spawn else "solo")

@@ -109,7 +109,7 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
     task = _task(plan.question, chat, documents, config, equipment)
     reads = bool(documents) and not isinstance(chat, ControlTokenFormat) and all(tool.name != read.name for tool in equipment.tools)
     equipment = replace(equipment, tools=[*equipment.tools, *([read] if reads else []), *searched])
-    run = fingerprint("run", plan.question, documents, config.identity(), engine_id(config, model))
+    run = fingerprint("run", plan.question, documents, config.identity(), config.code(), engine_id(config, model))
     tree = _grown(config, equipment, engine, chat, task, plan.journal, run)
     if tree.error:
         raise PolicyError(tree.error)

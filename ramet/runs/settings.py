@@ -215,21 +215,21 @@ class RunConfig(Section):
         """What tells runs apart: all settings but where servers are, how many calls there are at a time, how long they may take, and
         how much is kept.
 
-        Of rewards, tools, programs and roles, where there are any, their code and weights too: a run with a tool that has changed is
-        another.
+        Of roles, where there are any, their weights too; the code that settings name is in `code`.
         """
         free: dict[str, Any] = {
             "url": True, "server": {"concurrency", "timeout", "startup_timeout"}, "reward": {"concurrency", "timeout"},
             "roles": {name: {"url"} for name in self.roles}, "transcript_mib": True,
         }  # fmt: skip
         settings = self.model_dump(mode="json", exclude=free)
-        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program]
-        named += [self.reward.function, *self.env.code]
-        if code := [provenance(path) for path in named if ":" in path]:
-            settings["code"] = code
         if weights := {name: weights_id(find(r.model)) for name, r in self.roles.items() if r.model and r.backend not in NAMING}:
             settings["weights"] = weights
         return {name: value for name, value in settings.items() if name not in _LATER or value != _LATER[name]}
+
+    def code(self) -> list[dict[str, str]]:
+        """What tells the code of environments, rewards, tools and programs, where it is not ramet's, from later versions of it."""
+        named = [*self.tools, *(path for role in self.roles.values() for path in role.tools or ()), self.program]
+        return [provenance(path) for path in dict.fromkeys([*named, self.reward.function, *self.env.code]) if ":" in path]
 
     @property
     def transcript_bytes(self) -> int:

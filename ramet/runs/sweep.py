@@ -123,6 +123,7 @@ class FrontierPlan:
     reward_model   chooses among the samples of `best_of_n`; None: their likelihood does
     prices         see `price_table`
     tune           tasks on which the settings of methods are chosen first; 0: as in `SETTINGS`
+    accept_code    as in `claim_folder`
     """
 
     methods: Sequence[str]
@@ -133,6 +134,7 @@ class FrontierPlan:
     reward_model: Path | None = None
     prices: Mapping[str, float] = field(default_factory=dict)
     tune: int = 0
+    accept_code: bool = False
 
 
 def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directory: Path, out: Path | None) -> None:
@@ -146,7 +148,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     entries(plan.methods, config, env, plan.depths, plan.widths, score)  # says what cannot be, before anything is made
     named_equipment(config)
     data = data_records(config)
-    claim_folder(directory, config)
+    claim_folder(directory, config, plan.accept_code)
     measured: list[Measured] = []
     choices: list[dict[str, Any]] = []
     models: dict[str, str] = {}

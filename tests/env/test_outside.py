@@ -116,7 +116,7 @@ def test_a_path_names_an_environment_or_what_makes_one_of_options(
         config = run_config(kind=kind, options=options)
         env = config.env.build()
         assert env.name == called and env.splits == ("iid",) and env.canonical(" A b") == "a b"
-        assert config.env.code == (f"outside_dice:{name}",) and config.identity()["code"] == [provenance(f"outside_dice:{name}")]
+        assert config.env.code == (f"outside_dice:{name}",) and config.code() == [provenance(f"outside_dice:{name}")]
         if name != "Rewarded":
             [task] = env.tasks("train", 1, 3)
             assert env.tasks("train", 1, 3) == [task] and env.grade(task, task.reference) == 1.0 and env.grade(task, None) == 0.0

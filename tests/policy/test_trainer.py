@@ -313,6 +313,19 @@ def test_a_reward_that_is_no_number_stops_the_run(random_model, nano_tokenizer, 
         anyio.run(trainer(random_model, nano_tokenizer, tmp_path, judge_=bad).update_in_service, 0)
 
 
+def test_a_reward_that_failed_leaves_all_samples_of_the_update_to_the_mended_one(random_model, nano_tokenizer, tmp_path):
+    def made(reward: RewardFunction) -> Trainer:
+        learner = Learner(HFPolicy(copy.deepcopy(random_model)), nano_tokenizer, ControlTokenFormat(nano_tokenizer))
+        return Trainer(learner, LearningProblem(draw, reward, compared=False), CONFIG, tmp_path)
+
+    with pytest.raises(RewardError, match="raised ZeroDivisionError"):
+        anyio.run(made(lambda task, tree: 1 / 0).update_in_service, 0)
+    [samples] = (tmp_path / "rollouts").glob("*.jsonl")
+    before = samples.read_bytes()
+    metrics = anyio.run(made(judge).update_in_service, 0)
+    assert samples.read_bytes() == before and metrics["reward"] != 0
+
+
 def test_a_failure_is_worth_what_is_said_whatever_it_cost():
     tree = Tree("t", Branch("0", (), (), Status.ANSWERED, "1"), Usage())
     assert scored(tree, 1.0, {"generated": 0.2}, failure=-0.5) == 0.8

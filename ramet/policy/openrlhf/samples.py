@@ -55,7 +55,9 @@ class TreeSamples(SamplesGenerator):
         begun = _Update(tasks, Journal(path, fingerprint(self.spec.fingerprint, update)))
         self._begun[update] = begun
         for record in begun.journal.records:
-            self._keep(begun, (record["group"], record["number"]), Tree.of(json.loads(record["tree"])))
+            tree = Tree.of(json.loads(record["tree"]))
+            if tree.task_id == tasks[record["group"]][0].id:  # else the code that draws tasks has changed since
+                self._keep(begun, (record["group"], record["number"]), tree)
         begun.journal.records.clear()
         loads = [(load, engine) for engine, load in enumerate(self._loads)]
         heapq.heapify(loads)

@@ -125,5 +125,5 @@ class RunSpec:
 
     def identified(self, problem: LearningProblem) -> RunSpec:
         """A copy whose fingerprint also covers the problem that was built: the code of its task sampler and reward function."""
-        parts = (problem.fingerprint, identity(problem.sample_tasks), identity(problem.reward_function))
-        return replace(self, fingerprint=fingerprint(self.fingerprint, *parts))
+        code = (identity(problem.sample_tasks), identity(problem.reward_function)) if problem.compared else ()
+        return replace(self, fingerprint=fingerprint(self.fingerprint, problem.fingerprint, *code))

@@ -86,21 +86,20 @@ class Trainer:
 
     A bfloat16 model samples and computes gradients in bfloat16; its optimiser steps and its checkpoints are float32, and so is the
     model itself after the last update. A checkpoint is resumed only by a trainer with the same seed, configuration and problem:
-    the code of the task sampler, the reward function, the tools and the program is compared (`identity`), and so is the problem's
-    fingerprint.
+    the code of the task sampler, the reward function, the tools and the program is compared (`identity`) unless the problem says that it is
+    compared already, and so is the problem's fingerprint.
     """
 
     def __init__(
         self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0, transcripts: int = LIMIT
     ):
         self.sample_tasks, self.reward_function, self._rewarding = problem.sample_tasks, problem.reward_function, problem.rewarding
-        self._identity = {
-            "seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint, "tasks": identity(self.sample_tasks),
-            "reward function": identity(self.reward_function),
-        }  # fmt: skip
+        self._identity = {"seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint}
         self._equipment = self._serving = learner.equipment
-        if self._equipment != Equipment():
-            self._identity["tools, roles or program"] = equipment_identity(self._equipment)
+        if problem.compared:
+            self._identity |= {"tasks": identity(self.sample_tasks), "reward function": identity(self.reward_function)}
+            if self._equipment != Equipment():
+                self._identity["tools, roles or program"] = equipment_identity(self._equipment)
         self.policy, self.tokenizer, self.chat = learner.policy, learner.tokenizer, learner.chat
         self.model = self.policy.model.eval()
         self.config, self.seed, self.directory = config, seed, directory

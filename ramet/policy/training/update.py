@@ -118,12 +118,14 @@ class LearningProblem:
 
     fingerprint  differs where the data or settings that the two functions read differ; their own code is compared besides
     rewarding    how the reward function is called; its `function` is not read
+    compared     whether the code of the two functions is compared when a run is resumed; if not, whoever starts the run has done so
     """
 
     sample_tasks: TaskSampler
     reward_function: RewardFunction
     fingerprint: str = ""
     rewarding: RewardConfig = field(default_factory=RewardConfig)
+    compared: bool = True
 
 
 def tree_jobs(tasks: Sequence[tuple[Task, Budget]], update: int, group_size: int, seed: int) -> list[Job]:
