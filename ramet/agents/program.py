@@ -46,6 +46,8 @@ class ProgramBranch:
         self.task = task
         self._setting, self._growth = setting, growth
         self._busy = self._full = False
+        self.fault: Exception | None = None
+        """What was raised by the backend or the runtime, while the program waited."""
         self._fork: Fork | None = None
 
     @property
@@ -271,6 +273,9 @@ class ProgramBranch:
         self._busy = True
         try:
             yield
+        except Exception as error:
+            self.fault = error
+            raise
         finally:
             self._busy = False
 
@@ -362,7 +367,7 @@ def steer(program: Program, setting: Setting, growth: Growth, task: Task) -> Cal
         except RametError:
             raise
         except (Exception, SystemExit, anyio.get_cancelled_exc_class()) as error:
-            if isinstance(error, anyio.get_cancelled_exc_class()) and cancelled_from_outside():
+            if error is branch.fault or (isinstance(error, anyio.get_cancelled_exc_class()) and cancelled_from_outside()):
                 raise
             raise ProgramError(f"the program of task {task.id} raised {type(error).__name__}: {first_line(error)}") from error
         if growth.status is None:

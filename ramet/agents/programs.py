@@ -86,12 +86,17 @@ def until_spent(canonical: Callable[[str], str] = str.strip) -> Program:
             raise ConfigError("attempts until the budget is spent need a limit on generated tokens")
         tried: list[Branch] = []
         with branch.side_by_side():
-            while not tried or (branch.left["generated"] > 0 and tried[-1].generated > 0 and not broken(tried)):
+            while not tried or (_more(branch) and tried[-1].generated > 0 and not broken(tried)):
                 tried += await branch.attempts(keep=0)
         finished = [attempt for attempt in tried if attempt.status is Status.ANSWERED]
         return broken(tried) or vote(finished or tried, canonical) or tried[0]
 
     return program
+
+
+def _more(branch: ProgramBranch) -> bool:
+    left = branch.left
+    return left["generated"] > 0 and left.get("clones", 1) > 0
 
 
 async def _shared(branch: ProgramBranch, count: int) -> list[Branch]:

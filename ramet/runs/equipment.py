@@ -14,6 +14,7 @@ from ramet.agents.chat import ChatFormat
 from ramet.agents.equipment import Equipment
 from ramet.agents.growth import Role
 from ramet.agents.program import Program
+from ramet.agents.programs import PROGRAMS
 from ramet.agents.tools import Tool, Tools, budget, read, tool
 from ramet.attention.settings import AttentionConfig
 from ramet.errors import ConfigError, RametError, require
@@ -99,7 +100,11 @@ def _tool(path: str, key: str) -> Tool:
 
 
 def load_program(path: str, key: str = "program") -> Program:
-    """The program of an import path: an async function that takes the branch."""
+    """The program of this name (`PROGRAMS`) or import path: an async function that takes the branch."""
+    if path in PROGRAMS:
+        return PROGRAMS[path]
+    if ":" not in path:
+        raise ConfigError(f"{key}: {path!r} is neither of the form package.module:function nor one of {', '.join(PROGRAMS)}")
     value: Any = load_object(path, key)
     call = value if inspect.isroutine(value) else getattr(value, "__call__", None)  # noqa: B004
     if isinstance(value, type) or not inspect.iscoroutinefunction(call):

@@ -181,7 +181,8 @@ class RunConfig(Section):
     tools_at: Literal["everywhere", "clones", "root"] = "everywhere"
     """Which branches hold them: all, all but the root, or the root alone."""
     program: str = ""
-    """A program that decides in the model's place what the root does: an async function by import path, "package.module:function"."""
+    """A program that decides in the model's place what the root does: "map-reduce", "best-of-n" or another that comes with ramet, or an
+    async function by import path, "package.module:function"."""
     roles: dict[str, RoleConfig] = Field(default={})
     """Who clones may be, by the name that a call gives: a section [roles.NAME] for each."""
     eval: EvalConfig = EvalConfig()

@@ -393,6 +393,18 @@ async def test_a_program_says_what_it_keeps_and_what_clones_keep():
     assert tree.usage.clones == 2 and "is not available here" in PLAIN.text(tree.root.ids)
 
 
+async def test_what_the_backend_raises_is_not_called_the_programs_error():
+    def broken(context: str) -> str:
+        raise ZeroDivisionError
+
+    async def program(branch: ProgramBranch) -> None:
+        await branch.attempts(2)
+
+    for each in (map_reduce, program):
+        with pytest.raises(ZeroDivisionError):
+            await run(each, policy=ScriptedPolicy(broken))
+
+
 async def test_a_role_has_its_own_policy_words_and_tools_and_its_tokens_are_not_trained():
     seen: list[SampleRequest] = []
 

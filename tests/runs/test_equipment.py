@@ -118,7 +118,7 @@ def test_the_frontier_measures_the_program_beside_the_methods(here: Path, ramet:
         ("roles.adder.trainable=true", "roles.adder: only the run's own model is trained"),
         ("roles.adder.backend=chat", "roles.adder: url and a backend that is a server"),
         ("tools_at=nobody", "tools_at takes one of everywhere, clones, root"),
-        ("program=half", "program: 'half' is not"),
+        ("program=half", "program: 'half' is neither of the form package.module:function nor one of always, best-of-n, map-reduce"),
         ("program=someones.package:not_async", "program: someones.package:not_async is not an async function"),
         ("program=someones.package:Holder", "program: someones.package:Holder is not an async function"),
         ("program=someones.package:of_two", "program: someones.package:of_two cannot be called with the branch alone"),

@@ -69,6 +69,7 @@ def map_reduce(documents: int) -> BudgetedMethod:
         keep = 0 if generated is None else generated // 3
         count = -(-len(keys) // documents)
         count = count if generated is None else max(1, min(count, (generated - keep) // LEAST))
+        count = max(1, min(count, int(branch.left.get("clones", count + 1)) - 1))  # one is for the notes
         parts = [keys[len(keys) * i // count : len(keys) * (i + 1) // count] for i in range(count)]
         objectives = [{"objective": NOTE.format(question=question), "context_keys": part} for part in parts]
         read = await branch.attempts(objectives, keep=keep, answer_reserve=programs.reserve(branch, count, keep))

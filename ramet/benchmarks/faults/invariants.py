@@ -19,7 +19,7 @@ from ramet.agents.budget import CURRENCIES, POOLED, Budget
 from ramet.agents.context import ContextStore
 from ramet.agents.events import BranchEnded, BranchStarted, CallEnded, CallMade, Event, TokensSampled, TreeEnded
 from ramet.agents.growth import Growth, seed_of
-from ramet.agents.protocol import MAX_CALLS, OUT_OF_BUDGET_NOTICE, SPAWN, Objective, SpawnClone, parse_call
+from ramet.agents.protocol import MAX_CALLS, NO_SPAWNING, OUT_OF_BUDGET_NOTICE, SPAWN, Objective, SpawnClone, parse_call
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
 from ramet.agents.tools import Tool, Tools
 from ramet.agents.tree import Branch, Status, StopReason, ToolStatus, Tree, Turn
@@ -286,7 +286,9 @@ def _check_replies(branch: Branch, turn: Turn, made: _Made, reply: str, requests
         block = blocks[call.number]
         cut = "…" in block or "cut ..." in block
         require(cut or call.result.block() in block, f"{branch.id}: {call.name} gave {call.result.block()!r} and the branch read {block!r}")
-    if made.spawns is None:
+    programmed = any(turn.written or turn.free for turn in branch.turns)
+    if made.spawns is None or (programmed and NO_SPAWNING in blocks[made.spawns[0]]):  # a program may let the model go on without clones
+        require(made.spawns is None or not turn.clones, f"{branch.id} has clones and read that it can have none")
         return
     lines = re.findall(r"^(\d+): (.*)$", blocks[made.spawns[0]].rstrip(">"), re.MULTILINE)
     numbers = [int(number) for number, _ in lines]
