@@ -43,7 +43,7 @@ def serve(
     Example: ramet serve --policy nano --port 8000
     """
     from ramet.runs.question import question_settings
-    from ramet.runs.serving.command import TOKEN, Address, serve_trees, token_for
+    from ramet.runs.serving.command import TOKEN, ServeOptions, serve_trees, token_for
 
     given = {
         "model": policy, "url": url, "backend": backend or ("chat" if url else None), "program": program, "budget.depth": depth,
@@ -55,4 +55,4 @@ def serve(
     token = token_for(host, environment)
     bearer = "" if not token else f", bearer token of {TOKEN}" if environment else f", bearer {token}"
     messages.print(f"serving on http://{host}:{port}/v1{bearer}")
-    serve_trees(resolved, Address(host, port, token, name, at_once))
+    serve_trees(resolved, ServeOptions(host, port, token, name, at_once))

@@ -22,7 +22,7 @@ TOKEN = "RAMET_SERVE_TOKEN"
 
 
 @dataclass(frozen=True)
-class Address:
+class ServeOptions:
     """Where and to whom something is served. `name` is the model's for clients; `token` is what they bring, "" for none."""
 
     host: str = "127.0.0.1"
@@ -41,7 +41,7 @@ def token_for(host: str, given: str) -> str:
     return given or ("" if alone else secrets.token_urlsafe(24))
 
 
-def serve_trees(config: RunConfig, address: Address) -> None:
+def serve_trees(config: RunConfig, address: ServeOptions) -> None:
     """Serve until interrupted. Raises `ConfigError` for settings that cannot be served, and an address that cannot be had."""
     require("starlette", "ramet serve")
     require("uvicorn", "ramet serve")

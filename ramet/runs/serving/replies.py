@@ -13,7 +13,7 @@ from ramet.agents.tree import Status, Tree
 _CUT = (Status.OUT_OF_BUDGET, Status.TIMED_OUT)
 
 
-class Reply(Protocol):
+class ServedReply(Protocol):
     """One reply, which is either given `whole` or as a stream: `opening`, `progress` and `text` in any number, `closing`."""
 
     def whole(self, tree: Tree) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from ramet.agents.runtime import Runtime
 from ramet.agents.tree import Status, Task, Tree
 from ramet.errors import ConfigError, HTTPRefusal, PolicyError, RametError, TaskError, first_line
 from ramet.runs.agent import question_task, with_read
-from ramet.runs.serving.replies import ChatReply, Reply, ResponsesReply
+from ramet.runs.serving.replies import ChatReply, ResponsesReply, ServedReply
 from ramet.runs.serving.requests import ChatRequest, Question, ResponsesRequest
 from ramet.web import authorise, check_token, json_body
 
@@ -137,7 +137,7 @@ class DelegationService:
             task, runtime, after = self._task(question, name)
             if self.inside >= self._limit:
                 raise HTTPRefusal(429, "too many requests are waiting; try again later")
-            reply: Reply = ChatReply(name, self.model, question.usage) if kind is ChatRequest else ResponsesReply(name, self.model)
+            reply: ServedReply = ChatReply(name, self.model, question.usage) if kind is ChatRequest else ResponsesReply(name, self.model)
             job = _Job(self, name, question, task, runtime, after, reply)
             if question.stream:
                 return _EventStream(job.stream)
@@ -182,7 +182,14 @@ class _Job:
     """One request while it is answered."""
 
     def __init__(
-        self, service: DelegationService, name: str, question: Question, task: Task, runtime: Runtime, after: Tree | None, reply: Reply
+        self,
+        service: DelegationService,
+        name: str,
+        question: Question,
+        task: Task,
+        runtime: Runtime,
+        after: Tree | None,
+        reply: ServedReply,
     ):
         self._service, self._name, self._question = service, name, question
         self._task, self._runtime, self._after, self._reply = task, runtime, after, reply
