@@ -69,12 +69,13 @@ def question_settings(source: str | None, overrides: Sequence[str], budget: str 
     values = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value is not None]
     if source is None:
         served = given.get("url") or any(override.startswith("url=") for override in overrides)
-        reserve = token_budget(int(limits.get("generated", TOKENS))).answer_reserve if limits.get("generated", "1").isdigit() else 0
+        generated = limits.get("generated", str(TOKENS))
+        reserve = token_budget(int(generated)).answer_reserve if generated.isdigit() else 0
         begin = ["env.kind=rows", "budget.depth=1", f"budget.generated={TOKENS}", f"budget.answer_reserve={reserve}"]
         begin.append(f"model={'' if served else 'nano'}")
     else:
-        read_ = load(RunConfig, source, overrides)
-        begin = [f"budget.generated={max(read_.budgets)}"] if read_.budgets else []
+        several = load(RunConfig, source, [*overrides, "budget.generated=unlimited"]).budgets
+        begin = [f"budget.generated={max(several)}"] if several else []
     return load(RunConfig, source, [*begin, *overrides, *values, *(f"budget.{n}={v}" for n, v in limits.items()), "budgets=[]"])
 
 
@@ -100,9 +101,9 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
     if not plan.question.strip():
         raise TaskError("the question is empty")
     documents = read_documents(plan.documents)
-    config, searched = _with_search(config, documents)
+    named, searched = _with_search(config, documents)
     model = model_of(config)
-    equipment = equipment_of(config, open_engine)
+    equipment = equipment_of(named, open_engine)
     engine, chat = _engine(config, model)
     if engine is None:
         return

@@ -142,3 +142,5 @@ def test_limits_have_names_and_a_preset_s_largest_budget_is_the_default() -> Non
     assert (plain.generated, plain.depth, plain.context) == (256, 1, None)  # the context is the model's
     assert question_settings("nano", [], None, {}).budget.generated == 384
     assert question_settings("nano", [], "50", {}).budget.generated == 50
+    assert question_settings("nano", ["budget.generated=60"], None, {}).budget.generated == 60
+    assert question_settings(None, ["budget.generated=60"], "generated=unlimited", {}).budget.generated is None
