@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from ramet.tools.calculator import calculator as calculator
     from ramet.tools.mcp import mcp_tools as mcp_tools
     from ramet.tools.python import python_tool as python_tool
+    from ramet.tools.search import search as search
     from ramet.tools.search import search_tool as search_tool
 
 

@@ -35,6 +35,10 @@ class ContextStore:
     def __len__(self) -> int:
         return len(self._documents)
 
+    def texts(self) -> dict[str, str]:
+        """The documents that are texts, by key, in order."""
+        return {key: document for key, document in self._documents.items() if isinstance(document, str)}
+
     def resolve(self, keys: Iterable[str]) -> tuple[list[str], list[str]]:
         """The known keys in the order of the store without repeats, and what names none, as it was given.
 

@@ -147,7 +147,7 @@ def run(
     documents: Annotated[list[str] | None, typer.Option(help="Text files for the tree to read: paths, folders or globs.")] = None,
     tool: Annotated[
         list[str] | None,
-        typer.Option(help="A function, package.module:function; or read, budget, calculator, python, search (of documents)."),
+        typer.Option(help="A function, package.module:function; or read, search (of documents), budget, calculator, python."),
     ] = None,
     mcp: Annotated[list[str] | None, typer.Option(help="An MCP server whose tools may be called: a command, or a URL.")] = None,
     program: Annotated[str | None, typer.Option(help="A program that decides in the model's place: package.module:function.")] = None,

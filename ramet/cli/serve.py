@@ -20,7 +20,7 @@ def serve(
     url: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible server that samples.")] = None,
     backend: Annotated[str | None, typer.Option(help="Of --url: chat (default), responses, or completions.")] = None,
     tool: Annotated[
-        list[str] | None, typer.Option(help="A function, package.module:function; or read, budget, calculator, python.")
+        list[str] | None, typer.Option(help="A function, package.module:function; or read, search, budget, calculator, python.")
     ] = None,
     mcp: Annotated[list[str] | None, typer.Option(help="An MCP server whose tools may be called: a command, or a URL.")] = None,
     program: Annotated[str | None, typer.Option(help="A program that decides in the model's place: package.module:function.")] = None,

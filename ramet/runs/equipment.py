@@ -22,6 +22,7 @@ from ramet.imports import load_object
 from ramet.policy.models.catalogue import find
 from ramet.runs.settings import NAMING, RoleConfig, RunConfig
 from ramet.tools.calculator import calculator
+from ramet.tools.search import search
 
 
 def _python() -> Tool:
@@ -31,8 +32,13 @@ def _python() -> Tool:
     return python_tool()
 
 
+def _search() -> Tool:
+    require("bm25s", "the tool search")
+    return search
+
+
 BUILT_IN: dict[str, Callable[[], Tool]] = {
-    "read": lambda: read, "budget": lambda: budget, "calculator": lambda: calculator, "python": _python,
+    "read": lambda: read, "search": _search, "budget": lambda: budget, "calculator": lambda: calculator, "python": _python,
 }  # fmt: skip
 """Tools that have a name of their own in settings."""
 OpenEngine = Callable[[RunConfig, str], tuple[Any, ChatFormat, Any]]

@@ -34,14 +34,12 @@ from ramet.runs.settings import NAMING, RunConfig, load
 from ramet.runs.show import bill, branch_view, grow_live
 from ramet.storage import meta, write_json
 from ramet.terminal import show
-from ramet.tools.search import search_tool
+from ramet.tools.search import search
 
 logger = logging.getLogger(__name__)
 
 TOKENS = 256
 """What a tree may generate where nothing says how much."""
-SEARCH = "search"
-"""The tool that searches the documents of the question."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +99,16 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
     if not plan.question.strip():
         raise TaskError("the question is empty")
     documents = read_documents(plan.documents)
-    named, searched = _with_search(config, documents)
+    if search.name in config.tools and not documents:
+        raise ConfigError("tools: search searches the documents of the question; give --documents")
     model = model_of(config)
-    equipment = equipment_of(named, open_engine)
+    equipment = equipment_of(config, open_engine)
     engine, chat = _engine(config, model)
     if engine is None:
         return
     task = _task(plan.question, chat, documents, config, equipment)
     reads = bool(documents) and not isinstance(chat, ControlTokenFormat) and all(tool.name != read.name for tool in equipment.tools)
-    equipment = replace(equipment, tools=[*equipment.tools, *([read] if reads else []), *searched])
+    equipment = replace(equipment, tools=[*equipment.tools, *([read] if reads else [])])
     run = fingerprint("run", plan.question, documents, config.identity(), config.code(), engine_id(config, model))
     tree = _grown(config, equipment, engine, chat, task, plan.journal, run)
     if tree.error:
@@ -145,16 +144,6 @@ def _engine(config: RunConfig, model: str | Path) -> tuple[Any, ChatFormat]:
 
     weights, _, chat = open_model(config, Path(model))
     return open_ranks(Path(model), weights, config.attention), chat
-
-
-def _with_search(config: RunConfig, documents: Mapping[str, str]) -> tuple[RunConfig, list[Any]]:
-    """The tool `search`, if it is named, which needs documents; and the settings without its name."""
-    if SEARCH not in config.tools:
-        return config, []
-    if not documents:
-        raise ConfigError("tools: search searches the documents of the question; give --documents")
-    others = tuple(name for name in config.tools if name != SEARCH)
-    return config.model_copy(update={"tools": others}), [search_tool(documents)]
 
 
 def _task(question: str, chat: ChatFormat, documents: Mapping[str, str], config: RunConfig, equipment: Equipment) -> Task:

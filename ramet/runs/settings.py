@@ -174,7 +174,7 @@ class RunConfig(Section):
     of the question. Methods are then compared fairly only with others that hold the tool."""
     tools: tuple[str, ...] = ()
     """What branches may call beside `spawn_clone`: functions by import path, such as ["package.module:function"], or what is built in:
-    read (documents of the task), budget (what is left), calculator, python (in a sandbox)."""
+    read and search (documents of the task), budget (what is left), calculator, python (in a sandbox)."""
     mcp: tuple[str, ...] = ()
     """MCP servers whose tools they may call too: commands, which run for as long as the run, or URLs. They are written down: no place
     for a key."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ramet.agents.tree import ToolStatus
+from ramet.agents.context import ContextStore
+from ramet.agents.tools import ToolRequest, call_tool
+from ramet.agents.tree import Segment, ToolStatus
 from ramet.errors import ConfigError
-from ramet.tools.search import MOST_PASSAGES, passages, search_tool
-from tests.tools.calling import call
+from ramet.tools.search import MOST_PASSAGES, passages, search, search_tool
+from tests.tools.calling import VIEW, call
 
 DOCUMENTS = {
     "sea": "Herring swim in the sea.\n\n" + "Waves come and go. " * 60 + "\n\nA lighthouse warns ships.",
@@ -40,6 +44,16 @@ async def test_a_query_that_finds_nothing_says_so_and_one_that_cannot_be_is_told
     assert (await call(search, query="a", k=MOST_PASSAGES))[0] is ToolStatus.DONE
     for wrong in ({"query": "a", "k": 0}, {"query": "a", "k": MOST_PASSAGES + 1}, {"query": 5}, {}):
         assert (await call(search, **wrong))[0] is ToolStatus.INVALID, wrong
+
+
+@pytest.mark.anyio
+async def test_the_documents_of_a_task_are_searched_by_whoever_may_read_them():
+    nothing = "(nothing found)"
+    for documents, said in ((DOCUMENTS, f"land: {DOCUMENTS['land']}"), ({}, nothing), ({"clip": Segment("a.mp4")}, nothing)):
+        view = replace(VIEW, store=ContextStore(documents))
+        for _ in range(2):  # indexed once
+            result, _ = await call_tool(search, ToolRequest("g", "0", 0, 0, "search", '{"query": "foxes", "k": 1}'), view, 60.0)
+            assert (result.status, result.text) == (ToolStatus.DONE, said)
 
 
 def test_what_cannot_be_searched_is_refused_in_one_line():
