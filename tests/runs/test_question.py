@@ -123,7 +123,7 @@ def test_documents_are_files_folders_and_globs_of_text(here: Path) -> None:
         (["--budget", "-5"], "budget.generated takes a whole number from 0 on"),
         (["--tool", "search"], "give --documents"),
         (["--tool", "nowhere_at_all:x"], "tools: there is no module 'nowhere_at_all'"),
-        (["--program", "half"], "program: 'half' is not"),
+        (["--program", "half"], "program: 'half' is neither of the form package.module:function nor one of always"),
         (["--policy", "nowhere"], "there is no model 'nowhere'"),
         (["--documents", "*.nothing"], "'*.nothing' names no file"),
         (["--program", "someones.package:fails"], "ZeroDivisionError"),
