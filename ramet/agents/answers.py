@@ -101,6 +101,8 @@ def last_boxed(text: str) -> str | None:
 
     If several stand in a row (`\boxed{1} and \boxed{2}`), the whole row. None if there is no box.
     """
+    if "\\" not in text:
+        return None
     boxes = _boxes(text)
     last = len(boxes) - 1
     while last > 0 and _BETWEEN.fullmatch(text, boxes[last - 1].end, boxes[last].start):

@@ -28,6 +28,8 @@ _OPENINGS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _CLOSINGS = re.compile("|".join(f"(?P<c{i}>{closing})" for i, (_, closing) in enumerate(MARKS)), re.IGNORECASE)
+_HINTS = ("<", "[", "◁")
+"""One of them is in every mark, but for Granite's, which begin with "here"."""
 _MESSAGE = re.compile(r"<\|channel\|>(?P<channel>[^<]{0,200})(?:<\|constrain\|>[^<]{0,80})?<\|message\|>")
 _MESSAGE_ENDS = re.compile(r"<\|(?:end|return|call|start)\|>|<\|channel\|>")
 _FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})", re.MULTILINE)
@@ -36,6 +38,8 @@ _QUOTED = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})|(?<!`)(?P<ticks>`{1,2})(?!`
 
 def without_thoughts(text: str) -> str:
     """The text of a turn without its thoughts, whether they are closed or not."""
+    if not text.startswith("analysis") and not any(hint in text for hint in _HINTS) and "here" not in text.lower():
+        return text  # most answers: searching them for all marks would cost more than the rest of the turn
     text = _without_analysis(text)
     closings = [(closing.lastgroup, closing.start(), closing.end()) for closing in _CLOSINGS.finditer(text)]
     last = {group: start for group, start, _ in closings}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
 MessageRole = Literal["system", "user", "assistant", "tool"]
+_MESSAGE_ROLES = get_args(MessageRole)
 
 
 class StopReason(str, Enum):
@@ -99,8 +100,8 @@ class Message:
     media: tuple[Segment, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.role not in get_args(MessageRole):
-            raise TaskError(f"no role {self.role!r}; choose one of {', '.join(get_args(MessageRole))}")
+        if self.role not in _MESSAGE_ROLES:
+            raise TaskError(f"no role {self.role!r}; choose one of {', '.join(_MESSAGE_ROLES)}")
         if not isinstance(self.content, str):
             raise TaskError(f"the content of a message is text, not {type(self.content).__name__}; videos go into media")
 

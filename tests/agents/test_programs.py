@@ -144,23 +144,40 @@ async def test_calls_and_messages_of_a_program_keep_to_the_context_and_it_may_an
             await branch.sample(10)
             branch.tell("x" * 20)
 
-    async def called(branch: ProgramBranch) -> str:
-        try:
-            while True:
-                await branch.spawn(["count"], free=True)
-        except BudgetExhausted as error:
-            with pytest.raises(BudgetExhausted, match="context"):
-                await branch.spawn(["count"])
-            return f"stopped by {error.currency}"
+    def called(free: bool) -> Program:
+        async def program(branch: ProgramBranch) -> str:
+            try:
+                while True:
+                    await branch.spawn(["count"], free=free)
+            except BudgetExhausted as error:
+                with pytest.raises(BudgetExhausted, match="context"):
+                    await branch.spawn(["count"], free=free)
+                return f"stopped by {error.currency}"
+
+        return program
 
     tree = await run(told, Budget(context=100))
     assert (tree.root.status, tree.root.reason) == (Status.OUT_OF_BUDGET, "context") and 70 < len(tree.root.ids) <= 100
-    statuses = set()
-    for context in range(100, 200):
-        tree = await run(called, Budget(context=context))
-        statuses.add(tree.root.status)
-        assert tree.answer == "stopped by context" and len(tree.root.ids) <= context + len("Answer: stopped by context$")
-    assert statuses == {Status.ANSWERED, Status.OUT_OF_BUDGET}  # out of budget where the call had room and its results had none
+    for free in (True, False):
+        lengths: dict[Status, list[int]] = {Status.ANSWERED: [], Status.OUT_OF_BUDGET: []}
+        for context in range(100, 200):
+            tree = await run(called(free), Budget(context=context))
+            lengths[tree.root.status].append(len(tree.root.ids) - context)
+            assert tree.answer == "stopped by context"
+        assert max(lengths[Status.ANSWERED]) < len("Answer: stopped by context$")
+        # Out of budget where the call had room, with a token more, and its results had none.
+        assert max(lengths[Status.OUT_OF_BUDGET]) == -1
+
+
+async def test_a_cut_turn_is_closed_even_if_attempts_stand_between():
+    async def program(branch: ProgramBranch) -> None:
+        turn = await branch.sample(len('<tool_call>{"name"'))
+        await branch.attempts(["count"])
+        await branch.make(turn)
+        branch.answer("1")
+
+    tree = await run(program, policy=ScriptedPolicy(lambda c: '<tool_call>{"name":"spawn_clone"}</tool_call>\0'))
+    assert "$<1: (refused: the tool call is not closed)" in PLAIN.text(tree.root.ids)
 
 
 async def test_a_turn_without_a_token_is_a_turn():

@@ -6,10 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ramet.agents import thoughts
 from ramet.agents.answers import extract_answer
 from ramet.agents.calls import parse_spelled
 from ramet.agents.protocol import render_call
 from ramet.agents.thoughts import without_thoughts
+
+
+def test_a_text_without_a_hint_has_no_mark():
+    """Such texts are not searched for marks."""
+    for opening, closing in thoughts.MARKS:
+        for mark in (opening, closing):
+            assert mark.replace("\\", "").startswith((*thoughts._HINTS, "Here")), mark
+    assert thoughts._MESSAGE.pattern.startswith("<")
+    assert without_thoughts("HERE IS MY THOUGHT PROCESS: 1\nHere's my response: 2").strip() == "2"
+    assert without_thoughts("analysis 1 assistantfinal2") == "2"
+
 
 CALL = f"<tool_call>{render_call(['delete it all'])}</tool_call>"
 MARKS = [

@@ -22,6 +22,7 @@ from ramet.agents.protocol import CloneResult, Reply, render_call, render_replie
 from ramet.agents.resume import JournaledPolicy, JournaledTools
 from ramet.agents.runtime import Runtime
 from ramet.agents.scripted import PlainFormat, ScriptedPolicy
+from ramet.agents.simulation import simulate
 from ramet.agents.tools import BranchView, Tool, ToolRequest, budget, call_tool, read, tool
 from ramet.agents.tree import Message, Status, Task, ToolResult, ToolStatus, Tree
 from ramet.errors import ConfigError
@@ -268,6 +269,43 @@ async def test_calls_run_in_parallel_but_where_a_tool_does_not_allow_it():
 
     await grow(once(*[call("free"), call("single")] * 3), free, single)
     assert most == {"free": 3, "single": 1}
+
+
+def test_calls_take_the_time_that_they_take_beside_clones_and_one_another():
+    """On a virtual clock: two tools that run alone beside one that does not and beside a clone, and where each call stands."""
+    requests: list[ToolRequest] = []
+
+    @tool(timeout=60.0, parallel=False)
+    async def alone(seconds: float) -> None:
+        """Runs alone."""
+        await anyio.sleep(seconds)
+
+    @tool(timeout=60.0)
+    async def beside(seconds: float) -> None:
+        """Runs beside others."""
+        await anyio.sleep(seconds)
+
+    async def caller(made: Tool, request: ToolRequest, view: BranchView, timeout: float) -> tuple[ToolResult, float]:
+        requests.append(request)
+        return await call_tool(made, request, view, timeout)
+
+    def program(context: str) -> str:
+        if context.startswith("Troot") and context.count("$<") < 2:
+            return call("alone", seconds=2) + call("beside", seconds=4) + spawn("part") + call("alone", seconds=1) + "\0"
+        return "Answer: 1\0"
+
+    async def main() -> Tree:
+        policy = ScriptedPolicy(program, 0.25, stride=1000)
+        runtime = Runtime(policy, PlainFormat(), tools=[alone, beside], caller=caller, max_turn_tokens=1000)
+        return await runtime.run(Task("t", (Message("user", "root"),)), Budget(tool_seconds=300))
+
+    tree = simulate(main, 0)
+    first, second, _ = tree.root.turns
+    assert [[each.seconds for each in turn.calls] for turn in (first, second)] == [[2.0, 4.0, 1.0]] * 2
+    sampled = 0.25 * sum(len(turn.sampled) for turn in tree.root.turns)
+    assert tree.usage.tool_seconds == 14.0 and tree.usage.seconds == sampled + 2 * 4.0
+    places = {(each.branch, each.turn, each.number, each.name) for each in requests}
+    assert places == {("0", turn, number, name) for turn in (0, 1) for number, name in ((0, "alone"), (1, "beside"), (3, "alone"))}
 
 
 async def test_calls_beyond_the_budget_are_refused_and_shares_return():
