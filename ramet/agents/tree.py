@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -538,6 +538,15 @@ class Tree:
             used[call.name] = ToolUsage(before.calls + 1, before.cost + call.cost, before.seconds + call.seconds)
         return used
 
+    def roles(self) -> dict[str, Usage]:
+        """What the branches of each role cost, "" the model's own; without critical path and seconds, which are of the whole tree."""
+        held: dict[str, list[Branch]] = {}
+        for branch in self.branches:
+            held.setdefault(branch.role, []).append(branch)
+        costs = {role: _summed(branches) for role, branches in held.items()}
+        root = costs[self.root.role]
+        return costs | {self.root.role: replace(root, clones=root.clones - 1)}
+
     @property
     def spawned(self) -> bool:
         """Whether any clone was started."""
@@ -618,9 +627,15 @@ def _unpickled(flat: list[tuple[int, Branch]], others: dict[str, Any]) -> Tree:
 
 def price(root: Branch, seconds: float = 0.0) -> Usage:
     """The total `Usage` of a tree, counted from its branches (the ledger counts it independently)."""
+    total = _summed(root.walk())
+    return replace(total, critical_path=root.critical_path(), clones=total.clones - 1, seconds=seconds)
+
+
+def _summed(branches: Iterable[Branch]) -> Usage:
+    """What these branches cost, each counted as a clone; without critical path and seconds, which are of a whole tree."""
     generated = prefilled = cached = turns = attention = clones = 0
     calls: list[ToolCall] = []
-    for branch in root.walk():
+    for branch in branches:
         clones += 1
         context = len(branch.prompt)
         for turn in branch.turns:
@@ -638,11 +653,9 @@ def price(root: Branch, seconds: float = 0.0) -> Usage:
         generated=generated,
         prefilled=prefilled,
         cached=cached,
-        critical_path=root.critical_path(),
-        clones=clones - 1,
+        clones=clones,
         turns=turns,
         attention=attention,
-        seconds=seconds,
         tool_calls=sum(call.cost for call in calls),
         tool_seconds=sum(call.seconds for call in calls),
     )

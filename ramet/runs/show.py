@@ -130,9 +130,9 @@ def bill(tree: Tree, budget: Budget) -> Table:
         table.add_row(f"  {tool}, at its cost", str(used.cost), "")
     if usage.tool_seconds or budget.tool_seconds is not None:
         table.add_row("tool seconds", f"{usage.tool_seconds:.2f}", "" if budget.tool_seconds is None else f"{budget.tool_seconds:g}")
-    for role in dict.fromkeys(branch.role for branch in tree.branches if branch.role):
-        generated = sum(branch.generated for branch in tree.branches if branch.role == role)
-        table.add_row(f"tokens generated as {role}", str(generated), "")
+    for role, own in tree.roles().items():
+        if role:
+            table.add_row(f"tokens generated as {role}", str(own.generated), "")
     table.add_row("seconds", f"{usage.seconds:.2f}", "" if budget.seconds is None else f"{budget.seconds:g}")
     return table
 

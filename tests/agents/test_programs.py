@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import anyio
@@ -466,6 +466,10 @@ async def test_a_role_has_its_own_policy_words_and_tools_and_its_tokens_are_not_
     assert (clone.role, clone.trainable, plain.role, plain.trainable) == ("reader", False, "", True)
     assert min(clone.ids) >= 10_000 and max(plain.ids) < 10_000 and 10_001 in clone.prompt
     assert {(r.branch, r.role, r.depth) for r in seen} == {("0.0", "reader", 1)}
+    costs, whole = tree.roles(), asdict(tree.usage)
+    assert costs["reader"].generated == clone.generated and (costs["reader"].clones, costs[""].clones) == (1, 1)
+    summed = {name: sum(asdict(cost)[name] for cost in costs.values()) for name in whole}
+    assert {name for name in whole if summed[name] != whole[name]} <= {"critical_path", "seconds"}
     assert tree.root.turns[0].clones[0].turns[0].calls[0].name == "twice"
     for wrong, said in (("x", "no role 'x'; there are reader"), ("reader", "there are none")):
         call = f'<tool_call>{{"name":"spawn_clone","arguments":{{"objectives":[{{"objective":"r","role":"{wrong}"}}]}}}}</tool_call>\0'
