@@ -106,7 +106,7 @@ def test_the_frontier_measures_the_program_beside_the_methods(here: Path, ramet:
     ("setting", "said"),
     [
         ('tools=["someones.package:plane"]', "tools: someones.package has no plane; did you mean plain?"),
-        ('tools=["serch"]', "tools: 'serch' is neither of the form package.module:function nor one of read, budget, calculator, python"),
+        ('tools=["serch"]', "tools: 'serch' is neither of the form package.module:function nor one of read, search, budget, "),
         ('mcp=["http://h/mcp?api_key=hunter22"]', "mcp holds a key or a user, and is written to the run folder"),
         ('tools=["someones.package:Holder"]', "tools: someones.package:Holder is neither a tool nor a function"),
         ('tools=["someones.package:number"]', "tools: someones.package:number is neither a tool nor a function"),
