@@ -150,7 +150,9 @@ def run(
         typer.Option(help="A function, package.module:function; or read, search (of documents), budget, calculator, python."),
     ] = None,
     mcp: Annotated[list[str] | None, typer.Option(help="An MCP server whose tools may be called: a command, or a URL.")] = None,
-    program: Annotated[str | None, typer.Option(help="A program that decides in the model's place: package.module:function.")] = None,
+    program: Annotated[
+        str | None, typer.Option(help="A program that decides in the model's place: package.module:function, map-reduce, best-of-n, ...")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="Generated tokens of the whole tree, 256 by default; or limits by name: generated=2000,seconds=60.")
     ] = None,

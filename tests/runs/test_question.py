@@ -87,6 +87,9 @@ def test_documents_are_named_to_a_root_that_may_read_them(here: Path, ramet: Ram
         assert {tool["function"]["name"] for tool in asked[0]["tools"]} == {"spawn_clone", "read"}
         ramet("run", "--url", url, "--documents", "notes", "--tool", "search", "--depth", "0", "Who?")
         assert {tool["function"]["name"] for tool in asked[1]["tools"]} == {"read", "search"}
+        said = shown(ramet("run", "--url", url, "--documents", "notes", "--program", "map-reduce", "--json", "r.json", "Who?"))
+        assert "clone 1" in said and records(here / "r.json")["tree"][0]["clones"] == 2
+        assert ["The text of a." in body["messages"][-1]["content"] for body in asked[2:4]].count(True) == 1
         (here / "notes" / "a.md").write_text("Another text.")
         with pytest.raises(RametError, match="belongs to another configuration"):
             ramet(*words, "--journal", "kept")
