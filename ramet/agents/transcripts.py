@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ramet.agents.tree import BranchText, Tree, plain, written
-from ramet.errors import CheckpointError, StorageError
+from ramet.errors import CheckpointError, StorageError, first_line
 from ramet.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,13 @@ def read_transcripts(path: Path) -> Iterator[Transcript]:
     Raises `CheckpointError`, in one line, for a file that is missing, damaged, of another version, or something else.
     """
     for _, _, data in _members(path):
-        yield from (Transcript.of(json.loads(line)) for line in data.splitlines() if line.startswith(_PLACE))
+        for line in data.splitlines():
+            if line.startswith(_PLACE):
+                try:
+                    transcript = Transcript.of(json.loads(line))
+                except (CheckpointError, ValueError, RecursionError) as error:
+                    raise CheckpointError(f"{path} has a line that this ramet cannot read: {first_line(error)}") from error
+                yield transcript
 
 
 def full(path: Path) -> bool:
@@ -197,8 +203,11 @@ def _place(line: bytes) -> TreePlace | None:
     """The place that a line begins with; what follows, which may be long, is not parsed."""
     if not line.startswith(_PLACE):
         return None
-    place: TreePlace = json.JSONDecoder().raw_decode(line[len(_PLACE) :].decode())[0]
-    return place
+    try:
+        place = json.JSONDecoder().raw_decode(line[len(_PLACE) :].decode())[0]
+    except (ValueError, RecursionError):
+        return None
+    return place if isinstance(place, dict) else None
 
 
 def _members(path: Path) -> Iterator[tuple[int, int, bytes]]:

@@ -260,6 +260,36 @@ def test_what_is_damaged_or_something_else_is_one_line_that_says_what_to_do(tmp_
         list(read_transcripts(tmp_path / "none"))
 
 
+def test_any_byte_that_changes_is_noticed_or_changes_nothing(tmp_path):
+    path = tmp_path / "t.gz"
+    whole = written(path, 3)
+    for at in range(0, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            kept = list(read_transcripts(path))
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+        else:
+            assert kept == [transcript(number) for number in range(len(kept))] and len(kept) >= 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"place":', '{"place":{}', '{"place":3}', '{"place":{}}', '{"place":{}} {}', '{"place":{},"texts":7}', '{"place":' + "[" * 10**5,
+        '{"place":"\ud800"}',
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_a_line_that_is_no_transcript_is_one_line(tmp_path, line):
+    written(tmp_path / "t.gz", 1)
+    with (tmp_path / "t.gz").open("ab") as file:
+        file.write(gzip.compress(line.encode("utf-8", "surrogatepass") + b"\n"))
+    with pytest.raises(CheckpointError, match=r"t\.gz has a line that this ramet cannot read") as caught:
+        list(read_transcripts(tmp_path / "t.gz"))
+    assert "\n" not in str(caught.value)
+
+
 def test_the_limit_is_kept_and_said_once_in_the_log_and_once_in_the_file(tmp_path, caplog):
     limit = len(written(tmp_path / "t.gz", 3))
     (tmp_path / "t.gz").unlink()
