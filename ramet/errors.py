@@ -288,10 +288,14 @@ def extra(module: str) -> str:
     return f"pip install 'ramet[{name}]'{on_cpus.get(name, '')}"
 
 
-def require(module: str, what: str) -> None:
-    """Raises `ConfigError` where `what` needs a module of `EXTRAS` that is not installed; for what would be missed only later."""
+def require(module: str, what: str, group: str = "") -> None:
+    """Raises `ConfigError` where `what` needs a module of `EXTRAS` that is not installed; for what would be missed only later.
+
+    group  the extra that brings all that `what` needs, where that is more than the smallest one with the module
+    """
     if find_spec(module) is None:
-        raise ConfigError(f"{what} needs {module}, which is not installed: {extra(module)}")
+        install = f"pip install 'ramet[{group}]'" if group else extra(module)
+        raise ConfigError(f"{what} needs {module}, which is not installed: {install}")
 
 
 def missing_extra(error: BaseException) -> str:

@@ -29,7 +29,7 @@ PARTS = {
     "mcp": "tools of MCP servers",
     "pydantic_monty": "python_tool",
     "trl": "training a VideoDRM",
-    "uvicorn": "ramet reward serve",
+    "uvicorn": "ramet serve",
     "vllm": "the backend vllm",
     "openrlhf": "ramet train --trainer openrlhf",
 }

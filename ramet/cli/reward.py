@@ -12,7 +12,7 @@ import typer
 
 from ramet.agents.drain import draining
 from ramet.cli.bench import Json
-from ramet.errors import ConfigError
+from ramet.errors import ConfigError, require
 from ramet.terminal import messages
 
 logger = logging.getLogger(__name__)
@@ -404,6 +404,7 @@ def serve(
 
     Example: RAMET_REWARD_TOKEN=... ramet reward serve --model runs/drm/drm --videos clips
     """
+    require("starlette", "ramet reward serve", "reward")
     from ramet.env.longvideo import TOKEN
     from ramet.rewards.video.server import serve as run
     from ramet.runs.reward_models import Overrides, open_reward
