@@ -282,7 +282,7 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
     _write_results("train", config, [*data, *result_records(measured)], directory / "evaluation.json", out)
-    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
+    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json; its trees: ramet show {directory}")
 
 
 def eval_command(
