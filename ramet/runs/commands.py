@@ -113,8 +113,8 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
             drain.run(trainer.train, report)
     if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
         trees = config.train.tasks * config.train.group_size
-        most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
-        logger.warning(f"{nothing_sampled_message(most, 'their prompts leave nothing of a limit, such as the context')}")
+        share = f"{round(starved * trees)} of {trees * config.train.updates} trees"
+        logger.warning(f"{nothing_sampled_message(share, 'their prompts leave nothing of a limit, such as the context')}")
     return trainer
 
 
