@@ -52,6 +52,15 @@ def test_the_first_command_of_the_readme_prints_a_right_answer_by_delegation():
     assert f"answer {answer} (right)" in shown and "clone 1" in shown
 
 
+def test_each_question_of_a_newcomer_has_one_page_with_code_that_is_run():
+    listed = (ROOT / "docs" / "getting-started.md").read_text().partition("## How do I ...?")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.*\?) \| \[.*\]\((.*\.md)\) \|$", listed, re.M)
+    pages = [page for _, page in rows]
+    assert len(rows) == len(re.findall(r"^\| .*\.md", listed, re.M)) and len(set(pages)) == len(pages)
+    assert {path.name for path in (ROOT / "docs").glob("your-own-*.md")} <= set(pages)
+    assert [page for page in pages if not code_blocks(ROOT / "docs" / page)] == []
+
+
 def test_the_readme_is_short_and_names_the_test_command():
     readme = (ROOT / "README.md").read_text()
     assert len(readme.split()) <= 800 and "make test" in readme

@@ -301,10 +301,10 @@ def _within(name: str, section: str) -> bool:
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of what holds a value; an empty table is one."""
-    names: list[str] = []
+    found: list[str] = []
     for key, value in data.items():
-        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [prefix + key]
-    return names
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [prefix + key]
+    return found
 
 
 def validate(kind: type[_Config], data: Mapping[str, Any]) -> _Config:

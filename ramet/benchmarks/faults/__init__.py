@@ -1,1 +1,1 @@
-"""Robustness under faults: simulated interleavings, invariants, killed processes."""
+"""Tests of what survives faults: simulated interleavings, invariants, killed processes."""

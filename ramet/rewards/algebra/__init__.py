@@ -1,1 +1,1 @@
-"""Reading mathematical answers, and comparing them in value and form."""
+"""Mathematical answers: read, and compared in value and form."""
