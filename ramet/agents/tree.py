@@ -263,7 +263,7 @@ class Turn:
         return [self.version + sum(start <= place for start in self.updates) for place in range(len(self.sampled))]
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class Branch:
     """One context: the root's (id "0") or a clone's (id "0.2.1": clone 1 of clone 2 of the root, counted from 0).
 
@@ -293,6 +293,16 @@ class Branch:
 
     def __repr__(self) -> str:
         return f"Branch({self.id}: {self.ending}, {len(self.turns)} turns, {len(self.clones)} clones, {self.generated} tokens)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Branch) and self._parts() == other._parts()
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.prompt, self.status, self.answer))
+
+    def _parts(self) -> list[tuple[Any, ...]]:
+        """All fields of the branches of `flat`."""
+        return [(turn, *(getattr(branch, item.name) for item in fields(branch))) for turn, branch in self.flat()]
 
     @property
     def ending(self) -> str:
@@ -411,7 +421,7 @@ FORMAT = 1
 """The version of a stored tree."""
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
+@dataclass(frozen=True, slots=True, repr=False)
 class Tree:
     """One finished rollout of a task.
 
@@ -429,12 +439,6 @@ class Tree:
     def __repr__(self) -> str:
         failed = f", failed: {short(self.failed)}" if self.failed else ""
         return f"Tree({short(self.task_id)}: {self.root.ending}, {len(self.branches)} branches, {self.usage.generated} tokens{failed})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Tree) and self._others() == other._others() and self.root.flat() == other.root.flat()
-
-    def __hash__(self) -> int:
-        return hash((self.task_id, self.seed, self.usage))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.root.flat(), self._others())

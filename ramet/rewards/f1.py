@@ -2,8 +2,8 @@
 
 The rules are those of the official scorers of HotpotQA, 2WikiMultihopQA and MuSiQue: lower case, no punctuation, no
 articles, single spaces. Where one side says yes, no or noanswer and the other does not, the HotpotQA and 2Wiki scorers give
-no partial credit (`verdicts`); MuSiQue's does not make this exception. A reference of which these rules leave nothing (`The`, `A`, `?`) is
-only matched as it is written, and silence matches nothing.
+no partial credit (`verdicts`); MuSiQue's does not make this exception. A reference that these rules reduce to nothing (`The`, `A`, `?`) is
+matched only as it is written, and an empty answer matches nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def normalise(text: str) -> str:
 
 
 def references(task: Task) -> Sequence[str]:
-    """The task's reference answers, aliases included. Raises `TaskError` where there is none."""
+    """The task's reference answers, aliases included. Raises `TaskError` if there is none."""
     answers = task.reference
     if not isinstance(answers, (tuple, list)) or not answers or not all(isinstance(answer, str) for answer in answers):
         raise TaskError(f"task {task.id} has no reference answer in words; add one or choose another reward")

@@ -1,11 +1,11 @@
-r"""Does a stated mathematical answer say what the reference says?
+r"""Grades a stated mathematical answer: is it equivalent to the reference?
 
-Both are read into trees (`algebra.notation`) that are compared in value and form (`algebra.equality`); plain numbers at once. Nothing is
-searched, simplified or evaluated as code: the time is bounded by the length of the text, and any thread may ask. What cannot be read, and
-what is too large to compute, is no answer.
+Both are read into trees (`algebra.notation`) that are compared in value and form (`algebra.equality`); plain numbers directly. Nothing
+is searched, simplified or evaluated as code: the time is bounded by the length of the text, and all functions are thread-safe. Text that
+cannot be read, and values that are too large to compute, do not count as answers.
 
-What stands in the question is no answer to it: where an answer is equal to the reference but written otherwise (`\sqrt{72}` for
-`6\sqrt{2}`), it must not be copied from there. tests/rewards/maths_pairs.jsonl holds what counts as equal, case by case.
+An expression copied from the question is no answer to it: an answer that is equal to the reference but written differently (`\sqrt{72}` for
+`6\sqrt{2}`), must not occur in the question. tests/rewards/maths_pairs.jsonl lists what counts as equal, case by case.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def number(text: str) -> Fraction | None:
 
 
 def canonical(answer: str) -> str:
-    """The same for answers that are written alike, and for equal numbers, units aside."""
+    """A canonical form: the same text for answers that are written alike and for equal numbers, units aside."""
     try:
         node = read(answer)
     except NotationError:
@@ -74,7 +74,7 @@ def reference(task: Task) -> str:
 
 
 def parse_reference(text: str, where: str) -> Node:
-    """The reference as a tree. Raises `TaskError`, naming `where`, for what is no notation."""
+    """The reference as a tree. Raises `TaskError`, naming `where`, if it cannot be read as mathematical notation."""
     try:
         return read(text)
     except NotationError as error:
@@ -109,7 +109,7 @@ def math_match(task: Task, answer: str | None) -> float:
 
 
 def _understood(answer: str, prose: bool) -> Node | None:
-    """The answer as it stands or, with `prose`, of a sentence that affirms one number or formula, that; None where neither can be read."""
+    """The tree of the answer or, with `prose`, of the one number or formula that a sentence affirms; None if neither can be read."""
     whole: Node | None = None
     answer = _BECAUSE.split(answer, maxsplit=1)[0]
     stated = _in_prose(answer) if prose else []
@@ -125,7 +125,7 @@ def _understood(answer: str, prose: bool) -> Node | None:
 
 
 def _in_prose(text: str) -> list[str]:
-    """From the one formula or number of a sentence on, its unit included; a formula alone. Nothing where there are several, or a doubt."""
+    """Texts to read: the only formula of a sentence, or its only number with and without its unit; [] where several or doubts are."""
     text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", text).replace("**", "")
     matches = [*_FORMULA.finditer(text)] or [*_NUMBER.finditer(text)]
     formula = bool(matches) and matches[0].re is _FORMULA
@@ -143,14 +143,14 @@ def _in_prose(text: str) -> list[str]:
 
 
 def _choice(answer: str) -> str | None:
-    """The letter of a choice that is named with what it says: `(C) 12`, `B. Paris`."""
+    """The letter of a choice that is given with its text, such as `(C) 12` or `B. Paris`."""
     text = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", cleaned(answer)) if len(answer) <= LONGEST else ""
     match = _CHOICE.fullmatch(text)
     return None if match is None or re.search(r"\([A-Z]\)|\b[A-Z][.):](?:\s|$)", match[3]) else match[1] or match[2]
 
 
 def _copied(answer: str, task: Task) -> bool:
-    """Does the answer stand in the question?"""
+    """Whether the question contains the answer."""
     formula = "".join(squeezed(cleaned(answer)).split())
     question = squeezed(task.messages[-1].content) if task.messages else ""
     pattern = r"\s*".join(map(re.escape, formula))
@@ -158,7 +158,7 @@ def _copied(answer: str, task: Task) -> bool:
 
 
 def squeezed(text: str) -> str:
-    """Without what does not change how a formula reads."""
+    """The text without what does not change the meaning of a formula, such as spacing."""
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = re.sub(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))", r"\1\2/\3\4", text)
     text = _SPACING.sub(" ", text).replace("{", "").replace("}", "")

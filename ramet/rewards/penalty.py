@@ -88,9 +88,9 @@ def _check_finite(tree: Tree, score: float, penalties: Mapping[str, float]) -> N
         )
 
 
-def saturating(n: int, threshold: int, scale: float, most: float) -> float:
+def saturating(n: int, threshold: int, scale: float, limit: float) -> float:
     """P(n; T, s, m): 0 up to the threshold, then rising towards m."""
-    return 0.0 if n <= threshold else most * (1 - math.exp(-(n - threshold) / scale))
+    return 0.0 if n <= threshold else limit * (1 - math.exp(-(n - threshold) / scale))
 
 
 def selfcest_penalties(tree: Tree) -> dict[str, float]:

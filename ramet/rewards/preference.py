@@ -1,4 +1,4 @@
-"""A reward model for text: any sequence classifier with one output, as a score for whole answers.
+"""A reward model for text: any sequence classifier with one output, which scores whole answers.
 
 reward = PreferenceModel(path)
 reward.score("What is 2+2?", "It is 4.")
@@ -19,7 +19,7 @@ from ramet.errors import CheckpointError, RewardError, first_line
 
 
 class PreferenceModel:
-    """Scores (question, answer) with the model of a directory, through its chat template where it has one."""
+    """Scores (question, answer) pairs with the model in a directory, formatted by its chat template if it has one."""
 
     def __init__(self, path: Path) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -37,7 +37,7 @@ class PreferenceModel:
 
     @torch.inference_mode()
     def score(self, question: str, answer: str) -> float:
-        """Higher is better. Raises `RewardError` for what is too long to be read whole, and for a score that is no number."""
+        """The score of an answer; higher is better. Raises `RewardError` for text beyond the context and scores that are not finite."""
         if self._tokenizer.chat_template:
             chat = chat_format("auto", self._tokenizer)
             ids = [*chat.render([Message("user", question)], tools=()), *self._encode(answer), turn_end(chat)]

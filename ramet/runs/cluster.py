@@ -110,7 +110,7 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     write_json(directory / "training.json", records)
     if out is not None:
         write_json(out, records)
-    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}")
+    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, {LOG}, checkpoints/{final.name}; its trees: ramet show {directory}")
     logger.info(f"measure it: ramet eval --policy {directory} --config {directory / 'config.toml'}")
 
 

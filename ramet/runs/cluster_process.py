@@ -89,8 +89,8 @@ def longest(config: RunConfig, model: Path) -> int:
         raise CheckpointError(f"{model} is not a model directory ({first_line(error)})") from error
     if hasattr(architecture, "vision_config"):
         raise ConfigError("the openrlhf trainer does not support vision-language models: use the local trainer")
-    most = int(architecture.max_position_embeddings)
-    return min(config.budget.context or most, most)
+    positions = int(architecture.max_position_embeddings)
+    return min(config.budget.context or positions, positions)
 
 
 def wait_for(missing: Callable[[], str], expected: str, announce: Callable[[str], None]) -> str:

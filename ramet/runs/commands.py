@@ -113,8 +113,8 @@ def run_training(config: RunConfig, directory: Path, spawn: bool, label: str) ->
             drain.run(trainer.train, report)
     if starved := sum(m.get("starved", 0) for m in trainer.log.read()):
         trees = config.train.tasks * config.train.group_size
-        most = f"{round(starved * trees)} of {trees * config.train.updates} trees"
-        logger.warning(f"{nothing_sampled_message(most, 'their prompts leave nothing of a limit, such as the context')}")
+        share = f"{round(starved * trees)} of {trees * config.train.updates} trees"
+        logger.warning(f"{nothing_sampled_message(share, 'their prompts leave nothing of a limit, such as the context')}")
     return trainer
 
 
@@ -282,7 +282,7 @@ def train_command(config: RunConfig, directory: Path, spawn: bool, out: Path | N
         entry = tree_entry("trained" if spawn else "solo", config, spawn)
         measured = run_measuring(config, final, [entry], ("iid", "ood"), journal, "final evaluation")
     _write_results("train", config, [*data, *result_records(measured)], directory / "evaluation.json", out)
-    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json")
+    logger.info(f"run folder {directory}: metrics.jsonl, tensorboard/, checkpoints/, evaluation.json; its trees: ramet show {directory}")
 
 
 def eval_command(

@@ -301,10 +301,10 @@ def _within(name: str, section: str) -> bool:
 
 def _leaves(data: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of what holds a value; an empty table is one."""
-    found: list[str] = []
+    names: list[str] = []
     for key, value in data.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [prefix + key]
-    return found
+        names += _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else [prefix + key]
+    return names
 
 
 def validate(kind: type[_Config], data: Mapping[str, Any]) -> _Config:

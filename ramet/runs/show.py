@@ -52,9 +52,9 @@ def _spoken(chat: ChatFormat, roles: Mapping[str, Role], role: str) -> ChatForma
 
 def _call(call: ToolCall) -> Text:
     """A tool's call and what came of it, on one line."""
-    asked, said = (elide(one_line(text), SHOWN) for text in (f"{call.name} {call.arguments}", call.result.text))
+    request, result = (elide(one_line(text), SHOWN) for text in (f"{call.name} {call.arguments}", call.result.text))
     ended = "" if call.result.status is ToolStatus.DONE else f"{call.result.status.value} "
-    return Text.assemble((asked, "magenta"), " → ", (ended, "red"), said)
+    return Text.assemble((request, "magenta"), " → ", (ended, "red"), result)
 
 
 def _label(branch: Branch) -> Text:

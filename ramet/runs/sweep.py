@@ -19,6 +19,7 @@ from typing import Any
 from ramet.agents import programs
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.sampling import Sampling
+from ramet.agents.transcripts import TREES
 from ramet.benchmarks.evaluation import frontier, methods
 from ramet.benchmarks.evaluation.baselines import BudgetedMethod
 from ramet.benchmarks.evaluation.harness import Measured, MethodEntry, failures, grouped, point
@@ -188,7 +189,7 @@ def frontier_command(policy: str, config: RunConfig, plan: FrontierPlan, directo
     first = metrics_of(config, env)[0]
     print_points([r for r in records if r["record"] == "point" and r["metric"] == first], score_name(config))
     _say(records, first)
-    files = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex")
+    files = ("results.json", "frontier.png", "report.html", "results.csv", "results.tex", TREES)
     logger.info(f"run folder {directory}: {', '.join(name for name in files if (directory / name).exists())}")
 
 

@@ -133,6 +133,7 @@ def test_two_thousand_nested_clones_are_stored_compared_and_shown(tmp_path):
     assert Tree.load(tmp_path / "tree.json") == kept.tree == tree != chain(1999)
     assert kept.text() == tree.text(PlainFormat()) and kept.text().count("model | ") == 2001
     assert repr(tree) == "Tree('deep': answered 'x', 2001 branches, 0 tokens)"
+    assert hash(chain()) == hash(tree) and {chain().root: 1}[tree.root] == 1 and tree.root.turns == chain().root.turns
 
 
 def test_a_tree_is_described_on_one_line_and_shown_with_all_that_it_read_and_wrote():

@@ -59,6 +59,10 @@ def test_a_server_that_goes_past_a_grant_fails_that_task_and_not_the_run(tmp_pat
     assert len(asked) == 4
     records = json.loads((tmp_path / "served" / "results.json").read_text())
     assert any("does not keep to max_tokens" in str(record) for record in records)
+    # The whole tree can be read, without the server, with what went wrong.
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "served"), "--failed", "--json", str(tmp_path / "failed.json")])
+    (failed,) = json.loads((tmp_path / "failed.json").read_text())[1:]
+    assert shown.exit_code == 0 and "does not keep to max_tokens" in failed["failed"] and failed["place"]["policy"] == "base"
     with serve(stream(says("Answer: 42", "stop"), usage(999))) as (url, _), pytest.raises(PolicyError, match="does not keep"):
         measure(tmp_path / "all", f"url={url}")
 

@@ -23,6 +23,16 @@ def test_one_sample_a_task_is_the_wilson_interval():
     assert (interval.low, interval.high) == (pytest.approx(0.2553, abs=6e-4), pytest.approx(0.3662, abs=6e-4))
 
 
+def test_scores_beyond_0_and_1_have_the_interval_of_t():
+    """Of 1, 2, 3, 4: a mean of 2.5 with a standard error of 0.6455, and 3.182 of these to either side."""
+    interval = accuracy_interval(scores([1, 2, 3, 4]))
+    assert (interval.low, interval.high) == (pytest.approx(2.5 - 3.182 * 0.6455, abs=1e-3), pytest.approx(2.5 + 3.182 * 0.6455, abs=1e-3))
+    difference = paired_difference(scores([1, 2, 3, 4]), scores([0, 0, 0, 0]))
+    assert (difference.low, difference.high) == (interval.low, interval.high)
+    assert accuracy_interval(scores([-2.0])).low == -2.0 and accuracy_interval(scores([-2.0])).high == 1.0
+    assert paired_difference(scores([3.0]), scores([0.0])).high == 3.0
+
+
 def test_all_right_is_not_certain():
     interval = accuracy_interval(scores([1] * 100))
     assert interval.mean == 1.0 and interval.high == 1.0 and 0.95 < interval.low < 0.97

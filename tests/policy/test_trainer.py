@@ -27,7 +27,7 @@ from ramet.policy.models.checkpoint import latest_checkpoint
 from ramet.policy.models.load import load_model, without_dropout
 from ramet.policy.models.lora import adapt, adapted
 from ramet.policy.training.identity import identity
-from ramet.policy.training.reward import Reward, RewardFunction
+from ramet.policy.training.reward import Reward, RewardConfig, RewardFunction
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.trainer import Learner, Trainer, run_trainer
 from ramet.policy.training.update import LearningProblem, TrainConfig, learning_rate
@@ -324,6 +324,28 @@ def test_a_reward_that_failed_leaves_all_samples_of_the_update_to_the_mended_one
     before = samples.read_bytes()
     metrics = anyio.run(made(judge).update_in_service, 0)
     assert samples.read_bytes() == before and metrics["reward"] != 0
+
+
+def test_a_judge_is_not_asked_twice_for_a_tree_of_an_interrupted_update(random_model, nano_tokenizer, tmp_path):
+    asked: list[float] = []
+
+    def drawn(task: Task, tree: Tree) -> float:
+        """Another number each time, and the eleventh not at all."""
+        asked.append(random.random())
+        if len(asked) == 11:
+            raise ConnectionError("the judge is away")
+        return asked[-1]
+
+    def made() -> Trainer:
+        learner = Learner(HFPolicy(copy.deepcopy(random_model)), nano_tokenizer, ControlTokenFormat(nano_tokenizer))
+        problem = LearningProblem(draw, drawn, rewarding=RewardConfig(concurrency=1), compared=False)
+        return Trainer(learner, problem, CONFIG, tmp_path)
+
+    with pytest.raises(RewardError, match="the judge is away"):
+        anyio.run(made().update_in_service, 0)
+    metrics = anyio.run(made().update_in_service, 0)
+    trees = CONFIG.tasks * CONFIG.group_size
+    assert len(asked) == trees + 1 and metrics["reward"] == pytest.approx((sum(asked) - asked[10]) / trees)
 
 
 def test_a_failure_is_worth_what_is_said_whatever_it_cost():

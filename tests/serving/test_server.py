@@ -195,26 +195,44 @@ def test_64_clients_at_once_a_third_of_which_hang_up():
         assert served.client().chat.completions.create(**ask("alone?")).choices[0].message.content == "forty-two"
 
 
+@contextmanager
+def sent(url: str, body: dict[str, Any]) -> Iterator[None]:
+    """A request that was sent and is not answered yet; then its client goes away."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), 10) as connection:
+        connection.sendall(head.encode() + data)
+        yield
+
+
+def stuck(request: Any, attempt: int) -> Fault:
+    """A model that does not end."""
+    return Fault(0, 3600.0)
+
+
 def test_a_client_that_goes_away_cancels_its_tree():
-    with running(delay=0.05) as served:
+    with running(faults=stuck) as served:
         for stream in (True, False):
-            before = len(served.policy.requests)
-            with pytest.raises(httpx.TimeoutException):
-                httpx.post(f"{served.url}/v1/chat/completions", json=ask() | {"stream": stream}, timeout=0.4)
-            assert len(served.policy.requests) > before
-            until(lambda: served.policy.running == 0 and served.service.inside == 0, 5)
+            with sent(served.url, ask() | {"stream": stream}):
+                until(lambda: served.policy.running == 1)
+            until(lambda: served.policy.running == 0 and served.service.inside == 0)
 
 
-def test_too_many_are_sent_away_and_the_others_have_their_turn():
-    with running(delay=0.01, at_once=1, waiting=1) as served:
-        with ThreadPoolExecutor(3) as pool:
-            first = pool.submit(served.post, json=ask("alone?"))
-            until(lambda: served.service.inside == 1)
-            second = pool.submit(served.post, json=ask("alone?"))
+def test_too_many_are_sent_away():
+    with running(faults=stuck, at_once=1, waiting=1) as served:
+        with sent(served.url, ask()), sent(served.url, ask()):
             until(lambda: served.service.inside == 2)
-            third = served.post(json=ask("alone?"))
-            assert third.status_code == 429 and third.headers["retry-after"] and third.json()["error"]["type"] == "rate_limit_error"
-            assert first.result().status_code == second.result().status_code == 200
+            reply = served.post(json=ask())
+            assert reply.status_code == 429 and reply.headers["retry-after"] and reply.json()["error"]["type"] == "rate_limit_error"
+            assert served.policy.most_running == 1
+        until(lambda: served.service.inside == 0)
+
+
+def test_those_who_wait_have_their_turn():
+    with running(at_once=1, waiting=8) as served, ThreadPoolExecutor(6) as pool:
+        replies = [*pool.map(lambda _: served.post(json=ask("alone?")).json(), range(6))]
+        assert {reply["choices"][0]["message"]["content"] for reply in replies} == {"forty-two"} and served.policy.most_running == 1
 
 
 def test_a_server_that_is_stopped_finishes_what_is_running():
@@ -235,6 +253,10 @@ def test_only_who_has_the_token_is_served():
         with pytest.raises(openai.AuthenticationError):
             served.client().models.list()
         assert served.client(api_key=secret).chat.completions.create(**ask("alone?")).choices[0].message.content == "forty-two"
+    with running() as served:
+        elsewhere = httpx.get(f"{served.url}/v1/models", headers={"host": "evil.example"})
+        assert elsewhere.status_code == 403 and elsewhere.json()["error"]["type"] == "permission_error"
+        assert served.post(json=ask(), headers={"host": "evil.example"}).status_code == 403
     with pytest.raises(ConfigError, match="16 characters"):
         DelegationService(lambda: None, "team", MOST, "short")
 
@@ -288,7 +310,7 @@ def raw(url: str, rest: bytes) -> bytes:
     """The beginning of the reply to a request that no client writes."""
     host, _, port = url.removeprefix("http://").partition(":")
     with socket.create_connection((host, int(port)), 10) as connection:
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n" + rest)
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\n" + rest)
         return connection.recv(200)
 
 

@@ -84,28 +84,28 @@ def areas(groups: Groups, cost: str) -> list[dict[str, Any]]:
             if not (sums[2] > 0).all():
                 raise ValueError("areas need every method measured on the same tasks")
             table.setdefault(method, []).append((sums[0] / sums[2], sums[1] / sums[2]))
-        most = max(float(c.mean()) for points in table.values() for _, c in points)
+        largest = max(float(c.mean()) for points in table.values() for _, c in points)
         draws = np.random.default_rng(0).integers(0, len(tasks), size=(RESAMPLES, len(tasks)))
         for method, points in table.items():
-            area = _area(np.array([[s.mean() for s, _ in points]]), np.array([[c.mean() for _, c in points]]), most)[0]
-            sampled = _area(np.stack([s[draws].mean(1) for s, _ in points], 1), np.stack([c[draws].mean(1) for _, c in points], 1), most)
+            area = _area(np.array([[s.mean() for s, _ in points]]), np.array([[c.mean() for _, c in points]]), largest)[0]
+            sampled = _area(np.stack([s[draws].mean(1) for s, _ in points], 1), np.stack([c[draws].mean(1) for _, c in points], 1), largest)
             low, high = np.quantile(sampled, [0.025, 0.975])
             records.append(
                 {
-                    "record": "area", "policy": method, "split": split, "cost": cost, "most": most, "n": len(tasks),
+                    "record": "area", "policy": method, "split": split, "cost": cost, "most": largest, "n": len(tasks),
                     "area": float(area), "ci_low": float(low), "ci_high": float(high),
                 }
             )  # fmt: skip
     return records
 
 
-def _area(scores: np.ndarray, costs: np.ndarray, most: float) -> np.ndarray:
+def _area(scores: np.ndarray, costs: np.ndarray, largest: float) -> np.ndarray:
     """Of each row of (score, cost) points, the mean over costs from 0 to `most` of the best score that costs no more."""
     order = np.argsort(costs, axis=1, kind="stable")
     best = np.maximum.accumulate(np.take_along_axis(scores, order, 1), axis=1)
-    at = np.minimum(np.take_along_axis(costs, order, 1), most)
-    until = np.concatenate([at[:, 1:], np.full((len(at), 1), most)], 1)
-    result: np.ndarray = (best * (until - at)).sum(1) / most if most else best[:, -1]
+    at = np.minimum(np.take_along_axis(costs, order, 1), largest)
+    until = np.concatenate([at[:, 1:], np.full((len(at), 1), largest)], 1)
+    result: np.ndarray = (best * (until - at)).sum(1) / largest if largest else best[:, -1]
     return result
 
 

@@ -48,14 +48,20 @@ def wilson(p: float, variance: float, n: int) -> tuple[float, float]:
 def accuracy_interval(scores: Mapping[str, Sequence[float]]) -> Interval:
     """Mean over tasks of their mean scores, with a Wilson interval at the effective sample size.
 
-    `scores` maps a task to its samples' scores in [0, 1].
+    `scores` maps a task to its samples' scores. Where some are beyond [0, 1], as a reward of the user's may be, the interval is t's.
     """
     if not scores:
         raise ValueError("no tasks")
     means = np.array([np.mean(s) for s in scores.values()], dtype=np.float64)
     n, p = len(means), float(means.mean())
+    if not _are_shares(scores):
+        return mean_interval(means.tolist()) if n > 1 else Interval(p, min(p, 0.0), max(p, 1.0), n)
     low, high = wilson(p, float(means.var(ddof=1)) / n if n > 1 else 0.0, n)
     return Interval(p, low, high, n)
+
+
+def _are_shares(scores: Mapping[str, Sequence[float]]) -> bool:
+    return all(0 <= score <= 1 for task in scores.values() for score in task)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -83,11 +89,13 @@ def sign_test(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]
 
 
 def paired_difference(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) -> Interval:
-    """Mean of a - b, of scores in [0, 1], over the tasks that both have, with a t interval over tasks."""
+    """Mean of a - b over the tasks that both have, with a t interval over tasks, within [-1, 1] where scores are in [0, 1]."""
     common = sorted(set(a) & set(b))
     if not common:
         raise ValueError("the two have no task in common")
-    return mean_interval([_difference(a[t], b[t]) for t in common], 1.0)
+    differences = [_difference(a[t], b[t]) for t in common]
+    beyond = max(1.0, *map(abs, differences)) if len(differences) == 1 else math.inf
+    return mean_interval(differences, 1.0 if _are_shares(a) and _are_shares(b) else beyond)
 
 
 def _difference(a: Sequence[float], b: Sequence[float]) -> float:

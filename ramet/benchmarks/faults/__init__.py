@@ -1,1 +1,1 @@
-"""Tests of what survives faults: simulated interleavings, invariants, killed processes."""
+"""Robustness under faults: simulated interleavings, invariants, killed processes."""

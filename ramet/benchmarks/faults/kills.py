@@ -120,7 +120,7 @@ def bench_kills(commands: Mapping[str, Command], kills: int, seed: int, out: Pat
 
 
 def _until_done(command: Command, folder: Path, rng: random.Random, seconds: float) -> int:
-    """Start and kill until the command ends by itself; the number of kills."""
+    """Start and kill the command until it ends by itself. Returns the number of kills."""
     kills = 0
     while True:
         child = start(command, folder)

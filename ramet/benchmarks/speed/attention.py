@@ -55,7 +55,7 @@ def _kind(plan: BlockPlan | ShardedPlan, row: int, key: int) -> int:
 
 
 def show_plan(method: Method, context: int, query: int, hosts: int, picture: Path | None, out: Path | None) -> None:
-    """Print a plan and draw it."""
+    """Print the plan of a method and draw it."""
     plan = method.plan(context, query, hosts)
     anchored = isinstance(plan, BlockPlan)
     lengths = f", anchor {plan.anchor:,}, passing {plan.passing:,} a block and KV head" if isinstance(plan, BlockPlan) else ""
@@ -87,7 +87,7 @@ def show_plan(method: Method, context: int, query: int, hosts: int, picture: Pat
 
 
 def draw(method: Method, plan: BlockPlan | ShardedPlan, path: Path) -> None:
-    """Who attends to what, as a picture."""
+    """Draw which rows attend to which."""
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

@@ -50,7 +50,7 @@ ROWS = 256
 
 @dataclass
 class LoneRank:
-    """A rank without its peers: what they would send is made up."""
+    """A rank without its peers, whose messages are replaced by random numbers."""
 
     rank: int
     size: int
@@ -120,7 +120,7 @@ def local(shape: LayerShape, rows: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def busiest(method: Method, plan: BlockPlan | ShardedPlan, shape: LayerShape) -> int:
-    """The rank with most work in a layer."""
+    """The rank with the most work in a layer."""
     return max(range(plan.hosts), key=lambda rank: attention_flops(method, plan, rank, shape) + shape.linear * len(plan.rows(rank)))
 
 
@@ -310,7 +310,7 @@ class TimingPlan:
 
 
 def bench_attention(plan: TimingPlan, picture: Path | None, out: Path | None) -> None:
-    """Measure, print, draw, write."""
+    """Measure the methods, print and write the records, and draw them."""
     names = list(NAMES) if plan.method == "all" else [name.strip() for name in plan.method.split(",")]
     for name in names:
         Method(name)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""`ramet bench runtime`: what a clone costs beside a task of a bare anyio task group.
+"""`ramet bench runtime`: the cost of a clone compared with a task of a bare anyio task group.
 
 The policy answers at once, so what is measured is the runtime: ledgers, records, messages, scheduling. The
-bare group opens the same tree of tasks, each of which gives way as often as the policy does. Each measurement has
-a process of its own, the two in turns. Memory is the process's peak of resident memory less what it held before (Linux).
+bare group opens the same tree of tasks, each of which yields as often as the policy does. Each measurement runs in
+its own process, the two programs in turns. Memory is the growth of the process's peak resident memory (Linux).
 """
 
 from __future__ import annotations

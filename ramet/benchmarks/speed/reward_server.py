@@ -1,4 +1,4 @@
-"""`ramet bench reward-server`: many clients of one reward server, every answer compared with the model's own, beside direct calls."""
+"""`ramet bench reward-server`: many clients of one reward server, compared with direct calls; every score is checked."""
 
 from __future__ import annotations
 

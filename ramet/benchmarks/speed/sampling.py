@@ -1,4 +1,4 @@
-"""`ramet bench sampling`: our transformers backend beside `model.generate` on the same requests.
+"""`ramet bench sampling`: the transformers backend compared with `model.generate` on the same requests.
 
 The workload is recorded from real trees of the model (root turns, clones, later turns): ragged prompts
 and ragged lengths. Each request is replayed at its recorded length, so every backend makes the
@@ -39,7 +39,7 @@ BATCH = 64
 
 
 class Recorder(PolicyWrapper):
-    """A policy that notes what passes through it."""
+    """A policy that records the requests that pass through it."""
 
     def __init__(self, policy: Policy):
         super().__init__(policy)
@@ -99,9 +99,9 @@ def _generate(model: Any, requests: list[SampleRequest], pad: int) -> tuple[floa
             longest = max(len(r.prompt) for r in batch)
             ids = torch.tensor([[pad] * (longest - len(r.prompt)) + list(r.prompt) for r in batch])
             mask = torch.tensor([[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in batch])
-            most = max(r.max_tokens for r in batch)
+            limit = max(r.max_tokens for r in batch)
             model.generate(
-                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=most, max_new_tokens=most, pad_token_id=pad
+                input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, min_new_tokens=limit, max_new_tokens=limit, pad_token_id=pad
             )
     seconds = time.perf_counter() - begun
     for hook in hooks:
@@ -110,7 +110,7 @@ def _generate(model: Any, requests: list[SampleRequest], pad: int) -> tuple[floa
 
 
 def _continuous(model: Any, requests: list[SampleRequest], pad: int) -> float:
-    """Seconds of transformers' own continuous batching; all requests must have the same length."""
+    """Seconds that transformers' own continuous batching takes; all requests must have the same length."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(max_new_tokens=requests[0].max_tokens, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=pad)

@@ -1,4 +1,4 @@
-"""`ramet bench scaling`: an update on 8 to 1,024 GPUs, by a model. docs/scaling.md says what it assumes.
+"""`ramet bench scaling`: the time of an update on 8 to 1,024 GPUs, by a model whose assumptions are in docs/scaling.md.
 
 What a GPU does is computed from its data sheet. What the controller does is measured on this machine, on trees of the assumed
 size: bytes and seconds of pickling a tree (which is how Ray carries it), of its journal record, of its rows.
@@ -122,7 +122,7 @@ def tree_of(assumed: Assumptions, seed: int) -> Tree:
 
 
 def measure_tree(assumed: Assumptions, seed: int) -> TreeCosts:
-    """The median over `TREES` trees."""
+    """The costs of one tree, the median over `TREES` trees."""
     trees = [tree_of(assumed, seed + n) for n in range(TREES)]
     sent = tuple(_transfers())
     pickled = [pickle.dumps(tree, protocol=5) for tree in trees]
@@ -261,13 +261,13 @@ class UpdateEstimate:
 def estimate(
     gpus: int, trees: int, assumed: Assumptions, hardware: EngineHardware, measured: TreeCosts, staleness: int = 0
 ) -> UpdateEstimate:
-    """The split into engines and trainers for which an update takes least."""
+    """The estimate for the split into engines and trainers with the shortest update."""
     shares = sorted({max(1, round(gpus * share)) for share in np.arange(0.1, 0.91, 0.05)})
     return min((_split(gpus, e, trees, staleness, assumed, hardware, measured) for e in shares if 0 < e < gpus), key=_slower)
 
 
 def _slower(point: UpdateEstimate) -> tuple[float, float]:
-    """Of two that take as long, the one whose halves are nearer to one another comes first."""
+    """Sort key: the time of an update; of equal ones, the one whose halves take more similar times comes first."""
     return round(point.seconds, 2), abs(point.sampling - point.training)
 
 
@@ -298,7 +298,7 @@ def sending(pieces: int, engines: int, gpus: int, a: Assumptions, cost: Transfer
 
 
 def bench_scaling(trees: int, fixed: bool, seed: int, out: Path | None) -> None:
-    """`ramet bench scaling`."""
+    """`ramet bench scaling`: measure one tree, estimate an update for each number of GPUs, print and write the records."""
     started = time.perf_counter()
     assumed, hardware = Assumptions(), EngineHardware()
     measured = measure_tree(assumed, seed)

@@ -1,4 +1,4 @@
-"""`ramet bench sampling --backend vllm`: whole trees through our vLLM policy beside `LLM.generate` on the same token requests.
+"""`ramet bench sampling --backend vllm`: whole trees through the vLLM policy, compared with `LLM.generate` on the same requests.
 
 Trees of the model are grown by the runtime, and what they sampled is noted. Then vLLM's own offline loop gets every one of
 those requests at once, with the prompts as token ids and the recorded lengths, so that it never waits for a tree's next turn.

@@ -16,7 +16,8 @@ from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Task, Tree
 from ramet.policy.openrlhf.executor import Rollout
 from ramet.policy.openrlhf.settings import RunSpec
-from ramet.policy.training.reward import Judge, Reward
+from ramet.policy.training.identity import identity
+from ramet.policy.training.reward import Judge, KeptRewards, Reward
 from ramet.policy.training.update import Group, LearningProblem, group_trees, tree_jobs
 
 
@@ -53,6 +54,9 @@ class TreeSamples(SamplesGenerator):
         path = self._rollouts / f"{update:06d}.jsonl"
         tasks = list(self._problem.sample_tasks(update))
         begun = _Update(tasks, Journal(path, fingerprint(self.spec.fingerprint, update)))
+        if not self._problem.compared:
+            code = identity(self._problem.reward_function)
+            begun.kept = KeptRewards(self._rollouts.parent / "rewards" / path.name, fingerprint(self.spec.fingerprint, code, update))
         self._begun[update] = begun
         for record in begun.journal.records:
             tree = Tree.of(json.loads(record["tree"]))
@@ -113,7 +117,7 @@ class TreeSamples(SamplesGenerator):
     def _keep(self, begun: _Update, key: tuple[int, int], tree: Tree) -> None:
         begun.trees[key] = tree
         task, _ = begun.tasks[key[0]]
-        begun.rewards[key] = self._judge.submit(task, tree)
+        begun.rewards[key] = self._judge.submit(task, tree, begun.kept, key)
 
 
 class _Update:
@@ -123,3 +127,4 @@ class _Update:
         self.tasks, self.journal = tasks, journal
         self.trees: dict[tuple[object, ...], Tree] = {}
         self.rewards: dict[tuple[int, int], Future[Reward]] = {}
+        self.kept: KeptRewards | None = None

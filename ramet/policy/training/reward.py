@@ -16,18 +16,21 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from numbers import Real
-from typing import Annotated, Any
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Self
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 from pydantic import Field
 
+from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.tree import Task, Tree
-from ramet.errors import RametError, RewardError, first_line
+from ramet.errors import CheckpointError, RametError, RewardError, first_line
 from ramet.schema import Section
 
 _USUAL: Any = object()
@@ -176,19 +179,59 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
+class KeptRewards:
+    """The rewards of one update in a file, so that a resumed run asks a judge for none of them again. May be used by several threads.
+
+    What another reward function has computed is forgotten: `identity` tells them apart. A reward belongs to the tree that it was
+    computed for, and to its place among the trees of the update.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        try:
+            self._journal = Journal(path, identity)
+        except CheckpointError:
+            path.unlink()
+            self._journal = Journal(path, identity)
+        self._lock = threading.Lock()
+        self._known = {(tuple(record["key"]), record["tree"]): record["reward"] for record in self._journal.records}
+
+    def get(self, key: tuple[object, ...], tree: Tree) -> Reward | None:
+        """The reward of a tree at its place, if it is known."""
+        known = self._known.get((key, _digest(tree)))
+        return None if known is None else Reward(**known)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._journal.close()
+
+    def put(self, key: tuple[object, ...], tree: Tree, reward: Reward) -> None:
+        """Keep a reward. Raises `StorageError`."""
+        with self._lock:
+            self._journal.append({"key": key, "tree": _digest(tree), "reward": asdict(reward)}, keep=False)
+
+
+def _digest(tree: Tree) -> str:
+    return fingerprint(tree.task_id, [(branch.id, branch.ids, branch.answer, branch.status) for branch in tree.branches])
+
+
 class Judge:
     """Rewards trees as they finish, `config.concurrency` at a time, in threads that end when nothing waits."""
 
     def __init__(self, function: RewardFunction, config: RewardConfig):
         self._function, self._config = function, config
         self._lock, self._threads = threading.Lock(), 0
-        self._waiting: deque[tuple[Future[Reward], Task, Tree]] = deque()
+        self._waiting: deque[tuple[Future[Reward], Task, Tree, KeptRewards | None, tuple[object, ...]]] = deque()
 
-    def submit(self, task: Task, tree: Tree) -> Future[Reward]:
-        """The reward of a tree, as a future that raises what `compute_reward` does."""
+    def submit(self, task: Task, tree: Tree, kept: KeptRewards | None = None, key: tuple[object, ...] = ()) -> Future[Reward]:
+        """The reward of a tree, as a future that raises what `compute_reward` does. It is looked for in `kept`, and put there."""
         future: Future[Reward] = Future()
+        if kept is not None and (known := kept.get(key, tree)) is not None:
+            future.set_result(known)
+            return future
         with self._lock:
-            self._waiting.append((future, task, tree))
+            self._waiting.append((future, task, tree, kept, key))
             if self._threads < self._config.concurrency:
                 self._threads += 1
                 threading.Thread(target=self._work, name="judge", daemon=True).start()
@@ -200,8 +243,14 @@ class Judge:
                 if not self._waiting:
                     self._threads -= 1
                     return
-                future, task, tree = self._waiting.popleft()
-            _fulfil(future, compute_reward, self._function, task, tree, self._config.weights, self._config.timeout)
+                future, *arguments = self._waiting.popleft()
+            _fulfil(future, self._reward, *arguments)
+
+    def _reward(self, task: Task, tree: Tree, kept: KeptRewards | None, key: tuple[object, ...]) -> Reward:
+        reward = compute_reward(self._function, task, tree, self._config.weights, self._config.timeout)
+        if kept is not None:
+            kept.put(key, tree, reward)
+        return reward
 
     async def __call__(self, task: Task, tree: Tree) -> Reward:
         """The same, awaited."""

@@ -21,13 +21,14 @@ from ramet.policy.training.update import Group, Metrics
 class RunLog:
     """The log of a run in `directory`. Enter it to write.
 
+    rewards      the folder of the rewards of the same updates, where they are kept (`LearningProblem.compared`)
     rollouts     the folder of the samples of every update since the last checkpoint: a resumed run reads them instead of sampling again
     transcripts  bytes of trees to keep
     texts        what the branches of a tree read and wrote; whoever grows trees says how
     """
 
     def __init__(self, directory: Path, transcripts: int = LIMIT) -> None:
-        self.directory, self.rollouts = directory, directory / "rollouts"
+        self.directory, self.rollouts, self.rewards = directory, directory / "rollouts", directory / "rewards"
         self.texts: Callable[[Tree], Sequence[BranchText]] = lambda tree: ()
         self._trees = Transcripts(directory / TREES, transcripts)
         self._metrics = directory / "metrics.jsonl"
@@ -55,8 +56,8 @@ class RunLog:
         return entries
 
     def forget_rollouts(self, step: int) -> None:
-        """Delete the samples of the updates before `step`, which a checkpoint now covers."""
-        for journal in self.rollouts.glob("*.jsonl"):
+        """Delete the samples and rewards of the updates before `step`, which a checkpoint now covers."""
+        for journal in [*self.rollouts.glob("*.jsonl"), *self.rewards.glob("*.jsonl")]:
             if int(journal.stem) < step:
                 journal.unlink()
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from ramet.policy.models.lora import adapt
 from ramet.policy.models.masters import Masters
 from ramet.policy.training.identity import equipment_identity, identity
 from ramet.policy.training.loss import SUMS
-from ramet.policy.training.reward import Judge, Reward, settled
+from ramet.policy.training.reward import Judge, KeptRewards, Reward, settled
 from ramet.policy.training.rows import TrainingRow, batches, token_logprobs
 from ramet.policy.training.runlog import RunLog
 from ramet.policy.training.update import (
@@ -94,6 +95,7 @@ class Trainer:
         self, learner: Learner, problem: LearningProblem, config: TrainConfig, directory: Path, seed: int = 0, transcripts: int = LIMIT
     ):
         self.sample_tasks, self.reward_function, self._rewarding = problem.sample_tasks, problem.reward_function, problem.rewarding
+        self._compared = problem.compared
         self._identity = {"seed": seed, "config": config.model_dump(), "data fingerprint": problem.fingerprint}
         self._equipment = self._serving = learner.equipment
         if problem.compared:
@@ -178,15 +180,18 @@ class Trainer:
         started = time.perf_counter()
         judge = Judge(self.reward_function, self._rewarding)
         judged: dict[tuple[object, ...], Future[Reward]] = {}
-        groups = await self.rollout(update, lambda job, tree: judged.update({job.key: judge.submit(job.task, tree)}))
-        self._limit_reached = next(iter(limits_reached(groups)), "")
-        sampled = time.perf_counter()
-        # Only now, when the samples are complete in the journal, may a reward that failed end the run.
-        try:
-            rewards = [[await settled(judged[g, n]) for n in range(len(trees))] for g, (_, trees) in enumerate(groups)]
-        except RametError as error:
-            self.log.keep(update, groups, None, str(error))
-            raise
+        with self._kept_rewards(update) as kept:
+            groups = await self.rollout(
+                update, lambda job, tree: judged.update({job.key: judge.submit(job.task, tree, kept, job.key)})
+            )
+            self._limit_reached = next(iter(limits_reached(groups)), "")
+            sampled = time.perf_counter()
+            # Only now, when the samples are complete in the journal, may a reward that failed end the run.
+            try:
+                rewards = [[await settled(judged[g, n]) for n in range(len(trees))] for g, (_, trees) in enumerate(groups)]
+            except RametError as error:
+                self.log.keep(update, groups, None, str(error))
+                raise
         self.log.keep(update, groups, rewards)
         advantages = compute_advantages(groups, rewards, self.config.estimator, self.chat, self.config.clone_scale)
         metrics = rollout_metrics(update, groups, rewards, advantages)
@@ -195,6 +200,12 @@ class Trainer:
         metrics["seconds_sampling"] = sampled - started
         metrics["seconds_training"] = time.perf_counter() - sampled
         return metrics
+
+    def _kept_rewards(self, update: int) -> AbstractContextManager[KeptRewards | None]:
+        """The rewards of an update that are known; None where they are computed by code of ramet's, or of the caller's, alone."""
+        if self._compared:
+            return nullcontext()
+        return KeptRewards(self.log.rewards / f"{update:06d}.jsonl", fingerprint(self._identity, identity(self.reward_function), update))
 
     async def rollout(self, update: int, report: Callable[[Job, Tree], object] | None = None) -> list[Group]:
         """Grow the trees of an update. Returns its groups in the order of the task sampler, whatever the order in which trees finish.

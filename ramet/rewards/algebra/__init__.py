@@ -1,1 +1,1 @@
-"""Mathematical answers: read, and compared in value and form."""
+"""Reading mathematical answers, and comparing them in value and form."""

@@ -1,9 +1,10 @@
-r"""When two trees state the same answer.
+r"""Decides whether two trees state the same answer.
 
-Two things must agree. **Value**: computed by `values`, and exactly where both are literal numbers. **Form**: an answer is as finished as
-the reference is. A computation is no answer to what it computes (`2+3`, `\log_2 32`, `\binom84`, `6/2`, `\sqrt9` for a number), a product
-none where the reference is a sum (`x^2-9` and `(x-3)(x+3)`, either way), several terms none where the reference has fewer (`2x+3x` for
-`5x`): see `forms`. Solutions may come in any order; a unit may be missing, and 50% is a half and also an answer to "how many per cent?".
+Two things must agree. **Value**: compared numerically by `values`, and exactly where both are literal numbers. **Form**: the answer must be
+worked out as far as the reference is. A computation is no answer to what it computes (`2+3`, `\log_2 32`, `\binom84`, `6/2`, `\sqrt9` for
+a number), a product none where the reference is a sum (`x^2-9` and `(x-3)(x+3)`, either way), several terms none where the reference has
+fewer (`2x+3x` for `5x`): see `forms`. Solutions may come in any order; a unit may be missing, and 50% is a half and also an answer to "how
+many per cent?".
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _FLOAT_ERROR = Fraction(1, 10**14)
 
 
 def same(gold: Node, answer: Node) -> bool:
-    """Whether `answer` states the same as the reference answer `gold`. Raises `NotationError` for values beyond all bounds."""
+    """Whether `answer` is equivalent to the reference answer `gold`. Raises `NotationError` for values that are too large to compute."""
     gold, answer = _single(gold), _single(answer)
     if gold == answer:
         return True
@@ -51,7 +52,7 @@ def same(gold: Node, answer: Node) -> bool:
 
 
 def _single(node: Node) -> Node:
-    """Without the brackets of a list or set of one."""
+    """The node without the brackets of a list or set that has only one item."""
     while isinstance(node, Compound) and node.kind in ("list", "{}", "union") and len(node.items) == 1:
         node = node.items[0]
     if isinstance(node, Compound) and node.kind in ("list", "{}"):
@@ -60,7 +61,7 @@ def _single(node: Node) -> Node:
 
 
 def _values(items: tuple[Node, ...]) -> tuple[Node, ...]:
-    """Of solutions that all name the same unknown (`x = 1 or x = 2`; `x = 1, 2`), the values."""
+    """The values of solutions that all name the same unknown (`x = 1 or x = 2`; `x = 1, 2`); other items unchanged."""
     values = [_stated(item) if isinstance(item, Relation) else (None, item) for item in items]
     named = [value for value in values if value is not None]
     names = {written(name) for name, _ in named if name is not None}
@@ -70,7 +71,7 @@ def _values(items: tuple[Node, ...]) -> tuple[Node, ...]:
 
 
 def _same_times(gold: Node, answer: Node) -> bool:
-    """Times of day of which one, `6:30`, does not say of which half; past noon the whole day's hours do."""
+    """Whether two times of day are equal, one with a.m. or p.m. and one without. A bare answer must be past noon on the 24-hour clock."""
     if isinstance(gold, Text) and (later := _hours(answer)):
         return gold.words == f"clock {later[0]}:{later[1]:02}" and later[0] > 12
     if isinstance(answer, Text) and (half := _hours(gold)):
@@ -79,7 +80,7 @@ def _same_times(gold: Node, answer: Node) -> bool:
 
 
 def _hours(node: Node) -> tuple[int, int] | None:
-    """Hours and minutes of what may be a time of day, such as `6:30`."""
+    """(hours, minutes) of a node that can be read as a time of day, such as `6:30`; None of any other."""
     if isinstance(node, Compound) and node.kind == "ratio" and len(node.items) == 2:
         hours, minutes = (integer_of(item) for item in node.items)
         if hours is not None and minutes is not None and 0 <= hours < 24 and 0 <= minutes < 60:
@@ -91,7 +92,7 @@ def _hours(node: Node) -> tuple[int, int] | None:
 
 
 def _is_name(node: Node) -> bool:
-    """What may stand before `=` without being part of the answer: `x`, `f(x)`, `f^{-1}(x)`, `(p, q)`, `|AB|`, `AB:CD`, words."""
+    """Whether a node may stand before `=` without being part of the answer: `x`, `f(x)`, `f^{-1}(x)`, `(p, q)`, `|AB|`, `AB:CD`, words."""
     if isinstance(node, Compound):
         return node.kind in ("()", "ratio") and all(map(_is_name, node.items))
     if isinstance(node, Op) and node.name == "mul":
@@ -157,7 +158,7 @@ def _same_relations(gold: Node, answer: Node) -> bool:
 
 
 def _same_equations(gold: Relation, answer: Relation) -> bool:
-    """Equations whose right side is zero, and one is the other with all signs changed."""
+    """Whether two equations with right sides of zero are equal up to the sign of the left side."""
     zero = Num(Fraction(0))
     if gold.operators == answer.operators == ("=",) and gold.parts[1] == answer.parts[1] == zero:
         return same(gold.parts[0], Op("neg", (answer.parts[0],)))
@@ -165,7 +166,7 @@ def _same_equations(gold: Relation, answer: Relation) -> bool:
 
 
 def _interval(relation: Relation) -> Node | None:
-    """The interval of one unknown that `a < x <= b`, or one half of it, says."""
+    """The interval that `a < x <= b`, or one half of it, states for its one unknown."""
     infinity = Sym("\\infty")
     operators, parts = relation.operators, relation.parts
     if any(o not in _FLIPPED for o in operators) or len(parts) > 3:
@@ -223,7 +224,7 @@ _ALL = Compound("()", (Op("neg", (Sym("\\infty"),)), Sym("\\infty")))
 
 
 def _as_union(node: Node) -> Node:
-    """Inequalities of one unknown, one `or` the other, are a union of intervals."""
+    """The union of intervals that inequalities of one unknown joined by `or` stand for."""
     if isinstance(node, Compound) and node.kind in ("list", "union") and any(isinstance(i, Relation) for i in node.items):
         intervals = [_interval(i) if isinstance(i, Relation) else i for i in node.items]
         if all(i is not None for i in intervals):
@@ -232,7 +233,7 @@ def _as_union(node: Node) -> Node:
 
 
 def _as_point(node: Compound) -> Compound:
-    """Of `y = 2, x = 1` the point (1, 2)."""
+    """The point (1, 2) for `y = 2, x = 1`: values in the order of their names."""
     values = [_stated(item) if isinstance(item, Relation) else None for item in node.items]
     named = {f[0].name: f[1] for f in values if f is not None and isinstance(f[0], Sym)}
     if node.kind != "list" or len(named) != len(node.items):
@@ -241,7 +242,7 @@ def _as_point(node: Compound) -> Compound:
 
 
 def _same_sets(gold: Sequence[Node], answer: Sequence[Node]) -> bool:
-    """Each of one among the other, in any order. What `gold` has twice must be there twice; repetitions in `answer` do not count."""
+    """Whether the items agree in any order. What `gold` has twice must occur twice; repetitions in `answer` do not count."""
     unmatched = list(answer)
     for item in gold:
         place = next((i for i, other in enumerate(unmatched) if same(item, other)), None)
@@ -263,7 +264,7 @@ def _distinct(items: Sequence[Node]) -> list[Node]:
 
 
 def _amount(node: Node) -> tuple[Node, str]:
-    """The amount and its unit; `Op("neg")` of a quantity is one."""
+    """(amount, unit) of a quantity, which may be negated; the unit is "" for anything else."""
     units: list[str] = []
     negative = False
     while isinstance(node, Quantity) or (isinstance(node, Op) and node.name == "neg" and isinstance(node.args[0], Quantity)):
@@ -277,7 +278,7 @@ def _amount(node: Node) -> tuple[Node, str]:
 
 
 def _units_agree(gold: str, answer: str) -> bool:
-    """One names none, or each word of one is a word of the other."""
+    """Whether one unit is missing, or all words of one occur in the other."""
     ours, theirs = set(gold.split()), set(answer.split())
     return ours <= theirs or theirs <= ours
 

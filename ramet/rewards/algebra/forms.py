@@ -1,6 +1,6 @@
-r"""What tells the forms of expressions apart, counted: a computation from its result, a product from a sum, finished from unfinished.
+r"""Features that distinguish the forms of expressions: a computation from its result, a product from a sum, simplified from unsimplified.
 
-Not told apart are: terms and factors in another order; a sign inside or outside; a division by a number inside or outside; literal
+Not distinguished are: terms and factors in another order; a sign inside or outside; a division by a number inside or outside; literal
 numbers as decimal, fraction, mixed number or in scientific notation; radicals simplified, rationalised, or not.
 """
 
@@ -46,7 +46,7 @@ def as_finished(gold: Node, answer: Node) -> bool:
 
 
 def profile(node: Node) -> Counter[str]:
-    """What tells forms apart, counted: terms, variables, functions, factors that are sums, arithmetic that is not carried out."""
+    """The features of a form, counted: terms, variables, functions, factors that are sums, arithmetic that is not carried out."""
     counts: Counter[str] = Counter()
     _count(node, counts, below=False)
     return counts
@@ -99,7 +99,7 @@ def _count(node: Node, counts: Counter[str], below: bool, times: int = 1) -> Non
 
 
 def _content(node: Node) -> int:
-    """The whole number that divides all terms, as far as it is written."""
+    """The whole number that divides the written coefficients of all terms."""
     value = integer_of(node)
     if value is not None:
         return abs(int(value))
@@ -124,7 +124,7 @@ def _count_root(node: Op, counts: Counter[str], below: bool, times: int) -> None
 
 
 def _perfect(value: Fraction, index: Fraction | None) -> bool:
-    """Is the root a rational number?"""
+    """Whether the root is a rational number."""
     if index is None or index < 1 or value < 0 or index > 100:
         return False
 
@@ -178,7 +178,7 @@ def _flat(node: Op) -> Iterator[Node]:
 
 
 def _count_factors(node: Op, counts: Counter[str], times: int) -> None:
-    """Numbers that are to be multiplied, and sums among factors; those that are powers of sums are counted as powers."""
+    """Count the numbers to be multiplied and the sums among the factors; powers of sums are counted as powers."""
     factors = list(_flat(node))
     numbers = [n for n in map(number_of, factors) if n is not None]
     powers = [f for f in factors if isinstance(f, Op) and f.name == "pow" and all(map(literal, f.args)) and number_of(f) is None]
@@ -192,7 +192,7 @@ def _count_factors(node: Op, counts: Counter[str], times: int) -> None:
 
 
 def _top(node: Node) -> str:
-    """What an expression in variables is in the end, coefficients aside: a sum, a quotient or a product."""
+    """The outermost operation of an expression in variables, coefficients aside: a sum, a quotient or a product."""
     while isinstance(node, Op):
         if node.name == "neg":
             node = node.args[0]

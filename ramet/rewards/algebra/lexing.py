@@ -1,4 +1,4 @@
-"""From characters to tokens: what does not belong to a formula is dropped, and runs of letters are told apart."""
+"""From characters to tokens: what is not part of a formula is dropped; runs of letters are split into names, functions and words."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _GROUPED = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{\s*,\s*\}|,\s*\\!\s*|\\,|[ \u00
 
 
 def cleaned(text: str) -> str:
-    """The text without box, mathematics delimiters, emphasis, spacing commands and final full stop; Unicode signs as LaTeX has them."""
+    """The text without box, mathematics delimiters, emphasis, spacing commands and final full stop; Unicode signs become LaTeX."""
     if len(text) > LONGEST:
         raise NotationError(f"{len(text)} characters")
     text = unboxed(text)
@@ -97,14 +97,14 @@ def _dollars(text: str) -> str:
 
 
 def plain_words(text: str) -> str:
-    """Words in lower case, single spaces between them, without commands and punctuation."""
+    """The words of a text in lower case, separated by single spaces, without commands and punctuation."""
     text = re.sub(rf"\\(?:{WORD_COMMANDS})(?![a-zA-Z])", " ", text)
     return " ".join(re.sub(r"[^\w+/*^=<>|-]+", " ", text).casefold().split())
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """`kind` is a group of `_TOKEN`, or a symbol; `spaced`: there is a space before it."""
+    """One token. `kind` is a group of `_TOKEN`, or a symbol; `spaced`: whether a space precedes it."""
 
     kind: str
     text: str

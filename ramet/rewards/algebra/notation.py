@@ -1,7 +1,7 @@
-r"""Mathematical notation, as models and data sets write it, read into a tree: LaTeX, plain text, and both at once.
+r"""Reads mathematical notation as models and data sets write it (LaTeX, plain text, or a mixture) into a tree.
 
-`read` keeps what was written: nothing is evaluated, so that the form of an answer can be told from its value. What is not plain
-from the characters is read as its author will have meant it:
+`read` keeps what was written: nothing is evaluated, so that the form of an answer can be compared apart from its value. Ambiguous
+notation is read as its author most probably meant it:
 
 - `12,345` is a number and `12, 345` a list; inside brackets every comma separates;
 - `2\frac{1}{2}` and `2 1/2` are mixed numbers, `2\frac{x}{2}` is a product;
@@ -9,8 +9,8 @@ from the characters is read as its author will have meant it:
 - what follows a number in words is its unit; `5 m` is a quantity, `5m` a product;
 - `1/2x` is `x/2`; `x^10` is a tenth power; `\frac12` is a half.
 
-The time that reading takes is linear in the text, whose length and depth are limited. Balanced text that is no notation known here
-is kept as it is written; `NotationError` is raised for the rest.
+Reading takes time linear in the text, whose length and depth are limited. Balanced text in an unknown notation is kept as it is
+written; `NotationError` is raised for the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ASIDE = re.compile(r"\s+\((?:(?!base\b)[^\W\d_]{2,}(?:[ ,.'-]+[^\W\d_]+)*[.,]?|
 
 
 def read(text: str) -> Node:
-    """The tree of a text. Raises `NotationError`."""
+    """The tree of a text. Raises `NotationError` for text that is too long, nested too deep or unbalanced."""
     text = cleaned(text)
     if not text:
         raise NotationError("the text is empty")
@@ -46,7 +46,7 @@ def read(text: str) -> Node:
 
 
 def _words(text: str) -> Node | None:
-    """Of a text of words only; letters that name choices are symbols."""
+    """The node of a text that consists of words only; letters that name choices are symbols. None for any other text."""
     bare = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", text).strip()
     choice = re.fullmatch(r"(?:[oO]ption\s+|[cC]hoice\s+)?\(?([A-Z])[).]?", bare)
     if choice:
@@ -71,7 +71,7 @@ def _reads_as_symbols(word: str) -> bool:
 
 
 def _clock(text: str) -> Node | None:
-    """A time of day that says a.m. or p.m."""
+    """The node of a time of day with a.m. or p.m.; None for any other text."""
     bare = re.sub(rf"\\(?:{WORD_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", text).strip()
     match = _CLOCK.fullmatch(bare)
     if match is None or not 1 <= int(match[1]) <= 12:

@@ -70,7 +70,7 @@ class Parser:
         return items[0] if len(items) == 1 else Compound("list", tuple(items))
 
     def sequence(self) -> list[Node]:
-        """Items between commas."""
+        """Items separated by commas."""
         items = [self.relation()]
         while self.next in (",", ";"):
             while self.next in (",", ";"):  # a comma before "and" is no empty item
@@ -79,7 +79,7 @@ class Parser:
         return items
 
     def relation(self) -> Node:
-        """A chain of ratios between relation signs."""
+        """Ratios joined by relation signs."""
         self.depth += 1
         if self.depth > DEEPEST:
             raise NotationError("nested too deep")
@@ -94,7 +94,7 @@ class Parser:
         return Relation(tuple(operators), tuple(parts)) if operators else parts[0]
 
     def ratio(self) -> Node:
-        """Unions between colons."""
+        """Unions joined by colons."""
         parts = [self.union()]
         while self.next == ":":
             self.take()
@@ -102,7 +102,7 @@ class Parser:
         return parts[0] if len(parts) == 1 else Compound("ratio", tuple(parts))
 
     def union(self) -> Node:
-        """Sums between set operators, all of one kind."""
+        """Sums joined by set operators, all of one kind."""
         operands, operator = [self.sum()], ""
         while self.next in ("\\cup", "\\cap", "\\setminus") and operator in ("", self.next):
             operator = self.take()
@@ -110,7 +110,7 @@ class Parser:
         return operands[0] if not operator else Compound({"\\cup": "union"}.get(operator, operator), tuple(operands))
 
     def sum(self) -> Node:
-        """Terms between signs."""
+        """Terms joined by signs."""
         terms: list[Node] = []
         while True:
             sign = self.sign()
@@ -207,7 +207,7 @@ class Parser:
                 return base
 
     def exponent(self) -> Node:
-        """Powers of powers are read from the right."""
+        """An exponent; powers of powers are read from the right."""
         parts = [self.argument(whole=True)]
         while self.next == "^":
             self.take()
@@ -396,7 +396,7 @@ class Parser:
         raise UnknownNotation
 
     def skip(self) -> None:
-        """One token, or all of a bracket."""
+        """Skip one token, or a whole bracket."""
         depth = 0
         while True:
             token = self.take()

@@ -10,7 +10,7 @@ CONSTANTS = ("\\pi", "e", "i", "\\infty")
 
 @dataclass(frozen=True, slots=True)
 class Num:
-    """A literal number. `digits`: significant digits of a decimal, 0 of others. `kind`: integer, decimal, mixed or scientific."""
+    """A literal number. `digits`: significant digits of a decimal, else 0. `kind`: integer, decimal, mixed or scientific."""
 
     value: Fraction
     kind: str = "integer"
@@ -26,7 +26,7 @@ class Sym:
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """`add`, `neg`, `mul`, `div`, `pow`, or the name of a function."""
+    """An operation: `add`, `neg`, `mul`, `div`, `pow`, or the name of a function."""
 
     name: str
     args: tuple[Node, ...]
@@ -34,7 +34,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Compound:
-    """Items between brackets: `kind` is the two brackets, `list` without any, `union`, `ratio`, or a matrix (its items are rows)."""
+    """Several items. `kind` is the two brackets around them, `list` (no brackets), `union`, `ratio`, or a matrix, whose items are rows."""
 
     kind: str
     items: tuple[Node, ...]
@@ -42,7 +42,7 @@ class Compound:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A chain such as `1 < x <= 2`: one more part than operators."""
+    """A chain of relations such as `1 < x <= 2`, which has one more part than operators."""
 
     operators: tuple[str, ...]
     parts: tuple[Node, ...]
@@ -50,7 +50,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """Something in a unit, or in per cent (`%`) or degrees (`°`)."""
+    """An amount with a unit, per cent (`%`) or degrees (`°`)."""
 
     amount: Node
     unit: str
@@ -58,7 +58,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Words, in lower case; and whatever else is only equal as it is written."""
+    """Words in lower case, or other text that equals only itself."""
 
     words: str
 
@@ -114,7 +114,7 @@ def literal(node: Node) -> bool:
 
 
 def inside(node: Node) -> tuple[Node, ...]:
-    """What a node is made of."""
+    """The children of a node."""
     if isinstance(node, Op):
         return node.args
     if isinstance(node, Compound):
@@ -133,14 +133,14 @@ def depth_of(node: Node) -> int:
 
 
 def symbols_of(node: Node) -> set[str]:
-    """The variables in it."""
+    """The names of the variables in a tree."""
     if isinstance(node, Sym):
         return set() if node.name in CONSTANTS else {node.name}
     return {name for child in inside(node) for name in symbols_of(child)}
 
 
 def written(node: Node) -> str:
-    """One spelling for what is written alike but for brackets, signs, and the order of terms, factors and solutions."""
+    """A canonical spelling: equal for trees that differ only in brackets, signs, and the order of terms, factors and solutions."""
     if isinstance(node, Num):
         return f"{node.kind} {node.value}" if node.kind in ("mixed", "scientific") else str(node.value)
     if isinstance(node, (Sym, Text)):

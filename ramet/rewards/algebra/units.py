@@ -1,4 +1,4 @@
-"""Units and amounts in words."""
+"""Units of measurement, and amounts written in words."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _UNITS = {
 
 
 def unit_name(words: list[str]) -> str:
-    """Words of a unit in one spelling: singular, abbreviated, powers as exponents."""
+    """The canonical name of a unit: singular, abbreviated, powers as exponents."""
     named = []
     for word in (word.casefold() for word in words if word.casefold() not in ("a", "an", "the", "of", "each")):
         stem = word if word in _UNITS or len(word) < 4 else word.removesuffix("s")

@@ -1,4 +1,4 @@
-"""Are two expressions equal? Computed to sixty digits and more, at fixed points for the variables; in bounded time, whatever they say."""
+"""Numerical equality of expressions: both are computed to sixty digits or more at fixed values of the variables, in bounded time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LOCK = threading.Lock()  # of the context, whose working precision is a global 
 
 
 def equal_values(a: Node, b: Node, error: float | None = None) -> bool:
-    """At every point, to the working precision or within a relative `error`.
+    """Whether two expressions are equal at every point, to the working precision or within a relative `error`.
 
-    The precision is such that the smallest term of a sum counts beside the largest (`2^{2017} - 1`); where that would take more than
-    `_MOST_DIGITS`, what is written alike is equal.
+    The precision is chosen so that the smallest term of a sum still counts beside the largest (`2^{2017} - 1`); if that takes
+    more than `_MOST_DIGITS`, expressions are equal if they are written alike.
     """
     digits = max(_DIGITS, 30 + max(_longest(a), _longest(b)))
     points = _POINTS if symbols_of(a) | symbols_of(b) else 1
@@ -46,13 +46,13 @@ def _equal_at(point: int, a: Node, b: Node, digits: int, error: float | None) ->
 
 
 def _spread(terms: Sequence[Any]) -> int:
-    """Binary places from the largest term of a sum to the smallest."""
+    """The number of binary places between the largest and the smallest term of a sum."""
     sizes = [_CONTEXT.mag(term) for term in terms if term and _CONTEXT.isfinite(term)]
     return int(max(sizes) - min(sizes)) if sizes else 0
 
 
 def _longest(node: Node) -> int:
-    """Digits of the longest literal."""
+    """The number of digits of the longest literal."""
     if isinstance(node, Num):
         return max(node.value.numerator.bit_length(), node.value.denominator.bit_length()) // 3
     return max(map(_longest, inside(node)), default=0)
@@ -65,14 +65,14 @@ def _close(a: Any, b: Any, allowed: Any) -> bool:
 
 
 def _point(name: str, point: int) -> Any:
-    """A number between -3 and 3, by name; above 0 at half of the points."""
+    """The value of a variable at a point: between -3 and 3, determined by its name, and positive at half of the points."""
     fraction = int.from_bytes(hashlib.sha256(f"{name}/{point}".encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
     value = _CONTEXT.mpf(fraction) * 2.5 + 0.5
     return value if point % 2 == 0 else value - 3.5
 
 
 def _value(node: Node, point: int, spreads: list[int]) -> Any:
-    """Raises `NotationError` where there is none, or none that can be had in bounded time. The spread of each sum is put into `spreads`."""
+    """The value of a node; the spread of each sum is appended to `spreads`. Raises `NotationError` if it is undefined or too costly."""
     c = _CONTEXT
     if isinstance(node, Num):
         return c.mpf(node.value.numerator) / node.value.denominator

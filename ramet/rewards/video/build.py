@@ -1,4 +1,4 @@
-"""From videos and questions with checkable answers to preference pairs, in seven stages; each counts what it keeps and why it drops.
+"""Builds preference pairs from videos and questions with checkable answers, in seven stages; each counts what it keeps and drops, and why.
 
     1 prompts      videos that can be read and are not too long; no question that is answered without the video, or by a weak model
     2 rollouts     several answers to each question from each answerer
@@ -8,8 +8,8 @@
     6 negatives    questions that all answer rightly get a wrong answer by changing what it states, if it can be told with the video only
     7 clean        no duplicates, nothing of the benchmarks; a datasheet
 
-Stages 5 and 6 apply the judges that they are given, and the datasheet says which. A run that was cut off goes on where it was: answers
-and verdicts are kept in a journal. The published pipeline's stages are not public: these are our design.
+Stages 5 and 6 apply the judges that they are given, and the datasheet says which. An interrupted run resumes: answers and
+verdicts are kept in a journal. The stages of the pipeline in arXiv 2605.07872 are not public; these are our own design.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class BuildConfig:
 
 @dataclass
 class StageCounts:
-    """What came into each stage, what is left, and why the rest is not, for the datasheet."""
+    """How many items entered and left each stage, and why the others were dropped, for the datasheet."""
 
     stages: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -109,7 +109,7 @@ class PairBuilder:
         self._known = {(r["stage"], r["key"]): r["value"] for r in journal}
 
     def run(self) -> list[PreferencePair]:
-        """All stages; `counts` and `sheet` tell what they did."""
+        """Run all stages; `counts` and `sheet` then hold their statistics."""
         questions = self._prompts()
         answers = self._rollouts(questions)
         mixed, easy = self._verify(questions, answers)
@@ -155,7 +155,7 @@ class PairBuilder:
         return left
 
     def _faults(self) -> list[str]:
-        """Of each question's video. Looked at in every run: what was missing may be there now."""
+        """What is wrong with each question's video. Checked anew in every run, since a missing video may have been added."""
         faults = []
         for number, question in enumerate(self.questions, 1):
             video = question.shown
@@ -240,7 +240,7 @@ class PairBuilder:
         return self._kept("score", [pair.id for pair in pairs], make)
 
     def _verdicts(self, stage: str, judge: PairwiseJudge, pairs: list[PreferencePair], blind: bool) -> list[str]:
-        """For each pair "a" if it wins in both orders, else why not."""
+        """For each pair, "a" if the right answer wins in both orders, else why it does not."""
 
         def make(part: list[int]) -> list[str]:
             duels = [AnswerPair(p.id, None if blind else p.video, p.question, p.chosen, p.rejected[0]) for p in (pairs[i] for i in part)]
@@ -270,9 +270,9 @@ class PairBuilder:
             if self.judge is not None:
                 with_video = self._verdicts("negative, seen", self.judge, pairs, blind=False)
                 without_video = self._verdicts("negative, blind", self.judge, pairs, blind=True)
-                passed = [told == "a" and guessed != "a" for told, guessed in zip(with_video, without_video, strict=True)]
+                passed = [seen == "a" and guessed != "a" for seen, guessed in zip(with_video, without_video, strict=True)]
                 dropped["tries told without the video"] += without_video.count("a")
-                dropped["tries not told with the video"] += sum(told != "a" for told in with_video)
+                dropped["tries not told with the video"] += sum(verdict != "a" for verdict in with_video)
             accepted |= {i: pair for (i, pair), good in zip(tried, passed, strict=True) if good}
         dropped["questions without one"] = len(questions) - len(accepted)
         self.counts.stage("6 negatives", len(questions), len(accepted), dropped)
@@ -300,10 +300,10 @@ class PairBuilder:
         dropped: Counter[str] = Counter()
         thumbnails: dict[Segment, np.ndarray] = {}
 
-        def look(segment: Segment) -> None:
+        def read(segment: Segment) -> None:
             thumbnails[segment] = _thumbnail(segment)
 
-        self.unseen = len(readable(self.benchmarks, look)[1]) + sum(b.video is None for b in self.benchmarks)
+        self.unseen = len(readable(self.benchmarks, read)[1]) + sum(b.video is None for b in self.benchmarks)
         contents = {content_id(Path(segment.file)) for segment in thumbnails}
         benchmark_thumbnails = np.stack(list(thumbnails.values())) if thumbnails else np.empty((0, 768), dtype=np.float32)
         spans = {span for b in self.benchmarks for span in _spans(b.question)}
@@ -382,22 +382,22 @@ def _pair(question: VideoQuestion, name: str, chosen: str, rejected: SampledAnsw
 
 
 def _just(text: str, match: re.Match[str]) -> str:
-    """What a match is replaced by, as it is: backslashes in it mean nothing."""
+    """A replacement for `re.sub` in which backslashes have no meaning."""
     return text
 
 
 def _distinct(answers: Iterable[SampledAnswer]) -> list[SampledAnswer]:
-    """Without repeated texts."""
+    """The answers without repetitions of a text."""
     return list({a.text: a for a in answers}.values())
 
 
 def _unlike(a: SampledAnswer, b: SampledAnswer) -> float:
-    """How easily two answers are told apart by what should not count: length in words, and who wrote them."""
+    """How much two answers differ in what should not count: their length in words, and the answerer."""
     return abs(len(a.text.split()) - len(b.text.split())) + (8.0 if a.source != b.source else 0.0)
 
 
 def _spans(question: str, words: int = 13) -> list[tuple[str, ...]]:
-    """Runs of 13 words: what two questions share only if one was taken from the other."""
+    """All runs of 13 words; two questions share one only if one was taken from the other."""
     tokens = re.findall(r"\w+", question.lower())
     return [tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1)]
 

@@ -5,7 +5,7 @@
 
 It is trained on preference pairs with the loss of Bradley and Terry (1952). The model kind is that of Video Understanding Reward Modeling
 (Wei et al. 2026, arXiv 2605.07872), whose backbone, head and loss are not public; those here are our own (see docs/video-rewards.md). Any
-Hugging Face vision-language model that is called like Qwen2.5-VL or Qwen3-VL can be the base.
+Hugging Face vision-language model with the interface of Qwen2.5-VL or Qwen3-VL can be the base.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ class VideoAnswer:
 
 @dataclass(frozen=True)
 class DRMSettings:
-    """What a checkpoint needs beside its weights.
+    """The settings that a checkpoint holds beside its weights.
 
-    pooling      of which hidden state the score is a function: the last token's, or the mean over the answer
-    temperature  by which a difference of scores is divided before it is read as log-odds; see `calibrate`
+    pooling      the hidden state from which the score is computed: that of the last token, or the mean over the answer
+    temperature  divisor of a difference of scores that turns it into log-odds; see `calibrate`
     centre       the score that counts as neither good nor bad
     """
 
@@ -92,7 +92,7 @@ class ScalarHeadModel(PreTrainedModel):  # type: ignore[misc]
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, answer_mask: Tensor | None = None, margin: Any = None, **inputs: Any
     ) -> SequenceClassifierOutput:
-        """`margin` is for the loss, which is not computed here."""
+        """Scores (B, 1) as `logits`. `margin` is for the loss, which the trainer computes."""
         inputs["use_cache"] = False
         # No token sees what is right of it, so only padding on the left needs a mask, which grows with the square of the length.
         mask = None if attention_mask[:, 0].all() else attention_mask
@@ -100,11 +100,11 @@ class ScalarHeadModel(PreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(logits=self.head(self.pool(hidden, attention_mask, answer_mask)))
 
     def head(self, pooled: Tensor) -> Tensor:
-        """(B, 1) float32 of (B, d), also where the backbone is in bfloat16."""
+        """Scores (B, 1) of pooled hidden states (B, d), in float32 even if the backbone is in bfloat16."""
         return nn.functional.linear(pooled.float(), self.score.weight.float())
 
     def pool(self, hidden: Tensor, attention_mask: Tensor, answer_mask: Tensor | None) -> Tensor:
-        """(B, d) of (B, T, d)."""
+        """Pooled hidden states (B, d) of hidden states (B, T, d)."""
         if self.pooling == "mean":
             assert answer_mask is not None
             weights = answer_mask.to(hidden.dtype)
@@ -125,7 +125,7 @@ def sigmoid(x: float) -> float:
 
 
 def _parts(spans: Sequence[list[int]]) -> list[list[list[int]]]:
-    """The answers cut so that those of a part have at most `TOGETHER` tokens, or there is one."""
+    """The answers split into parts of at most `TOGETHER` tokens, or of a single answer."""
     parts: list[list[list[int]]] = [[]]
     held = 0
     for span in spans:
@@ -153,7 +153,7 @@ class VideoDRM:
 
     @classmethod
     def from_base(cls, path: Path, settings: DRMSettings, seed: int = 0, dtype: torch.dtype = torch.float32) -> VideoDRM:
-        """An untrained one on the model of a directory."""
+        """An untrained reward model on the vision-language model in a directory."""
         from transformers import AutoTokenizer
 
         if not (path / "config.json").exists():
@@ -169,7 +169,7 @@ class VideoDRM:
             return cls(ScalarHeadModel(backbone.config, backbone, settings.pooling), tokenizer, settings)
 
     def save(self, path: Path) -> None:
-        """Weights (adapters merged), configuration, tokenizer and settings in a directory, with the versions that they are of."""
+        """Write the weights (adapters merged), configuration, tokenizer, settings and versions to a directory."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             state = merged(self.scorer) or self.scorer.state_dict()
@@ -182,7 +182,7 @@ class VideoDRM:
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", **options: Any) -> VideoDRM:
-        """A trained one. Raises `CheckpointError` for what is missing or does not fit; warns where it was trained with other positions."""
+        """Load a trained model. Raises `CheckpointError` for missing or mismatched files; warns if it was trained with other positions."""
         from transformers import AutoTokenizer
 
         if not (path / SETTINGS).exists():
@@ -215,7 +215,7 @@ class VideoDRM:
         return cls(scorer.to(device).eval(), tokenizer, settings, **options)
 
     def with_video(self, **changes: Any) -> VideoDRM:
-        """The same model with other settings of videos (`max_frames`, `order`)."""
+        """The same model with other video settings (`max_frames`, `order`)."""
         settings = replace(self.settings, video=replace(self.settings.video, **changes))
         return VideoDRM(self.scorer, self.tokenizer, settings, self.max_batch)
 
@@ -248,7 +248,7 @@ class VideoDRM:
         return inputs | {"answer_mask": mask}
 
     def score(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """One score an item, higher is better; a question is read once for all its answers. Known ones are not computed again.
+        """One score per item, higher is better; a question is processed once for all its answers, and known scores come from a cache.
 
         Raises `TaskError` for a video that cannot be read, `RewardError` for what is too long and for a score that is no number.
         """
@@ -286,7 +286,7 @@ class VideoDRM:
 
     @torch.inference_mode()
     def score_together(self, video: VideoInput, question: str, answers: Sequence[str]) -> list[float]:
-        """Scores of several answers to one question, which is read once: each answer sees it and itself, and no other answer."""
+        """Scores of several answers to one question, which is processed once; no answer attends to another."""
         prompt, spans = self.prompt(video, question), [self.answer_ids(answer) for answer in answers]
         for span in spans:
             self._whole(prompt, span)
@@ -306,7 +306,7 @@ class VideoDRM:
     def _extended(self, cache: Cache, begun: int, first: int, spans: Sequence[list[int]]) -> Tensor:
         """Hidden states (rows, d) of answers, one after another, each at positions from `first` on and after the `begun` rows of `cache`.
 
-        Of the mask only some rows exist at a time, so that memory grows with the length and not with its square.
+        The mask is made in pieces of rows, so that memory grows linearly with the length.
         """
         ids = torch.tensor([i for span in spans for i in span])
         positions = torch.cat([first + torch.arange(len(span)) for span in spans])
@@ -333,7 +333,7 @@ class VideoDRM:
         return values
 
     def rewards(self, scores: Sequence[float]) -> list[float]:
-        """The odds that an answer of a score beats a middling one, as a probability: a reward between 0 and 1."""
+        """Rewards between 0 and 1: the probability that an answer with the score beats one that is neither good nor bad."""
         return [sigmoid((score - self.settings.centre) / self.settings.temperature) for score in scores]
 
     def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Preference rows of other collections as ours: which columns mean what, and who of several answers is preferred.
+"""Reads preference rows of other collections: which columns mean what, and which of several answers is preferred.
 
 A row says what is asked, about which video, and which answer is better, in one of the forms of `FORMATS`; a column is found under
 any of its names in `NAMES`, or where a field map says. Answers and questions are text, messages (`role` and `content`, or `from` and
@@ -58,14 +58,14 @@ class Columns:
         self._fields = {name: column for name, column in fields.items() if (name, column) != ("video", WITHOUT)}
 
     def get(self, name: str, default: Any = ...) -> Any:
-        """Raises `TaskError` for what the field map names and the row has not; for what it has under no name, unless there is a default."""
+        """The value of a column. Raises `TaskError` if the row lacks what the field map names, or has no value and there is no default."""
         if name in self._fields:
             return field_of(self.row, name, self._fields, self.where)
         column = self.column(name)
         return field_of(self.row, name, {}, self.where, default) if column is None else self.row[column]
 
     def column(self, name: str) -> str | None:
-        """Where a value is, if it is anywhere."""
+        """The name of the column that holds a value; None if none does."""
         named = (self._fields[name],) if name in self._fields else NAMES.get(name, (name,))
         return next((c for c in named if name in self._fields or self.row.get(c) is not None), None)
 
@@ -80,7 +80,7 @@ class Preference:
 
 @dataclass(frozen=True)
 class PreferenceFormat:
-    """A form of preferences: the columns that make it out, by our names."""
+    """A form of preference rows: the columns that identify it, by our names."""
 
     name: str
     needs: tuple[str, ...]
@@ -88,7 +88,7 @@ class PreferenceFormat:
 
 
 def preference(columns: Columns) -> Preference:
-    """By the first form whose columns a row has. Raises `TaskError` that lists what it has and what would do."""
+    """The preference of a row, by the first form whose columns it has. Raises `TaskError` with its columns and those of the forms."""
     form = _form(columns)
     if form is not None:
         result = form.read(columns)
@@ -126,7 +126,7 @@ def rated(columns: Columns) -> tuple[str, float] | None:
 
 
 def best_of(rated: Sequence[tuple[str, float]]) -> Preference:
-    """Of answers that differ, with their ratings; several of the highest rating are a tie."""
+    """The preference among different answers by their ratings; several answers with the highest rating are a tie."""
     return Preference(tuple(answer for answer, _ in rated), _highest([rating for _, rating in rated]))
 
 
@@ -264,7 +264,7 @@ def frames_of(names: Sequence[str]) -> tuple[str, int, int] | None:
 
 
 def _name(value: Any, where: str) -> str:
-    """A path: a string, or what holds one."""
+    """The path that a value is or holds."""
     while isinstance(value, Mapping):
         value = next((value[key] for key in ("path", "video", "image", "url", "file") if value.get(key) is not None), None)
         if value is None:
@@ -288,7 +288,7 @@ def _is_turn(value: Any) -> bool:
 
 
 def _last_answer(value: Any) -> Any:
-    """The last answer of a conversation or message; what is neither stays as it is."""
+    """The last answer of a conversation or message; any other value is returned unchanged."""
     turns = _turns(value)
     return turns[-1][1] if turns and not isinstance(value, str) else value
 
@@ -309,7 +309,7 @@ def _turns(value: Any) -> list[tuple[str, str]]:
 
 
 def _parts(value: Any) -> list[Any] | None:
-    """Videos and pictures among the parts of messages."""
+    """The videos and pictures among the parts of messages."""
     parts = []
     for item in value if isinstance(value, (list, tuple)) else []:
         content = item.get("content") if isinstance(item, Mapping) else None

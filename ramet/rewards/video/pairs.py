@@ -1,4 +1,4 @@
-"""Preference pairs: rows of a file, through a field map, checked.
+"""Preference pairs, read from the rows of a file through a field map and validated.
 
 A row has `id, video, question, chosen, rejected, category` and may have `source, start, end, margin, meta`; `rejected` may be a
 list, for choosing among several. Other collections' forms and names of columns are in `formats`.
@@ -89,7 +89,7 @@ def load_pairs(source: str, fields: Mapping[str, str] | None = None, videos: Pat
 
 @dataclass(frozen=True)
 class _Line:
-    """What a row says. With a rating the pair is of one answer, and the rest of it stands in other rows."""
+    """The content of a row. With a rating, its pair has one answer, and the other answers are in other rows."""
 
     number: int
     pair: PreferencePair
@@ -155,7 +155,7 @@ def _others(choice: Preference) -> tuple[str, ...]:
 
 
 def _pair(columns: Columns, choice: Preference, video: VideoInput) -> PreferencePair:
-    """Of a tie, any answer stands for the better one."""
+    """The pair of a preference; in a tie, any answer takes the place of the better one."""
     where = columns.where
     margin, meta = columns.get("margin", None), columns.get("meta", {})
     return PreferencePair(
@@ -236,7 +236,7 @@ def _relative(file: str, root: Path) -> str:
 
 
 def row_of(pair: PreferencePair, root: Path) -> dict[str, Any]:
-    """A pair as a row that `load_pairs` reads."""
+    """The row of a pair, as `load_pairs` reads it."""
     row: dict[str, Any] = {
         "id": pair.id, "video": None, "question": pair.question, "chosen": pair.chosen,
         "rejected": pair.rejected[0] if len(pair.rejected) == 1 else list(pair.rejected), "category": pair.category,
@@ -281,7 +281,7 @@ def readable(rows: Sequence[_Row], read: Callable[[Segment], Any]) -> tuple[list
 
 
 def faults(pairs: Sequence[PreferencePair]) -> list[str]:
-    """What is wrong with pairs as data, a line each: videos that are not there, and a length that gives the better answer away."""
+    """Defects of pairs as data, one line each: missing videos, and lengths that give the better answer away."""
     notes = [f"pair {p.id}: there is no video {s.file}" for p in pairs for s in segments_of(p.video) if not Path(s.file).exists()]
     if isinstance(pairs, PreferencePairs) and pairs.ties:
         notes.insert(0, f"{pairs.ties} rows prefer no answer and are left out")

@@ -6,10 +6,10 @@
                       headers: give it the token in the address, /get_reward?token=...
     GET  /health      {"model": ...}
 
-Videos are found, hashed and decoded by threads of their own before their request waits for the model, so that neither a long one nor a
-broken one holds up others. Requests that wait while the model is busy are scored together. Everything that arrives is untrusted: a
-bearer token is asked for, bodies and numbers of items are limited, compressed bodies are refused, and videos are read from one folder
-only, and from those that links in it may lead to.
+Videos are found, hashed and decoded in separate threads before their request queues for the model, so that neither a long nor a broken
+one delays others. Requests that queue while the model is busy are scored together. All input is untrusted: a bearer token is required,
+the size of bodies and the number of items are limited, compressed bodies are refused, and videos are read only from one folder and from
+those to which its links are allowed to lead.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Waiting:
 
 
 class RewardService:
-    """One model, one thread that runs it, and those who wait for it.
+    """One model, the thread that runs it, and the requests that wait for it.
 
     stops   special tokens as text, which may end an answer or stand before a prompt
     linked  folders outside of `videos` to which links in it may lead
@@ -167,7 +167,7 @@ class RewardService:
         return {"rewards": scores, "scores": self.model.rewards(scores), "extra_logs": {"reward_model_score": mean}}
 
     async def _in_thread(self, work: Callable[[Any], list[VideoAnswer]], argument: Any) -> list[VideoAnswer]:
-        """Work on files and long texts, off the loop and off the model's thread; as many at a time as there are readers."""
+        """Run work on files and long texts outside of the event loop and the model's thread, as many at a time as there are readers."""
         return await anyio.to_thread.run_sync(work, argument, limiter=self._readers)
 
     def _answers(self, batch: _OpenRLHF) -> list[VideoAnswer]:
@@ -184,7 +184,7 @@ class RewardService:
         return self._read(answered)
 
     def _read(self, answered: Sequence[tuple[_VideoQuestion, str]]) -> list[VideoAnswer]:
-        """Items, with their videos read."""
+        """Read the videos of items."""
         items = [question.item(answer, self.videos, self.linked) for question, answer in answered]
         if self._reader is not None:
             for segment in dict.fromkeys(segment for item in items for segment in segments_of(item.video)):
@@ -192,7 +192,7 @@ class RewardService:
         return items
 
     async def score(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """Scores, computed together with those of others who wait."""
+        """The scores of items, computed together with those of other requests that wait."""
         waiting = _Waiting(items)
         self._waiting.append(waiting)
         self._wake.set()
@@ -212,7 +212,7 @@ class RewardService:
                 await self._run(batch)
 
     async def _run(self, batch: list[_Waiting]) -> None:
-        """Score a batch; where it fails, each request by itself, so that one that cannot be scored spoils no other."""
+        """Score a batch; where it fails, each request by itself, so that one that cannot be scored does not fail the others."""
         self.calls += 1
         try:
             scores = await anyio.to_thread.run_sync(self.model.score, [item for w in batch for item in w.items])
@@ -234,12 +234,12 @@ class RewardService:
 
 
 def _without(root: Path, message: str) -> str:
-    """A message without the path of the folder, which is nobody's business."""
+    """A message without the path of the folder, which clients are not to learn."""
     return message.replace(f"{os.path.abspath(root)}/", "").replace(f"{root.resolve()}/", "")
 
 
 def serve(model: ServedRewardModel, videos: Path, token: str, host: str, port: int, linked: Sequence[Path] = ()) -> None:
-    """Serve until interrupted. Raises `ConfigError` where the address cannot be had."""
+    """Serve until interrupted. Raises `ConfigError` if the address is not available."""
     tokenizer = getattr(model, "tokenizer", None)
     stops = () if tokenizer is None else tuple(map(str, tokenizer.all_special_tokens))
     service = RewardService(model, videos, token, stops, linked)
@@ -247,11 +247,11 @@ def serve(model: ServedRewardModel, videos: Path, token: str, host: str, port: i
 
 
 class RemoteReward:
-    """The client: scores of a server, with retries of what may pass. `videos` is this side's folder of the same videos.
+    """The client: scores from a server, with retries of transient failures. `videos` is the client's folder of the same videos.
 
-    token     what the server asks for; "" for one that asks for none
-    patience  seconds of waiting, in all, for a server that is away or busy; a restart that loads a model takes minutes
-    sleep     how it waits
+    token     the server's bearer token; "" if it requires none
+    patience  total seconds to wait for a server that cannot be reached or is busy; a restart that loads a model takes minutes
+    sleep     the function that waits
     """
 
     def __init__(self, url: str, token: str, videos: Path, patience: float = 300.0, sleep: Callable[[float], None] = time.sleep):
@@ -271,7 +271,7 @@ class RemoteReward:
         return self._all(items, "scores")
 
     def probabilities(self, items: Sequence[VideoAnswer]) -> list[float]:
-        """The server's rewards between 0 and 1; errors as of `score`."""
+        """The server's rewards, between 0 and 1. Raises what `score` raises."""
         return self._all(items, "probabilities")
 
     def _all(self, items: Sequence[VideoAnswer], name: str) -> list[float]:
@@ -299,7 +299,7 @@ class RemoteReward:
         return record | {"video": name, "start": item.video.start, "end": item.video.end}
 
     def _request(self, records: list[dict[str, Any]], name: str) -> list[float]:
-        """Raises what the server says, and `RewardError` for an answer that is not one number for each item."""
+        """The numbers that the server returns for items. Raises the error that it reports; `RewardError` unless there is one per item."""
         response = self._posted(records)
         try:
             reply = response.json()
@@ -317,7 +317,7 @@ class RemoteReward:
         return [float(value) for value in values]
 
     def _posted(self, records: list[dict[str, Any]]) -> Any:
-        """The response, once it is not one that may pass."""
+        """The first response that is not a transient failure."""
         from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
         backoff = wait_random_exponential(0.5, max=20, min=0.2)

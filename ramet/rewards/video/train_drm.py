@@ -26,8 +26,8 @@ from ramet.terminal import quiet
 class DRMTraining(SFTTraining):
     """Settings of one training; rows are pairs. See `SFTTraining`.
 
-    centring       weight of the mean squared sum of a pair's scores, which keeps scores around zero
-    train_vision   train the tower too: only for models from nothing
+    centring       weight of the mean squared sum of a pair's scores, which keeps scores near zero
+    train_vision   also train the vision encoder, which only models trained from scratch need
     """
 
     batch: int = 64
@@ -40,9 +40,9 @@ class DRMTraining(SFTTraining):
 def train_drm(
     drm: VideoDRM, pairs: Sequence[PreferencePair], config: DRMTraining, folder: Path, report: Report | None = None
 ) -> dict[str, Any]:
-    """Train in place; checkpoints lie in `folder/checkpoints`, from the last of which it goes on. Returns counts and the log.
+    """Train in place, resuming from the last checkpoint in `folder/checkpoints`. Returns counts and the log.
 
-    Raises `ConfigError` where TRL is missing, `RewardError` where no pair is left.
+    Raises `ConfigError` if TRL is missing, `RewardError` if no pair is left.
     """
     require("trl", "training a VideoDRM")
     from datasets import Dataset
@@ -77,22 +77,22 @@ def train_drm(
     return {"pairs": len(rows), "too_long": long, "unreadable": len(faults), "steps": trainer.state.global_step, "log": log}
 
 
-def fits(drm: VideoDRM, pair: PreferencePair, most: int) -> bool:
-    """Can the pair's video be read, and is no answer of it too long?"""
-    return bool(readable([pair], drm.reader)[0]) and not _rows(drm, [pair], most)[1]
+def fits(drm: VideoDRM, pair: PreferencePair, max_tokens: int) -> bool:
+    """Whether the pair's video can be read and none of its answers is too long."""
+    return bool(readable([pair], drm.reader)[0]) and not _rows(drm, [pair], max_tokens)[1]
 
 
-def _rows(drm: VideoDRM, pairs: Sequence[PreferencePair], most: int) -> tuple[list[dict[str, Any]], int]:
+def _rows(drm: VideoDRM, pairs: Sequence[PreferencePair], max_tokens: int) -> tuple[list[dict[str, Any]], int]:
     """A row for each chosen and rejected answer, and how many were too long."""
     rows: list[dict[str, Any]] = []
     long = 0
-    most = min(most, drm.scorer.config.get_text_config().max_position_embeddings)
+    max_tokens = min(max_tokens, drm.scorer.config.get_text_config().max_position_embeddings)
     margins = any(pair.margin is not None for pair in pairs)
     for number, pair in enumerate(pairs):
         prompt = list(drm.prompt(pair.video, pair.question).ids)
         chosen = drm.answer_ids(pair.chosen)
         for rejected in map(drm.answer_ids, pair.rejected):
-            if len(prompt) + max(len(chosen), len(rejected)) > most:
+            if len(prompt) + max(len(chosen), len(rejected)) > max_tokens:
                 long += 1
                 continue
             row = {"chosen_ids": chosen, "rejected_ids": rejected, "number": number}

@@ -44,6 +44,7 @@ BODY = 64 * 2**20
 """Bytes of a request, documents included."""
 PING = 15.0
 """Seconds of silence in a stream, after which a comment keeps it open."""
+_HERE = ("localhost", "127.0.0.1", "::1")
 READ_EVERY = 0.05
 """Seconds between two readings of a turn that is being written."""
 
@@ -109,13 +110,17 @@ class DelegationService:
     def _authorised(self, request: Request) -> None:
         if self.token:
             authorise(request, self.token)
+        elif request.url.hostname not in _HERE:
+            # A page whose name was made to lead here would otherwise be taken for a client.
+            raise HTTPRefusal(403, "without a token, this server is for this machine alone: address it as localhost or 127.0.0.1")
 
     def _models(self, request: Request) -> dict[str, Any]:
         return {"object": "list", "data": [{"id": self.model, "object": "model", "created": 0, "owned_by": "ramet"}]}
 
     def _tree(self, request: Request) -> dict[str, Any]:
         tree = self._kept_tree(request.path_params["tree"])
-        return {"id": request.path_params["tree"], "text": tree.text(self._runtime.chat), **tree.record()}
+        roles = {name: role.chat for name, role in self._runtime.roles.items() if role.chat is not None}
+        return {"id": request.path_params["tree"], "text": tree.text(self._runtime.chat, roles), **tree.record()}
 
     def _kept_tree(self, name: str) -> Tree:
         if name not in self._trees:
@@ -346,7 +351,7 @@ def _error(error: Exception) -> Response:
 
 def _error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """Status and body of an error in OpenAI's form."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     if isinstance(error, HTTPRefusal):
         status, message = error.status, str(error)
     elif isinstance(error, TaskError):
