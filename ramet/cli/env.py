@@ -57,7 +57,7 @@ def check_(
         table.add_row(finding.check, "problem" if finding.problem else "well", finding.problem or finding.seen)
     show(table)
     if json is not None:
-        write_json(json, [{"record": "check", "check": f.check, "seen": f.seen, "problem": f.problem} for f in findings])
+        write_json(json, [{"record": "finding", "check": f.check, "seen": f.seen, "problem": f.problem} for f in findings])
     problems = [finding for finding in findings if finding.problem]
     _print_first(config)
     if problems:
