@@ -65,17 +65,18 @@ def run_spec(config: RunConfig, directory: Path, spawn: bool, fingerprint: str =
     named_equipment(config)  # says what is wrong here, and not where the first tree grows
     return RunSpec(
         config.train, config.openrlhf, directory.resolve(), find(config.model).resolve(), config.chat, config.dtype, config.seed,
-        fingerprint, config.tell_budget == "all", functools.partial(_problem, config, spawn),
+        fingerprint, config.tell_budget == "all", functools.partial(_problem, config, spawn, os.getcwd()),
         functools.partial(_equipment, config, os.getcwd()), config.transcript_bytes,
     )  # fmt: skip
 
 
-def _problem(config: RunConfig, spawn: bool, count: Callable[[str], int]) -> LearningProblem:
+def _problem(config: RunConfig, spawn: bool, folder: str, count: Callable[[str], int]) -> LearningProblem:
+    search(folder)  # the actors of the run may have been started elsewhere
     return learning_problem(config, count, spawn)
 
 
 def _equipment(config: RunConfig, folder: str) -> Equipment:
-    search(folder)  # the actors of the run may have been started elsewhere
+    search(folder)
     return equipment_of(config, open_engine)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -288,3 +291,21 @@ def test_a_job_that_leaves_no_word_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_started", started)
     with pytest.raises(RunLost, match=r"has died \(exit status -9\); see .*openrlhf\.log; the last checkpoint"):
         cluster._run(load(RunConfig, "nano", ["openrlhf.restarts=0"]), tmp_path, True)
+
+
+def test_an_environment_of_the_folder_in_which_a_run_is_started_is_found_by_its_actors_elsewhere(tmp_path, monkeypatch):
+    (tmp_path / "sums_here.py").write_text(
+        "import ramet\n\ndef task(rng):\n    n = rng.randint(1, 999)\n    return ramet.Task.ask(f'{n}', f'Say {n}', reference=str(n))\n\n"
+        "async def reward(task, tree):\n    return float(tree.answer == task.reference)\n\n"
+        "sums = ramet.SimpleEnvironment(task, reward)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = load(RunConfig, "nano-openrlhf", ["env.kind=sums_here:sums", "train.tasks=3"])
+    spec = cluster_process.run_spec(config, tmp_path / "r", True)
+    program = (
+        "import pickle, sys; from ramet.env.environment import answered; from ramet.policy.training.reward import Judge\n"
+        "problem = pickle.load(sys.stdin.buffer).build_problem(len); task = problem.sample_tasks(0)[2][0]\n"
+        "print(Judge(problem.reward_function, problem.rewarding).submit(task, answered(task, task.reference)).result().score)"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], input=pickle.dumps(spec), cwd="/", capture_output=True, timeout=120, check=True)
+    assert ran.stdout == b"1.0\n"
