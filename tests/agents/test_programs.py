@@ -309,6 +309,21 @@ async def test_attempts_know_nothing_of_the_branch_and_count_as_its_clones():
     assert (tree.usage.generated, tree.usage.critical_path, tree.usage.clones) == (sum(each), max(each[:3]) + each[3], 4)
 
 
+async def test_attempts_at_a_task_have_its_type_and_what_is_adopted_has_to_fit_it():
+    async def first(branch: ProgramBranch) -> Branch:
+        return (await branch.attempts(2))[0]
+
+    async def other(branch: ProgramBranch) -> Branch:
+        return (await branch.attempts(["something else"]))[0]
+
+    runtime = Runtime(ScriptedPolicy(lambda c: "Answer: 7\0" if "root" in c else "Answer: seven\0"), PLAIN)
+    task = Task("t", (Message("user", "root"),), answer=int)
+    tree = await runtime.run(task, Budget(), program=first)
+    assert (tree.value, tree.answer, tree.root.status) == (7, "7", Status.ANSWERED)
+    with pytest.raises(ProgramError, match="does not fit"):
+        await runtime.run(task, Budget(), program=other)
+
+
 async def test_attempts_one_after_another_that_do_not_wait_for_each_other_cost_the_longest_path():
     answers = iter(["Answer: 1\0", "Answer: 22222\0", "Answer: 3\0"])
     roots: list[Growth] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ramet.agents.programs import PROGRAMS
 from ramet.errors import ConfigError
 from ramet.policy.models.catalogue import BASE
 from ramet.runs.build import open_engine
@@ -87,6 +88,11 @@ def test_a_measurement_that_is_killed_calls_no_tool_twice_that_has_answered(here
     package.write_text(package.read_text().replace("len(text.splitlines())", "7"))
     with pytest.raises(Exception, match=r"begun with other code of someones.package:count, .*add --accept-changed-code"):
         ramet(*words)
+
+
+def test_programs_of_the_package_have_names() -> None:
+    for name, program in PROGRAMS.items():
+        assert named_equipment(load(RunConfig, "nano", [f"program={name}"])).program is program
 
 
 def test_the_frontier_measures_the_program_beside_the_methods(here: Path, ramet: Ramet) -> None:
