@@ -369,6 +369,11 @@ def test_a_reward_that_raises_stops_the_run(random_model, nano_tokenizer, tmp_pa
 
     with pytest.raises(RewardError, match="raised ZeroDivisionError: in the reward; fix the reward function"):
         anyio.run(trainer(random_model, nano_tokenizer, tmp_path, judge_=bad).update_in_service, 0)
+    # The trees that it was asked about can be looked at, until a run that goes on has grown them again.
+    kept = list(read_transcripts(tmp_path / TREES))
+    assert len(kept) == 12 and all("raised ZeroDivisionError" in k.failed and not k.reward for k in kept)
+    trainer(random_model, nano_tokenizer, tmp_path, judge_=bad).resume()
+    assert not list(read_transcripts(tmp_path / TREES))
 
 
 def test_another_runs_folder_is_refused(random_model, nano_tokenizer, tmp_path):
