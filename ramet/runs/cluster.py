@@ -17,6 +17,7 @@ from typing import Any
 
 from ramet.agents import drain
 from ramet.display import progress
+from ramet.env.grading import reward_function
 from ramet.errors import ConfigError, PartLost, RunLost, first_line, require
 from ramet.policy.models.checkpoint import checkpoint_path, latest_checkpoint
 from ramet.policy.openrlhf import supported
@@ -98,8 +99,10 @@ def train_on_cluster(config: RunConfig, directory: Path, spawn: bool, out: Path 
     flags(spec, context)
     if not config.openrlhf.cpu:
         check_fits(place(ModelDimensions.from_config(spec.model), config.train, config.openrlhf, context))
-    # What is wrong with the tasks is reported now, and not by an actor in a minute.
-    config.env.without_reward_model().build().tasks("train", 1, config.seed)
+    # What is wrong with the tasks or the reward is reported now, and not by an actor in a minute.
+    env = config.env.without_reward_model().build()
+    reward_function(env, config.reward.function)
+    env.tasks("train", 1, config.seed)
     _claim(directory, config, accept_code)
     (directory / STOP).unlink(missing_ok=True)
     final = checkpoint_path(directory / "checkpoints", config.train.updates)

@@ -228,14 +228,16 @@ def result_records(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 def data_records(config: RunConfig, training: bool = False) -> list[dict[str, Any]]:
     """A `data` record per measured split of a data set; rows that are repeated or are also trained on are reported.
 
-    Raises what is wrong with the data, before a model is loaded for it; with `training`, with those to train on too.
+    Raises what is wrong with the data, or with a reward of the user's, before a model is loaded for it; with `training`, with the data
+    to train on too.
     """
     env = config.env.without_reward_model().build()
+    reward_function(env, config.reward.function)
+    if training:
+        env.tasks("train", 1, config.seed)
     if not isinstance(env, Questions):
         return []
     records: list[dict[str, Any]] = []
-    if training:
-        env.tasks("train", 1, config.seed)
     for split in env.splits:
         counts = env.row_counts(split)
         records.append({"record": "data", "split": split, **counts})

@@ -216,3 +216,15 @@ def test_the_instruction_is_the_environments_own_or_the_usual_one(dice: Any, mon
     assert settings.language and "Answer:" in settings.instruction(True)
     monkeypatch.setattr(dice.sums, "instruction", "")
     assert not settings.language and settings.instruction(True) == ""
+
+
+def test_what_is_wrong_with_tasks_or_a_reward_is_said_before_a_model_is_loaded(dice: Any) -> None:
+    from ramet.runs.commands import data_records
+
+    dice.Tasks.gives = "raise"
+    with pytest.raises(TaskError, match="outside_dice:Tasks raised KeyError"):
+        data_records(run_config(kind="outside_dice:Tasks"), training=True)
+    config = load(RunConfig, "nano", ["reward.function=outside_dice:made"])
+    with pytest.raises(ConfigError, match=r"reward.function: outside_dice has no judge"):
+        data_records(load(RunConfig, "nano", ["reward.function=outside_dice:judge"]))
+    assert data_records(config) == []
