@@ -32,6 +32,7 @@ from ramet.agents.journal import read_records
 from ramet.agents.transcripts import TREES, read_transcripts
 from ramet.media.clips import make_long_questions
 from ramet.policy.models.checkpoint import latest_checkpoint
+from tests.policy.raw_server import says, serve, stream, usage
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "nano-openrlhf.toml"
 SMALL = [
@@ -44,7 +45,7 @@ SECONDS = 400
 class Run:
     """`ramet train --trainer openrlhf` in the folder `where/name`."""
 
-    def __init__(self, where: Path, *overrides: str, name: str = "r") -> None:
+    def __init__(self, where: Path, *overrides: str, name: str = "r", cwd: Path | None = None) -> None:
         self.folder = where / name
         self._said = where / f"{name}.out"
         sets = [word for override in [*SMALL, *overrides] for word in ("--set", override)]
@@ -53,7 +54,8 @@ class Run:
             "--runs", str(where), "--name", name, *sets,
         ]  # fmt: skip
         with self._said.open("ab") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "COLUMNS": "300"})
+            environment = {**os.environ, "COLUMNS": "300"}
+            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=cwd)
 
     @property
     def said(self) -> str:
@@ -165,6 +167,42 @@ def reward_server(port: int = 0) -> Iterator[tuple[int, list[Any]]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+TOOLS = '''
+import ramet
+
+
+@ramet.tool(cost=2)
+async def count(rows: list[str]) -> int:
+    """Count some rows."""
+    return len(rows)
+
+
+async def program(branch):
+    await branch.call("count", rows=list(branch.task.documents))
+    await branch.spawn([{"objective": "sum", "context_keys": ["A"]}, {"objective": "sum", "context_keys": ["B"], "role": "served"}])
+    await branch.finish()
+'''
+
+
+def test_a_tool_a_program_and_a_role_on_a_server_grow_the_trees_of_two_updates(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TOOLS)
+    with serve(stream(says("Answer: "), says("42"), says("", "stop"), usage(4))) as (url, asked):
+        run = Run(
+            tmp_path, "train.updates=2", "train.tasks=2", "train.group_size=2", "train.minibatches=1",
+            'tools=["mine:count"]', "tools_at=root", "program=mine:program",
+            f"roles.served={{backend='chat', url='{url}', description='another model'}}",
+            cwd=tmp_path,
+        )  # fmt: skip
+        run.ends()
+    trees = [transcript.tree for transcript in read_transcripts(run.folder / TREES)]
+    assert run.updates == [0, 1] and len(trees) == 2 * 2 * 2 and len(asked) >= len(trees)
+    for tree in trees:
+        (call,) = tree.root.turns[0].calls
+        assert (call.name, call.cost) == ("count", 2) and int(call.result.text) > 1
+        own, served = tree.root.turns[1].clones
+        assert own.trainable and not served.trainable and served.role == "served" and served.answer == "42"
 
 
 def test_a_reward_server_that_goes_away_with_a_critic(tmp_path: Path) -> None:
