@@ -14,6 +14,7 @@ from ramet.agents.protocol import render_call
 from ramet.agents.runtime import Runtime
 from ramet.agents.scripted import Fault, PlainFormat, ScriptedPolicy
 from ramet.agents.simulation import explore
+from ramet.agents.tools import Tools, tool
 from ramet.agents.tree import Message, Status, Task, Tree
 from ramet.benchmarks.faults.invariants import Means, Setup, check_growth, check_quiet, check_tree
 from ramet.errors import BudgetExhausted, TransientPolicyError
@@ -101,6 +102,53 @@ def test_small_trees_hold_in_every_interleaving(case, cancel):
     count, everything = explore(main, observe, max_runs=500)
     assert everything or (cancel and count == 500)
     assert statuses
+
+
+@tool(cost=2, timeout=1.0)
+async def short(n: int) -> int:
+    """Gives way once."""
+    await anyio.lowlevel.checkpoint()
+    return n
+
+
+@tool(parallel=False)
+async def single(n: int) -> int:
+    """Gives way once, beside no other of its kind."""
+    await anyio.lowlevel.checkpoint()
+    return n
+
+
+NAMES = ("short", "single", "single")
+CALLS = "".join(f'<tool_call>{{"name":"{name}","arguments":{{"n":{n}}}}}</tool_call>' for n, name in enumerate(NAMES))
+
+
+@pytest.mark.parametrize("clone", [False, True])
+@pytest.mark.parametrize("budget", [Budget(tool_calls=4), Budget(tool_calls=3, tool_seconds=9.0), Budget(tool_calls=4, seconds=0.0)])
+def test_tools_hold_in_every_interleaving(budget: Budget, clone: bool):
+    """Three calls, two of which may not run side by side, under limits that allow all or all but one, and one cut at once."""
+    roots: list[Growth] = []
+    spawned = f"<tool_call>{render_call(['a'])}</tool_call>" * clone
+
+    def program(context: str) -> str:
+        return f"{CALLS}{spawned}\0" if context.startswith("T") and "go" in context and "<" not in context else "Answer: 1\0"
+
+    def observe() -> None:
+        for root in roots:
+            check_growth(root, {})
+
+    async def main() -> None:
+        roots.clear()
+        policy = ScriptedPolicy(program, stride=1000)
+        runtime = Runtime(policy, PlainFormat(), tools=[short, single], watch=roots.append)
+        tree = await runtime.run(TASK, budget, 1)
+        check_tree(tree, Setup(budget, Means(policy, tools=Tools([short, single]))))
+        check_quiet([policy])
+        if budget.seconds is None:
+            assert [call.result.text for call in tree.root.turns[0].calls][:2] == ["0", "1"]
+            assert tree.usage.tool_calls == budget.tool_calls and tree.answer == "1" and tree.usage.clones == clone
+
+    count, everything = explore(main, observe, max_runs=150)
+    assert everything or count == 150
 
 
 LIMITS = Budget(generated=6, prefilled=5, critical_path=5, clones=3, turns=2, branch_generated=4, answer_reserve=1)

@@ -180,6 +180,16 @@ async def test_a_cut_turn_is_closed_even_if_attempts_stand_between():
     assert "$<1: (refused: the tool call is not closed)" in PLAIN.text(tree.root.ids)
 
 
+async def test_a_sample_is_no_longer_than_it_may_be_and_than_there_is_room():
+    async def program(branch: ProgramBranch) -> None:
+        for most in (5, 10**9):
+            await branch.sample(most)
+            branch.tell("go on")
+
+    tree = await run(program, Budget(generated=20), policy=ScriptedPolicy(lambda c: "y" * 500))
+    assert [len(turn.sampled) for turn in tree.root.turns] == [5, 15]
+
+
 async def test_a_turn_without_a_token_is_a_turn():
     async def program(branch: ProgramBranch) -> None:
         assert (await branch.sample()).text == ""
