@@ -58,7 +58,7 @@ def path_of(kind: str) -> str:
     if len(points) > 1:
         both = " and ".join(origin(point) for point in points[:2])
         raise ConfigError(f"env.kind: there are two environments called {kind}: {both}; give one as {points[0].value}")
-    return points[0].value if points else ""
+    return f"{points[0].module}:{points[0].attr}" if points else ""
 
 
 class OutsideSettings(EnvSettings):

@@ -111,7 +111,7 @@ def run_config(**env: Any) -> RunConfig:
 def test_a_path_names_an_environment_or_what_makes_one_of_options(
     dice: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, options: dict[str, Any], called: str
 ) -> None:
-    points(monkeypatch, ("dice", f"outside_dice:{name}"))
+    points(monkeypatch, ("dice", f"outside_dice:{name} [extra]"))
     for kind in (f"outside_dice:{name}", "dice"):
         config = run_config(kind=kind, options=options)
         env = config.env.build()
