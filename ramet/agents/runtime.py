@@ -140,6 +140,8 @@ class Runtime:
                         yield event
                 finally:
                     group.cancel_scope.cancel()
+            # What is cancelled from outside may find the end of the events first: it must not end like a whole stream.
+            await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _run(
         self,

@@ -214,6 +214,13 @@ def test_random_runs_hold(first, tmp_path):
     assert sum(c["clones"] for c in counted) > 200 and sum(c["faults"] for c in counted) > 100
 
 
+def test_a_stream_that_is_cancelled_from_outside_does_not_end_like_a_whole_one(tmp_path):
+    """The one of 10,000 seeds in which the end of the events came before the cancellation."""
+    scenario = Scenario.of(8472)
+    assert scenario.extras is not None and scenario.extras.streamed and scenario.leave_after is not None
+    SimulatedRun(scenario, tmp_path / "journal.jsonl").go()
+
+
 def test_scenarios_are_many_sided(tmp_path):
     statuses: set[Status] = set()
     kinds = {"crashes": 0, "cancels": 0, "leaves": 0, "full": 0, "slow": 0}
