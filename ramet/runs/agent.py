@@ -25,7 +25,7 @@ from ramet.agents.program import Program
 from ramet.agents.runtime import Runtime
 from ramet.agents.sampling import Sampling
 from ramet.agents.tools import Tool, read, tool
-from ramet.agents.tree import Message, Segment, Task, Tree
+from ramet.agents.tree import Message, Segment, Task, Tree, index
 from ramet.env.arithmetic import parse_sum, rows_task
 from ramet.env.instructions import COT, DELEGATE_PARTS, DOCUMENTS, instructed
 from ramet.errors import ConfigError, TaskError
@@ -34,8 +34,6 @@ from ramet.runs.build import open_engine
 from ramet.runs.settings import NAMING, RunConfig, validate
 
 Documents = Mapping[str, str | Segment]
-LISTED = 100
-"""Documents whose keys the root is told; of more, it is told how many there are."""
 
 
 class Agent:
@@ -220,10 +218,3 @@ def with_read(runtime: Runtime, task: Task) -> Runtime:
     if not task.documents or isinstance(runtime.chat, ControlTokenFormat) or any(each.name == read.name for each in runtime.tools):
         return runtime
     return replace(runtime, tools=[*runtime.tools, read])
-
-
-def index(documents: Documents) -> str:
-    """The line that tells a root which documents there are, and how long."""
-    listed = [f"{key} ({len(text):,} characters)" if isinstance(text, str) else f"{key} (video)" for key, text in documents.items()]
-    more = f", and {len(listed) - LISTED:,} more" if len(listed) > LISTED else ""
-    return f"Documents: {', '.join(listed[:LISTED])}{more}"
