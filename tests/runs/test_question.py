@@ -42,7 +42,7 @@ def test_a_tool_a_role_and_a_program_work_in_one_tree_and_are_billed(here: Path,
     assert tree["reference"] == 15 and tree["tool_calls"] == tool["cost"] == 2 and tree["clones"] == 1
     assert tool["tool"] == "count" and tool["calls"] == 1
     again = shown(ramet(*words))
-    assert again.partition("bill")[0] == first.partition("bill")[0] and (here / "calls").read_text() == "+"
+    assert first.partition("bill")[0] in again and (here / "calls").read_text() == "+"
     (here / "someones" / "__init__.py").write_text("CHANGED = True")
     with pytest.raises(RametError, match="belongs to another configuration"):
         ramet(*words)
