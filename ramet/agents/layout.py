@@ -15,7 +15,7 @@ _SHORT = 80
 
 def inert(text: str) -> str:
     """One line in which characters that act, or cannot be seen, are spelled as escapes, such as \\x1b."""
-    return _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _ACTING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def short(text: str) -> str:

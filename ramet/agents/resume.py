@@ -112,14 +112,14 @@ class JournaledTools:
 
     async def __call__(self, tool: Tool, request: ToolRequest, view: BranchView, timeout: float) -> tuple[ToolResult, float]:
         """The result that the journal has, or a new one."""
-        asked = {TOOL: True, **asdict(request)}
-        if (found := self._known.pop(_place(asked), None)) is not None:
+        call = {TOOL: True, **asdict(request)}
+        if (kept := self._known.pop(_place(call), None)) is not None:
             await anyio.lowlevel.checkpoint()
             self.replayed += 1
-            return ToolResult(ToolStatus(found["status"]), found["text"]), found["seconds"]
+            return ToolResult(ToolStatus(kept["status"]), kept["text"]), kept["seconds"]
         self.called += 1
         result, seconds = await self._caller(tool, request, view, timeout)
-        self._journal.append({**asked, "status": result.status.value, "text": result.text, "seconds": seconds}, keep=False)
+        self._journal.append({**call, "status": result.status.value, "text": result.text, "seconds": seconds}, keep=False)
         return result, seconds
 
 

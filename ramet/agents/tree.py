@@ -471,8 +471,8 @@ class Tree:
 
         trees, branches = _adapters()
         if record.get("version", FORMAT) != FORMAT:
-            found = short(str(record["version"]))
-            raise CheckpointError(f"a tree of version {found}, where this ramet reads version {FORMAT}: use the ramet that wrote it")
+            version_read = short(str(record["version"]))
+            raise CheckpointError(f"a tree of version {version_read}, where this ramet reads version {FORMAT}: use the ramet that wrote it")
         try:
             if "tree" not in record:
                 return trees.validate_python([record])[0]

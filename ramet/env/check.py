@@ -65,7 +65,7 @@ def check(settings: EnvSettings, rewarding: RewardConfig | None = None, count: i
     except RametError as error:
         yield Finding("tasks", "", str(error))
         return
-    yield Finding("tasks", ", ".join(f"{len(found)} {split}" for split, found in tasks.items()))
+    yield Finding("tasks", ", ".join(f"{len(drawn)} {split}" for split, drawn in tasks.items()))
     yield _tuning(env, count, seed, tasks)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("the same seed gives the same tasks", lambda: _repeats(env, settings, tasks, count, seed)),
@@ -74,9 +74,9 @@ def check(settings: EnvSettings, rewarding: RewardConfig | None = None, count: i
         ("sizes", lambda: _sizes(env, tasks)),
         ("prompts", lambda: _prompts(settings, tasks)),
     ]
-    for name, look in checks:
+    for name, one_check in checks:
         try:
-            yield Finding(name, look())
+            yield Finding(name, one_check())
         except RametError as error:
             yield Finding(name, "", str(error))
 
@@ -94,7 +94,7 @@ def _digest(tasks: Sequence[Task]) -> list[str]:
 
 
 def _repeats(env: Environment, settings: EnvSettings, tasks: dict[str, list[Task]], count: int, seed: int) -> str:
-    here = {split: _digest(found) for split, found in tasks.items()}
+    here = {split: _digest(drawn) for split, drawn in tasks.items()}
     for split, digests in here.items():
         if _digest(env.tasks(split, count, seed)) != digests:
             raise TaskError(f"tasks({split!r}, {count}, {seed}) gives other tasks when it is called again; draw from random.Random(seed)")
@@ -137,8 +137,8 @@ def print_digests() -> None:
 
 def _apart(tasks: dict[str, list[Task]]) -> str:
     seen: dict[str, tuple[str, Task]] = {}
-    for split, found in tasks.items():
-        for task in found:
+    for split, drawn in tasks.items():
+        for task in drawn:
             other, same = seen.setdefault(content(task), (split, task))
             if other != split:
                 raise TaskError(f"task {task.id} of {split} asks the same as task {same.id} of {other}")
@@ -152,7 +152,7 @@ def _grades(env: Environment, tasks: dict[str, list[Task]], rewarding: RewardCon
         return compute_reward(reward, task, answered(task, answer), rewarding.weights, rewarding.timeout).score
 
     compared, right = 0, [0.0]
-    for task in (task for found in tasks.values() for task in found):
+    for task in (task for drawn in tasks.values() for task in drawn):
         none = score(task, None)
         if not isinstance(task.reference, str | int | float):
             continue
@@ -174,19 +174,19 @@ def _grades(env: Environment, tasks: dict[str, list[Task]], rewarding: RewardCon
 
 
 def _sizes(env: Environment, tasks: dict[str, list[Task]]) -> str:
-    sizes = [env.size(task) for found in tasks.values() for task in found]
+    sizes = [env.size(task) for drawn in tasks.values() for task in drawn]
     return f"from {min(sizes)} to {max(sizes)}"
 
 
 def _prompts(settings: EnvSettings, tasks: dict[str, list[Task]]) -> str:
     chat, lengths, documents = WireFormat(), [0], [0]
     instruction = settings.instruction(True) if settings.language else ""
-    for task in (task for found in tasks.values() for task in found):
+    for task in (task for drawn in tasks.values() for task in drawn):
         whole = instructed(task, instruction) if instruction else task
         chat.render(whole.messages, [tool_schema()])
         store = ContextStore(task.documents)
         if not store.media(task.documents):
             lengths.append(len(store.render(task.documents)))
         documents.append(len(store))
-    longest = max(sum(len(message.content) for message in task.messages) for found in tasks.values() for task in found)
+    longest = max(sum(len(message.content) for message in task.messages) for drawn in tasks.values() for task in drawn)
     return f"up to {longest:,} characters; up to {max(documents):,} documents of {max(lengths):,} characters together"

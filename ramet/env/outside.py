@@ -35,11 +35,11 @@ REQUIRED = ("name", "splits", "metrics", "tasks", "grade", "canonical", "size")
 
 def entries() -> dict[str, list[EntryPoint]]:
     """The entry points for environments by name, the same one only once."""
-    found: dict[str, list[EntryPoint]] = {}
+    by_name: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
-        if point.value not in [other.value for other in found.get(point.name, [])]:
-            found.setdefault(point.name, []).append(point)
-    return found
+        if point.value not in [other.value for other in by_name.get(point.name, [])]:
+            by_name.setdefault(point.name, []).append(point)
+    return by_name
 
 
 def origin(point: EntryPoint) -> str:

@@ -202,14 +202,14 @@ def question_task(question: str | Sequence[Message], chat: ChatFormat, documents
     messages = [Message("user", question)] if isinstance(question, str) else [*question]
     if not messages or not messages[-1].content.strip():
         raise TaskError("the question is empty")
-    asked = messages.pop()
+    final = messages.pop()
     if isinstance(chat, ControlTokenFormat):
         if not documents:
-            return rows_task(parse_sum(asked.content), "question")
-        return Task("question", (Message("user", f"{ContextStore(documents).render(documents)}\n{asked.content}"),), documents)
+            return rows_task(parse_sum(final.content), "question")
+        return Task("question", (Message("user", f"{ContextStore(documents).render(documents)}\n{final.content}"),), documents)
     spawns = budget.depth != 0 and budget.clones != 0 and budget.width != 0
-    content = f"{asked.content}\n\n{index(documents)}" if documents else asked.content
-    whole = (*([Message("system", system)] if system else []), *messages, replace(asked, content=content))
+    content = f"{final.content}\n\n{index(documents)}" if documents else final.content
+    whole = (*([Message("system", system)] if system else []), *messages, replace(final, content=content))
     return instructed(Task("question", whole, documents), (DOCUMENTS if documents else DELEGATE_PARTS) if spawns else COT)
 
 

@@ -111,9 +111,9 @@ def _worth(transcript: Transcript) -> str:
 
 def _title(transcript: Transcript) -> str:
     parts = [f"{name} {value:g}" for name, value in _numbers(transcript.reward)]
-    asked = "" if transcript.reference is None else f"; it is {_cell(transcript.reference)}"
+    reference = "" if transcript.reference is None else f"; it is {_cell(transcript.reference)}"
     error = f"; {inert(transcript.error)}" if transcript.error else ""
-    return f"task {_cell(transcript.task)}, {_where(transcript)}: {', '.join(parts) or 'not graded'}{asked}{error}"
+    return f"task {_cell(transcript.task)}, {_where(transcript)}: {', '.join(parts) or 'not graded'}{reference}{error}"
 
 
 def _numbers(reward: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -132,10 +132,10 @@ def _table(chosen: Sequence[Transcript]) -> Table:
     for kept in chosen:
         tree = kept.tree
         answer = "" if tree.answer is None else _cell(tree.answer)
-        asked = "" if kept.reference is None else _cell(kept.reference)
+        reference = "" if kept.reference is None else _cell(kept.reference)
         ended = _cell(kept.failed or tree.root.status.value)
         table.add_row(
-            _cell(kept.task), _where(kept), answer, asked, _worth(kept), str(len(tree.branches)), str(tree.usage.generated), ended
+            _cell(kept.task), _where(kept), answer, reference, _worth(kept), str(len(tree.branches)), str(tree.usage.generated), ended
         )
     return table
 

@@ -37,10 +37,10 @@ class Index:
 
         Which they are depends on nothing but the documents and the query.
         """
-        asked = _words(query)
-        if self.empty or not asked:
+        terms = _words(query)
+        if self.empty or not terms:
             return "(nothing found)"
-        scores = self._ranks.get_scores(asked)
+        scores = self._ranks.get_scores(terms)
         best = [int(place) for place in (-scores).argsort(kind="stable")[:count] if scores[place] > 0]
         return "\n\n".join(": ".join(self._passages[place]) for place in best) or "(nothing found)"
 

@@ -192,16 +192,16 @@ class Extras:
         return Counter(sorted(answers)).most_common(1)[0][0] if answers else "nothing"
 
     async def _loop(self, branch: ProgramBranch) -> None:
-        said = ""
+        text_so_far = ""
         for n in range(3):
             for each in self.tools[:2]:
                 try:
-                    said += (await branch.call(each.name, n=n, free=self.free)).text[:3]
+                    text_so_far += (await branch.call(each.name, n=n, free=self.free)).text[:3]
                 except ProgramError as error:
                     require("holds no tool" in str(error), f"a program cannot call {each.name}: {error}")
             turn = await branch.sample(40)
             branch.tell(f"told {turn.text[:5]}")
-        branch.answer(said, free=True)
+        branch.answer(text_so_far, free=True)
 
     async def _made(self, branch: ProgramBranch) -> None:
         turn = await branch.sample()

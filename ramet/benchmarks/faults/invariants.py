@@ -320,8 +320,9 @@ def check_events(events: Sequence[Event]) -> Tree:
             require(statuses[branch.id] == (branch.status, branch.answer), f"{branch.id} ended otherwise than a reader was told")
         has = sum(len(turn.sampled) + turn.discarded for turn in branch.turns)
         written = sum(turn.written for turn in branch.turns)  # told where the model has gone on with it
-        told = tokens[branch.id]
-        require(has - written <= told <= has, f"{branch.id} sampled {has} tokens, {written} of them written; a reader was told of {told}")
+        reported = tokens[branch.id]
+        why = f"{branch.id} sampled {has} tokens, {written} of them written; a reader was told of {reported}"
+        require(has - written <= reported <= has, why)
         calls = [call for turn in branch.turns for call in turn.calls]
         missing = Counter((branch.id, call.name, call.arguments) for call in calls) - made
         require(not missing, f"a reader was not told of {missing}")

@@ -55,7 +55,7 @@ class _Part(BaseModel):
     file_data: str = ""
 
 
-class _Said(BaseModel):
+class _InputMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[_Part] | None = None
 
@@ -74,10 +74,10 @@ class _Common(BaseModel):
 
     def limits(self, most: Budget, tokens: int | None) -> Budget:
         """The budget that is asked for, within that of the server."""
-        asked = dict(self.budget) if isinstance(self.budget, dict) else {} if self.budget is None else {"generated": self.budget}
+        requested = dict(self.budget) if isinstance(self.budget, dict) else {} if self.budget is None else {"generated": self.budget}
         if tokens is not None:
-            asked["generated"] = min(tokens, asked.get("generated") or tokens)
-        return narrowed(most, asked)
+            requested["generated"] = min(tokens, requested.get("generated") or tokens)
+        return narrowed(most, requested)
 
     def sampled(self, default: Sampling) -> Sampling:
         """How is sampled."""
@@ -92,7 +92,7 @@ class _StreamOptions(BaseModel):
 class ChatRequest(_Common):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[_Said], Field(min_length=1)]
+    messages: Annotated[list[_InputMessage], Field(min_length=1)]
     max_completion_tokens: _Count | None = None
     max_tokens: _Count | None = None
     stream_options: _StreamOptions | None = None
@@ -117,7 +117,7 @@ class ChatRequest(_Common):
 class ResponsesRequest(_Common):
     """The body of `/v1/responses`."""
 
-    input: str | Annotated[list[_Said], Field(min_length=1)]
+    input: str | Annotated[list[_InputMessage], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: _Count | None = None
     previous_response_id: str | None = None
@@ -128,10 +128,10 @@ class ResponsesRequest(_Common):
         _refuse(extra, ("tools", "background", "prompt", "conversation", "top_logprobs"))
         if ((extra.get("text") or {}).get("format") or {"type": "text"}) != {"type": "text"}:
             raise HTTPRefusal(400, "text.format: only text is given here")
-        said = [_Said(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        items = [_InputMessage(role="user", content=self.input)] if isinstance(self.input, str) else self.input
         if self.instructions:
-            said = [_Said(role="system", content=self.instructions), *said]
-        messages, documents = _conversation(said, self.documents)
+            items = [_InputMessage(role="system", content=self.instructions), *items]
+        messages, documents = _conversation(items, self.documents)
         limits, sampling = self.limits(most, self.max_output_tokens), self.sampled(default)
         after = self.previous_response_id or ""
         return Question(messages, documents, limits, sampling, self.seed or 0, self.stream, True, self.progress, after)
@@ -144,27 +144,27 @@ def _refuse(extra: Mapping[str, Any], names: Sequence[str]) -> None:
             raise HTTPRefusal(400, f"{name}: not taken here{hint}")
 
 
-def _conversation(said: Sequence[_Said], documents: Mapping[str, str]) -> tuple[tuple[Message, ...], dict[str, str]]:
+def _conversation(items: Sequence[_InputMessage], documents: Mapping[str, str]) -> tuple[tuple[Message, ...], dict[str, str]]:
     """The messages as text, and the documents with the files that were attached."""
-    if said[-1].role != "user":
+    if items[-1].role != "user":
         raise HTTPRefusal(400, "the last message is the user's")
-    found = dict(documents)
+    attached = dict(documents)
     messages: list[Message] = []
-    for item in said:
+    for item in items:
         parts = item.content if isinstance(item.content, list) else [_Part(type="text", text=item.content or "")]
         texts = [part.text for part in parts if part.type in ("text", "input_text", "output_text")]
         for part in parts:
             if part.type in ("file", "input_file"):
                 name, text = _attached(part)
-                if name in found:
+                if name in attached:
                     raise HTTPRefusal(400, f"two documents are called {name[:80]!r}")
-                found[name] = text
+                attached[name] = text
             elif part.type not in ("text", "input_text", "output_text"):
                 raise HTTPRefusal(400, f"content of the type {part.type[:40]!r} is not taken here: text and text files are")
         messages.append(Message("system" if item.role == "developer" else item.role, "\n".join(texts)))
-    if len(found) > DOCUMENTS:
+    if len(attached) > DOCUMENTS:
         raise HTTPRefusal(400, f"at most {DOCUMENTS} documents")
-    return tuple(messages), found
+    return tuple(messages), attached
 
 
 def _attached(part: _Part) -> tuple[str, str]:
@@ -181,10 +181,10 @@ def _attached(part: _Part) -> tuple[str, str]:
         raise HTTPRefusal(400, f"the file {name[:80]!r} is not text in UTF-8; give its text, or send it in `documents`") from None
 
 
-def narrowed(most: Budget, asked: Mapping[str, Any]) -> Budget:
+def narrowed(most: Budget, requested: Mapping[str, Any]) -> Budget:
     """The budget that is asked for, no currency of it above `most`. Raises `HTTPRefusal` for what is no budget."""
     try:
-        wanted = Budget.model_validate({name: value for name, value in asked.items() if value is not None})
+        wanted = Budget.model_validate({name: value for name, value in requested.items() if value is not None})
     except (ValidationError, ConfigError) as error:
         if isinstance(error, ValidationError):
             problem = error.errors(include_url=False, include_input=False)[0]
@@ -192,7 +192,7 @@ def narrowed(most: Budget, asked: Mapping[str, Any]) -> Budget:
         raise HTTPRefusal(400, f"budget: {error}") from None
     limits: dict[str, Any] = {}
     for name in Budget.model_fields:
-        ours, theirs = getattr(most, name), getattr(wanted, name) if name in asked else None
+        ours, theirs = getattr(most, name), getattr(wanted, name) if name in requested else None
         smaller = ours if theirs is None else theirs if ours is None or name == "answer_reserve" else min(ours, theirs)
         limits[name] = smaller
     if limits["generated"] is not None:

@@ -230,14 +230,14 @@ class _Job:
         async with aclosing(growing) as events:
             async for event in events:
                 line = _progress(event) if self._question.progress else ""
-                told = [*(self._reply.progress(line) if line else ())]
+                pieces = [*(self._reply.progress(line) if line else ())]
                 if isinstance(event, TreeEnded):
                     tree = self._done(event.tree)
                     rest = answer.rest(tree.answer or "")
-                    told += [*(self._reply.text(rest) if rest else ()), *self._reply.closing(tree)]
+                    pieces += [*(self._reply.text(rest) if rest else ()), *self._reply.closing(tree)]
                 elif piece := answer.read(event):
-                    told += self._reply.text(piece)
-                for item in told:
+                    pieces += self._reply.text(piece)
+                for item in pieces:
                     await send(item)
 
 

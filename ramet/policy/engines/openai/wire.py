@@ -49,7 +49,7 @@ class NativeCall:
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class _Spoken:
     """What the ids of one message say. `tools` holds one JSON schema a line."""
 
     text: str
@@ -108,7 +108,7 @@ class WireFormat:
         first, *rest = _cut(json.dumps([call.id, call.name, call.arguments], ensure_ascii=False), self.LONGEST)
         return [self.piece(first, _CALL), *(self.piece(part, _CALL_GOES_ON) for part in rest)]
 
-    def _read(self, ids: Sequence[int]) -> _Said:
+    def _read(self, ids: Sequence[int]) -> _Spoken:
         """What ids say; ids of roles are left out."""
         text: list[bytes] = []
         calls: list[list[bytes]] = []
@@ -123,7 +123,7 @@ class WireFormat:
                 tools.append(piece[1:])
             else:
                 text.append(piece[1:])
-        return _Said(_decoded(text), tuple(filter(None, map(_called, calls))), _decoded(tools))
+        return _Spoken(_decoded(text), tuple(filter(None, map(_called, calls))), _decoded(tools))
 
     def _content(self, role: str, text: str, tools: Schemas = ()) -> list[int]:
         described = "\n".join(map(json.dumps, tools))
@@ -167,9 +167,9 @@ class WireFormat:
 
     def parse(self, sampled: Sequence[int]) -> ParsedTurn:
         """As `ChatFormat.parse`: the answer and the calls of a turn, native ones first, then those that the text spells."""
-        said = self._read(sampled)
-        parsed = parse_spelled(said.text)
-        return replace(parsed, calls=(*(call.json() for call in said.calls), *parsed.calls))
+        spoken = self._read(sampled)
+        parsed = parse_spelled(spoken.text)
+        return replace(parsed, calls=(*(call.json() for call in spoken.calls), *parsed.calls))
 
     def text(self, ids: Sequence[int]) -> str:
         """As `ChatFormat.text`: the text of the pieces, tools described and calls in Hermes tags; ids of roles are left out."""
@@ -193,24 +193,24 @@ class WireFormat:
         writer = _Messages(native)
         turns = list(self._turns(ids))
         while turns:
-            role, said = turns.pop(0)
+            role, spoken = turns.pop(0)
             replies = []
             while role in ("assistant", "tool") and turns and turns[0][0] == "tool":
                 replies.append(turns.pop(0)[1].text)
             if role == "system":
-                writer.system(said)
+                writer.system(spoken)
             elif role == "assistant":
-                writer.assistant(said, replies)
+                writer.assistant(spoken, replies)
             elif role == "tool":
-                writer.replied([said.text, *replies])
+                writer.replied([spoken.text, *replies])
             else:
-                writer.add(role, said.text)
+                writer.add(role, spoken.text)
         messages = writer.messages
         if fold_system and len(messages) > 1 and messages[0]["role"] == "system" and messages[1]["role"] == "user":
             messages[:2] = [{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}]
         return messages
 
-    def _turns(self, ids: Sequence[int]) -> Iterator[tuple[str, _Said]]:
+    def _turns(self, ids: Sequence[int]) -> Iterator[tuple[str, _Spoken]]:
         starts = [at for at, i in enumerate(ids) if i < self.END]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             yield self.ROLES[ids[start]], self._read(ids[start + 1 : end])
@@ -233,15 +233,15 @@ class _Messages:
         self.messages.append({"role": role, "content": content})
         self._joined = False
 
-    def system(self, said: _Said) -> None:
+    def system(self, spoken: _Spoken) -> None:
         """The system message: with the tools, unless they are sent apart."""
-        text = "\n\n".join(filter(None, [said.text, ENDING])) if self._native and said.tools else said.spelled
+        text = "\n\n".join(filter(None, [spoken.text, ENDING])) if self._native and spoken.tools else spoken.spelled
         self.add("system", text)
 
-    def assistant(self, said: _Said, replies: Sequence[str]) -> None:
+    def assistant(self, spoken: _Spoken, replies: Sequence[str]) -> None:
         """A turn, and what its calls were answered: in call order, one for each or, if there are fewer, the last for all others."""
-        sound = [call.sound and self._native and bool(replies) for call in said.calls]
-        text = said.text + "".join(call.spelled() for call, native in zip(said.calls, sound, strict=True) if not native)
+        sound = [call.sound and self._native and bool(replies) for call in spoken.calls]
+        text = spoken.text + "".join(call.spelled() for call, native in zip(spoken.calls, sound, strict=True) if not native)
         if not any(sound):
             if text.strip():
                 self.add("assistant", text)
@@ -250,8 +250,8 @@ class _Messages:
             self.replied(replies)
             return
         self._joined = False
-        given = [replies[min(number, len(replies) - 1)] for number in range(len(said.calls))]
-        made = [(self._id(call), call, reply) for call, native, reply in zip(said.calls, sound, given, strict=True) if native]
+        given = [replies[min(number, len(replies) - 1)] for number in range(len(spoken.calls))]
+        made = [(self._id(call), call, reply) for call, native, reply in zip(spoken.calls, sound, given, strict=True) if native]
         calls = [
             {"id": name, "type": "function", "function": {"name": call.name, "arguments": call.arguments.strip() or "{}"}}
             for name, call, _ in made
