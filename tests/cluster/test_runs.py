@@ -212,7 +212,7 @@ def test_a_reward_server_that_goes_away_with_a_critic(tmp_path: Path) -> None:
         settings = (
             "train.updates=4", "openrlhf.critic=true", "openrlhf.lam=0.95", "env.kind=longvideo", "env.metric=reward", "env.seconds=1.0",
             f"env.reward_model=http://127.0.0.1:{port}", f"env.videos={tmp_path}/videos", f"env.train={tmp_path}/videos/questions.jsonl",
-            "env.operands=[2,24]", "budget.depth=0", "budgets=[24]", "budget.answer_reserve=4", "reward.concurrency=4",
+            "budget.depth=0", "budgets=[24]", "budget.answer_reserve=4", "reward.concurrency=4",
             "env.reward_patience=5",
         )  # fmt: skip
         run = Run(tmp_path, *settings)
