@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ramet.errors import ConfigError, HTTPRefusal, first_line
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
     from starlette.applications import Starlette
     from starlette.requests import Request
 
@@ -55,6 +56,12 @@ def parse_json(data: bytes, name: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise HTTPRefusal(400, f"{name} is no JSON: {first_line(error)}") from None
     return value
+
+
+def first_problem(error: ValidationError, whole: str = "") -> str:
+    """Where in a request the first problem is, and what it is, on one line; `whole` names the request itself."""
+    problem = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, problem['loc'])) or whole}: {problem['msg']}"
 
 
 def run_app(app: Starlette, host: str, port: int) -> None:

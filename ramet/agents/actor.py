@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 import anyio
 
 from ramet.agents.answers import extract_answer
-from ramet.agents.attempts import ending, notice_ids, room_left, sample_turn
+from ramet.agents.attempts import fits, notice_ids, room_left, sample_turn
 from ramet.agents.dispatch import make_calls, reply_ids
 from ramet.agents.events import BranchEnded, BranchStarted
 from ramet.agents.growth import Growth, Setting
@@ -134,4 +134,4 @@ def _once_more(setting: Setting, growth: Growth, wrong: str, length: int) -> lis
         return None
     text = "\n".join(filter(None, [f"({wrong}; answer again)", setting.left(growth.ledger)]))
     ids = setting.chat.after_turn(text, closed=True)
-    return ids if setting.context is None or length + len(ids) + ending(setting, growth.ledger) < setting.context else None
+    return ids if fits(setting, growth.ledger, length, ids) else None

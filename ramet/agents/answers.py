@@ -73,10 +73,11 @@ def answer_so_far(text: str) -> str:
 
     It is that of the last marker at the beginning of a line, if plain words follow on the same line.
     """
-    marks = [*_MARKER.finditer(without_thoughts(text))]
+    text = without_thoughts(text)
+    marks = [*_MARKER.finditer(text)]
     if not marks:
         return ""
-    line, newline, _ = without_thoughts(text)[marks[-1].end() :].partition("\n")
+    line, newline, _ = text[marks[-1].end() :].partition("\n")
     line = line.lstrip()
     if not line or line[0] in _WRAPPINGS or "\\" in line:
         return ""

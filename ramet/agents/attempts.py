@@ -41,6 +41,11 @@ def ending(setting: Setting, ledger: Ledger) -> int:
     return reserve + len(setting.chat.after_turn(setting.notice(ledger), closed=False)) if reserve else 0
 
 
+def fits(setting: Setting, ledger: Ledger, length: int, ids: Sequence[int]) -> bool:
+    """Whether ids can be appended to a context of `length` tokens, so that it can still be sampled and asked for its answer."""
+    return setting.context is None or length + len(ids) + ending(setting, ledger) < setting.context
+
+
 def notice_ids(setting: Setting, ledger: Ledger, length: int, closed: bool) -> list[int] | None:
     """The ids that ask a branch to answer from its reserve; None if it has no reserve, no turn or no context left for that."""
     if not setting.budget.answer_reserve or ledger.sampleable(final=True) == 0 or ledger.left("turns") == 0:

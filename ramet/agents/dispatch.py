@@ -15,7 +15,7 @@ from typing import Any
 
 import anyio
 
-from ramet.agents.attempts import ending
+from ramet.agents.attempts import fits
 from ramet.agents.budget import CallGrant, Fork
 from ramet.agents.calls import ParsedTurn
 from ramet.agents.context import clone_prompt
@@ -290,7 +290,7 @@ def reply_ids(setting: Setting, growth: Growth, answered: Replies, length: int) 
     closed = next(turn.stop for turn in reversed(growth.turns) if not turn.started) is StopReason.END
     while True:
         ids = setting.chat.after_calls(render_replies(answered.replies, left, limit), closed)
-        if setting.context is None or length + len(ids) + ending(setting, growth.ledger) < setting.context:
+        if fits(setting, growth.ledger, length, ids):
             return ids
         if limit <= parts:
             return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ramet.agents.chat import ChatFormat
-from ramet.agents.growth import Role
+from ramet.agents.growth import Role, chats_of
 from ramet.agents.journal import Journal
 from ramet.agents.prefixes import FreshCache
 from ramet.agents.program import Program
@@ -70,7 +70,7 @@ class Equipment:
 
     def chats(self) -> dict[str, ChatFormat]:
         """The formats of the roles that have another one than the model."""
-        return {name: role.chat for name, role in self.roles.items() if role.chat is not None}
+        return chats_of(self.roles)
 
     def _roles(self, wrapped: Callable[[Policy], Policy]) -> dict[str, Role]:
         """The roles, with the policies wrapped that they have of their own: once each, also where roles share one."""

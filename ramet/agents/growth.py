@@ -140,6 +140,11 @@ class Role:
             raise ConfigError("a role with a policy of its own is not trained: say trainable=False")
 
 
+def chats_of(roles: Mapping[str, Role]) -> dict[str, ChatFormat]:
+    """The formats of the roles that have another one than the model."""
+    return {name: role.chat for name, role in roles.items() if role.chat is not None}
+
+
 Approval = Callable[[str, str, str], Awaitable[bool]]
 """May this call be made? Given the branch's id, the tool's name and the arguments as JSON."""
 

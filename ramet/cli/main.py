@@ -186,8 +186,7 @@ def run(
     if attention is not None:
         shared = {"method": attention, "hosts": hosts, "threshold": threshold, "anchor": anchor, "passing": passing}
         given |= {f"attention.{name}": value for name, value in shared.items()}
-    resolved = question_settings(config, set_ or [], budget, given)
-    resolved = resolved.model_copy(update={"tools": (*resolved.tools, *(tool or ())), "mcp": (*resolved.mcp, *(mcp or ()))})
+    resolved = question_settings(config, set_ or [], budget, given, tool, mcp)
     run_question(resolved, RunPlan(question, documents or [], journal, json))
 
 

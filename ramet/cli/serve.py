@@ -49,8 +49,7 @@ def serve(
         "model": policy, "url": url, "backend": backend or ("chat" if url else None), "program": program, "budget.depth": depth,
         "eval.temperature": temperature,
     }  # fmt: skip
-    resolved = question_settings(config, set_ or [], budget or (BUDGET if config is None else None), given)
-    resolved = resolved.model_copy(update={"tools": (*resolved.tools, *(tool or ())), "mcp": (*resolved.mcp, *(mcp or ()))})
+    resolved = question_settings(config, set_ or [], budget or (BUDGET if config is None else None), given, tool, mcp)
     environment = os.environ.get(TOKEN, "")
     token = token_for(host, environment)
     bearer = "" if not token else f", bearer token of {TOKEN}" if environment else f", bearer {token}"

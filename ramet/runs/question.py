@@ -15,18 +15,17 @@ from typing import Any
 from rich.text import Text
 
 from ramet.agents import drain
-from ramet.agents.chat import ChatFormat, ControlTokenFormat
+from ramet.agents.chat import ChatFormat
 from ramet.agents.equipment import Equipment
 from ramet.agents.journal import Journal, fingerprint
 from ramet.agents.resume import JournaledPolicy, JournaledTools
 from ramet.agents.sampling import Sampling
-from ramet.agents.tools import read
 from ramet.agents.tree import Message, Task, Tree
 from ramet.env.arithmetic import parse_sum
 from ramet.errors import ConfigError, PolicyError, TaskError
 from ramet.policy.models.catalogue import resolve
 from ramet.rewards.exact_match import integer_match
-from ramet.runs.agent import question_task, token_budget
+from ramet.runs.agent import question_task, token_budget, with_read
 from ramet.runs.build import engine_id, open_engine, open_model
 from ramet.runs.documents import read_documents
 from ramet.runs.equipment import equipment_of
@@ -57,11 +56,18 @@ class RunPlan:
     out: Path | None = None
 
 
-def question_settings(source: str | None, overrides: Sequence[str], budget: str | None, given: Mapping[str, Any]) -> RunConfig:
-    """The settings of `ramet run`: those of `source`, if there is one, then the overrides, then what the options say.
+def question_settings(
+    source: str | None,
+    overrides: Sequence[str],
+    budget: str | None,
+    given: Mapping[str, Any],
+    tools: Sequence[str] | None = None,
+    mcp: Sequence[str] | None = None,
+) -> RunConfig:
+    """The settings of `ramet run` and `ramet serve`: those of `source`, if there is one, then the overrides, then what the options say.
 
     Without a source, the nano model (or a server's first) and a budget of `TOKENS`; with one that has several budgets, the largest of
-    them. `given` are values of settings; None is not given. Raises `ConfigError`.
+    them. `given` are values of settings; None is not given. `tools` and `mcp` are added to those of the settings. Raises `ConfigError`.
     """
     limits = _limits(budget)
     values = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in given.items() if value is not None]
@@ -74,7 +80,8 @@ def question_settings(source: str | None, overrides: Sequence[str], budget: str 
     else:
         several = load(RunConfig, source, [*overrides, "budget.generated=unlimited"]).budgets
         begin = [f"budget.generated={max(several)}"] if several else []
-    return load(RunConfig, source, [*begin, *overrides, *values, *(f"budget.{n}={v}" for n, v in limits.items()), "budgets=[]"])
+    config = load(RunConfig, source, [*begin, *overrides, *values, *(f"budget.{n}={v}" for n, v in limits.items()), "budgets=[]"])
+    return config.model_copy(update={"tools": (*config.tools, *(tools or ())), "mcp": (*config.mcp, *(mcp or ()))})
 
 
 def _limits(text: str | None) -> dict[str, str]:
@@ -107,8 +114,6 @@ def run_question(config: RunConfig, plan: RunPlan) -> None:
     if engine is None:
         return
     task = _task(plan.question, chat, documents, config, equipment)
-    reads = bool(documents) and not isinstance(chat, ControlTokenFormat) and all(tool.name != read.name for tool in equipment.tools)
-    equipment = replace(equipment, tools=[*equipment.tools, *([read] if reads else [])])
     run = fingerprint("run", plan.question, documents, config.identity(), config.code(), engine_id(config, model))
     tree = _grown(config, equipment, engine, chat, task, plan.journal, run)
     if tree.error:
@@ -174,7 +179,7 @@ def _grown(config: RunConfig, equipment: Equipment, engine: Any, chat: ChatForma
                 runtime = held.runtime(
                     source, chat, Sampling(temperature=config.eval.temperature), always_show_budget=config.tell_budget == "all"
                 )
-                return await grow_live(runtime, task, config.budget, config.seed), held
+                return await grow_live(with_read(runtime, task), task, config.budget, config.seed), held
 
         tree, held = drain.run(main)
         if isinstance(source, JournaledPolicy):

@@ -39,7 +39,7 @@ from ramet.rewards.video.discriminative import VideoAnswer
 from ramet.rewards.video.judge import ServedRewardModel
 from ramet.rewards.video.pairs import below, name_of, segments_of
 from ramet.rewards.video.queries import answer_of
-from ramet.web import authorise, check_token, json_body, parse_json, run_app
+from ramet.web import authorise, check_token, first_problem, json_body, parse_json, run_app
 
 logger = logging.getLogger(__name__)
 BODY = 2**20
@@ -143,8 +143,7 @@ class RewardService:
             except HTTPRefusal as refused:
                 return JSONResponse(to_record(refused), refused.status)
             except ValidationError as error:
-                problem = error.errors(include_url=False, include_input=False)[0]
-                return JSONResponse({"error": f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"}, 422)
+                return JSONResponse({"error": first_problem(error)}, 422)
             except (TaskError, RewardError) as error:
                 return JSONResponse({**to_record(error), "error": _without(self.videos, str(error))}, 422)
             except Exception as error:  # a bug, or a device that failed: the client is to try again or to stop

@@ -18,6 +18,7 @@ from ramet.agents.budget import Budget
 from ramet.agents.sampling import Sampling
 from ramet.agents.tree import Message
 from ramet.errors import ConfigError, HTTPRefusal
+from ramet.web import first_problem
 
 DOCUMENTS = 10_000
 """Documents of one request."""
@@ -187,8 +188,7 @@ def narrowed(most: Budget, requested: Mapping[str, Any]) -> Budget:
         wanted = Budget.model_validate({name: value for name, value in requested.items() if value is not None})
     except (ValidationError, ConfigError) as error:
         if isinstance(error, ValidationError):
-            problem = error.errors(include_url=False, include_input=False)[0]
-            raise HTTPRefusal(400, f"budget.{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+            raise HTTPRefusal(400, f"budget.{first_problem(error)}") from None
         raise HTTPRefusal(400, f"budget: {error}") from None
     limits: dict[str, Any] = {}
     for name in Budget.model_fields:

@@ -31,13 +31,14 @@ from ramet.agents.answers import answer_so_far
 from ramet.agents.budget import Budget
 from ramet.agents.chat import ChatFormat
 from ramet.agents.events import BranchEnded, BranchStarted, CallEnded, CallMade, Event, TokensSampled, TreeEnded, TurnSampled
+from ramet.agents.growth import chats_of
 from ramet.agents.runtime import Runtime
 from ramet.agents.tree import Status, Task, Tree
 from ramet.errors import ConfigError, HTTPRefusal, PolicyError, RametError, TaskError, first_line
 from ramet.runs.agent import question_task, with_read
 from ramet.runs.serving.replies import ChatReply, ResponsesReply, ServedReply
 from ramet.runs.serving.requests import ChatRequest, Question, ResponsesRequest
-from ramet.web import authorise, check_token, json_body
+from ramet.web import authorise, check_token, first_problem, json_body
 
 logger = logging.getLogger(__name__)
 BODY = 64 * 2**20
@@ -119,8 +120,8 @@ class DelegationService:
 
     def _tree(self, request: Request) -> dict[str, Any]:
         tree = self._kept_tree(request.path_params["tree"])
-        roles = {name: role.chat for name, role in self._runtime.roles.items() if role.chat is not None}
-        return {"id": request.path_params["tree"], "text": tree.text(self._runtime.chat, roles), **tree.record()}
+        text = tree.text(self._runtime.chat, chats_of(self._runtime.roles))
+        return {"id": request.path_params["tree"], "text": text, **tree.record()}
 
     def _kept_tree(self, name: str) -> Tree:
         if name not in self._trees:
@@ -149,8 +150,7 @@ class DelegationService:
             tree = await _unless_gone(request.receive, job.grow)
             return Response(status_code=499) if tree is None else JSONResponse(reply.whole(tree))
         except ValidationError as error:
-            problem = error.errors(include_url=False, include_input=False)[0]
-            return _error(HTTPRefusal(400, f"{'.'.join(map(str, problem['loc'])) or 'the body'}: {problem['msg']}"))
+            return _error(HTTPRefusal(400, first_problem(error, "the body")))
         except Exception as error:  # one request's failure is not the server's
             return _error(error)
 
